@@ -1,0 +1,153 @@
+"""Compiles one planned launch ahead of time and reads from its machine code what a row costs."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _occupancy import occupancy
+from _roofline import DATASHEET, Bound
+from _sass import Turn, read_turn
+
+_LANES = 32
+_SCHEDULERS = 4
+# Row-side tensors that a kernel reads and writes: q, o; q, do, dq; q, do.
+_ROW_TENSORS = {"forward": 2, "backward_query": 3, "backward_key_value": 2}
+KERNELS = tuple(_ROW_TENSORS)
+DEVICES_OF = {80: ("A100",), 90: ("H100", "H200")}
+# Clock in Hz at the highest boost and multiprocessors, for the instruction slots.
+_SLOTS = {"A100": 108 * 1.41e9, "H100": 132 * 1.98e9, "H200": 132 * 1.98e9}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One compiled case: the kernel, the architecture, the element type and the layer's shape."""
+
+    kernel: str
+    capability: int
+    dtype: str
+    head_dim: int
+    rows: int
+
+
+@dataclass
+class Facts:
+    """What the compiler and the machine code tell of one case; rates are for one row of a head."""
+
+    choice: Choice
+    block: int
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    blocks_resident: int
+    warps_resident: int
+    occupancy_limit: str
+    matrix_instructions: int
+    warp_group_instructions: int
+    local_accesses_a_turn: int
+    load_widths: dict[int, int]
+    """Global loads in the PTX by width in bits, the keys' included."""
+    row_access_bytes: dict[int, float]
+    """Bytes a row that the hot loop moves, padding included, by the width of a lane's access."""
+    bytes_a_row: float
+    exponentials_a_row: float
+    special_a_row: float
+    matrix_flops_a_row: float
+    instructions_a_row: float
+    """Warp instructions: what the four schedulers of a multiprocessor must issue."""
+    bounds: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        return found.pop("choice") | found
+
+    @property
+    def narrow_share(self) -> float:
+        """The part of the hot loop's row bytes moved by accesses under 16 bytes a lane."""
+        total = sum(self.row_access_bytes.values())
+        wide = sum(size for bits, size in self.row_access_bytes.items() if bits >= 128)
+        return 1.0 - wide / total if total else 0.0
+
+
+def _row_bound(facts: Facts, device: str) -> Bound:
+    """The least seconds a row by the unit that takes longest, at datasheet rates."""
+    rates, slots = DATASHEET[device], _SLOTS[device]
+    parts = {
+        "bytes": facts.bytes_a_row / rates.bytes,
+        "special function": facts.special_a_row / rates.exponentials,
+        "matrix": facts.matrix_flops_a_row / rates.flops,
+        "issue": facts.instructions_a_row / (slots * _SCHEDULERS),
+    }
+    unit = max(parts, key=lambda name: parts[name])
+    return Bound(parts[unit], unit, parts)
+
+
+def _per_row(turn: Turn, warps: int, block: int) -> dict[str, Any]:
+    factor = warps / block
+    accesses: dict[int, float] = {}
+    for table in (turn.load_bytes, turn.store_bytes):
+        for bits, size in table.items():
+            accesses[bits] = accesses.get(bits, 0.0) + size * factor
+    return {
+        "row_access_bytes": dict(sorted(accesses.items())),
+        "exponentials_a_row": turn.exponentials * _LANES * factor,
+        "special_a_row": turn.special * _LANES * factor,
+        "matrix_flops_a_row": turn.matrix_flops * factor,
+        "instructions_a_row": turn.instructions * factor,
+    }
+
+
+def compile_case(choice: Choice) -> Facts:
+    """Compile without a GPU and read the result. Needs Triton, not in its interpreter's mode."""
+    import torch
+    import triton
+    from sefi_fast.kernels.compile import compile_launch, example_launches
+
+    dtype = getattr(torch, choice.dtype)
+    launches = example_launches(choice.capability, dtype, choice.head_dim, choice.rows)
+    launch = launches[choice.kernel]
+    knobs = triton.knobs
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        knobs.cache.scope(),
+        knobs.compilation.scope(),
+    ):
+        knobs.cache.dump_dir = folder
+        knobs.compilation.dump_ir = True
+        report = compile_launch(launch, choice.capability)
+        listings = list(Path(folder).rglob("*.sass"))
+        if len(listings) != 1:
+            raise RuntimeError(f"Triton left {len(listings)} machine-code listings, wanted one")
+        turn = read_turn(listings[0].read_text())
+    resident = occupancy(choice.capability, report.registers, report.warps, report.shared_bytes)
+    facts = Facts(
+        choice=choice,
+        block=report.block,
+        warps=report.warps,
+        stages=report.stages,
+        registers=report.registers,
+        spill_bytes=report.spill_bytes,
+        shared_bytes=report.shared_bytes,
+        blocks_resident=resident.blocks,
+        warps_resident=resident.warps,
+        occupancy_limit=resident.limit,
+        matrix_instructions=report.matrix_instructions,
+        warp_group_instructions=report.warp_group_instructions,
+        local_accesses_a_turn=turn.local_accesses,
+        load_widths=dict(report.loads),
+        bytes_a_row=float(_ROW_TENSORS[choice.kernel] * choice.head_dim * dtype.itemsize),
+        **_per_row(turn, report.warps, report.block),
+    )
+    if choice.dtype != "float32":
+        for device in DEVICES_OF.get(choice.capability, ()):
+            bound = _row_bound(facts, device)
+            facts.bounds[device] = {
+                "picoseconds": bound.seconds * 1e12,
+                "unit": bound.unit,
+                "parts": {name: seconds * 1e12 for name, seconds in bound.parts.items()},
+            }
+    return facts

@@ -1,0 +1,136 @@
+"""What a call must compute and move, and the time no kernel can beat: the roofline arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+from _shapes import Problem
+
+Direction = Literal["forward", "backward", "both"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "both")
+
+# Products of N x M x D a head, docs/method.md equations 4 and 7 to 9. Backward recomputes the
+# scores, since no map is kept: S_t, S_r, then dA, dV, dQ and dK.
+_PRODUCTS_WITH_LOSS = {"forward": 3, "backward": 6}
+_PRODUCTS_PLAIN = {"forward": 2, "backward": 5}
+_MATRIX_GRANULE = 16
+
+
+class Work(NamedTuple):
+    """What one direction of a call takes, for the whole problem."""
+
+    row_bytes: float
+    """Query-side bytes: q + o forward, q + do + dq backward; each moved once."""
+    key_bytes: float
+    """Keys, values and their gradients, moved once a head."""
+    exponentials: float
+    flops: float
+    """Multiplies and adds of the products, unpadded: what GFLOP/s is counted in."""
+    tile_flops: float
+    """The same on a matrix unit of 16-wide steps: head width and keys rounded up to 16."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does a second; `source` says whether by datasheet or measured here."""
+
+    name: str
+    bytes: float
+    exponentials: float
+    flops: float
+    source: str
+    padded: bool = True
+    """Whether the matrix unit works in 16-wide steps (tensor cores) or not (vector units)."""
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Bound(NamedTuple):
+    """The least time of a call in seconds and what sets it: bytes, exponentials or matrix."""
+
+    seconds: float
+    unit: str
+    parts: dict[str, float]
+
+
+def _sfu(multiprocessors: int, megahertz: float) -> float:
+    """Exponentials a second: the special-function units give 16 a clock and multiprocessor."""
+    return 16.0 * multiprocessors * megahertz * 1e6
+
+
+# Datasheet rates of the SXM parts: dense bf16/fp16 tensor-core FLOP/s and memory bandwidth;
+# exponentials at the highest boost clock.
+DATASHEET: dict[str, Rates] = {
+    "A100": Rates("A100", 2.039e12, _sfu(108, 1410), 312e12, "datasheet, A100 SXM 80 GB"),
+    "H100": Rates("H100", 3.35e12, _sfu(132, 1980), 989e12, "datasheet, H100 SXM 80 GB"),
+    "H200": Rates("H200", 4.8e12, _sfu(132, 1980), 989e12, "datasheet, H200 SXM 141 GB"),
+}
+
+
+def _up(number: int, step: int = _MATRIX_GRANULE) -> int:
+    return -(-number // step) * step
+
+
+def products(direction: Direction, with_loss: bool = True) -> int:
+    """Matrix products of N x M x D that a direction takes a head: nine in all with the loss."""
+    table = _PRODUCTS_WITH_LOSS if with_loss else _PRODUCTS_PLAIN
+    if direction == "both":
+        return table["forward"] + table["backward"]
+    return table[direction]
+
+
+def work(problem: Problem, itemsize: int, direction: Direction, with_loss: bool = True) -> Work:
+    """Least work of one direction of `problem`, in elements of `itemsize` bytes.
+
+    Keys are counted as 80 for 77 in the exponentials too: a tile's padded columns go through the
+    exponential unit like the others.
+    """
+    if direction == "both":
+        forward = work(problem, itemsize, "forward", with_loss)
+        backward = work(problem, itemsize, "backward", with_loss)
+        return Work(*(a + b for a, b in zip(forward, backward, strict=True)))
+    rows, width, keys = problem.rows, problem.head_dim, problem.keys
+    softmaxes = 2 if with_loss else 1
+    row_tensors = 2 if direction == "forward" else 3
+    # k, v and their gradients belong to each sample; the reference key serves all samples.
+    own_tensors = 2 if direction == "forward" else 4
+    key_tensors = own_tensors * problem.batch + (1 if with_loss else 0)
+    count = products(direction, with_loss)
+    return Work(
+        row_bytes=float(row_tensors * rows * width * itemsize),
+        key_bytes=float(key_tensors * problem.heads * keys * width * itemsize),
+        exponentials=float(softmaxes * rows * _up(keys)),
+        flops=float(count * 2 * rows * keys * width),
+        tile_flops=float(count * 2 * rows * _up(keys) * _up(width)),
+    )
+
+
+def bound(work_: Work, rates: Rates) -> Bound:
+    """The least time of `work_` at `rates`: the largest of row bytes, exponentials and matrix."""
+    parts = {
+        "bytes": work_.row_bytes / rates.bytes,
+        "exponentials": work_.exponentials / rates.exponentials,
+        "matrix": (work_.tile_flops if rates.padded else work_.flops) / rates.flops,
+    }
+    unit = max(parts, key=lambda name: parts[name])
+    return Bound(parts[unit], unit, parts)
+
+
+def both_bound(problem: Problem, itemsize: int, rates: Rates, with_loss: bool = True) -> Bound:
+    """Forward and backward run one after the other: their bounds add, each with its own limit."""
+    forward = bound(work(problem, itemsize, "forward", with_loss), rates)
+    backward = bound(work(problem, itemsize, "backward", with_loss), rates)
+    parts = {name: forward.parts[name] + backward.parts[name] for name in forward.parts}
+    longer = forward if forward.seconds >= backward.seconds else backward
+    return Bound(forward.seconds + backward.seconds, longer.unit, parts)
+
+
+def direction_bound(
+    problem: Problem, itemsize: int, rates: Rates, direction: Direction, with_loss: bool = True
+) -> Bound:
+    """The bound of any direction, `both` being the sum of the two."""
+    if direction == "both":
+        return both_bound(problem, itemsize, rates, with_loss)
+    return bound(work(problem, itemsize, direction, with_loss), rates)

@@ -1,0 +1,77 @@
+"""Prints the roofline of the cross-attention as Markdown: per row, per layer, per device.
+
+python benchmarks/roofline_tables.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from _roofline import DATASHEET, Direction, bound, work
+from _shapes import MODELS, Problem
+
+_WIDTHS = (40, 64, 80, 160)
+_HALF = 2
+_SHORT = {"bytes": "bytes", "exponentials": "exp", "matrix": "matrix"}
+_ONE_WAY: tuple[Direction, ...] = ("forward", "backward")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned right."""
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def row_table() -> str:
+    """What one row of one head takes, in 16-bit elements."""
+    rows = []
+    for width in _WIDTHS:
+        row = Problem("custom", 1, width, 1)
+        forward, backward = work(row, _HALF, "forward"), work(row, _HALF, "backward")
+        rows.append(
+            [str(width)]
+            + [f"{forward.row_bytes:.0f}", f"{backward.row_bytes:.0f}"]
+            + [f"{forward.exponentials:.0f}", f"{backward.exponentials:.0f}"]
+            + [f"{forward.tile_flops / 1e3:.1f}", f"{backward.tile_flops / 1e3:.1f}"]
+        )
+    head = ["head width", "bytes fwd", "bytes bwd", "exp fwd", "exp bwd", "kFLOP fwd", "kFLOP bwd"]
+    return markdown(head, rows)
+
+
+def device_table() -> str:
+    """The least picoseconds a row and head of each device, and the unit that sets them."""
+    rows = []
+    for width in _WIDTHS:
+        row, cells = Problem("custom", 1, width, 1), [str(width)]
+        for rates in DATASHEET.values():
+            for direction in _ONE_WAY:
+                least = bound(work(row, _HALF, direction), rates)
+                cells.append(f"{least.seconds * 1e12:.0f} {_SHORT[least.unit]}")
+        rows.append(cells)
+    head = ["head width", *(f"{name} {way}" for name in DATASHEET for way in ("fwd", "bwd"))]
+    return markdown(head, rows)
+
+
+def layer_table(batch: int) -> str:
+    """The least microseconds of each layer at a batch, forward / backward."""
+    rows = []
+    for model, layers in MODELS.items():
+        for layer in layers:
+            problem = Problem(model, layer.queries, layer.head_dim, layer.heads, batch)
+            cells = [f"{problem.layer}, {layer.heads} heads"]
+            for rates in DATASHEET.values():
+                times = [bound(work(problem, _HALF, way), rates).seconds for way in _ONE_WAY]
+                cells.append(" / ".join(f"{seconds * 1e6:.1f}" for seconds in times))
+            rows.append(cells)
+    return markdown([f"layer, batch {batch}", *DATASHEET], rows)
+
+
+def main() -> int:
+    """Print all tables."""
+    print(row_table(), device_table(), layer_table(1), layer_table(16), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

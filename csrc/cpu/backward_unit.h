@@ -1,0 +1,277 @@
+// Backward of one head for a range of query rows, by recomputation from the inputs alone.
+#pragma once
+
+#include "cpu/forward_unit.h"
+
+namespace sefi {
+namespace SEFI_ISA {
+
+class BackwardUnit {
+public:
+    BackwardUnit(const BackwardCall& call, int64_t b, int64_t h, char* memory)
+        : call_(call), b_(b), h_(h), keys_(call, b), scratch_(call, memory) {
+        pack_keys(call.key, call.dtype, b, h, keys_, call.head_dim, scratch_.key);
+        pack_keys(call.value, call.dtype, b, h, keys_, call.head_dim, scratch_.value);
+        float* const all_sums[] = {scratch_.grad_key, scratch_.grad_value, scratch_.grad_reference};
+        for (float* sums : all_sums) {
+            if (sums) __builtin_memset(sums, 0, size_t(4 * call.keys * scratch_.width));
+        }
+        if (!call.with_reference()) return;
+        pack_keys(call.reference_key, call.dtype, b, h, keys_, call.head_dim, scratch_.reference);
+        // The factor of A_t - A_r in the gradient of the alignment: 2 g w, mean over heads.
+        const float factor = 2.0f * call.grad_alignment[b] / float(call.heads);
+        for (int64_t m = 0; m < keys_.count; ++m) {
+            const float* weights = call.token_weights;
+            const float weight = weights ? weights[b * call.token_weights_batch + keys_.index[m]] : 1.0f;
+            pull_[m] = factor * weight;
+        }
+    }
+
+    void run(int64_t begin, int64_t end, const KeyGradients& gradients) {
+        if (keys_.count == 0) {
+            for (int64_t n = begin; call_.grad_query.data && n < end; ++n) {
+                char* row = call_.grad_query.at(call_.dtype, b_, h_, n);
+                __builtin_memset(row, 0, size_t(call_.head_dim * item_size(call_.dtype)));
+            }
+        }
+        for (int64_t n = begin; keys_.count && n < end;) {
+            if (end - n > kTileVectors / 2 * kLanes) {
+                tile<kTileVectors>(n, end);
+                n += kTileVectors * kLanes;
+            } else {
+                tile<1>(n, end);
+                n += kLanes;
+            }
+        }
+        hand_over(scratch_.grad_key, gradients.key, call_.scale);
+        hand_over(scratch_.grad_value, gradients.value, 1.0f);
+        hand_over(scratch_.grad_reference, gradients.reference_key, call_.scale);
+    }
+
+    static size_t scratch_bytes(const BackwardCall& call) { return Scratch(call, nullptr).bytes; }
+
+private:
+    struct Scratch {
+        Scratch(const BackwardCall& p, char* memory) {
+            Arena arena(memory);
+            width = round_up(p.head_dim, kLanes);
+            key = arena.floats(packed_floats(p));
+            value = arena.floats(packed_floats(p));
+            query_rows = arena.floats(kMaxTileRows * width);
+            output_rows = arena.floats(kMaxTileRows * width);
+            columns = arena.floats(kMaxTileRows * width);
+            target = arena.floats(p.keys * kMaxTileRows);
+            slope = arena.floats(p.keys * kMaxTileRows);
+            if (p.with_reference()) {
+                reference = arena.floats(packed_floats(p));
+                anchor = arena.floats(p.keys * kMaxTileRows);
+            }
+            if (p.grad_key.data) grad_key = arena.floats(p.keys * width);
+            if (p.grad_value.data) grad_value = arena.floats(p.keys * width);
+            if (p.grad_reference_key.data) grad_reference = arena.floats(p.keys * width);
+            bytes = arena.used();
+        }
+        int64_t width;
+        float *key, *value, *query_rows, *output_rows;
+        float* columns;                                 // of the query, of grad_output, of grad_query
+        float *target, *slope;                          // A_t; dA_t and then dS_t
+        float *reference = nullptr, *anchor = nullptr;  // anchor: A_r, and then dS_r
+        float *grad_key = nullptr, *grad_value = nullptr, *grad_reference = nullptr;
+        size_t bytes;
+    };
+
+    template <int J>
+    void tile(int64_t n, int64_t end) {
+        constexpr int64_t kRows = J * kLanes;
+        const int64_t count = end - n < kRows ? end - n : kRows;
+        const ScoreScale scale(call_.scale);
+        const int64_t padded = round_up(call_.head_dim, 4);
+        load_rows(call_.query, call_.dtype, b_, h_, n, count, kRows, call_.head_dim, scratch_.width,
+                  scratch_.query_rows);
+        rows_to_columns<J>(scratch_.query_rows, scratch_.width, padded, scale.sign,
+                           scratch_.columns);
+        Vec inverse[J], inverse_anchor[J] = {}, row_sum[J] = {};
+        softmax_tile<J>(scratch_.key, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
+                        scratch_.target, inverse);
+        if (call_.with_reference()) {
+            softmax_tile<J>(scratch_.reference, keys_.count, call_.head_dim, scratch_.columns,
+                            scale.factor, scratch_.anchor, inverse_anchor);
+        }
+        if (call_.grad_output.data) {
+            load_rows(call_.grad_output, call_.dtype, b_, h_, n, count, kRows, call_.head_dim,
+                      scratch_.width, scratch_.output_rows);
+            rows_to_columns<J>(scratch_.output_rows, scratch_.width, padded, 1.0f, scratch_.columns);
+        }
+        if (call_.with_reference()) {
+            slopes<J, true>(n, count, inverse, inverse_anchor, row_sum);
+        } else {
+            slopes<J, false>(n, count, inverse, inverse_anchor, row_sum);
+        }
+        score_gradients<J>(scratch_.target, scratch_.slope, row_sum);
+        if (call_.reference_grad && call_.with_reference()) reference_score_gradients<J>(inverse_anchor);
+        accumulate<J>(count, scratch_.slope, scratch_.query_rows, scratch_.grad_key);
+        if (call_.grad_output.data) {
+            accumulate<J>(count, scratch_.target, scratch_.output_rows, scratch_.grad_value);
+        }
+        accumulate<J>(count, scratch_.anchor, scratch_.query_rows, scratch_.grad_reference);
+        if (call_.grad_query.data) write_grad_query<J>(n, count);
+    }
+
+    // dA_t = dO V^T + pull (A_t - A_r) + the chosen columns' gradients, and rowsum(A_t dA_t).
+    template <int J, bool kReference>
+    void slopes(int64_t n, int64_t count, const Vec (&inverse)[J], const Vec (&inverse_anchor)[J],
+                Vec (&row_sum)[J]) {
+        constexpr int64_t kRows = J * kLanes;
+        const bool with_maps = call_.map_count && call_.grad_maps;
+        if (with_maps) gather_map_gradients<J>(n, count);
+        const auto visit = [&](int64_t m, auto& products) {
+            for (auto& row : products) {
+                for (int j = 0; j < J; ++j) {
+                    const int64_t at = m * kRows + j * kLanes;
+                    const Vec p = load(scratch_.target + at) * inverse[j];
+                    Vec slope = row[j];
+                    if constexpr (kReference) {
+                        slope += pull_[m] * (p - load(scratch_.anchor + at) * inverse_anchor[j]);
+                    }
+                    if (with_maps) slope += load(scratch_.slope + at);
+                    row_sum[j] += p * slope;
+                    store(scratch_.target + at, p);
+                    store(scratch_.slope + at, slope);
+                }
+                ++m;
+            }
+        };
+        if (call_.grad_output.data) {
+            product<J, Scalars::along_rows>(keys_.count, scratch_.value, call_.head_dim,
+                                            scratch_.columns, kRows, call_.head_dim, visit);
+            return;
+        }
+        for (int64_t m = 0; m < keys_.count; ++m) {
+            Vec none[1][J] = {};
+            visit(m, none);
+        }
+    }
+
+    template <int J>
+    void gather_map_gradients(int64_t n, int64_t count) {
+        constexpr int64_t kRows = J * kLanes;
+        __builtin_memset(scratch_.slope, 0, size_t(4 * keys_.count * kRows));
+        const float share = call_.map_all_heads ? 1.0f : 1.0f / float(call_.heads);
+        const int64_t head = call_.map_all_heads ? b_ * call_.heads + h_ : b_;
+        for (int64_t t = 0; t < call_.map_count; ++t) {
+            const int64_t token = call_.map_tokens[b_ * call_.map_tokens_batch + t];
+            const int64_t m = keys_.find(token, call_.keys);
+            if (m < 0) continue;
+            const float* from = call_.grad_maps + (head * call_.map_count + t) * call_.queries + n;
+            float* to = scratch_.slope + m * kRows;
+            for (int64_t i = 0; i < count; ++i) to[i] += share * from[i];
+        }
+    }
+
+    // dS = A (dA - rowsum(A dA)), in place of dA.
+    template <int J>
+    void score_gradients(const float* probability, float* slope, const Vec (&row_sum)[J]) {
+        for (int64_t m = 0; m < keys_.count; ++m) {
+            for (int j = 0; j < J; ++j) {
+                const int64_t at = (m * J + j) * kLanes;
+                store(slope + at, load(probability + at) * (load(slope + at) - row_sum[j]));
+            }
+        }
+    }
+
+    // dA_r = -pull (A_t - A_r); dS_r takes the place of A_r.
+    template <int J>
+    void reference_score_gradients(const Vec (&inverse_anchor)[J]) {
+        Vec row_sum[J] = {};
+        const auto slope = [&](int64_t m, int64_t at, Vec anchor) {
+            return pull_[m] * (anchor - load(scratch_.target + at));
+        };
+        for (int64_t m = 0; m < keys_.count; ++m) {
+            for (int j = 0; j < J; ++j) {
+                const int64_t at = (m * J + j) * kLanes;
+                const Vec anchor = load(scratch_.anchor + at) * inverse_anchor[j];
+                store(scratch_.anchor + at, anchor);
+                row_sum[j] += anchor * slope(m, at, anchor);
+            }
+        }
+        for (int64_t m = 0; m < keys_.count; ++m) {
+            for (int j = 0; j < J; ++j) {
+                const int64_t at = (m * J + j) * kLanes;
+                const Vec anchor = load(scratch_.anchor + at);
+                store(scratch_.anchor + at, anchor * (slope(m, at, anchor) - row_sum[j]));
+            }
+        }
+    }
+
+    template <int J>
+    void write_grad_query(int64_t n, int64_t count) {
+        constexpr int64_t kRows = J * kLanes;
+        float* columns = scratch_.columns;
+        const float scale = call_.scale;
+        product<J, Scalars::along_columns>(
+            call_.head_dim, scratch_.key, call_.head_dim, scratch_.slope, kRows, keys_.count,
+            [=](int64_t d, auto& sums) {
+                for (auto& row : sums) {
+                    for (int j = 0; j < J; ++j) {
+                        store(columns + d * kRows + j * kLanes, scale * row[j]);
+                    }
+                    ++d;
+                }
+            });
+        if (call_.reference_grad && call_.with_reference()) {
+            product<J, Scalars::along_columns>(
+                call_.head_dim, scratch_.reference, call_.head_dim, scratch_.anchor, kRows,
+                keys_.count, [=](int64_t d, auto& sums) {
+                    for (auto& row : sums) {
+                        for (int j = 0; j < J; ++j) {
+                            float* at = columns + d * kRows + j * kLanes;
+                            store(at, load(at) + scale * row[j]);
+                        }
+                        ++d;
+                    }
+                });
+        }
+        if (count == kRows && call_.dtype == DType::float32 && call_.head_dim % 4 == 0) {
+            char* rows = call_.grad_query.at(call_.dtype, b_, h_, n);
+            columns_to_rows<J>(columns, call_.head_dim, reinterpret_cast<float*>(rows),
+                               call_.grad_query.row);
+            return;
+        }
+        // Nothing needs the query's rows after grad_key.
+        columns_to_rows<J>(columns, round_up(call_.head_dim, 4), scratch_.query_rows, scratch_.width);
+        for (int64_t i = 0; i < count; ++i) {
+            store_row(scratch_.query_rows + i * scratch_.width, call_.head_dim, 1.0f,
+                      call_.grad_query.at(call_.dtype, b_, h_, n + i), call_.dtype);
+        }
+    }
+
+    // sums[m][*] += sum over the tile's rows of tile[m][row] * rows[row][*]
+    template <int J>
+    void accumulate(int64_t count, const float* tile, const float* rows, float* sums) {
+        if (!sums) return;
+        accumulate_product(keys_.count, tile, J * kLanes, rows, scratch_.width / kLanes, count, sums);
+    }
+
+    // The sums of all keys, zeros for the masked ones.
+    void hand_over(const float* sums, const KeyGradient& to, float factor) {
+        if (!sums) return;
+        for (int64_t m = 0; m < call_.keys; ++m) {
+            char* row = to.data + item_size(to.dtype) * m * to.row;
+            if (keys_.position[m] < 0) {
+                __builtin_memset(row, 0, size_t(call_.head_dim * item_size(to.dtype)));
+            } else {
+                store_row(sums + keys_.position[m] * scratch_.width, call_.head_dim, factor, row,
+                          to.dtype);
+            }
+        }
+    }
+
+    const BackwardCall& call_;
+    const int64_t b_, h_;
+    const KeyList keys_;
+    const Scratch scratch_;
+    float pull_[kMaxKeys];
+};
+
+}  // namespace SEFI_ISA
+}  // namespace sefi

@@ -1,0 +1,42 @@
+// Forward of whole tensors: units of query rows, and the alignment's sum in a fixed order.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/calls.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/threads.h"
+
+namespace sefi {
+
+size_t forward(const ForwardCall& call, int threads) {
+    // Long enough that packing the keys costs little, short enough to keep many threads busy.
+    constexpr int64_t kRows = 256;
+    const Kernels& isa = kernels();
+    const int64_t chunks = (call.queries + kRows - 1) / kRows;
+    // Maps averaged over the heads are summed in place: one unit takes all heads of its rows.
+    const int64_t heads = call.map_count && !call.map_all_heads ? call.heads : 1;
+    const int64_t units = call.batch * (call.heads / heads) * chunks;
+    const size_t scratch = round_to_line(isa.forward_scratch(call));
+    threads = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(units, 1)));
+    const Block block = allocate(scratch * size_t(threads));
+    std::vector<double> shares(size_t(call.batch * call.heads * chunks));
+    parallel_for(units, threads, [&](int64_t unit, int thread) {
+        const int64_t chunk = unit % chunks, group = unit / chunks;
+        const int64_t end = std::min(call.queries, (chunk + 1) * kRows);
+        for (int64_t row = group * heads; row < (group + 1) * heads; ++row) {
+            shares[size_t(row * chunks + chunk)] =
+                isa.forward(call, row / call.heads, row % call.heads, chunk * kRows, end,
+                            block.get() + scratch * size_t(thread));
+        }
+    });
+    const size_t each = size_t(call.heads * chunks);
+    for (int64_t b = 0; b < call.batch; ++b) {
+        double total = 0.0;
+        for (size_t i = 0; i < each; ++i) total += shares[size_t(b) * each + i];
+        call.alignment[b] = float(total / double(std::max<int64_t>(call.heads, 1)));
+    }
+    return scratch * size_t(threads) + shares.size() * sizeof(double);
+}
+
+}  // namespace sefi

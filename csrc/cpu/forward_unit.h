@@ -1,0 +1,188 @@
+// Forward of one head for a range of query rows: output, alignment and chosen columns in one pass.
+#pragma once
+
+#include "cpu/scratch.h"
+#include "cpu/softmax.h"
+#include "cpu/transpose.h"
+
+namespace sefi {
+namespace SEFI_ISA {
+
+class ForwardUnit {
+public:
+    ForwardUnit(const ForwardCall& call, int64_t b, int64_t h, char* memory)
+        : call_(call), b_(b), h_(h), keys_(call, b), scratch_(call, memory) {
+        pack_keys(call.key, call.dtype, b, h, keys_, call.head_dim, scratch_.key);
+        pack_keys(call.value, call.dtype, b, h, keys_, call.head_dim, scratch_.value);
+        if (!call.reference_key.data) return;
+        pack_keys(call.reference_key, call.dtype, b, h, keys_, call.head_dim, scratch_.reference);
+        for (int64_t m = 0; m < keys_.count; ++m) {
+            const float* weights = call.token_weights;
+            weights_[m] = weights ? weights[b * call.token_weights_batch + keys_.index[m]] : 1.0f;
+        }
+    }
+
+    double run(int64_t begin, int64_t end) {
+        if (keys_.count == 0) {
+            fill_zeros(begin, end);
+            return 0.0;
+        }
+        double alignment = 0.0;
+        for (int64_t n = begin; n < end;) {
+            // Narrow tiles for a short rest; a wide one as soon as it is cheaper.
+            if (end - n > kTileVectors / 2 * kLanes) {
+                alignment += tile<kTileVectors>(n, end);
+                n += kTileVectors * kLanes;
+            } else {
+                alignment += tile<1>(n, end);
+                n += kLanes;
+            }
+        }
+        return alignment;
+    }
+
+    static size_t scratch_bytes(const Problem& problem) { return Scratch(problem, nullptr).bytes; }
+
+private:
+    struct Scratch {
+        Scratch(const Problem& p, char* memory) {
+            Arena arena(memory);
+            width = round_up(p.head_dim, kLanes);
+            key = arena.floats(packed_floats(p));
+            value = arena.floats(packed_floats(p));
+            rows = arena.floats(kMaxTileRows * width);
+            columns = arena.floats(kMaxTileRows * width);
+            target = arena.floats(p.keys * kMaxTileRows);
+            if (p.reference_key.data) {
+                reference = arena.floats(packed_floats(p));
+                anchor = arena.floats(p.keys * kMaxTileRows);
+            }
+            bytes = arena.used();
+        }
+        int64_t width;
+        float *key, *value, *rows, *columns, *target;  // target: A_t before normalisation
+        float *reference = nullptr, *anchor = nullptr;  // anchor: A_r before normalisation
+        size_t bytes;
+    };
+
+    // Whole float32 tiles are read and written in place.
+    bool in_place(int64_t count, int64_t tile_rows) const {
+        return count == tile_rows && call_.dtype == DType::float32 && call_.head_dim % 4 == 0;
+    }
+
+    template <int J>
+    double tile(int64_t n, int64_t end) {
+        constexpr int64_t kRows = J * kLanes;
+        const int64_t count = end - n < kRows ? end - n : kRows;
+        const ScoreScale scale(call_.scale);
+        if (in_place(count, kRows)) {
+            const char* rows = call_.query.at(call_.dtype, b_, h_, n);
+            rows_to_columns<J>(reinterpret_cast<const float*>(rows), call_.query.row,
+                               call_.head_dim, scale.sign, scratch_.columns);
+        } else {
+            load_rows(call_.query, call_.dtype, b_, h_, n, count, kRows, call_.head_dim,
+                      scratch_.width, scratch_.rows);
+            rows_to_columns<J>(scratch_.rows, scratch_.width, round_up(call_.head_dim, 4), scale.sign,
+                               scratch_.columns);
+        }
+        Vec inverse[J];
+        softmax_tile<J>(scratch_.key, keys_.count, call_.head_dim, scratch_.columns,
+                        scale.factor, scratch_.target, inverse);
+        const double alignment = call_.reference_key.data ? align<J>(inverse) : 0.0;
+        if (call_.map_count) write_maps<J>(n, count, inverse);
+        write_output<J>(n, count, inverse);
+        return alignment;
+    }
+
+    template <int J>
+    double align(const Vec (&inverse)[J]) {
+        constexpr int64_t kRows = J * kLanes;
+        Vec inverse_anchor[J];
+        softmax_tile<J>(scratch_.reference, keys_.count, call_.head_dim, scratch_.columns,
+                        ScoreScale(call_.scale).factor, scratch_.anchor, inverse_anchor);
+        Vec total[J] = {};
+        for (int64_t m = 0; m < keys_.count; ++m) {
+            for (int j = 0; j < J; ++j) {
+                const int64_t at = m * kRows + j * kLanes;
+                const Vec target = load(scratch_.target + at) * inverse[j];
+                const Vec difference = target - load(scratch_.anchor + at) * inverse_anchor[j];
+                total[j] += weights_[m] * difference * difference;
+            }
+        }
+        double alignment = 0.0;
+        for (int j = 0; j < J; ++j) alignment += double(sum(total[j]));
+        return alignment;
+    }
+
+    template <int J>
+    void write_maps(int64_t n, int64_t count, const Vec (&inverse)[J]) {
+        const float share = call_.map_all_heads ? 1.0f : 1.0f / float(call_.heads);
+        for (int64_t t = 0; t < call_.map_count; ++t) {
+            const int64_t m = keys_.find(map_token(t), call_.keys);
+            float column[J * kLanes] = {};
+            for (int j = 0; m >= 0 && j < J; ++j) {
+                const float* p = scratch_.target + (m * J + j) * kLanes;
+                store(column + j * kLanes, share * (load(p) * inverse[j]));
+            }
+            float* to = map_row(t) + n;
+            const bool add = !call_.map_all_heads && h_ > 0;
+            for (int64_t i = 0; i < count; ++i) to[i] = add ? to[i] + column[i] : column[i];
+        }
+    }
+
+    template <int J>
+    void write_output(int64_t n, int64_t count, const Vec (&inverse)[J]) {
+        constexpr int64_t kRows = J * kLanes;
+        // The query's columns are no longer needed.
+        float* columns = scratch_.columns;
+        product<J, Scalars::along_columns>(
+            call_.head_dim, scratch_.value, call_.head_dim, scratch_.target, kRows, keys_.count,
+            [&](int64_t d, auto& sums) {
+                for (auto& row : sums) {
+                    for (int j = 0; j < J; ++j) {
+                        store(columns + d * kRows + j * kLanes, row[j] * inverse[j]);
+                    }
+                    ++d;
+                }
+            });
+        if (in_place(count, kRows)) {
+            char* rows = call_.output.at(call_.dtype, b_, h_, n);
+            columns_to_rows<J>(columns, call_.head_dim, reinterpret_cast<float*>(rows),
+                               call_.output.row);
+            return;
+        }
+        columns_to_rows<J>(columns, round_up(call_.head_dim, 4), scratch_.rows, scratch_.width);
+        for (int64_t i = 0; i < count; ++i) {
+            store_row(scratch_.rows + i * scratch_.width, call_.head_dim, 1.0f,
+                      call_.output.at(call_.dtype, b_, h_, n + i), call_.dtype);
+        }
+    }
+
+    int64_t map_token(int64_t t) const {
+        return call_.map_tokens[b_ * call_.map_tokens_batch + t];
+    }
+
+    float* map_row(int64_t t) const {
+        const int64_t head = call_.map_all_heads ? b_ * call_.heads + h_ : b_;
+        return call_.maps + (head * call_.map_count + t) * call_.queries;
+    }
+
+    void fill_zeros(int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+            char* row = call_.output.at(call_.dtype, b_, h_, n);
+            __builtin_memset(row, 0, size_t(call_.head_dim * item_size(call_.dtype)));
+        }
+        for (int64_t t = 0; t < call_.map_count; ++t) {
+            __builtin_memset(map_row(t) + begin, 0, size_t(4 * (end - begin)));
+        }
+    }
+
+    const ForwardCall& call_;
+    const int64_t b_, h_;
+    const KeyList keys_;
+    const Scratch scratch_;
+    float weights_[kMaxKeys];
+};
+
+}  // namespace SEFI_ISA
+}  // namespace sefi

@@ -1,0 +1,68 @@
+// What one call is asked to do: sizes, strides and raw pointers, the same for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace sefi {
+
+enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+inline int64_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// A [batch, head, row, head_dim] tensor with a dense last axis; strides count elements. A null
+// pointer: the tensor is absent. Shared: one entry serves all samples, and the batch stride is 0.
+struct View {
+    char* data = nullptr;
+    int64_t batch = 0, head = 0, row = 0;
+    bool shared = false;
+
+    char* at(DType dtype, int64_t b, int64_t h, int64_t n) const {
+        return data + item_size(dtype) * (b * batch + h * head + n * row);
+    }
+};
+
+struct Problem {
+    int64_t batch = 0, heads = 0, queries = 0, keys = 0, head_dim = 0;
+    DType dtype = DType::float32;
+    float scale = 1.0f;
+    View query, key, value, reference_key;
+    // Each per sample, or with batch stride 0 one for all.
+    const float* token_weights = nullptr;
+    int64_t token_weights_batch = 0;
+    const uint8_t* key_mask = nullptr;
+    int64_t key_mask_batch = 0;
+    const int64_t* map_tokens = nullptr;
+    int64_t map_tokens_batch = 0, map_count = 0;
+    bool map_all_heads = false;
+};
+
+struct ForwardCall : Problem {
+    View output;
+    float* alignment = nullptr;  // [batch]
+    float* maps = nullptr;       // [batch, map_count, queries], or [batch, heads, map_count, queries]
+};
+
+struct BackwardCall : Problem {
+    View grad_output;
+    const float* grad_alignment = nullptr;
+    const float* grad_maps = nullptr;
+    bool reference_grad = false;
+    // Absent where the gradient is not wanted.
+    View grad_query, grad_key, grad_value, grad_reference_key;
+
+    bool with_reference() const { return reference_key.data && grad_alignment; }
+};
+
+// Where a unit of backward work leaves its share of a key-side gradient: rows of the result itself,
+// or float32 rows of a partial sum that are added in a fixed order later.
+struct KeyGradient {
+    char* data = nullptr;
+    int64_t row = 0;
+    DType dtype = DType::float32;
+};
+
+struct KeyGradients {
+    KeyGradient key, value, reference_key;
+};
+
+}  // namespace sefi

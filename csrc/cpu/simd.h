@@ -1,0 +1,74 @@
+// Vectors of floats for the instruction set that this translation unit is compiled for.
+//
+// Everything here and in the headers that include it lives in a namespace of its own for each
+// instruction set, and uses no templates of the standard library: the linker keeps one copy of an
+// inline function, which must never be one that needs instructions the machine may lack.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SEFI_INLINE inline __attribute__((always_inline))
+
+namespace sefi {
+namespace SEFI_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+// Query rows lie along the lanes; a full tile is this many vectors wide.
+constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+SEFI_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+SEFI_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+SEFI_INLINE Vec broadcast(float s) { return s - Vec{}; }
+
+// The second operand where either is NaN, as the x86 instruction does.
+SEFI_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+SEFI_INLINE float sum(Vec v) {
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += v[i];
+    return total;
+}
+
+// 2**x for x < 127, relative error below 1.5 ulp; below 2**-126 it stays there. NaN stays NaN.
+SEFI_INLINE Vec exp2_clamped(Vec x) {
+    x = max(broadcast(-126.0f), x);
+    // Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits of the sum.
+    const Vec magic = broadcast(12582912.0f);
+    const Vec shifted = x + magic;
+    const Vec f = x - (shifted - magic);
+    Vec p = f * 1.5353362e-4f + 1.3398875e-3f;
+    p = f * p + 9.6184369e-3f;
+    p = f * p + 5.5503324e-2f;
+    p = f * p + 2.4022648e-1f;
+    p = f * p + 6.9314718e-1f;
+    p = f * p + 1.0f;
+    return (Vec)((IntVec)p + ((IntVec)shifted << 23));
+}
+
+}  // namespace SEFI_ISA
+}  // namespace sefi

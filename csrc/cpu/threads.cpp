@@ -1,0 +1,129 @@
+// Runs numbered pieces of work on several threads.
+//
+// PyTorch's OpenMP workers spin for a while after each of its operators. A second pool beside them
+// would fight them for the cores, so the run-time that the process holds already is borrowed by
+// name, without linking to it. Without one (or in a forked child, where OpenMP's threads are gone)
+// a pool of our own does the work.
+#include "cpu/threads.h"
+
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace sefi {
+namespace {
+
+// The entry point of GNU's OpenMP run-time, which LLVM's and Intel's have too.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel find_openmp() { return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
+
+struct Job {
+    const std::function<void(int64_t, int)>& work;
+    const int64_t count;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> threads{0};
+    std::mutex failed;
+    std::exception_ptr failure = nullptr;
+
+    void run() noexcept {
+        const int thread = threads.fetch_add(1);
+        try {
+            for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, thread);
+        } catch (...) {
+            next.store(count);
+            const std::lock_guard<std::mutex> lock(failed);
+            if (!failure) failure = std::current_exception();
+        }
+    }
+};
+
+// Threads that sleep between jobs. One job at a time; a second caller waits its turn.
+class Pool {
+public:
+    void run(Job& job, int threads) {
+        const std::lock_guard<std::mutex> turn(turn_);
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            while (int(workers_.size()) < threads - 1) {
+                workers_.emplace_back([this] { serve(); });
+                workers_.back().detach();
+            }
+            job_ = &job;
+            seats_ = threads - 1;
+        }
+        wake_.notify_all();
+        job.run();
+        std::unique_lock<std::mutex> lock(mutex_);
+        job_ = nullptr;
+        done_.wait(lock, [this] { return busy_ == 0; });
+    }
+
+private:
+    void serve() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [this] { return job_ && seats_ > 0; });
+            Job* job = job_;
+            --seats_;
+            ++busy_;
+            lock.unlock();
+            job->run();
+            lock.lock();
+            --busy_;
+            if (busy_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex turn_, mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    Job* job_ = nullptr;
+    int seats_ = 0, busy_ = 0;
+};
+
+// Never destroyed: at the end of the process its threads may still sleep in it. A forked child has
+// none of its parent's threads and makes a pool of its own.
+Pool& own_pool() {
+    static std::mutex mutex;
+    static Pool* pool = nullptr;
+    static pid_t owner = 0;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!pool || owner != getpid()) {
+        pool = new Pool;
+        owner = getpid();
+    }
+    return *pool;
+}
+
+GompParallel openmp() {
+    static const pid_t loader = getpid();
+    static const GompParallel found = find_openmp();
+    return loader == getpid() ? found : nullptr;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t, int)>& work) {
+    threads = int(std::min<int64_t>(threads, count));
+    Job job{work, count};
+    if (threads <= 1) {
+        job.run();
+    } else if (const GompParallel parallel = openmp()) {
+        parallel([](void* data) { static_cast<Job*>(data)->run(); }, &job, unsigned(threads), 0);
+    } else {
+        own_pool().run(job, threads);
+    }
+    if (job.failure) std::rethrow_exception(job.failure);
+}
+
+const char* thread_source() { return openmp() ? "openmp" : "own"; }
+
+}  // namespace sefi

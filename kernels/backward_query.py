@@ -1,0 +1,167 @@
+"""Backward kernel for the queries: recomputes the probabilities of its rows and writes dQ once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    accumulate,
+    add_to_column,
+    block_offset,
+    head_offset,
+    inner_products,
+    load_keys,
+    load_rows,
+    load_weights,
+    probabilities,
+    row_offsets,
+    scale_rows,
+    softmax_gradient,
+    store_rows,
+    valid_keys,
+    zero_rows,
+)
+
+
+@triton.jit
+def cross_attention_backward_query(
+    query, key, value, reference_key, token_weights, key_mask, map_tokens,
+    grad_output, grad_alignment, grad_maps, grad_query, statistics,
+    query_stride_b, query_stride_h, query_stride_n,
+    key_stride_b, key_stride_h, key_stride_m,
+    value_stride_b, value_stride_h, value_stride_m,
+    reference_stride_b, reference_stride_h, reference_stride_m,
+    output_stride_b, output_stride_h, output_stride_n,
+    weight_stride_b, mask_stride_b, token_stride_b, alignment_stride_b,
+    map_stride_b, map_stride_h, map_factor,
+    heads, rows, keys, tokens, blocks_a_program, scale_log2, scale,
+    DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
+    KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
+    REFERENCE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head.
+
+    Grid (B·H, programs along the rows). Writes grad_query [B, N, H, D] and, for the kernel of the
+    keys, statistics [B, H, 4, N]: log2 of the sum of A_t's exponentials, rowsum(A_t ∘ dA_t), and
+    the same two of A_r; either may be None. Gradients that did not come (grad_output,
+    grad_alignment, grad_maps) are None and cost nothing, and so do value without the first and
+    reference_key without the second.
+    """
+    HAS_MASK: tl.constexpr = key_mask is not None
+    MASK_MAIN: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
+    HAS_OUTPUT: tl.constexpr = grad_output is not None
+    HAS_ALIGNMENT: tl.constexpr = grad_alignment is not None
+    HAS_MAPS: tl.constexpr = grad_maps is not None
+    batch = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+
+    valid_main, valid_tail = valid_keys(
+        key_mask, batch, mask_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_MASK
+    )
+    key_main, key_tail = load_keys(
+        key, batch, head, key_stride_b, key_stride_h, key_stride_m, keys,
+        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+    )  # fmt: skip
+    value_main = key_main
+    value_tail = key_tail
+    reference_main = key_main
+    reference_tail = key_tail
+    weight_main = valid_main
+    weight_tail = valid_tail
+    alignment_factor = 0.0
+    if HAS_OUTPUT:
+        value_main, value_tail = load_keys(
+            value, batch, head, value_stride_b, value_stride_h, value_stride_m, keys,
+            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+        )  # fmt: skip
+        grad_output += head_offset(batch, head, output_stride_b, output_stride_h, ALIGNMENT)
+    if HAS_ALIGNMENT:
+        reference_main, reference_tail = load_keys(
+            reference_key, batch, head,
+            reference_stride_b, reference_stride_h, reference_stride_m, keys,
+            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+        )  # fmt: skip
+        HAS_WEIGHTS: tl.constexpr = token_weights is not None
+        weight_main, weight_tail = load_weights(
+            token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
+        )
+        alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
+    if HAS_MAPS:
+        map_tokens += batch.to(tl.int64) * token_stride_b
+        grad_maps += head_offset(batch, head, map_stride_b, map_stride_h, 1)
+
+    query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
+    query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
+    output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
+    target_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
+    if grad_query is not None:
+        grad_query += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
+    if statistics is not None:
+        statistics += tl.program_id(0).to(tl.int64) * 4 * rows
+    first = tl.program_id(1) * blocks_a_program
+    last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
+    # Without hoisting the loop keeps its shared-memory descriptors out of the registers.
+    for step in tl.range(0, last - first, disable_licm=True):
+        block = first + step
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        row_valid = row < rows
+        source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
+        queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        main, tail, log_sum = probabilities(
+            queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
+            DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
+        )  # fmt: skip
+        if HAS_OUTPUT:
+            source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
+            grad_outputs = load_rows(
+                source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
+            )
+            grad_main = inner_products(grad_outputs, value_main, DIM_TAIL)
+            grad_tail = grad_main
+            if KEY_TAIL > 0:
+                grad_tail = inner_products(grad_outputs, value_tail, DIM_TAIL)
+        else:
+            grad_main = tl.zeros_like(main)
+            grad_tail = tl.zeros_like(tail)
+        if HAS_MAPS:
+            for token in range(tokens):
+                gradient = tl.load(grad_maps + token * rows + row, mask=row_valid, other=0.0)
+                grad_main, grad_tail = add_to_column(
+                    grad_main, grad_tail, tl.load(map_tokens + token), gradient * map_factor,
+                    KEY_MAIN, KEY_TAIL,
+                )  # fmt: skip
+        if HAS_ALIGNMENT:
+            other_main, other_tail, other_log_sum = probabilities(
+                queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
+                DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
+            )  # fmt: skip
+            pull_main = (main - other_main) * (weight_main * alignment_factor)[None, :]
+            grad_main += pull_main
+            pull_tail = pull_main
+            if KEY_TAIL > 0:
+                pull_tail = (tail - other_tail) * (weight_tail * alignment_factor)[None, :]
+                grad_tail += pull_tail
+        grad_main, grad_tail, mean = softmax_gradient(main, tail, grad_main, grad_tail, KEY_TAIL)
+        sums = accumulate(zero_rows(BLOCK, DIM_MAIN, DIM_TAIL), grad_main, key_main, DIM_TAIL)
+        if KEY_TAIL > 0:
+            sums = accumulate(sums, grad_tail, key_tail, DIM_TAIL)
+        if REFERENCE_GRAD:
+            pull_main, pull_tail, other_mean = softmax_gradient(
+                other_main, other_tail, -pull_main, -pull_tail, KEY_TAIL
+            )
+            sums = accumulate(sums, pull_main, reference_main, DIM_TAIL)
+            if KEY_TAIL > 0:
+                sums = accumulate(sums, pull_tail, reference_tail, DIM_TAIL)
+        if grad_query is not None:
+            sums = scale_rows(sums, scale, DIM_TAIL)
+            target = grad_query + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
+            store_rows(target, target_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
+        if statistics is not None:
+            tl.store(statistics + row, log_sum, mask=row_valid)
+            tl.store(statistics + rows + row, mean, mask=row_valid)
+            if HAS_ALIGNMENT:
+                tl.store(statistics + 2 * rows + row, other_log_sum, mask=row_valid)
+            if REFERENCE_GRAD:
+                tl.store(statistics + 3 * rows + row, other_mean, mask=row_valid)

@@ -1,0 +1,189 @@
+"""Ahead-of-time compile of launches for an architecture, without a GPU: registers, spills, loads."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import tempfile
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import (
+    Device,
+    Gradients,
+    Inputs,
+    Launch,
+    plan_backward_key_value,
+    plan_backward_query,
+    plan_forward,
+)
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+MULTIPROCESSORS = {80: 108, 90: 132}
+HEAD_DIMS = (40, 64, 80, 160)
+
+
+class Report(NamedTuple):
+    """What the compiler made of one launch.
+
+    registers a thread; spill_bytes stored and loaded; shared_bytes of a program; matrix
+    instructions in the PTX (warp-group ones count among them) and warp-group ones alone; global
+    loads by width in bits, asynchronous copies included.
+    """
+
+    name: str
+    capability: int
+    block: int
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    matrix_instructions: int
+    warp_group_instructions: int
+    loads: dict[int, int]
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
+    """Types, constants and promises of the arguments, as a launch of the same tensors has them."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    promises: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        divisible = isinstance(value, Tensor)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            promises[index,] = [["tt.divisibility", 16]]
+    return signature, constants, promises
+
+
+def _load_widths(ptx: str) -> dict[int, int]:
+    widths: dict[int, int] = {}
+    for vector, bits in re.findall(r"\bld\.global(?:\.\w+)*?(?:\.v(\d))?\.[busf](\d+)", ptx):
+        width = int(vector or 1) * int(bits)
+        widths[width] = widths.get(width, 0) + 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx):
+        width = int(size, 0) * 8
+        widths[width] = widths.get(width, 0) + 1
+    return dict(sorted(widths.items()))
+
+
+def compile_launch(launch: Launch, capability: int) -> Report:
+    """Compile one planned launch for compute capability major · 10 + minor.
+
+    Needs the compiled mode of Triton: RuntimeError when TRITON_INTERPRET=1 was set at import.
+    """
+    if not hasattr(launch.kernel, "params"):
+        raise RuntimeError(
+            "the kernels were imported for Triton's interpreter; unset TRITON_INTERPRET and start "
+            "a new Python process to compile them"
+        )
+    signature, constants, promises = _signature(launch)
+    source = ASTSource(launch.kernel, signature, constants, promises)
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    log = io.StringIO()
+    knobs = triton.knobs
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
+        knobs.cache.dir = folder
+        knobs.nvidia.dump_ptxas_log = True
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    text = log.getvalue()
+    registers = re.search(r"Used (\d+) registers", text)
+    if registers is None:
+        raise RuntimeError(f"ptxas reported no registers for {source.name}:\n{text}")
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
+    ptx = compiled.asm["ptx"]
+    warp_group = len(re.findall(r"\bwgmma\.mma_async", ptx))
+    return Report(
+        source.name,
+        capability,
+        launch.config.block,
+        launch.config.warps,
+        launch.config.stages,
+        int(registers.group(1)),
+        sum(map(int, spills)),
+        compiled.metadata.shared,
+        warp_group + len(re.findall(r"\bmma\.sync", ptx)),
+        warp_group,
+        _load_widths(ptx),
+    )
+
+
+def example_launches(
+    capability: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: int,
+    *,
+    batch: int = 2,
+    heads: int = 8,
+    keys: int = 77,
+    reference: bool = True,
+    weights: bool = False,
+    tokens: int = 0,
+    reference_grad: bool = False,
+) -> dict[str, Launch]:
+    """The launches of one call and its backward, planned on tensors without memory.
+
+    With reference, the alignment and its gradient take part; with tokens, so many columns of the
+    maps. Keys are "forward", "backward_query" and "backward_key_value".
+    """
+    device = Device(capability, MULTIPROCESSORS.get(capability, 132), False)
+
+    def empty(length: int) -> Tensor:
+        shape = (batch, length, heads, head_dim)
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query, key, value = (empty(length).transpose(1, 2) for length in (rows, keys, keys))
+    inputs = Inputs(
+        query,
+        key,
+        value,
+        key if reference else None,
+        torch.empty((1, keys), device="meta") if weights else None,
+        None,
+        torch.empty((1, tokens), dtype=torch.int64, device="meta") if tokens else None,
+    )
+    maps = torch.empty((batch, heads, tokens, rows), device="meta") if tokens else None
+    gradients = Gradients(
+        query, torch.empty(batch, device="meta") if reference else None, maps
+    )
+    scale = head_dim**-0.5
+    forward, _ = plan_forward(inputs, empty(rows), maps, scale, device)
+    statistics = torch.empty((batch, heads, 4, rows), device="meta")
+    backward_query = plan_backward_query(
+        inputs, gradients, empty(rows), statistics, scale, reference_grad, device
+    )
+    wanted = (empty(keys), empty(keys), empty(keys) if reference_grad else None)
+    backward_key_value = plan_backward_key_value(
+        inputs, gradients, statistics, wanted, scale, device
+    )[0]
+    return {
+        "forward": forward,
+        "backward_query": backward_query,
+        "backward_key_value": backward_key_value,
+    }

@@ -1,0 +1,144 @@
+"""The table of launch configurations: block of rows, warps and stages by device, width and rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class KernelConfig(NamedTuple):
+    """How one kernel is launched: rows of a block, warps, software-pipeline stages."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+WIDTHS = (48, 64, 80, 160, 256)
+"""Upper ends of the head width buckets, in columns of main and tail tile together."""
+
+FEW_ROWS = 256
+"""Up to so many queries a head, the blocks of the "few" column are taken."""
+
+SUM_BLOCK = 1024
+"""Elements a program of the kernel that adds up partial gradients."""
+
+
+def _rows(*table: tuple[int, tuple[int, int, int], tuple[int, int, int]]):
+    """Unfold (head width bucket, many queries, few queries) lines into a dict."""
+    return {
+        (width, bucket): KernelConfig(*config)
+        for width, many, few in table
+        for bucket, config in (("many", many), ("few", few))
+    }
+
+
+# One line: head width bucket, (block, warps, stages) for many queries, the same for few. Chosen so
+# that nothing spills for 77 keys with alignment; the measured registers stand in
+# docs/performance.md and are held by tests/kernels/test_compile.py.
+TABLE: dict[tuple[str, int, str], dict[tuple[int, str], KernelConfig]] = {
+    ("forward", 90, "half"): _rows(
+        (48, (64, 4, 2), (64, 4, 1)),
+        (64, (64, 4, 2), (64, 4, 1)),
+        (80, (64, 4, 2), (64, 4, 1)),
+        (160, (64, 4, 2), (64, 4, 1)),
+        (256, (64, 4, 2), (64, 4, 1)),
+    ),
+    ("backward_query", 90, "half"): _rows(
+        (48, (64, 4, 2), (64, 4, 1)),
+        (64, (64, 4, 2), (64, 4, 1)),
+        (80, (64, 4, 2), (64, 4, 1)),
+        (160, (64, 8, 1), (64, 8, 1)),
+        (256, (64, 8, 1), (64, 8, 1)),
+    ),
+    ("backward_key_value", 90, "half"): _rows(
+        (48, (64, 8, 2), (64, 8, 1)),
+        (64, (64, 8, 2), (64, 8, 1)),
+        (80, (64, 8, 2), (64, 8, 1)),
+        (160, (64, 8, 1), (64, 8, 1)),
+        (256, (64, 8, 1), (64, 8, 1)),
+    ),
+    ("forward", 80, "half"): _rows(
+        (48, (64, 4, 1), (64, 4, 1)),
+        (64, (64, 4, 1), (64, 4, 1)),
+        (80, (64, 4, 1), (64, 4, 1)),
+        (160, (64, 8, 1), (64, 8, 1)),
+        (256, (64, 8, 1), (64, 8, 1)),
+    ),
+    ("backward_query", 80, "half"): _rows(
+        (48, (64, 8, 1), (64, 8, 1)),
+        (64, (64, 8, 1), (64, 8, 1)),
+        (80, (64, 8, 1), (64, 8, 1)),
+        (160, (32, 8, 1), (32, 8, 1)),
+        (256, (32, 8, 1), (32, 8, 1)),
+    ),
+    ("backward_key_value", 80, "half"): _rows(
+        (48, (64, 8, 1), (64, 8, 1)),
+        (64, (64, 8, 1), (64, 8, 1)),
+        (80, (64, 8, 1), (64, 8, 1)),
+        (160, (32, 8, 1), (32, 8, 1)),
+        (256, (32, 8, 1), (32, 8, 1)),
+    ),
+    ("forward", 80, "single"): _rows(
+        (48, (32, 4, 1), (32, 4, 1)),
+        (64, (32, 4, 1), (32, 4, 1)),
+        (80, (32, 4, 1), (32, 4, 1)),
+        (160, (32, 8, 1), (32, 8, 1)),
+        (256, (32, 8, 1), (32, 8, 1)),
+    ),
+    ("backward_query", 80, "single"): _rows(
+        (48, (32, 8, 1), (32, 8, 1)),
+        (64, (32, 8, 1), (32, 8, 1)),
+        (80, (32, 8, 1), (32, 8, 1)),
+        (160, (32, 8, 1), (32, 8, 1)),
+        (256, (32, 8, 1), (32, 8, 1)),
+    ),
+    ("backward_key_value", 80, "single"): _rows(
+        (48, (32, 8, 1), (32, 8, 1)),
+        (64, (32, 8, 1), (32, 8, 1)),
+        (80, (32, 8, 1), (32, 8, 1)),
+        (160, (32, 8, 1), (32, 8, 1)),
+        (256, (32, 8, 1), (32, 8, 1)),
+    ),
+}
+
+PROGRAMS = {"forward": 4, "backward_query": 3, "backward_key_value": 2}
+"""Programs of one multiprocessor that a launch aims at: more rows a program beyond that."""
+
+
+def choose_config(
+    kernel: str, capability: int, precision: str, width: int, key_width: int, rows: int
+) -> KernelConfig:
+    """The configuration of the newest listed device that is not newer than this one.
+
+    kernel is "forward", "backward_query" or "backward_key_value"; capability is major · 10 + minor;
+    precision "half" or "single"; width and key_width are columns of main and tail tile together;
+    rows is the number of queries of a head.
+    """
+    listed = [c for k, c, p in TABLE if k == kernel and p == precision and c <= capability]
+    table = TABLE[kernel, max(listed, default=80), precision]
+    bucket = "few" if rows <= FEW_ROWS else "many"
+    config = table[next(limit for limit in WIDTHS if width <= limit), bucket]
+    # More than 80 keys hold more probabilities a row: fewer rows, or more warps to hold them.
+    if key_width > 80:
+        config = config._replace(warps=8, stages=1)
+    if key_width > 128:
+        config = config._replace(block=max(config.block // 2, 16))
+    return config
+
+
+def split_tile(size: int, smallest: int) -> tuple[int, int]:
+    """Main and tail tile, powers of two from 16 on, that cover a size; no tail gives 0.
+
+    A tail is used where both together are smaller than the next power of two and the main tile has
+    at least `smallest` columns: 77 -> (64, 16), 40 -> (32, 16), 160 -> (128, 32), 64 -> (64, 0).
+    """
+    whole = 16
+    while whole < size:
+        whole *= 2
+    main = whole // 2
+    if main < smallest or whole == size:
+        return whole, 0
+    tail = 16
+    while main + tail < size:
+        tail *= 2
+    return (main, tail) if main + tail < whole else (whole, 0)

@@ -1,0 +1,115 @@
+"""Forward kernel: output, alignment and selected columns of the maps in one pass over the rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    accumulate,
+    block_offset,
+    head_offset,
+    load_keys,
+    load_rows,
+    load_weights,
+    pick_column,
+    probabilities,
+    row_offsets,
+    store_rows,
+    valid_keys,
+    zero_rows,
+)
+
+
+@triton.jit
+def cross_attention_forward(
+    query, key, value, reference_key, token_weights, key_mask, map_tokens,
+    output, alignment, maps,
+    query_stride_b, query_stride_h, query_stride_n,
+    key_stride_b, key_stride_h, key_stride_m,
+    value_stride_b, value_stride_h, value_stride_m,
+    reference_stride_b, reference_stride_h, reference_stride_m,
+    weight_stride_b, mask_stride_b, token_stride_b,
+    heads, rows, keys, tokens, blocks_a_program, scale_log2,
+    DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
+    KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Equations 4 and 5 for blocks_a_program blocks of rows of one head.
+
+    Grid (B·H, programs along the rows). Writes output [B, N, H, D], alignment [B, H, programs]
+    (partial sums over this program's rows, not divided by H) and maps [B, H, T, N]; reference_key,
+    token_weights, key_mask and maps may be None. FULL_KEYS says that the key tiles hold M keys
+    exactly.
+    """
+    HAS_MASK: tl.constexpr = key_mask is not None
+    MASK_MAIN: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
+    batch = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+
+    valid_main, valid_tail = valid_keys(
+        key_mask, batch, mask_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_MASK
+    )
+    key_main, key_tail = load_keys(
+        key, batch, head, key_stride_b, key_stride_h, key_stride_m, keys,
+        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+    )  # fmt: skip
+    value_main, value_tail = load_keys(
+        value, batch, head, value_stride_b, value_stride_h, value_stride_m, keys,
+        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+    )  # fmt: skip
+    if reference_key is not None:
+        reference_main, reference_tail = load_keys(
+            reference_key, batch, head,
+            reference_stride_b, reference_stride_h, reference_stride_m, keys,
+            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+        )  # fmt: skip
+        HAS_WEIGHTS: tl.constexpr = token_weights is not None
+        weight_main, weight_tail = load_weights(
+            token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
+        )
+    if maps is not None:
+        map_tokens += batch.to(tl.int64) * token_stride_b
+        maps += tl.program_id(0).to(tl.int64) * tokens * rows
+
+    query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
+    output += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
+    query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
+    output_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
+    distance = tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(1) * blocks_a_program
+    last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
+    for step in tl.range(0, last - first, disable_licm=True):
+        block = first + step
+        row = block * BLOCK + tl.arange(0, BLOCK)
+        row_valid = row < rows
+        source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
+        queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        main, tail, _ = probabilities(
+            queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
+            DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
+        )  # fmt: skip
+        if maps is not None:
+            for token in range(tokens):
+                column = tl.load(map_tokens + token)
+                picked = pick_column(main, tail, column, KEY_MAIN, KEY_TAIL)
+                tl.store(maps + token * rows + row, picked, mask=row_valid)
+        if reference_key is not None:
+            other_main, other_tail, _ = probabilities(
+                queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
+                DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
+            )  # fmt: skip
+            difference = main - other_main
+            squared = tl.sum(difference * difference * weight_main[None, :], axis=1)
+            if KEY_TAIL > 0:
+                difference = tail - other_tail
+                squared += tl.sum(difference * difference * weight_tail[None, :], axis=1)
+            distance += tl.where(row_valid, squared, 0.0)
+        sums = accumulate(zero_rows(BLOCK, DIM_MAIN, DIM_TAIL), main, value_main, DIM_TAIL)
+        if KEY_TAIL > 0:
+            sums = accumulate(sums, tail, value_tail, DIM_TAIL)
+        target = output + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
+        store_rows(target, output_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
+    if reference_key is not None:
+        place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(alignment + place, tl.sum(distance))

@@ -1,0 +1,281 @@
+"""Device helpers shared by the kernels: tiles in two parts, masked softmax, its gradient.
+
+A tile of keys or of head columns is a main part, a power of two, and an optional tail part, so that
+77 keys cost 64 + 16 and a head of 40 columns 32 + 16. Tuples carry the parts along the head width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head_offset(batch, head, stride_batch, stride_head, ALIGNMENT: tl.constexpr):
+    """Offset of one head in elements, in 64 bits; ALIGNMENT promises what it is a multiple of."""
+    offset = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+    if ALIGNMENT > 1:
+        offset = tl.multiple_of(offset, ALIGNMENT)
+    return offset
+
+
+@triton.jit
+def block_offset(block, BLOCK: tl.constexpr, stride, ALIGNMENT: tl.constexpr):
+    """Offset of a block's first row in elements, in 64 bits."""
+    offset = (block * BLOCK).to(tl.int64) * stride
+    if ALIGNMENT > 1:
+        offset = tl.multiple_of(offset, ALIGNMENT)
+    return offset
+
+
+@triton.jit
+def row_offsets(rows, stride, ALIGNMENT: tl.constexpr):
+    """Offsets of a tile's rows from its first in elements, in 32 bits: see launch.row_limit.
+
+    ALIGNMENT promises what they are multiples of.
+    """
+    offsets = rows * stride
+    if ALIGNMENT > 1:
+        offsets = tl.multiple_of(offsets, ALIGNMENT)
+    return offsets
+
+
+@triton.jit
+def load_part(
+    base, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
+    MASK_ROWS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST .. FIRST + WIDTH of some rows, zeros past the head width and in invalid rows."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = base + offsets[:, None] + columns[None, :]
+    if FIRST + WIDTH > DIM:
+        inside = (columns < DIM)[None, :]
+        if MASK_ROWS:
+            inside = inside & valid[:, None]
+        part = tl.load(pointers, mask=inside, other=0.0)
+    elif MASK_ROWS:
+        part = tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        part = tl.load(pointers)
+    # The interpreter multiplies and rounds bfloat16 wrongly; there everything runs in float32.
+    if UPCAST:
+        part = part.to(tl.float32)
+    return part
+
+
+@triton.jit
+def load_rows(
+    base, offsets, valid, DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
+    MASK_ROWS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one head, as a tuple of the main and, if there is one, the tail part."""
+    main = load_part(base, offsets, valid, 0, DIM_MAIN, DIM, MASK_ROWS, UPCAST)
+    if DIM_TAIL > 0:
+        tail = load_part(base, offsets, valid, DIM_MAIN, DIM_TAIL, DIM, MASK_ROWS, UPCAST)
+        return (main, tail)
+    else:
+        return (main,)
+
+
+@triton.jit
+def load_keys(
+    base, batch, head, stride_b, stride_h, stride_m, keys, DIM: tl.constexpr,
+    DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, KEY_MAIN: tl.constexpr,
+    KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """All keys (or values) of one head: the main tile's parts and the tail tile's.
+
+    Without a tail the second result repeats the first and must not be used.
+    """
+    base += head_offset(batch, head, stride_b, stride_h, ALIGNMENT)
+    columns = tl.arange(0, KEY_MAIN)
+    offsets = row_offsets(columns, stride_m, ALIGNMENT)
+    MASK_ROWS: tl.constexpr = KEY_TAIL == 0 and not FULL_KEYS
+    main = load_rows(base, offsets, columns < keys, DIM, DIM_MAIN, DIM_TAIL, MASK_ROWS, UPCAST)
+    if KEY_TAIL > 0:
+        columns = KEY_MAIN + tl.arange(0, KEY_TAIL)
+        offsets = row_offsets(columns, stride_m, ALIGNMENT)
+        tail = load_rows(base, offsets, columns < keys, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        return main, tail
+    else:
+        return main, main
+
+
+@triton.jit
+def store_part(
+    base, offsets, valid, part, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
+    """Store one part of some rows, nothing past the head width or in invalid rows."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    inside = valid[:, None]
+    if FIRST + WIDTH > DIM:
+        inside = inside & (columns < DIM)[None, :]
+    pointers = base + offsets[:, None] + columns[None, :]
+    tl.store(pointers, part.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_rows(
+    base, offsets, valid, rows, DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr
+):
+    """Store some rows of one head from a tuple of its parts."""
+    store_part(base, offsets, valid, rows[0], 0, DIM_MAIN, DIM)
+    if DIM_TAIL > 0:
+        store_part(base, offsets, valid, rows[1], DIM_MAIN, DIM_TAIL, DIM)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr):
+    """A float32 accumulator of rows, as a tuple of its parts."""
+    main = tl.zeros([ROWS, DIM_MAIN], tl.float32)
+    if DIM_TAIL > 0:
+        return (main, tl.zeros([ROWS, DIM_TAIL], tl.float32))
+    else:
+        return (main,)
+
+
+@triton.jit
+def inner_products(left, right, DIM_TAIL: tl.constexpr):
+    """left · rightᵀ over the head width: [rows of left, rows of right], float32."""
+    products = tl.dot(left[0], tl.trans(right[0]), input_precision="ieee")
+    if DIM_TAIL > 0:
+        products = tl.dot(left[1], tl.trans(right[1]), acc=products, input_precision="ieee")
+    return products
+
+
+@triton.jit
+def accumulate(sums, weights, rows, DIM_TAIL: tl.constexpr):
+    """sums + weights · rows, part by part; the weights are rounded to the rows' dtype."""
+    rounded = weights.to(rows[0].dtype)
+    main = tl.dot(rounded, rows[0], acc=sums[0], input_precision="ieee")
+    if DIM_TAIL > 0:
+        return (main, tl.dot(rounded, rows[1], acc=sums[1], input_precision="ieee"))
+    else:
+        return (main,)
+
+
+@triton.jit
+def scale_rows(rows, factor, DIM_TAIL: tl.constexpr):
+    """Every part times one factor."""
+    if DIM_TAIL > 0:
+        return (rows[0] * factor, rows[1] * factor)
+    else:
+        return (rows[0] * factor,)
+
+
+@triton.jit
+def valid_keys(
+    key_mask, batch, stride_b, keys, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """True for the columns that are keys at all and are not masked out, main and tail."""
+    columns = tl.arange(0, KEY_MAIN)
+    main = columns < keys
+    if HAS_MASK:
+        key_mask += batch.to(tl.int64) * stride_b
+        main = main & (tl.load(key_mask + columns, mask=main, other=0) != 0)
+    if KEY_TAIL > 0:
+        columns = KEY_MAIN + tl.arange(0, KEY_TAIL)
+        tail = columns < keys
+        if HAS_MASK:
+            tail = tail & (tl.load(key_mask + columns, mask=tail, other=0) != 0)
+        return main, tail
+    else:
+        return main, main
+
+
+@triton.jit
+def load_weights(
+    token_weights, batch, stride_b, keys, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The keys' weights in the alignment, main and tail; ones when none are given."""
+    if HAS_WEIGHTS:
+        token_weights += batch.to(tl.int64) * stride_b
+        columns = tl.arange(0, KEY_MAIN)
+        main = tl.load(token_weights + columns, mask=columns < keys, other=0.0)
+    else:
+        main = tl.full([KEY_MAIN], 1.0, tl.float32)
+    if KEY_TAIL == 0:
+        return main, main
+    elif HAS_WEIGHTS:
+        columns = KEY_MAIN + tl.arange(0, KEY_TAIL)
+        return main, tl.load(token_weights + columns, mask=columns < keys, other=0.0)
+    else:
+        return main, tl.full([KEY_TAIL], 1.0, tl.float32)
+
+
+@triton.jit
+def probabilities(
+    queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
+    DIM_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, MASK_MAIN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Softmax over all keys of a block of rows (equation 4): main, tail, log2 of the sum, float32.
+
+    scale_log2 is the scale times log2(e), for exp2, and not negative. Without a tail the second
+    result repeats the first and must not be used. The logarithm of a row without any key is +inf,
+    so that exp2(score - logarithm) is 0 there.
+    """
+    main = inner_products(queries, key_main, DIM_TAIL)
+    if MASK_MAIN:
+        main = tl.where(valid_main[None, :], main, float("-inf"))
+    peak = tl.max(main, axis=1)
+    if KEY_TAIL > 0:
+        tail = inner_products(queries, key_tail, DIM_TAIL)
+        tail = tl.where(valid_tail[None, :], tail, float("-inf"))
+        peak = tl.maximum(peak, tl.max(tail, axis=1))
+    if HAS_MASK:
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+    shift = peak * scale_log2
+    main = tl.exp2(main * scale_log2 - shift[:, None])
+    total = tl.sum(main, axis=1)
+    if KEY_TAIL > 0:
+        tail = tl.exp2(tail * scale_log2 - shift[:, None])
+        total += tl.sum(tail, axis=1)
+    log_sum = shift + tl.log2(total)
+    if HAS_MASK:
+        log_sum = tl.where(total == 0.0, float("inf"), log_sum)
+        total = tl.where(total == 0.0, 1.0, total)
+    inverse = (1.0 / total)[:, None]
+    main = main * inverse
+    if KEY_TAIL > 0:
+        return main, tail * inverse, log_sum
+    else:
+        return main, main, log_sum
+
+
+@triton.jit
+def softmax_gradient(probability_main, probability_tail, main, tail, KEY_TAIL: tl.constexpr):
+    """Gradient of the scores from that of the probabilities (equation 8), and the rows' mean."""
+    mean = tl.sum(probability_main * main, axis=1)
+    if KEY_TAIL > 0:
+        mean += tl.sum(probability_tail * tail, axis=1)
+    main = probability_main * (main - mean[:, None])
+    if KEY_TAIL > 0:
+        return main, probability_tail * (tail - mean[:, None]), mean
+    else:
+        return main, main, mean
+
+
+@triton.jit
+def pick_column(main, tail, column, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr):
+    """One column of the probabilities; zeros for a column that does not exist."""
+    picked = tl.sum(tl.where(tl.arange(0, KEY_MAIN)[None, :] == column, main, 0.0), axis=1)
+    if KEY_TAIL > 0:
+        columns = KEY_MAIN + tl.arange(0, KEY_TAIL)
+        picked += tl.sum(tl.where(columns[None, :] == column, tail, 0.0), axis=1)
+    return picked
+
+
+@triton.jit
+def add_to_column(main, tail, column, gradient, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr):
+    """Add one column's gradient; nothing for a column that does not exist."""
+    added = gradient[:, None]
+    main = main + tl.where(tl.arange(0, KEY_MAIN)[None, :] == column, added, 0.0)
+    if KEY_TAIL > 0:
+        columns = KEY_MAIN + tl.arange(0, KEY_TAIL)
+        return main, tail + tl.where(columns[None, :] == column, added, 0.0)
+    else:
+        return main, main

@@ -1,0 +1,32 @@
+from collections.abc import Sequence
+
+def forward(
+    sizes: Sequence[int],
+    dtype: int,
+    scale: float,
+    inputs: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
+    map_all_heads: bool,
+    output: Sequence[int],
+    alignment: int,
+    maps: int,
+    threads: int,
+) -> int: ...
+def backward(
+    sizes: Sequence[int],
+    dtype: int,
+    scale: float,
+    inputs: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
+    map_all_heads: bool,
+    grad_output: Sequence[int],
+    grad_alignment: int,
+    grad_maps: int,
+    reference_grad: bool,
+    gradients: Sequence[Sequence[int]],
+    threads: int,
+) -> int: ...
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def set_instruction_set(name: str) -> None: ...
+def thread_source() -> str: ...

@@ -1,0 +1,55 @@
+"""sefi_fast: personalise diffusion models from one picture (SeFi-IDE), fast."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "fused_cross_attention": "sefi_fast.ops",
+    "CrossAttentionOutput": "sefi_fast.ops",
+    "available_backends": "sefi_fast.ops",
+    "SeFiAttnProcessor": "sefi_fast.processor",
+    "Subject": "sefi_fast.subject",
+    "encode": "sefi_fast.conditioning",
+    "attach": "sefi_fast.pipelines",
+    "detach": "sefi_fast.pipelines",
+    "trace": "sefi_fast.pipelines",
+    "load_pipeline": "sefi_fast.pipelines",
+    "generate": "sefi_fast.pipelines",
+    "train": "sefi_fast.training",
+    "TrainConfig": "sefi_fast.training",
+    "bundled_model_path": "sefi_fast.tiny_world",
+    "bundled_subject_image": "sefi_fast.tiny_world",
+}
+__all__ = ["__version__", *_HOME]
+
+# An installed wheel carries the Triton kernels as sefi_fast/kernels. In a source checkout they
+# lie beside the package, so the checkout's root joins the places where submodules are looked for.
+_root = Path(__file__).resolve().parent.parent
+if not (_root / "sefi_fast" / "kernels").is_dir() and (_root / "csrc").is_dir():
+    __path__.append(str(_root))
+
+if TYPE_CHECKING:
+    from sefi_fast.conditioning import encode
+    from sefi_fast.ops import CrossAttentionOutput, available_backends, fused_cross_attention
+    from sefi_fast.pipelines import attach, detach, generate, load_pipeline, trace
+    from sefi_fast.processor import SeFiAttnProcessor
+    from sefi_fast.subject import Subject
+    from sefi_fast.tiny_world import bundled_model_path, bundled_subject_image
+    from sefi_fast.training import TrainConfig, train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sefi_fast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,30 @@
+"""From a prompt with placeholders to the tensor that conditions every cross-attention layer."""
+
+from __future__ import annotations
+
+from sefi_fast.conditioning.encoding import encode
+from sefi_fast.conditioning.packing import pack, packed_stages, select_stage, unpack
+from sefi_fast.conditioning.prompt import (
+    PromptTokens,
+    class_token_id,
+    tokenize_prompts,
+    word_positions,
+)
+from sefi_fast.conditioning.stage_hook import install_stage_hook
+from sefi_fast.conditioning.stages import stage_of
+from sefi_fast.conditioning.text import encode_text
+
+__all__ = [
+    "PromptTokens",
+    "class_token_id",
+    "encode",
+    "encode_text",
+    "install_stage_hook",
+    "pack",
+    "packed_stages",
+    "select_stage",
+    "stage_of",
+    "tokenize_prompts",
+    "unpack",
+    "word_positions",
+]

@@ -1,0 +1,221 @@
+"""Tokenise prompts in which placeholders stand for subjects."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sefi_fast.errors import PromptError
+
+logger = logging.getLogger(__name__)
+
+
+class PromptTokens(NamedTuple):
+    """Token ids of P prompts of M positions, and where the subjects stand in them.
+
+    input_ids: int64 [P, M], with the class word's id where a placeholder stood, so that the ids
+        alone are the reference prompt.
+    slots: int64 [P, M], 0 where the token table's own row belongs and k where the row of the k-th
+        placeholder (counted from 1) does.
+    """
+
+    input_ids: Tensor
+    slots: Tensor
+
+
+class _Token(NamedTuple):
+    token_id: int
+    slot: int
+
+
+def class_token_id(tokenizer: Any, class_word: str) -> int:
+    """The token id of a class word.
+
+    Raises:
+        PromptError: if the tokenizer does not know the word, or splits it into several tokens.
+    """
+    ids = _ids(tokenizer, class_word)
+    if len(ids) > 1:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise PromptError(
+            f"the class word {class_word!r} is {len(ids)} tokens ({' '.join(pieces)}); choose a "
+            "word that is one token, such as the general word for it (person, dog, toy)"
+        )
+    if not ids or ids[0] == tokenizer.unk_token_id:
+        raise PromptError(
+            f"the tokenizer does not know the class word {class_word!r}; choose a common word "
+            "that is one token (person, dog, toy)"
+        )
+    return ids[0]
+
+
+def tokenize_prompts(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    placeholders: Sequence[tuple[str, int]],
+    *,
+    require: bool = False,
+) -> PromptTokens:
+    """Token ids and slots of prompts, padded to ``tokenizer.model_max_length``.
+
+    The text on either side of a placeholder is tokenised by itself. For CLIP's tokenizer, which
+    never lets a token cross from one word to the next, this gives what the whole sentence gives
+    with the class word in the placeholder's stead. (It also holds the class word together where
+    the whole sentence would not: ``'dog'`` in quotes begins with the contraction ``'d``.)
+    A prompt that is too long is cut as diffusers cuts it, with a warning.
+
+    Args:
+        tokenizer: a CLIPTokenizer or CLIPTokenizerFast.
+        prompts: P sentences.
+        placeholders: (placeholder, id of its class word); the order gives the slot numbers. A
+            placeholder counts where it stands as it is written and not inside a longer word.
+        require: refuse prompts without any of the placeholders.
+
+    Raises:
+        PromptError: a placeholder runs into a longer word, stands where the prompt is cut off, or
+            (require) is missing.
+        TypeError: prompts are no sequence of strings.
+    """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError("prompts must be a sequence of strings; put a single prompt into a list")
+    rows = [_layout(tokenizer, prompt, placeholders, require) for prompt in prompts]
+    shape = (len(rows), _length(tokenizer))
+    return PromptTokens(
+        torch.tensor([[token.token_id for token in row] for row in rows]).view(shape).long(),
+        torch.tensor([[token.slot for token in row] for row in rows]).view(shape).long(),
+    )
+
+
+def word_positions(
+    tokenizer: Any, prompt: str, word: str, placeholders: Sequence[tuple[str, int]] = ()
+) -> list[int]:
+    """Token positions of each place where a word, a phrase or a placeholder stands in a prompt.
+
+    Positions count the start-of-text token. A word of several tokens gives all of them; a class
+    word is not found where a placeholder stands for it. The list is empty if the word is absent
+    or cut off.
+    """
+    wanted = _content(tokenizer, word, placeholders)
+    if not wanted:
+        return []
+    present = _layout(tokenizer, prompt, placeholders, require=False, warn=False)
+    found: set[int] = set()
+    for start in range(1, len(present) - len(wanted) + 1):
+        stop = start + len(wanted)
+        if present[start:stop] == wanted and _ends_a_word(tokenizer, present[start - 1]):
+            found.update(range(start, stop))
+    return sorted(found)
+
+
+def _layout(
+    tokenizer: Any,
+    prompt: str,
+    placeholders: Sequence[tuple[str, int]],
+    require: bool,
+    warn: bool = True,
+) -> list[_Token]:
+    """All positions of one prompt: start of text, content, end of text, padding."""
+    length = _length(tokenizer)
+    content = _content(tokenizer, prompt, placeholders)
+    if require and not any(token.slot for token in content):
+        names = " or ".join(repr(placeholder) for placeholder, _ in placeholders)
+        raise PromptError(
+            f"the prompt {prompt!r} has no placeholder; write {names} where the subject stands"
+        )
+    room = length - 2
+    for position, token in enumerate(content[room:], start=room + 1):
+        if token.slot:
+            raise PromptError(
+                f"the placeholder {placeholders[token.slot - 1][0]!r} is token {position} of the "
+                f"prompt {prompt!r}, of which only the first {room} are used; shorten the prompt "
+                "or move the placeholder to its front"
+            )
+    if warn and len(content) > room:
+        removed = tokenizer.decode([token.token_id for token in content[room:]])
+        logger.warning(
+            "the prompt is cut after %d tokens, the most that the text encoder takes; left out: %s",
+            room,
+            removed,
+        )
+    start = _Token(tokenizer.bos_token_id, 0)
+    end = _Token(tokenizer.eos_token_id, 0)
+    pad = _Token(tokenizer.pad_token_id, 0)
+    row = [start, *content[:room], end]
+    return row + [pad] * (length - len(row))
+
+
+def _content(tokenizer: Any, text: str, placeholders: Sequence[tuple[str, int]]) -> list[_Token]:
+    tokens: list[_Token] = []
+    last = 0
+    for begin, end, slot in _occurrences(text, [name for name, _ in placeholders]):
+        tokens += [_Token(token_id, 0) for token_id in _ids(tokenizer, text[last:begin])]
+        tokens.append(_Token(placeholders[slot - 1][1], slot))
+        last = end
+    return tokens + [_Token(token_id, 0) for token_id in _ids(tokenizer, text[last:])]
+
+
+def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, slot) of every placeholder in a text, from left to right."""
+    if not placeholders:
+        return
+    for placeholder in placeholders:
+        if not placeholder or placeholder.split() != [placeholder]:
+            raise PromptError(f"a placeholder must be one word without spaces, got {placeholder!r}")
+    # The longest first, so that "<me>2" is not read as "<me>" and a rest.
+    choices = sorted(placeholders, key=len, reverse=True)
+    for match in re.finditer("|".join(_as_word(choice) for choice in choices), text):
+        begin, end = match.span()
+        before, after = text[begin - 1 : begin], text[end : end + 1]
+        if _is_word_character(before) or _is_word_character(after):
+            longer = before + match.group() + after
+            raise PromptError(
+                f"the placeholder {match.group()!r} runs into a longer word (…{longer}…) in the "
+                f"prompt {text!r}; put a space or a punctuation mark between them"
+            )
+        yield begin, end, placeholders.index(match.group()) + 1
+
+
+def _as_word(placeholder: str) -> str:
+    """A pattern for the placeholder.
+
+    One that begins or ends like a word ("sks") is a different word inside another ("sksy"), which
+    is no mistake; one in brackets ("<me>ow") is, and is told to the user.
+    """
+    before = r"(?<!\w)" if _is_word_character(placeholder[0]) else ""
+    after = r"(?!\w)" if _is_word_character(placeholder[-1]) else ""
+    return before + re.escape(placeholder) + after
+
+
+def _is_word_character(character: str) -> bool:
+    """Letters, digits, the underscore, and marks that would combine with a letter before them."""
+    return bool(character) and (
+        re.match(r"\w", character) is not None or unicodedata.category(character)[0] == "M"
+    )
+
+
+def _ends_a_word(tokenizer: Any, token: _Token) -> bool:
+    if token.slot or token.token_id in tokenizer.all_special_ids:
+        return True
+    return tokenizer.convert_ids_to_tokens(token.token_id).endswith("</w>")
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    if not text:
+        return []
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _length(tokenizer: Any) -> int:
+    length = tokenizer.model_max_length
+    if not 3 <= length <= 4096:
+        raise ValueError(
+            f"the tokenizer's model_max_length is {length}; set it to the number of positions of "
+            "the text encoder (77 for CLIP)"
+        )
+    return length

@@ -1,0 +1,83 @@
+"""The forward-pre-hook that gives a U-Net or ControlNet the stage its timestep asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sefi_fast.conditioning.packing import packed_stages, stage_index, take_stage
+
+
+class StageHook:
+    """Replaces encoder_hidden_states [B, L, C] by the K and V stream [B, 2·M, C] of one stage.
+
+    A packed prompt gives the stage of the call's timestep; a plain prompt serves as both streams.
+    It holds no state between calls, so that threads and pipelines may share the model.
+    """
+
+    def __init__(self, tokens_per_stream: int, num_train_timesteps: int) -> None:
+        self.tokens_per_stream = tokens_per_stream
+        self.num_train_timesteps = num_train_timesteps
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        positional = len(args) > 2
+        prompt = args[2] if positional else kwargs.get("encoder_hidden_states")
+        if not isinstance(prompt, Tensor):
+            return None
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        selected = self.select(prompt, timestep)
+        if positional:
+            return (*args[:2], selected, *args[3:]), kwargs
+        return args, {**kwargs, "encoder_hidden_states": selected}
+
+    def select(self, prompt: Tensor, timestep: Tensor | float) -> Tensor:
+        """The streams [B, 2·M, C] (plain prompts of L tokens: [B, 2·L, C]) for this timestep."""
+        tokens = self.tokens_per_stream
+        length = prompt.shape[1]
+        if packed_stages(length, tokens) is None:
+            if length > tokens and length % tokens:
+                raise ValueError(
+                    f"prompt_embeds of {length} rows are neither a packed prompt (stages·2·{tokens}"
+                    f" + 1 rows) nor a plain one (up to {tokens} rows, or a multiple of that); "
+                    "make them with sefi_fast.encode for this pipeline"
+                )
+            return torch.cat([prompt, prompt], dim=1)
+        stage = stage_index(prompt, tokens, timestep, self.num_train_timesteps)
+        selected = take_stage(prompt, tokens, stage)
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            # Lets the processors reuse projections of all stages; they die with the prompt.
+            selected.sefi_source = (prompt, stage, tokens)  # type: ignore[attr-defined]
+        return selected
+
+
+def install_stage_hook(
+    model: nn.Module, tokens_per_stream: int, num_train_timesteps: int = 1000
+) -> RemovableHandle:
+    """Installs the stage hook, before all other hooks, on a U-Net or ControlNet.
+
+    Args:
+        model: called as (sample, timestep, encoder_hidden_states), in order or by name.
+        tokens_per_stream: M, tokens of one prompt.
+        num_train_timesteps: T of the scheduler.
+
+    Returns:
+        The handle; its ``remove()`` takes the hook off.
+
+    Raises:
+        ValueError: here, if the model has a stage hook already; in the model's forward, if the
+            length of a prompt is neither packed nor plain.
+    """
+    if tokens_per_stream < 1:
+        raise ValueError(f"tokens_per_stream must be at least 1, got {tokens_per_stream}")
+    if any(isinstance(hook, StageHook) for hook in model._forward_pre_hooks.values()):
+        raise ValueError(
+            f"{type(model).__name__} has a stage hook already, and a second one would take the "
+            "selected stage for a plain prompt; remove the first"
+        )
+    hook = StageHook(tokens_per_stream, num_train_timesteps)
+    return model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)

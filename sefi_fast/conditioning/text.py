@@ -1,0 +1,141 @@
+"""Run prompts through the frozen text transformer, with a subject's rows in their places."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# torch numbers its hook handles without a lock of its own.
+_REGISTRATION = threading.Lock()
+
+
+def encode_text(
+    text_encoder: nn.Module,
+    input_ids: Tensor,
+    slots: Tensor | None = None,
+    rows: Tensor | None = None,
+    clip_skip: int | None = None,
+) -> Tensor:
+    """Text conditioning [P, M, C] of P prompts, in the text encoder's dtype.
+
+    Args:
+        text_encoder: a CLIPTextModel (transformers 4 or 5), or any with the same call.
+        input_ids: int64 [P, M].
+        slots: int64 [P, M]; 0 leaves the token table's row, k puts in ``rows[:, k − 1]``.
+        rows: [P, K, C], differentiable; cast to the token table's dtype.
+        clip_skip: layers to leave out at the end, as in diffusers; the final layer norm is applied.
+
+    Raises:
+        ValueError: for slots without rows or rows without slots, shapes that do not fit one
+            another or the text encoder, or a clip_skip beyond the encoder's layers.
+    """
+    # Compiled code would be compiled anew for the hook of every call, or pass over it.
+    text_encoder = getattr(text_encoder, "_orig_mod", text_encoder)
+    run = text_encoder
+    if getattr(text_encoder, "_compiled_call_impl", None) is not None:
+        run = text_encoder._call_impl
+    device = getattr(text_encoder, "device", input_ids.device)
+    if device.type != "meta":
+        input_ids = input_ids.to(device)
+    keywords: dict[str, Any] = {"attention_mask": _attention_mask(text_encoder, input_ids)}
+    if clip_skip is not None:
+        keywords["output_hidden_states"] = True
+    if (slots is None) != (rows is None):
+        raise ValueError("slots and rows go together; got only one of the two")
+    if slots is None or rows is None:
+        output = run(input_ids, **keywords)
+    else:
+        _check(text_encoder, input_ids, slots, rows)
+        with _rows_in_place(text_encoder, slots, rows):
+            output = run(input_ids, **keywords)
+    if clip_skip is None:
+        return output[0]
+    return _skipped(text_encoder, output.hidden_states, clip_skip)
+
+
+def token_table(text_encoder: Any) -> nn.Module:
+    """The module that looks token ids up, found the same way in transformers 4 and 5."""
+    return text_encoder.get_input_embeddings()
+
+
+@contextmanager
+def _rows_in_place(text_encoder: nn.Module, slots: Tensor, rows: Tensor) -> Iterator[None]:
+    thread = threading.get_ident()
+    calls = 0
+
+    def put_in(module: nn.Module, inputs: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
+        nonlocal calls
+        if threading.get_ident() != thread:
+            return None
+        calls += 1
+        place = slots.to(embedded.device)
+        source = rows.to(device=embedded.device, dtype=embedded.dtype)
+        # One selection a subject, not a gather: its backward would add up in any order on CUDA.
+        for number in range(source.shape[1]):
+            here = (place == number + 1).unsqueeze(-1)
+            embedded = torch.where(here, source[:, number : number + 1], embedded)
+        return embedded
+
+    with _REGISTRATION:
+        handle = token_table(text_encoder).register_forward_hook(put_in)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if calls != 1:
+        raise RuntimeError(
+            f"the text encoder {type(text_encoder).__name__} looked its token table up {calls} "
+            "times in one call where once was expected, so the subject's rows have no place; "
+            "use a CLIPTextModel that is not compiled or quantised"
+        )
+
+
+def _check(text_encoder: nn.Module, input_ids: Tensor, slots: Tensor, rows: Tensor) -> None:
+    width = getattr(token_table(text_encoder), "embedding_dim", rows.shape[-1])
+    if slots.shape != input_ids.shape:
+        raise ValueError(
+            f"slots must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+            f"{tuple(slots.shape)}"
+        )
+    if rows.dim() != 3 or rows.shape[0] != input_ids.shape[0] or rows.shape[2] != width:
+        raise ValueError(
+            f"rows must be [{input_ids.shape[0]}, subjects, {width}] for this text encoder, got "
+            f"{tuple(rows.shape)}"
+        )
+    if not slots.is_cuda and int(slots.max()) > rows.shape[1]:
+        raise ValueError(f"slots name row {int(slots.max())} of {rows.shape[1]}")
+
+
+def _attention_mask(text_encoder: nn.Module, input_ids: Tensor) -> Tensor | None:
+    """1 up to the end-of-text token, 0 on the padding, if the encoder was trained with a mask."""
+    config: Any = text_encoder.config
+    if not getattr(config, "use_attention_mask", False):
+        return None
+    # Configs that say 2 are wrong about it; the end token is then CLIP's highest id.
+    end = config.eos_token_id
+    is_end = input_ids == (input_ids.amax(1, keepdim=True) if end in (None, 2) else end)
+    return (is_end.cumsum(1) - is_end.long() == 0).long()
+
+
+def _skipped(text_encoder: nn.Module, hidden_states: tuple[Tensor, ...], clip_skip: int) -> Tensor:
+    layers = len(hidden_states) - 1
+    if not 0 <= clip_skip <= layers:
+        raise ValueError(
+            f"clip_skip must lie between 0 and the text encoder's {layers} layers, got {clip_skip}"
+        )
+    norms = [
+        module
+        for name, module in text_encoder.named_modules()
+        if name.rpartition(".")[2] == "final_layer_norm"
+    ]
+    if len(norms) != 1:
+        raise ValueError(
+            f"clip_skip needs a text encoder with one final_layer_norm, "
+            f"{type(text_encoder).__name__} has {len(norms)}; leave clip_skip out"
+        )
+    return norms[0](hidden_states[-(clip_skip + 1)])

@@ -1,0 +1,58 @@
+"""Says which versions, which machine and which backends this installation has."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+from sefi_fast import __version__
+
+_PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "xformers")
+
+
+def versions() -> dict[str, str]:
+    """Version of sefi_fast, of Python and of each package it works with ("not installed")."""
+    found = {"sefi_fast": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, str]:
+    """The processor, the instruction set the native core chose, threads and CUDA devices."""
+    import torch
+
+    from sefi_fast.ops import cpu
+
+    devices = [
+        f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
+        for index in range(torch.cuda.device_count())
+        for major, minor in [torch.cuda.get_device_capability(index)]
+    ]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
+        "native core": cpu.instruction_set() or "not built",
+        "cuda devices": ", ".join(devices) or "none",
+    }
+
+
+def report() -> str:
+    """All of it as lines of text, the backends last: available, or why not."""
+    from sefi_fast.ops.backends import available_backends
+
+    backends = {name: reason or "available" for name, reason in available_backends().items()}
+    sections = {"versions": versions(), "machine": machine(), "backends": backends}
+    lines: list[str] = []
+    for title, entries in sections.items():
+        lines.append(title)
+        lines.extend(f"  {name:<14}{value}" for name, value in entries.items())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

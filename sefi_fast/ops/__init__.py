@@ -1,0 +1,11 @@
+"""The fused cross-attention operator and its backends."""
+
+from sefi_fast.ops.api import CrossAttentionOutput, fused_cross_attention
+from sefi_fast.ops.backends import available_backends, choose_backend
+
+__all__ = [
+    "CrossAttentionOutput",
+    "available_backends",
+    "choose_backend",
+    "fused_cross_attention",
+]

@@ -1,0 +1,87 @@
+"""The public operator: checks its arguments and calls the registered op."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from sefi_fast.ops.registration import cast_for_autocast, forward_op
+from sefi_fast.ops.validation import check_extras, check_options, check_tensors
+
+
+class CrossAttentionOutput(NamedTuple):
+    """What `fused_cross_attention` returns.
+
+    Attributes:
+        output: [B, H, N, D] in the query's dtype, a view of a contiguous [B, N, H, D].
+        alignment: [B] float32, equation 5 of docs/method.md; zeros without a reference key.
+        maps: [B, T, N], or [B, H, T, N] with map_heads="all", float32; T = 0 without map_tokens.
+    """
+
+    output: Tensor
+    alignment: Tensor
+    maps: Tensor
+
+
+def fused_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    reference_key: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    map_tokens: Tensor | None = None,
+    map_heads: Literal["mean", "all"] = "mean",
+    scale: float | None = None,
+    reference_grad: bool = False,
+    backend: str | None = None,
+) -> CrossAttentionOutput:
+    """Cross-attention with separate keys and values, its distance to a reference, and columns.
+
+    Equations 4 and 5 of docs/method.md; gradients are equations 7 to 11. No map [N, M] is stored,
+    forward or backward, except by the "eager" backend. Every output is differentiable, once.
+
+    Args:
+        query: [B, H, N, D] float32, float16 or bfloat16 (float64: eager only), D up to 256; any
+            strides with a dense last axis, so a view of [B, N, H·D] costs no copy. Under autocast
+            the first four tensors are cast to its dtype, float64 excepted.
+        key, value, reference_key: [B or 1, H, M, D] like the query, M from 1 to 256.
+        token_weights: float32 [B or 1, M], w of equation 5, ones by default; not differentiable.
+        key_mask: bool [B or 1, M], True where a key may be attended to; holds for both maps.
+            A query that may attend to nothing gives zeros and zero gradients.
+        map_tokens: int64 [B or 1, T], columns whose probabilities are returned; a negative entry
+            gives a map of zeros, and so does one that is too large on a CUDA device.
+        map_heads: "mean" over heads, or "all".
+        scale: factor of the scores; default D ** -0.5.
+        reference_grad: let gradients run through the reference map into query and reference_key.
+        backend: "triton", "cpu" or "eager"; default: the fastest that takes the input.
+
+    Raises:
+        TypeError: an argument of another type or dtype than above, or tensors of several dtypes.
+        ValueError: shapes, devices, strides or options that do not fit; on the CPU, a column that
+            there is not.
+        BackendError: the backend asked for is unknown or cannot take the input.
+    """
+    if isinstance(query, Tensor):
+        query, key, value, reference_key = cast_for_autocast(query, key, value, reference_key)
+    check_tensors(query, key, value, reference_key)
+    if token_weights is not None or key_mask is not None or map_tokens is not None:
+        check_extras(query, key.shape[2], token_weights, key_mask, map_tokens)
+    if scale is not None or map_heads != "mean":
+        check_options(map_heads, scale)
+    output, alignment, maps = forward_op(
+        query,
+        key,
+        value,
+        reference_key,
+        token_weights,
+        key_mask,
+        map_tokens,
+        map_heads == "all",
+        query.shape[3] ** -0.5 if scale is None else float(scale),
+        reference_grad,
+        backend,
+    )
+    return CrossAttentionOutput(output, alignment, maps)

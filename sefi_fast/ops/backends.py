@@ -1,0 +1,94 @@
+"""Which backends there are, why one cannot take an input, and the choice between them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sefi_fast.errors import BackendError
+
+NAMES = ("triton", "cpu", "eager")
+
+# Where it takes the input; eager does elsewhere.
+_FASTEST = {"cuda": "triton", "cpu": "cpu"}
+
+
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@functools.cache
+def _import(name: str) -> ModuleType | str:
+    """The backend's module, or one sentence why it cannot be imported."""
+    try:
+        return importlib.import_module(f"sefi_fast.ops.{name}")
+    except ImportError as error:
+        return f"its module cannot be imported ({error})"
+
+
+def _known(name: str) -> str:
+    if name in NAMES:
+        return name
+    raise BackendError(
+        f"unknown backend {name!r}: choose one of {', '.join(NAMES)}, or None for the best here"
+    )
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module: `why_not`, `forward` and `backward` over validated tensors.
+
+    Raises:
+        BackendError: there is no backend of that name, or its module cannot be imported here.
+    """
+    module = _import(_known(name))
+    if isinstance(module, str):
+        raise BackendError(f"backend {name!r} is not there: {module}")
+    return module
+
+
+def _why_not(name: str, tensors: _Tensors) -> str | None:
+    module = _import(_known(name))
+    return module if isinstance(module, str) else module.why_not(*tensors)
+
+
+def choose_backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None = None,
+    map_tokens: Tensor | None = None,
+    backend: str | None = None,
+) -> str:
+    """Name of the backend that runs: the one asked for, or the fastest that takes the input.
+
+    The operator itself asks this at every call, with the tensors it is about to hand over.
+
+    Raises:
+        BackendError: the backend asked for is unknown or cannot take the input; it says why.
+    """
+    tensors = (query, key, value, reference_key, map_tokens)
+    if backend is None:
+        fastest = _FASTEST.get(query.device.type)
+        if fastest is not None and _why_not(fastest, tensors) is None:
+            return fastest
+        return "eager"
+    reason = _why_not(backend, tensors)
+    if reason is not None:
+        raise BackendError(
+            f"backend {backend!r} cannot take this input: {reason}. Pass backend=None to let the "
+            "library choose"
+        )
+    return backend
+
+
+def available_backends() -> dict[str, str | None]:
+    """Backend name → None where it runs on this machine, else one sentence why it does not."""
+    reasons: dict[str, str | None] = {}
+    for name in NAMES:
+        on_cuda = name != "cpu" and torch.cuda.is_available()
+        sample = torch.zeros(1, 1, 1, 8, device="cuda" if on_cuda else "cpu")
+        reasons[name] = _why_not(name, (sample, sample, sample, None, None))
+    return reasons

@@ -1,0 +1,252 @@
+"""The operator's registration with torch.library: kernels, fakes, autograd and autocast."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from sefi_fast.ops.backends import choose_backend, load
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? reference_key, Tensor? token_weights, "
+    "Tensor? key_mask, Tensor? map_tokens, bool map_all_heads, float scale, bool reference_grad, "
+    "str? backend"
+)
+_TENSORS = 7
+_ARGUMENTS = 11
+
+# A compiler may lay out what it passes to an operator anew; these rely on a dense last axis.
+# PyTorch before 2.7 only knows how to keep the order of the strides.
+_TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
+
+_library = torch.library.Library("sefi_fast", "DEF")
+_library.define(f"fused_cross_attention({_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+_library.define(
+    "fused_cross_attention_backward(Tensor? grad_output, Tensor? grad_alignment, "
+    f"Tensor? grad_maps, {_INPUTS}, bool[] needs) -> Tensor[]",
+    tags=_TAGS,
+)
+forward_op = torch.ops.sefi_fast.fused_cross_attention.default
+backward_op = torch.ops.sefi_fast.fused_cross_attention_backward.default
+
+
+def cast_for_autocast(
+    query: Tensor, key: Tensor, value: Tensor, reference_key: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The four in autocast's dtype where it is on for the query's device; float64 stays."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value, reference_key
+    wanted = torch.get_autocast_dtype(device)
+    return tuple(  # type: ignore[return-value]
+        tensor.to(wanted) if _follows_autocast(tensor) else tensor
+        for tensor in (query, key, value, reference_key)
+    )
+
+
+def _follows_autocast(tensor: Tensor | None) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+    )
+
+
+def _run_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    map_all_heads: bool,
+    scale: float,
+    reference_grad: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # On a CUDA device reading values would wait for it; a column too large gives zeros there.
+    if map_tokens is not None and map_tokens.device.type == "cpu" and map_tokens.numel():
+        largest = int(map_tokens.max())
+        if largest >= key.shape[2]:
+            raise ValueError(
+                f"map_tokens names column {largest}, but there are {key.shape[2]} keys: give "
+                f"0 to {key.shape[2] - 1}, or a negative number for a map of zeros"
+            )
+    name = choose_backend(query, key, value, reference_key, map_tokens, backend)
+    return load(name).forward(
+        query,
+        key,
+        value,
+        reference_key,
+        token_weights,
+        key_mask,
+        map_tokens,
+        map_all_heads=map_all_heads,
+        scale=scale,
+    )
+
+
+def _run_backward(
+    grad_output: Tensor | None,
+    grad_alignment: Tensor | None,
+    grad_maps: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    map_all_heads: bool,
+    scale: float,
+    reference_grad: bool,
+    backend: str | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    name = choose_backend(query, key, value, reference_key, map_tokens, backend)
+    grads = load(name).backward(
+        grad_output,
+        grad_alignment,
+        grad_maps,
+        query,
+        key,
+        value,
+        reference_key,
+        token_weights,
+        key_mask,
+        map_tokens,
+        map_all_heads=map_all_heads,
+        scale=scale,
+        reference_grad=reference_grad,
+        needs=tuple(needs),
+    )
+    # The registered op has no None among its results: only the wanted gradients, in order.
+    return [grad for grad in grads if grad is not None]
+
+
+def _fake_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    map_all_heads: bool,
+    scale: float,
+    reference_grad: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    columns = 0 if map_tokens is None else map_tokens.shape[1]
+    shape = (batch, heads, columns, queries) if map_all_heads else (batch, columns, queries)
+    return (
+        _empty_like(query),
+        query.new_empty(batch, dtype=wide),
+        query.new_empty(shape, dtype=wide),
+    )
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    tensors, needs = arguments[3:7], arguments[-1]
+    return [_empty_like(tensor) for tensor, need in zip(tensors, needs, strict=True) if need]
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """Uninitialised [B, H, L, D] as a view of [B, L, H, D], as the backends lay results out."""
+    batch, heads, length, width = tensor.shape
+    return tensor.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:_TENSORS])
+        ctx.options = arguments[_TENSORS:]
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:4])
+        _, _, reference_grad, _ = ctx.options
+        needs[3] = needs[3] and reference_grad
+        if all(grad is None for grad in grads) or not any(needs):
+            return (None,) * _ARGUMENTS
+        # Not through the dispatcher, which would only come back to this very function.
+        found = iter(_autograd_backward(*grads, *ctx.saved_tensors, *ctx.options, needs))
+        wanted = [next(found) if need else None for need in needs]
+        return (*wanted, *(None,) * (_ARGUMENTS - 4))
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(backward_op(*arguments))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise RuntimeError(
+            "fused_cross_attention has no second derivative: differentiate it once, or write the "
+            "attention plainly where a gradient of a gradient is wanted"
+        )
+
+
+def _nothing_to_record(tensors: tuple[Any, ...]) -> bool:
+    """Whether autograd, reverse or forward, has no interest in a call with these tensors."""
+    if forward_ad._current_level >= 0:
+        return False
+    return not torch.is_grad_enabled() or not any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+
+
+def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    # An autograd.Function costs several microseconds even where it records nothing.
+    if _nothing_to_record(arguments[:4]):
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward_op(*arguments)
+    return _Forward.apply(*arguments)
+
+
+def _autograd_backward(*arguments: Any) -> list[Tensor]:
+    if _nothing_to_record(arguments[: 3 + _TENSORS]):
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward_op(*arguments)
+    return list(_Backward.apply(*arguments))
+
+
+# Without these, autocast would reach the plain operations inside a backend.
+def _autocast_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    cast = cast_for_autocast(*arguments[:4])
+    with torch._C._DisableAutocast():
+        return forward_op(*cast, *arguments[4:])
+
+
+def _autocast_backward(*arguments: Any) -> list[Tensor]:
+    with torch._C._DisableAutocast():
+        return backward_op(*arguments)
+
+
+def _register() -> None:
+    names = ("fused_cross_attention", "fused_cross_attention_backward")
+    kernels = (
+        (names[0], _run_forward, _autograd_forward, _autocast_forward, _fake_forward),
+        (names[1], _run_backward, _autograd_backward, _autocast_backward, _fake_backward),
+    )
+    for name, run, autograd, autocast, fake in kernels:
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        _library.impl(name, autograd, "Autograd")
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, autocast, f"Autocast{device}")
+        torch.library.register_fake(f"sefi_fast::{name}", fake, lib=_library)
+
+
+_register()

@@ -1,0 +1,234 @@
+"""The Triton backend: CUDA tensors, and CPU tensors through Triton's interpreter in tests."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sefi_fast.kernels import Device
+
+LOWEST_CAPABILITY = 80
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# The interpreter has no multiprocessors; a small number makes every loop and split run there.
+INTERPRETED_MULTIPROCESSORS = 2
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, as TRITON_INTERPRET=1 at import says."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    from sefi_fast.kernels import Device
+
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major * 10 + properties.minor
+    return Device(capability, properties.multi_processor_count, False)
+
+
+def _device_of(query: Tensor) -> Device:
+    from sefi_fast.kernels import Device
+
+    if query.device.type == "cuda":
+        return _device(query.get_device())
+    return Device(90, INTERPRETED_MULTIPROCESSORS, True)
+
+
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    map_tokens: Tensor | None,
+) -> str | None:
+    """One sentence saying why this backend cannot take the input, or None when it can."""
+    if not _installed():
+        return "the package triton is not installed"
+    if query.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1" or not interpreted():
+            return (
+                "the tensors are on the CPU, which Triton only reaches through its interpreter: "
+                "move them to a CUDA device, or set TRITON_INTERPRET=1 before Python starts to test"
+            )
+    elif query.device.type != "cuda":
+        return f"the tensors are on {query.device.type}, and the kernels run on CUDA devices"
+    elif torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, and the kernels are made for NVIDIA devices"
+    else:
+        capability = _device_of(query).capability
+        if capability < LOWEST_CAPABILITY:
+            return (
+                f"the device has compute capability {capability // 10}.{capability % 10}, "
+                "and the kernels need 8.0 (A100) or newer"
+            )
+    if query.dtype not in DTYPES:
+        return f"the dtype is {query.dtype}, and the kernels take float32, float16 and bfloat16"
+    return None
+
+
+def _on_device(query: Tensor) -> AbstractContextManager[object]:
+    if query.device.type == "cuda" and query.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(query.device)
+    return nullcontext()
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _mask_bytes(key_mask: Tensor | None) -> Tensor | None:
+    dense = _dense(key_mask)
+    return None if dense is None else dense.view(torch.uint8)
+
+
+def _work_dtype(query: Tensor, device: Device) -> torch.dtype:
+    """Dtype the kernels write: the interpreter cannot round to bfloat16, so PyTorch does there."""
+    upcast = device.interpreted and query.dtype == torch.bfloat16
+    return torch.float32 if upcast else query.dtype
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    *,
+    map_all_heads: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, alignment and maps of validated inputs (equations 4 and 5 of docs/method.md)."""
+    from sefi_fast.kernels import Inputs, plan_forward
+
+    if scale < 0:
+        query, scale = -query, -scale
+    batch, heads, rows, head_dim = query.shape
+    device = _device_of(query)
+    shape = (batch, rows, heads, head_dim)
+    output = query.new_empty(shape, dtype=_work_dtype(query, device))
+    tokens = 0 if map_tokens is None else map_tokens.shape[1]
+    maps = query.new_empty((batch, heads, tokens, rows), dtype=torch.float32)
+    alignment = None
+    if output.numel() > 0:
+        inputs = Inputs(
+            query,
+            key,
+            value,
+            reference_key,
+            None if reference_key is None else _dense(token_weights),
+            _mask_bytes(key_mask),
+            _dense(map_tokens) if tokens else None,
+        )
+        launch, partials = plan_forward(inputs, output, maps if tokens else None, scale, device)
+        with _on_device(query):
+            launch.run()
+        if partials is not None:
+            alignment = partials.sum((1, 2)) / heads
+    if alignment is None:
+        alignment = query.new_zeros(batch, dtype=torch.float32)
+    if not map_all_heads:
+        maps = maps.mean(1) if maps.numel() else maps.new_zeros((batch, tokens, rows))
+    return output.to(query.dtype).transpose(1, 2), alignment, maps
+
+
+def backward(
+    grad_output: Tensor | None,
+    grad_alignment: Tensor | None,
+    grad_maps: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    *,
+    map_all_heads: bool,
+    scale: float,
+    reference_grad: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value and reference key (equations 7 to 11), each if `needs` it."""
+    from sefi_fast.kernels import Gradients, Inputs, plan_backward_key_value, plan_backward_query
+
+    negative = scale < 0
+    if negative:
+        query, scale = -query, -scale
+    device = _device_of(query)
+    work_dtype = _work_dtype(query, device)
+    if reference_key is None:
+        grad_alignment = None
+    if map_tokens is None or map_tokens.shape[1] == 0:
+        grad_maps = None
+    if grad_maps is not None:
+        grad_maps = grad_maps.to(torch.float32).contiguous()
+    gradients = Gradients(_dense(grad_output), grad_alignment, grad_maps)
+    inputs = Inputs(
+        query,
+        key,
+        None if grad_output is None else value,
+        None if grad_alignment is None else reference_key,
+        None if grad_alignment is None else _dense(token_weights),
+        _mask_bytes(key_mask),
+        None if grad_maps is None else _dense(map_tokens),
+    )
+    reaches_scores = any(gradient is not None for gradient in gradients) and query.numel() > 0
+    reaches = (
+        reaches_scores,
+        reaches_scores,
+        grad_output is not None and query.numel() > 0,
+        reference_grad and grad_alignment is not None and query.numel() > 0,
+    )
+
+    def make(like: Tensor | None, place: int) -> Tensor | None:
+        """The [B, rows, H, D] buffer of a gradient: zeros when nothing reaches it."""
+        if like is None or not needs[place]:
+            return None
+        batch, heads, rows, head_dim = like.shape
+        new = like.new_empty if reaches[place] else like.new_zeros
+        return new((batch, rows, heads, head_dim), dtype=work_dtype)
+
+    results = [make(like, place) for place, like in enumerate((query, key, value, reference_key))]
+    written = [result if reaches[place] else None for place, result in enumerate(results)]
+    wants_keys = any(total is not None for total in written[1:])
+    if wants_keys or written[0] is not None:
+        batch, heads, rows, _ = query.shape
+        statistics = query.new_empty((batch, heads, 4, rows), dtype=torch.float32)
+        launches = [
+            plan_backward_query(
+                inputs, gradients, written[0], statistics if wants_keys else None, scale,
+                reference_grad, device,
+            )
+        ]  # fmt: skip
+        if wants_keys:
+            totals = (written[1], written[2], written[3])
+            launches += plan_backward_key_value(
+                inputs, gradients, statistics, totals, scale, device
+            )
+        with _on_device(query):
+            for launch in launches:
+                launch.run()
+    grads = [
+        None if result is None else result.to(query.dtype).transpose(1, 2) for result in results
+    ]
+    if negative and grads[0] is not None:
+        grads[0] = -grads[0]
+    return grads[0], grads[1], grads[2], grads[3]

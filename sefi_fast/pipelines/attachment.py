@@ -1,0 +1,74 @@
+"""Attach subjects to a pipeline of diffusers, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from sefi_fast.pipelines.families import check_pipeline
+from sefi_fast.pipelines.prompt_encoder import PromptEncoder
+from sefi_fast.subject import Subject
+
+Pipeline = TypeVar("Pipeline")
+
+
+def attach(
+    pipe: Pipeline, subjects: Subject | str | Path | Iterable[Subject | str | Path]
+) -> Pipeline:
+    """Make `pipe("… <me> …")` draw the subjects whose placeholders stand in the prompt.
+
+    Works with any scheduler, with guidance, negative prompts and several pictures a prompt, and
+    with pipelines that share the U-Net. A prompt without a placeholder gives the picture that the
+    bare pipeline gives. Attaching again replaces the set of subjects.
+
+    Args:
+        pipe: a Stable Diffusion 1.x or 2.x pipeline (text to image, img2img, inpaint, ControlNet).
+        subjects: one subject or several, each a Subject or the path of its file.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        ModelError: the pipeline is of another family, or its attention processors do more than
+            plain attention (IP-Adapter).
+        SubjectFileError: a file cannot be read, or a subject was made for another base model.
+        ValueError: no subject was given, or two have the same placeholder.
+    """
+    check_pipeline(pipe)
+    loaded = _load(subjects)
+    for subject in loaded:
+        subject.check_fits([pipe.tokenizer], [pipe.text_encoder])  # type: ignore[attr-defined]
+    PromptEncoder.acquire(pipe).subjects = loaded
+    return pipe
+
+
+def detach(pipe: Pipeline) -> Pipeline:
+    """Take all subjects off: processors, hooks and attributes are as before `attach`.
+
+    Returns:
+        The same pipeline; one that has nothing attached is returned as it is.
+    """
+    encoder = PromptEncoder.of(pipe)
+    if encoder is not None:
+        encoder.subjects = ()
+        encoder.release()
+    return pipe
+
+
+def _load(
+    subjects: Subject | str | Path | Iterable[Subject | str | Path],
+) -> tuple[Subject, ...]:
+    if isinstance(subjects, (Subject, str, Path)):
+        subjects = [subjects]
+    loaded = tuple(s if isinstance(s, Subject) else Subject.load(s) for s in subjects)
+    if not loaded:
+        raise ValueError("attach got no subject: give at least one, or call detach(pipe)")
+    placeholders = [subject.placeholder for subject in loaded]
+    for placeholder in placeholders:
+        if placeholders.count(placeholder) > 1:
+            raise ValueError(
+                f"{placeholders.count(placeholder)} of the subjects have the placeholder "
+                f"{placeholder!r}: each needs one of its own, set subject.placeholder of one"
+            )
+    return loaded

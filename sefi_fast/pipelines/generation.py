@@ -1,0 +1,57 @@
+"""Draw several pictures of one prompt, each from a seed of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+def generate(
+    pipe: Any,
+    prompt: str,
+    n: int = 1,
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float = 7.5,
+    negative_prompt: str | None = None,
+    *,
+    batch_size: int = 8,
+    **call_arguments: Any,
+) -> list[Image.Image]:
+    """Call the pipeline for `n` pictures of one prompt.
+
+    Picture i is drawn from seed + i alone, whatever `n` and `batch_size` are, and its noise is
+    made on the CPU, so that every device starts from the same.
+
+    Args:
+        pipe: a pipeline, with subjects attached or without.
+        prompt: the sentence, with placeholders of attached subjects.
+        n: number of pictures.
+        seed: of the first picture.
+        steps: number of denoising steps.
+        guidance: strength of classifier-free guidance; 1 or less turns it off.
+        negative_prompt: what not to draw.
+        batch_size: pictures drawn at once.
+        call_arguments: handed on to the pipeline (height, width, image, …).
+
+    Raises:
+        ValueError: `n`, `steps` or `batch_size` is below 1.
+    """
+    for name, value in (("n", n), ("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"generate needs {name} of at least 1, but it is {value}")
+    images: list[Image.Image] = []
+    for first in range(0, n, batch_size):
+        seeds = range(seed + first, seed + min(first + batch_size, n))
+        count = len(seeds)
+        images += pipe(
+            [prompt] * count,
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * count,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(number) for number in seeds],
+            **call_arguments,
+        ).images
+    return images

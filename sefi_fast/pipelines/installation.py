@@ -1,0 +1,142 @@
+"""Split-stream processors and the stage hook on a U-Net or ControlNet, shared by their users."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+from weakref import WeakSet
+
+from diffusers.models import attention_processor as diffusers_processors
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from sefi_fast.conditioning.stage_hook import StageHook, install_stage_hook
+from sefi_fast.errors import ModelError
+from sefi_fast.layers import cross_attention_layers
+from sefi_fast.processor import SeFiAttnProcessor
+
+_ATTRIBUTE = "_sefi_installation"
+_LOCK = threading.RLock()
+
+# These compute plain attention, so the split-stream processor can stand in for them. Any other
+# (IP-Adapter, perturbed-attention guidance) adds something that would be lost.
+_PLAIN = (
+    SeFiAttnProcessor,
+    diffusers_processors.AttnProcessor,
+    diffusers_processors.AttnProcessor2_0,
+    diffusers_processors.AttnProcessorNPU,
+    diffusers_processors.FusedAttnProcessor2_0,
+    diffusers_processors.SlicedAttnProcessor,
+    diffusers_processors.XFormersAttnProcessor,
+    diffusers_processors.XLAFlashAttnProcessor2_0,
+)
+
+
+class Installation:
+    """What was put on one model, what it replaced, and who still needs it."""
+
+    def __init__(self, tokens: int, num_train_timesteps: int) -> None:
+        self.users: WeakSet[Any] = WeakSet()
+        self._tokens = tokens
+        self._num_train_timesteps = num_train_timesteps
+        self._replaced: dict[str, Any] = {}
+        self._processors: dict[str, SeFiAttnProcessor] = {}
+        self._hook: RemovableHandle | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Installation:
+        # Users are pipelines, which a copy of the model alone must not drag along; a copied
+        # pipeline registers itself with the copy.
+        copied = Installation(self._tokens, self._num_train_timesteps)
+        memo[id(self)] = copied
+        for name in ("_replaced", "_processors", "_hook"):
+            setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
+        return copied
+
+    def put(self, model: nn.Module) -> list[str]:
+        """Install whatever is missing; say in words what was.
+
+        Raises:
+            ModelError: a cross-attention layer has a processor that must not be replaced.
+        """
+        missing = []
+        layers = cross_attention_layers(model)
+        strangers = [
+            name
+            for name, attn in layers.items()
+            if attn.processor is not self._processors.get(name)
+        ]
+        for name in strangers:
+            check_replaceable(model, name, layers[name].processor)
+        hooks = model._forward_pre_hooks.values()
+        if self._hook is None or not any(isinstance(hook, StageHook) for hook in hooks):
+            if self._hook is not None:
+                self._hook.remove()
+            self._hook = install_stage_hook(model, self._tokens, self._num_train_timesteps)
+            missing.append("the stage hook")
+        for name in strangers:
+            replaced = layers[name].processor
+            same_class = isinstance(replaced, SeFiAttnProcessor)
+            ours = SeFiAttnProcessor(
+                split_streams=True,
+                record=replaced.record if same_class else None,
+                backend=replaced.backend if same_class else None,
+            )
+            self._replaced[name] = replaced
+            self._processors[name] = ours
+            layers[name].set_processor(ours)
+        if strangers:
+            missing.append(f"the attention processors of {len(strangers)} layers")
+        return missing
+
+    def remove(self, model: nn.Module) -> None:
+        """Put back every processor that is still ours to put back, and take the hook away."""
+        for name, attn in cross_attention_layers(model).items():
+            if name in self._processors and attn.processor is self._processors[name]:
+                attn.set_processor(self._replaced[name])
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def install(model: nn.Module, user: Any, tokens: int, num_train_timesteps: int) -> list[str]:
+    """Make `model` take packed prompts on behalf of `user`; what was missing is told in words.
+
+    Raises:
+        ModelError: a cross-attention layer has a processor that must not be replaced.
+    """
+    with _LOCK:
+        installation = getattr(model, _ATTRIBUTE, None)
+        if installation is None:
+            installation = Installation(tokens, num_train_timesteps)
+        missing = installation.put(model)
+        installation.users.add(user)
+        setattr(model, _ATTRIBUTE, installation)
+        return missing
+
+
+def adopt(model: nn.Module, user: Any) -> None:
+    """Register `user` with a model that was copied together with its installation."""
+    with _LOCK:
+        getattr(model, _ATTRIBUTE).users.add(user)
+
+
+def uninstall(model: nn.Module, user: Any) -> None:
+    """End `user`'s need; with the last one the model becomes what it was."""
+    with _LOCK:
+        installation = getattr(model, _ATTRIBUTE, None)
+        if installation is None:
+            return
+        installation.users.discard(user)
+        if not installation.users:
+            installation.remove(model)
+            delattr(model, _ATTRIBUTE)
+
+
+def check_replaceable(model: nn.Module, name: str, processor: Any) -> None:
+    """Raise ModelError when `processor` does more than plain attention."""
+    if type(processor) not in _PLAIN:
+        raise ModelError(
+            f"layer {name} of {type(model).__name__} has the processor "
+            f"{type(processor).__name__}, whose work sefi_fast would undo by replacing it: unload "
+            "it first (IP-Adapter: pipe.unload_ip_adapter()) or sefi_fast.detach(pipe)"
+        )

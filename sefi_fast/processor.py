@@ -1,0 +1,253 @@
+"""The diffusers attention processor: split key and value prompts, alignment and columns."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from sefi_fast.attention_record import AttentionRecord, LayerRecord
+from sefi_fast.errors import BackendError
+from sefi_fast.layers import cross_attention_layers, layer_resolutions
+from sefi_fast.ops import fused_cross_attention
+from sefi_fast.projection_cache import stage_key_value
+
+__all__ = [
+    "AttentionRecord",
+    "LayerRecord",
+    "SeFiAttnProcessor",
+    "cross_attention_layers",
+    "layer_resolutions",
+]
+
+# diffusers writes a masked key as a bias of -10000; anything between this and 0 is a soft bias,
+# which no boolean mask can say.
+_MASKED_BELOW = -1000.0
+
+
+class SeFiAttnProcessor:
+    """Attention of diffusers' `Attention` modules, for self- and cross-attention.
+
+    For plain prompts it computes what AttnProcessor2_0 computes. Cross-attention goes through the
+    fused operator when its record asks for the alignment or for columns, or when a backend is
+    named, and through torch's scaled_dot_product_attention otherwise.
+
+    Args:
+        split_streams: cross-attention gets [B, 2·M, C]: first the M rows that keys are projected
+            from, then the M rows for values (equation 3 of docs/method.md). A mask for it has M
+            entries a sample.
+        record: what is wanted of this layer's cross-attention, and where the results go.
+        backend: backend of the fused operator, by name. It takes up to 256 keys and key masks only.
+        self_attention: "sdpa" or "xformers".
+
+    Raises:
+        ValueError: `self_attention` is neither of the two.
+        BackendError: xformers was asked for and cannot be imported.
+    """
+
+    def __init__(
+        self,
+        *,
+        split_streams: bool = False,
+        record: LayerRecord | None = None,
+        backend: str | None = None,
+        self_attention: Literal["sdpa", "xformers"] = "sdpa",
+    ) -> None:
+        if self_attention not in ("sdpa", "xformers"):
+            raise ValueError(
+                f"self_attention must be 'sdpa' or 'xformers', but it is {self_attention!r}"
+            )
+        self.split_streams = split_streams
+        self.record = record
+        self.backend = backend
+        self.self_attention = self_attention
+        self._efficient_attention = _import_xformers() if self_attention == "xformers" else None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` [B, N, C] or [B, C, h, w] to itself or to a prompt.
+
+        Raises:
+            ValueError: the prompt cannot be split into two streams, or alignment or columns were
+                asked for under a mask that differs from query to query or between heads.
+            TypeError: the prompt is IP-Adapter's tuple of text and picture.
+        """
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        query = attn.to_q(hidden_states)
+        if encoder_hidden_states is None:
+            key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+        else:
+            key, value = self._project_prompt(attn, encoder_hidden_states, query.dtype)
+        query, key, value = (_split_heads(x, attn.heads) for x in (query, key, value))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+
+        mask = self._prepare_mask(attn, attention_mask, key)
+        scale = None if attn.scale == query.shape[-1] ** -0.5 else attn.scale
+        record = self._record_of(attn, encoder_hidden_states)
+        if encoder_hidden_states is None:
+            output = self._attend_to_self(query, key, value, mask, scale)
+        elif self.backend is not None or (record is not None and record.asks):
+            record = record or LayerRecord()
+            output = self._attend_fused(attn, query, key, value, mask, scale, record)
+            record.size = None if image_shape is None else (image_shape[2], image_shape[3])
+        else:
+            output = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+            if record is not None:
+                record.alignment = record.maps = record.size = None
+
+        hidden_states = output.transpose(1, 2).flatten(2).to(query.dtype)
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _project_prompt(
+        self, attn: Attention, prompt: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(prompt, Tensor):
+            raise TypeError(
+                "SeFiAttnProcessor got encoder_hidden_states of type "
+                f"{type(prompt).__name__}, as IP-Adapter makes them, and wants one tensor: "
+                "call pipe.unload_ip_adapter() first"
+            )
+        if not self.split_streams:
+            normed = _norm_prompt(attn, prompt)
+            return attn.to_k(normed), attn.to_v(normed)
+        if prompt.shape[1] % 2:
+            raise ValueError(
+                f"a prompt of odd length {prompt.shape[1]} reached cross-attention that wants a "
+                "key and a value stream of equal length: the stage hook of this model is missing, "
+                "call sefi_fast.attach(pipe, ...) again"
+            )
+        reused = stage_key_value(attn, prompt, dtype)
+        if reused is not None:
+            return reused
+        key_stream, value_stream = prompt.chunk(2, dim=1)
+        return (
+            attn.to_k(_norm_prompt(attn, key_stream)),
+            attn.to_v(_norm_prompt(attn, value_stream)),
+        )
+
+    def _prepare_mask(self, attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | None:
+        """[B, heads, 1 or N, keys] from diffusers' [B, 1 or N, keys], or None."""
+        if mask is None:
+            return None
+        batch, heads, length, _ = key.shape
+        if self.split_streams and mask.shape[-1] != length:
+            raise ValueError(
+                f"the attention mask has {mask.shape[-1]} entries a sample, but each of the key "
+                f"and value streams has {length} tokens: give one entry a token of the prompt"
+            )
+        mask = attn.prepare_attention_mask(mask, length, batch)
+        return mask.view(batch, heads, -1, mask.shape[-1])
+
+    def _record_of(self, attn: Attention, prompt: Tensor | None) -> LayerRecord | None:
+        # A traced call brings its own records along with its prompt, so that other threads and
+        # other pipelines that share the layer go on undisturbed.
+        if prompt is not None and not torch.compiler.is_compiling():
+            traced = getattr(prompt, "sefi_records", None)
+            if traced is not None:
+                return traced.get(id(attn), self.record)
+        return self.record
+
+    def _attend_to_self(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        if self._efficient_attention is None:
+            return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        bias = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
+        tokens_first = (x.transpose(1, 2) for x in (query, key, value))
+        return self._efficient_attention(*tokens_first, attn_bias=bias, scale=scale).transpose(1, 2)
+
+    def _attend_fused(
+        self,
+        attn: Attention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        record: LayerRecord,
+    ) -> Tensor:
+        reference_key = record.reference_key
+        if reference_key is not None:
+            reference_key = _split_heads(reference_key.to(key.dtype), attn.heads)
+            if attn.norm_k is not None:
+                reference_key = attn.norm_k(reference_key)
+        result = fused_cross_attention(
+            query,
+            key,
+            value,
+            reference_key=reference_key,
+            token_weights=record.token_weights,
+            key_mask=None if mask is None else _key_mask(mask),
+            map_tokens=record.map_tokens,
+            scale=scale,
+            reference_grad=record.reference_grad,
+            backend=self.backend,
+        )
+        record.alignment = None if reference_key is None else result.alignment
+        record.maps = None if record.map_tokens is None else result.maps
+        return result.output
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, heads · head_dim] → [B, heads, L, head_dim], a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _norm_prompt(attn: Attention, prompt: Tensor) -> Tensor:
+    return prompt if attn.norm_cross is None else attn.norm_encoder_hidden_states(prompt)
+
+
+def _key_mask(mask: Tensor) -> Tensor:
+    """The boolean [B, keys] that a [B, heads, 1, keys] mask or bias says."""
+    first = mask[:, 0, 0]
+    if mask.shape[2] != 1 or not torch.equal(mask, mask[:, :1].expand_as(mask)):
+        raise ValueError(
+            f"the attention mask, {tuple(mask.shape)} as [B, heads, queries, keys], differs "
+            "between queries or heads, but the fused operator takes one entry a key: give "
+            "encoder_attention_mask as [B, tokens], or ask for no alignment, maps or backend"
+        )
+    if mask.dtype == torch.bool:
+        return first
+    keep = first > _MASKED_BELOW
+    if not bool(torch.all(~keep | (first == 0))):
+        raise ValueError(
+            "the attention mask holds biases between masked and free, but the fused operator takes "
+            "only key masks: use 0 and -10000, or ask for no alignment, maps or backend"
+        )
+    return keep
+
+
+def _import_xformers() -> Any:
+    try:
+        from xformers.ops import memory_efficient_attention
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"self_attention='xformers' was asked for, but xformers cannot be imported ({error}): "
+            "install a build that fits this torch, or use self_attention='sdpa'"
+        ) from error
+    return memory_efficient_attention

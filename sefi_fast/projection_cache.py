@@ -1,0 +1,88 @@
+"""Keys and values of a whole packed prompt, projected once a layer and kept with the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from sefi_fast.conditioning.packing import unpack
+
+
+def stage_key_value(
+    attn: Attention, encoder_hidden_states: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Key and value of the stage that `encoder_hidden_states` was selected from, or None.
+
+    The stage hook leaves on the selected tensor which packed prompt and which stage it came from.
+    The first call of a layer projects all stages of that prompt and keeps them on the prompt, later
+    calls pick a stage on the device; what is kept dies with the prompt.
+
+    Args:
+        attn: the cross-attention layer, whose to_k and to_v must be plain nn.Linear.
+        encoder_hidden_states: [B, 2·M, C], as the stage hook made it.
+        dtype: that of the query, so that a change of autocast is noticed.
+
+    Returns:
+        ([B, M, heads · head_dim], the same), or None when projections cannot be reused: a gradient
+        is wanted, the graph is being compiled, the layers are not plain, or nothing is known of
+        the tensor's origin.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    source = getattr(encoder_hidden_states, "sefi_source", None)
+    if source is None or attn.norm_cross is not None:
+        return None
+    packed, stage, tokens = source
+    if packed.is_inference() or not (_is_plain(attn.to_k) and _is_plain(attn.to_v)):
+        return None
+    # A pipeline may hand on a fresh slice of its prompt at each step (ControlNet's guess mode):
+    # what is projected is then kept on the tensor that the slices view.
+    holder = packed if packed._base is None else packed._base
+    kept: dict[Any, Any] = holder.__dict__.setdefault("sefi_projections", {})
+    place = (id(attn), packed.storage_offset(), packed.shape, packed.stride())
+    fingerprint = (packed._version, dtype, _fingerprint(attn.to_k), _fingerprint(attn.to_v))
+    entry = kept.get(place)
+    if entry is None or entry[0] != fingerprint:
+        streams = unpack(packed, tokens)
+        entry = (
+            fingerprint,
+            _project(attn.to_k, streams[:, :, 0]),
+            _project(attn.to_v, streams[:, :, 1]),
+        )
+        kept[place] = entry
+    return _pick(entry[1], stage), _pick(entry[2], stage)
+
+
+def _project(linear: nn.Module, stream: Tensor) -> Tensor:
+    """[B, S, M, C] → [B, S, M, inner], as one call on a longer sentence."""
+    batch, stages, tokens, width = stream.shape
+    projected = linear(stream.reshape(batch, stages * tokens, width))
+    return projected.view(batch, stages, tokens, -1)
+
+
+def _pick(projected: Tensor, stage: Tensor) -> Tensor:
+    """[B, S, M, inner] → [B, M, inner] by one stage for all or one a sample, without a sync."""
+    if stage.numel() == 1:
+        return projected.index_select(1, stage.reshape(1)).squeeze(1)
+    return projected[torch.arange(len(projected), device=projected.device), stage]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    weight = module.weight
+    return type(weight) is nn.Parameter and not weight.is_meta and not weight.is_inference()
+
+
+def _fingerprint(linear: nn.Linear) -> tuple[Any, ...]:
+    bias = linear.bias
+    return (
+        linear.weight.data_ptr(),
+        linear.weight._version,
+        None if bias is None else (bias.data_ptr(), bias._version),
+        tuple(linear._forward_pre_hooks),
+        tuple(linear._forward_hooks),
+    )

@@ -1,0 +1,8 @@
+"""The subject that training leaves behind, its file, and the module that makes its tokens."""
+
+from __future__ import annotations
+
+from sefi_fast.subject.subject import Subject
+from sefi_fast.subject.tokens import SubjectTokens
+
+__all__ = ["Subject", "SubjectTokens"]

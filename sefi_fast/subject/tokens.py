@@ -1,0 +1,151 @@
+"""The trainable module that turns one class embedding into a token for each stage and stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _dividing_heads(width: int, heads: int) -> int:
+    return next(count for count in range(min(heads, width), 0, -1) if width % count == 0)
+
+
+class SubjectTokens(nn.Module):
+    """Tokens ``P_i^K, P_i^V`` of a placeholder, one pair a stage (docs/method.md §1).
+
+    With ``module="attention"`` each of the ``n = 2·S`` tokens (``S`` when tied) is
+
+        ``token_j = P_t + W_out · attention(LayerNorm(P_t + slot))_j``
+
+    where ``P_t`` is the base embedding, ``slot`` are learned slot embeddings, the attention is one
+    multi-head self-attention over the ``n`` slots, and ``W_out`` (no bias) starts at zero. The slot
+    embeddings stand inside the attention only, so at the start every token equals the class
+    embedding bit for bit. ``W_out`` is kept in units of the class embedding's root mean square, so
+    that a learning rate means the same on text encoders of different scale.
+    With ``module="free"`` the tokens are plain trainable rows with the same start.
+
+    All parameters are float32; the forward pass leaves autocast off.
+
+    Args:
+        class_embedding: [C], the class word's row of the text encoder's token table.
+        stages: number of stages S, at least 1.
+        split: True for a K and a V token a stage, False for one token used in both streams.
+        heads: most attention heads; the largest count not above it that divides C is used.
+        train_base: whether ``P_t`` itself is trained (``module="attention"`` only).
+        module: ``"attention"`` or ``"free"``.
+        generator: source of the random start values; the result depends on nothing else.
+
+    Raises:
+        ValueError: for a class embedding that is no finite vector, or an argument out of range.
+    """
+
+    class_embedding: Tensor
+    base: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        class_embedding: Tensor,
+        stages: int = 5,
+        split: bool = True,
+        heads: int = 8,
+        train_base: bool = True,
+        module: str = "attention",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if class_embedding.dim() != 1 or not class_embedding.is_floating_point():
+            raise ValueError(
+                f"class_embedding must be a floating-point vector [C], got "
+                f"{class_embedding.dtype} of shape {tuple(class_embedding.shape)}"
+            )
+        if not bool(torch.isfinite(class_embedding).all()):
+            raise ValueError("class_embedding holds NaN or infinity; is the text encoder intact?")
+        if stages < 1:
+            raise ValueError(f"stages must be at least 1, got {stages}")
+        if heads < 1:
+            raise ValueError(f"heads must be at least 1, got {heads}")
+        if module not in ("attention", "free"):
+            raise ValueError(f"module must be 'attention' or 'free', got {module!r}")
+        start = class_embedding.detach().to(torch.float32).clone()
+        width = start.shape[0]
+        device = start.device
+        self.stages = stages
+        self.split = split
+        self.module = module
+        self.heads = _dividing_heads(width, heads)
+        self.register_buffer("class_embedding", start)
+        count = stages * self.streams
+        if module == "free":
+            self.rows = nn.Parameter(start.expand(count, width).clone())
+            return
+
+        scale = start.square().mean().sqrt()
+        self.register_buffer("scale", torch.where(scale > 0, scale, 1.0))
+        if train_base:
+            self.base = nn.Parameter(start.clone())
+        else:
+            self.register_buffer("base", start.clone())
+
+        def uniform(bound: float, *shape: int) -> Tensor:
+            # Drawn on the generator's device, so that a CPU generator gives one start everywhere.
+            source = generator.device if generator is not None else torch.device("cpu")
+            drawn = torch.empty(shape, device=source).uniform_(-bound, bound, generator=generator)
+            return drawn.to(device)
+
+        # √3 makes the uniform draw as strong as the embedding it is added to.
+        self.slots = nn.Parameter(uniform(3**0.5 * float(self.scale), count, width))
+        self.norm = nn.LayerNorm(width, device=device)
+        self.in_weight = nn.Parameter(uniform((3 / width) ** 0.5, 3 * width, width))
+        self.in_bias = nn.Parameter(torch.zeros(3 * width, device=device))
+        self.out_weight = nn.Parameter(torch.zeros(width, width, device=device))
+
+    @property
+    def streams(self) -> int:
+        """Tokens a stage: 2 when K and V are split, 1 when tied."""
+        return 2 if self.split else 1
+
+    @property
+    def width(self) -> int:
+        """Width C of the text encoder's token table."""
+        return self.class_embedding.shape[0]
+
+    def forward(self) -> Tensor:
+        """The tokens, float32 [S, 2, C] (axis 1: K row, V row), or [S, 1, C] when tied."""
+        shape = (self.stages, self.streams, self.width)
+        if self.module == "free":
+            return self.rows.view(shape)
+        with torch.autocast(self.class_embedding.device.type, enabled=False):
+            mixed = self._attention(self.norm(self.base + self.slots))
+            change = nn.functional.linear(mixed, self.out_weight) * self.scale
+            return (self.base + change).view(shape)
+
+    def _attention(self, slots: Tensor) -> Tensor:
+        # A few dozen rows: plain products are as fast as a fused kernel, and deterministic.
+        projected = nn.functional.linear(slots, self.in_weight, self.in_bias)
+        split_heads = projected.unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
+        query, key, value = split_heads.unbind(0)
+        scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+        return (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Groups for ``torch.optim``: the embedding rows, and the attention's weights.
+
+        ``learning_rate`` is in the units of Textual Inversion, that is of the token table. The
+        attention's matrices get it divided by ``scale · C``, with which one Adam step through
+        ``W_out`` moves a token about as far as one step of the row itself does.
+        """
+        if self.module == "free":
+            return [{"params": [self.rows], "lr": learning_rate, "name": "rows"}]
+        rows = [self.slots] + ([self.base] if isinstance(self.base, nn.Parameter) else [])
+        weights = [self.in_weight, self.in_bias, self.out_weight, *self.norm.parameters()]
+        return [
+            {"params": rows, "lr": learning_rate, "name": "rows"},
+            {
+                "params": weights,
+                "lr": learning_rate / (float(self.scale) * self.width),
+                "name": "attention",
+            },
+        ]

@@ -1,0 +1,133 @@
+"""Use a pipeline's models for training and give them back exactly as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from sefi_fast.attention_record import AttentionRecord
+from sefi_fast.errors import ModelError
+from sefi_fast.layers import cross_attention_layers
+from sefi_fast.pipelines.families import unwrap
+from sefi_fast.pipelines.installation import check_replaceable
+from sefi_fast.processor import SeFiAttnProcessor
+
+
+@contextmanager
+def borrowed(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, channels_last: bool = False
+) -> Iterator[None]:
+    """Freeze `module`, put it on `device` in eval mode, and undo all of it on the way out.
+
+    Only conversions that lose nothing are made: float16 and bfloat16 weights become float32 when
+    `dtype` is float32, other weights keep their type.
+
+    Args:
+        module: U-Net, VAE or text encoder.
+        device: where to compute.
+        dtype: float32 to widen half-precision weights; None to leave all types alone.
+        channels_last: lay convolution weights out channels-last.
+
+    Raises:
+        ModelError: the weights are offloaded or on the meta device.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ModelError(
+            f"the {type(module).__name__} has no weights in memory (CPU offload or the meta "
+            "device): load the pipeline without offloading"
+        )
+    before = [
+        (tensor, tensor.requires_grad, tensor.device, tensor.dtype, _is_channels_last(tensor))
+        for tensor in tensors
+    ]
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        for tensor, requires_grad, _, own_dtype, own_layout in before:
+            if requires_grad:
+                tensor.requires_grad_(False)
+            widen = dtype == torch.float32 and own_dtype in (torch.float16, torch.bfloat16)
+            tensor.data = _laid_out(
+                tensor.data.to(device, torch.float32 if widen else own_dtype),
+                own_layout or channels_last,
+            )
+        yield
+    finally:
+        for tensor, requires_grad, own_device, own_dtype, own_layout in before:
+            tensor.data = _laid_out(tensor.data.to(own_device, own_dtype), own_layout)
+            if requires_grad:
+                tensor.requires_grad_(True)
+        for part, training in modes:
+            part.training = training
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return (
+        tensor.ndim == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _laid_out(data: Tensor, channels_last: bool) -> Tensor:
+    if data.ndim != 4 or _is_channels_last(data) == channels_last:
+        return data
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return data.contiguous(memory_format=layout)
+
+
+class TrainingProcessors:
+    """Split-stream processors with records on a U-Net's cross-attention layers.
+
+    Args:
+        unet: a UNet2DConditionModel.
+        record: where the layers leave their alignment.
+        backend: of the fused operator, by name.
+        self_attention: "sdpa" leaves the self-attention's processors alone, "xformers" replaces
+            them too.
+
+    Raises:
+        ModelError: a layer's processor does more than plain attention (IP-Adapter).
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        record: AttentionRecord,
+        backend: str | None = None,
+        self_attention: str = "sdpa",
+    ) -> None:
+        self._ours: list[tuple[Attention, SeFiAttnProcessor]] = []
+        crossing = cross_attention_layers(unwrap(unet))
+        for name, attn in crossing.items():
+            check_replaceable(unet, name, attn.processor)
+            processor = SeFiAttnProcessor(
+                split_streams=True, record=record.layer(name), backend=backend
+            )
+            self._ours.append((attn, processor))
+        if self_attention == "xformers":
+            shared = SeFiAttnProcessor(self_attention="xformers")
+            for name, attn in unwrap(unet).named_modules():
+                if isinstance(attn, Attention) and name not in crossing:
+                    check_replaceable(unet, name, attn.processor)
+                    self._ours.append((attn, shared))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The processors on their layers; the ones before come back on the way out."""
+        before: list[tuple[Attention, Any]] = []
+        try:
+            for attn, processor in self._ours:
+                before.append((attn, attn.processor))
+                attn.set_processor(processor)
+            yield
+        finally:
+            for attn, processor in before:
+                attn.set_processor(processor)

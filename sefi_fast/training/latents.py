@@ -1,0 +1,56 @@
+"""The picture's latent distribution, computed once, and samples of it for each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from sefi_fast.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class LatentDistribution:
+    """Normal distribution of the scaled latent of a picture and of its mirror image.
+
+    Attributes:
+        mean: [V, C, h, w] float32, V = 2 with the mirror image and 1 without, in the units that
+            the U-Net sees (shift and scaling factor applied).
+        std: the same shape and units.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def views(self) -> int:
+        """2 with the mirror image, 1 without."""
+        return self.mean.shape[0]
+
+    def sample(self, view: Tensor, noise: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of the views [B] for standard normal `noise` of that shape."""
+        return self.mean[view] + self.std[view] * noise
+
+
+@torch.no_grad()
+def encode_picture(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDistribution:
+    """Encode a picture [3, h, w] in [-1, 1], and its mirror image if `flip`, with a float32 VAE.
+
+    Raises:
+        TrainingError: the VAE gives NaN or infinity, as some do in half precision.
+    """
+    views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
+    weight = next(vae.parameters())
+    distribution = vae.encode(views.to(weight.device, weight.dtype)).latent_dist
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scale = vae.config.scaling_factor
+    mean = (distribution.mean.float() - shift) * scale
+    std = distribution.std.float() * scale
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise TrainingError(
+            "the VAE gives NaN or infinity for this picture: its weights are damaged, or were "
+            "stored in float16 and overflow"
+        )
+    return LatentDistribution(mean, std)

@@ -1,0 +1,75 @@
+"""The suite for a machine with a GPU, dry: the CPU's checks run and no GPU figure is claimed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import _gpu_checks
+import gpu_suite
+import pytest
+import torch
+from _contenders import Contender, eager_maps
+from _reference import Inputs
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_dry_run(tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_suite.main(["--no-build", "--small", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "gpu_suite.json").read_text())
+    assert report["gpu"] is None
+    assert report["note"] == gpu_suite.NO_GPU
+    assert report["red"] == 0
+    assert {check["dtype"] for check in report["checks"]} == {"bfloat16", "float16", "float32"}
+    assert all(check["status"] == "passed" for check in report["checks"])
+    assert "sefi-eager" in {check["contender"] for check in report["checks"]}
+    assert "bars" not in report and not (tmp_path / "attn_bench.json").exists()
+    assert gpu_suite.NO_GPU in capsys.readouterr().out
+
+
+def test_a_red_check_is_told_and_fails(
+    tmp_path: Path, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        output, alignment = eager_maps(inputs)
+        return output * 1.05, alignment
+
+    wrong = Contender("sefi-wrong", "sefi", True, off)
+    monkeypatch.setattr(_gpu_checks, "sefi_contenders", lambda device: [wrong])
+    assert gpu_suite.main(["--no-build", "--small", "--output", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "gpu_suite.json").read_text())
+    red = [check for check in report["checks"] if check["status"] == "failed"]
+    assert {check["name"] for check in red} == {"accuracy against float64"}
+    assert len(red) == report["red"] == 3
+
+
+def test_results_that_change_between_repeats_are_a_race() -> None:
+    calls: list[None] = []
+
+    def drifting(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        calls.append(None)
+        output, alignment = eager_maps(inputs)
+        return output + (1e-6 if len(calls) == 17 else 0.0), alignment
+
+    check = _gpu_checks.races(
+        Contender("drifting", "sefi", True, drifting), CPU, torch.float32, True
+    )
+    assert check.status == "failed"
+    assert "repeat 16" in check.detail
+
+
+def test_a_check_that_breaks_is_a_failure_not_a_crash() -> None:
+    def breaks(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("illegal address\ntrace")
+
+    check = _gpu_checks.accuracy(
+        Contender("broken", "sefi", True, breaks), CPU, torch.float32, True
+    )
+    assert (check.status, check.detail) == ("failed", "RuntimeError: illegal address")

@@ -1,0 +1,226 @@
+"""The stage hook on real U-Nets and ControlNets, and whole-graph compiled."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import make_controlnet, make_unet
+from torch import nn
+
+from sefi_fast.conditioning import install_stage_hook, pack
+
+
+class Seer(nn.Module):
+    """Has the call of a U-Net and gives back what prompt reached it."""
+
+    def forward(self, sample, timestep, encoder_hidden_states=None, extra=None):
+        return encoder_hidden_states
+
+
+class Mixer(nn.Module):
+    """A small model with a weight, to compile."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, sample, timestep, encoder_hidden_states):
+        key, value = encoder_hidden_states.chunk(2, dim=1)
+        return self.linear(key) + 2 * value + sample
+
+
+def make_streams(batch: int = 2, stages: int = 5, tokens: int = 4, width: int = 3) -> torch.Tensor:
+    shape = (batch, stages, 2, tokens, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+sample = torch.zeros(2, 1)
+
+
+@pytest.mark.parametrize("timestep", [650, 650.0, torch.tensor(650), torch.tensor([650.5, 650.5])])
+def test_every_way_of_calling(timestep):
+    streams = make_streams()
+    packed = pack(streams)
+    model = Seer()
+    install_stage_hook(model, 4)
+    expected = streams[:, 3].flatten(1, 2)
+    assert torch.equal(model(sample, timestep, packed), expected)
+    assert torch.equal(model(sample, timestep, packed, None), expected)
+    assert torch.equal(model(sample, timestep, encoder_hidden_states=packed), expected)
+    assert torch.equal(
+        model(sample=sample, timestep=timestep, encoder_hidden_states=packed, extra=1), expected
+    )
+
+
+def test_one_timestep_a_sample():
+    streams = make_streams()
+    model = Seer()
+    install_stage_hook(model, 4)
+    found = model(sample, torch.tensor([0, 999]), pack(streams))
+    assert torch.equal(found[0], streams[0, 0].flatten(0, 1))
+    assert torch.equal(found[1], streams[1, 4].flatten(0, 1))
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 8, 12])
+def test_a_plain_prompt_serves_as_both_streams(length):
+    prompt = torch.randn(2, length, 3)
+    model = Seer()
+    install_stage_hook(model, 4)
+    key, value = model(sample, 500, prompt).chunk(2, dim=1)
+    assert torch.equal(key, prompt) and torch.equal(value, prompt)
+
+
+@pytest.mark.parametrize("length", [5, 7, 11, 31, 42])
+def test_lengths_that_do_not_fit_are_refused(length):
+    model = Seer()
+    install_stage_hook(model, 4)
+    with pytest.raises(ValueError, match=f"prompt_embeds of {length} rows"):
+        model(sample, 500, torch.zeros(2, length, 3))
+
+
+def test_no_prompt_is_left_alone():
+    model = Seer()
+    install_stage_hook(model, 4)
+    assert model(sample, 500) is None
+    assert model(sample, 500, None) is None
+
+
+def test_removal_leaves_nothing():
+    model = Seer()
+    handle = install_stage_hook(model, 4)
+    assert len(model._forward_pre_hooks) == 1
+    handle.remove()
+    handle.remove()
+    assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
+    prompt = pack(make_streams())
+    assert model(sample, 500, prompt) is prompt
+
+
+def test_a_second_hook_is_refused_until_the_first_is_gone():
+    model = Seer()
+    handle = install_stage_hook(model, 4)
+    with pytest.raises(ValueError, match="Seer has a stage hook already"):
+        install_stage_hook(model, 4)
+    handle.remove()
+    install_stage_hook(model, 4).remove()
+    with pytest.raises(ValueError, match="tokens_per_stream"):
+        install_stage_hook(model, 0)
+
+
+def test_it_runs_before_hooks_that_were_there():
+    model = Seer()
+    seen = []
+    model.register_forward_pre_hook(
+        lambda m, args, kw: seen.append(args[2].shape), with_kwargs=True
+    )
+    install_stage_hook(model, 4)
+    model(sample, 500, pack(make_streams()))
+    assert seen == [(2, 8, 3)]
+
+
+def test_a_copied_model_has_a_hook_of_its_own():
+    model = Seer()
+    handle = install_stage_hook(model, 4)
+    copied = copy.deepcopy(model)
+    handle.remove()
+    packed = pack(make_streams())
+    assert model(sample, 500, packed) is packed
+    assert copied(sample, 500, packed).shape == (2, 8, 3)
+
+
+def test_the_source_is_told_when_sampling_only():
+    packed = pack(make_streams()).requires_grad_()
+    model = Seer()
+    install_stage_hook(model, 4)
+    assert not hasattr(model(sample, 500, packed), "sefi_source")
+    with torch.no_grad():
+        selected = model(sample, torch.tensor([100, 500]), packed)
+    source, stage, tokens = selected.sefi_source
+    assert source is packed and tokens == 4
+    assert stage.tolist() == [0, 2]
+    with torch.no_grad():
+        assert not hasattr(model(sample, 500, torch.zeros(2, 4, 3)), "sefi_source")
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("timestep", [torch.tensor(100), torch.tensor([100.5, 900]), 300, 301.5])
+def test_it_compiles_into_one_graph(wrapped, grad, timestep):
+    torch._dynamo.reset()
+    streams = make_streams()
+    packed = pack(streams)
+    model = Mixer()
+    reference = copy.deepcopy(model)
+    noise = torch.randn(2, 4, 3)
+    install_stage_hook(model, 4)
+    if wrapped:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    else:
+        model.compile(backend="aot_eager", fullgraph=True)
+        compiled = model
+    each = torch.as_tensor(timestep).expand(2)
+    chosen = streams[torch.arange(2), (each * 5 / 1000).long()].flatten(1, 2)
+    with torch.set_grad_enabled(grad):
+        expected = reference(noise, timestep, chosen)
+        torch.testing.assert_close(compiled(noise, timestep, packed), expected)
+
+
+def test_a_schedule_is_compiled_once():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = Mixer()
+    install_stage_hook(model, 4)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    packed = pack(make_streams())
+    counts = []
+    with torch.no_grad():
+        for timestep in torch.linspace(999, 0, 20):
+            compiled(torch.zeros(2, 4, 3), timestep, packed)
+            counts.append(len(graphs))
+    assert counts == counts[:1] * 20
+
+
+def test_a_model_compiled_before_notices_the_hook():
+    torch._dynamo.reset()
+    model = Seer()
+    compiled = torch.compile(model, backend="eager")
+    packed = pack(make_streams())
+    with torch.no_grad():
+        assert compiled(sample, torch.tensor(3), packed).shape == packed.shape
+        handle = install_stage_hook(model, 4)
+        assert compiled(sample, torch.tensor(3), packed).shape == (2, 8, 3)
+        handle.remove()
+        assert compiled(sample, torch.tensor(3), packed).shape == packed.shape
+
+
+@pytest.mark.parametrize("kind", ["unet", "controlnet"])
+@torch.no_grad()
+def test_real_models_run_on_the_selected_stage(kind):
+    unet = make_unet(16)
+    model = unet if kind == "unet" else make_controlnet(unet)
+    # Tied streams: the plain processors then see the same prompt twice over, which leaves
+    # attention as it is, so that the bare model on one stream is the expected result.
+    streams = make_streams(2, 5, 7, 16)
+    streams[:, :, 1] = streams[:, :, 0]
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    timesteps = torch.tensor([250, 850])
+    keywords = {"controlnet_cond": torch.rand(2, 3, 128, 128)} if kind == "controlnet" else {}
+
+    def run(prompt):
+        call = {"encoder_hidden_states": prompt, "return_dict": False, **keywords}
+        output = model(noise, timesteps, **call)
+        return output[0] if kind == "unet" else output[1]
+
+    expected = run(torch.stack([streams[0, 1, 0], streams[1, 4, 0]]))
+    other = run(torch.stack([streams[0, 0, 0], streams[1, 3, 0]]))
+    install_stage_hook(model, 7)
+    found = run(pack(streams))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - other).abs().max() > 1e-3

@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests; without a CUDA device the Triton kernels run in the interpreter."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved diffusers folder of the random-weight SD 1.5-architecture pipeline."""
+    from models import make_sd15
+
+    folder = tmp_path_factory.mktemp("sd15")
+    make_sd15(folder / "vocabulary").save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def _sd15_session(tmp_path_factory: pytest.TempPathFactory):
+    from models import make_sd15
+
+    return make_sd15(tmp_path_factory.mktemp("sd15_vocabulary"))
+
+
+@pytest.fixture
+def sd15_pipeline(_sd15_session):
+    """A fresh copy of the random-weight SD 1.5-architecture pipeline (float32, CPU)."""
+    pipe = copy.deepcopy(_sd15_session)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

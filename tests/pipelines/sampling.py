@@ -1,0 +1,113 @@
+"""Short runs of a pipeline, an independent sampling loop, and what a pipeline consists of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+
+from sefi_fast.subject import Subject
+
+
+def draw(pipe: Any, prompt: Any, seed: int = 0, **arguments: Any) -> torch.Tensor:
+    """Latents [B, 4, h, w] of a short run, without the decoder."""
+    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 5.0} | arguments
+    count = 1 if isinstance(prompt, str) or prompt is None else len(prompt)
+    count *= settings.get("num_images_per_prompt", 1)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    return pipe(prompt, generator=generators, output_type="latent", **settings).images
+
+
+def state_of(pipe: Any) -> dict[str, Any]:
+    """All that attaching may touch, by identity: to be equal after a detach."""
+    state: dict[str, Any] = {"pipe": dict(vars(pipe))}
+    for part in ("unet", "controlnet", "text_encoder"):
+        model = getattr(pipe, part, None)
+        if model is None:
+            continue
+        for name, module in model.named_modules():
+            attributes = dict(vars(module))
+            for key, value in attributes.items():
+                if "hooks" in key:
+                    attributes[key] = dict(value)
+            for key in ("_parameters", "_buffers", "_modules"):
+                attributes[key] = {n: id(v) for n, v in attributes[key].items()}
+            if isinstance(module, Attention):
+                attributes["processor"] = id(module.processor)
+            state[f"{part}.{name}"] = attributes
+    return state
+
+
+class _OracleAttention:
+    """Plain attention whose keys and values come from prompts set from outside."""
+
+    key_prompt: torch.Tensor
+    value_prompt: torch.Tensor
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        prompts = (self.key_prompt, self.value_prompt)
+        if encoder_hidden_states is None:
+            prompts = (hidden_states, hidden_states)
+        projected = (attn.to_q(hidden_states), attn.to_k(prompts[0]), attn.to_v(prompts[1]))
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+        output = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attn.to_out[0](output)
+
+
+@torch.no_grad()
+def sample_by_hand(
+    pipe: Any,
+    prompt: str,
+    subjects: list[Subject],
+    *,
+    negative: str = "",
+    steps: int = 4,
+    guidance: float = 5.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Latents of `prompt` by a loop that shares no code with the library.
+
+    The rows of each stage are written into the token table at the class words' places, so every
+    subject needs a class word of its own that stands nowhere else in the prompt.
+    """
+    tokenizer, table = pipe.tokenizer, pipe.text_encoder.get_input_embeddings()
+    original = table.weight.detach().clone()
+
+    def encode(text, stage_rows):
+        ids = tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        for word, row in stage_rows.items():
+            table.weight[tokenizer.convert_tokens_to_ids(word + "</w>")] = row
+        encoded = pipe.text_encoder(ids)[0]
+        table.weight.copy_(original)
+        return encoded
+
+    text = prompt
+    for subject in subjects:
+        text = text.replace(subject.placeholder, subject.class_word)
+    attention = _OracleAttention()
+    replaced = dict(pipe.unet.attn_processors)
+    pipe.unet.set_attn_processor(attention)
+    scheduler = pipe.scheduler.__class__.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    size = pipe.unet.config.sample_size
+    latents = torch.randn(1, 4, size, size, generator=generator) * scheduler.init_noise_sigma
+    empty = encode(negative, {})
+    for t in scheduler.timesteps:
+        prompts = []
+        for stream in (0, 1):
+            rows = {}
+            for subject in subjects:
+                tokens = subject.tokens[0]
+                stage = min(int(float(t) * len(tokens) / 1000), len(tokens) - 1)
+                rows[subject.class_word] = tokens[stage, min(stream, tokens.shape[1] - 1)]
+            prompts.append(torch.cat([empty, encode(text, rows)]))
+        attention.key_prompt, attention.value_prompt = prompts
+        model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+        without, with_prompt = pipe.unet(model_input, t, prompts[0]).sample.chunk(2)
+        noise = without + guidance * (with_prompt - without)
+        latents = scheduler.step(noise, t, latents).prev_sample
+    pipe.unet.set_attn_processor(replaced)
+    return latents

@@ -1,0 +1,111 @@
+"""ControlNet pipelines: every ControlNet gets the stage and the streams that the U-Net gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    MultiControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+)
+from models import make_controlnet
+from pipelines.sampling import draw, state_of
+from torch import nn
+
+from sefi_fast.conditioning import encode, unpack
+from sefi_fast.conditioning.stages import stage_of
+from sefi_fast.errors import ModelError
+from sefi_fast.layers import cross_attention_layers
+from sefi_fast.pipelines import attach, detach
+
+CLOSE = {"rtol": 0, "atol": 2e-4}
+HINT = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture(params=["one", "two", "img2img"])
+def controlled(request, sd15_pipeline):
+    unet = sd15_pipeline.unet
+    controlnet = make_controlnet(unet, seed=1)
+    arguments = {"image": HINT}
+    pipeline_class = StableDiffusionControlNetPipeline
+    if request.param == "two":
+        controlnet = MultiControlNetModel([controlnet, make_controlnet(unet, seed=2)])
+        arguments = {"image": [HINT, 1 - HINT]}
+    elif request.param == "img2img":
+        pipeline_class = StableDiffusionControlNetImg2ImgPipeline
+        arguments |= {"control_image": 1 - HINT}
+    pipe = pipeline_class(
+        **sd15_pipeline.components, controlnet=controlnet, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, arguments
+
+
+def test_controlnets_follow_the_subject_and_are_as_before_after_detaching(controlled, make_subject):
+    pipe, arguments = controlled
+    cat = draw(pipe, "a photo of a cat", **arguments)
+    dog = draw(pipe, "a photo of a dog", **arguments)
+    before = state_of(pipe)
+    attach(pipe, make_subject(distance=0))
+    torch.testing.assert_close(draw(pipe, "a photo of a <it>", **arguments), cat, **CLOSE)
+    torch.testing.assert_close(draw(pipe, "a photo of a dog", **arguments), dog, **CLOSE)
+    attach(pipe, make_subject())
+    assert (draw(pipe, "a photo of a <it>", **arguments) - cat).abs().max() > 1e-2
+    detach(pipe)
+    after = state_of(pipe)
+    assert {k: v for k, v in after.items() if k != "pipe"} == {
+        k: v for k, v in before.items() if k != "pipe"
+    }
+    assert torch.equal(draw(pipe, "a photo of a dog", **arguments), dog)
+
+
+@pytest.mark.parametrize("controlled", ["one", "img2img"], indirect=True)
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_a_controlnet_attends_to_the_streams_of_the_stage(controlled, make_subject, guess_mode):
+    pipe, arguments = controlled
+    attach(pipe, make_subject())
+    want = unpack(encode(pipe, "a <it>"), 77)
+    seen, timesteps = [], []
+    layer = next(iter(cross_attention_layers(pipe.controlnet).values()))
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    pipe.controlnet.register_forward_pre_hook(
+        lambda module, args, kwargs: timesteps.append(args[1]), with_kwargs=True
+    )
+    draw(pipe, "a <it>", guess_mode=guess_mode, **arguments)
+    assert len(seen) == len(timesteps) >= 3
+    for streams, timestep in zip(seen, timesteps, strict=True):
+        stage = int(stage_of(timestep, 5))
+        assert len(streams) == (1 if guess_mode else 2)
+        torch.testing.assert_close(streams[-1], want[0, stage].flatten(0, 1), rtol=0, atol=1e-5)
+
+
+def test_guess_mode_projects_the_prompt_once(controlled, make_subject, monkeypatch):
+    pipe, arguments = controlled
+    attach(pipe, make_subject())
+    models = [pipe.unet, *getattr(pipe.controlnet, "nets", [pipe.controlnet])]
+    counts = {
+        id(attn.to_k): 0 for model in models for attn in cross_attention_layers(model).values()
+    }
+    forward = nn.Linear.forward
+
+    def counted(self, x):
+        if id(self) in counts:
+            counts[id(self)] += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    draw(pipe, "a <it>", guess_mode=True, **arguments)
+    assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize("controlled", ["two"], indirect=True)
+def test_other_control_models_are_refused(controlled, make_subject):
+    pipe, _ = controlled
+    pipe.controlnet.nets[1] = nn.Identity()
+    before = state_of(pipe)
+    with pytest.raises(ModelError, match="ControlNet of type Identity"):
+        attach(pipe, make_subject())
+    assert state_of(pipe) == before

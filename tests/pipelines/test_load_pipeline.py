@@ -1,0 +1,169 @@
+"""load_pipeline: what it loads, and what it says of everything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from pipelines.sampling import draw
+from safetensors.torch import load_file, save_file
+
+from sefi_fast.errors import ModelError
+from sefi_fast.pipelines import load_pipeline
+
+
+def test_a_folder_loads_as_it_was_saved(sd15_folder, sd15_pipeline):
+    pipe = load_pipeline(sd15_folder, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.unet.dtype == torch.float32 and pipe.safety_checker is None
+    assert torch.equal(draw(pipe, "a cat"), draw(sd15_pipeline, "a cat"))
+    half = load_pipeline(str(sd15_folder), dtype=torch.bfloat16, device="cpu")
+    assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16
+
+
+def test_a_folder_with_half_precision_files_alone_loads(sd15_folder, tmp_path):
+    folder = shutil.copytree(sd15_folder, tmp_path / "half")
+    load_pipeline(sd15_folder, dtype=torch.float16, device="cpu").save_pretrained(
+        folder, variant="fp16"
+    )
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (folder / part).glob("*.safetensors"):
+            if ".fp16." not in file.name:
+                file.unlink()
+    assert load_pipeline(folder, device="cpu").unet.dtype == torch.float32
+
+
+def index_of(folder) -> dict:
+    return json.loads((folder / "model_index.json").read_text())
+
+
+@pytest.fixture
+def folder(sd15_folder, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(sd15_folder, tmp_path / "model")
+
+
+FAMILIES = {
+    "StableDiffusionXLPipeline": (
+        {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+        "SDXL family",
+    ),
+    "StableDiffusion3Pipeline": (
+        {"transformer": ["diffusers", "SD3Transformer2DModel"]},
+        "SD3Transformer2DModel, not with a U-Net",
+    ),
+    "FluxPipeline": (
+        {"transformer": ["diffusers", "FluxTransformer2DModel"]},
+        "FluxTransformer2DModel",
+    ),
+    "DiTPipeline": ({"unet": None}, "whose unet is missing instead of UNet2DConditionModel"),
+    "IFPipeline": (
+        {"text_encoder": ["transformers", "T5EncoderModel"]},
+        "text_encoder is T5EncoderModel instead of CLIPTextModel",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_are_told_before_anything_is_loaded(folder, name):
+    changes, words = FAMILIES[name]
+    index = index_of(folder) | {"_class_name": name} | changes
+    (folder / "model_index.json").write_text(json.dumps(index))
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(ModelError, match=words) as raised:
+        load_pipeline(folder)
+    assert name in str(raised.value) and "Stable Diffusion 1.x and 2.x" in str(raised.value)
+
+
+def test_damaged_folders_are_told_in_words(folder, tmp_path):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    pickled = weights.with_suffix(".bin")
+    pickled.write_bytes(b"pickle")
+    whole = weights.read_bytes()
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"no \.safetensors weights, only diffusion_pytorch_mod"):
+        load_pipeline(folder)
+    weights.write_bytes(whole[:2000])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_pipeline(folder)
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_pipeline(folder)
+    (folder / "model_index.json").write_text("[]")
+    with pytest.raises(ModelError, match="no pipeline description"):
+        load_pipeline(folder)
+    (folder / "model_index.json").unlink()
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
+        load_pipeline(folder)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(ModelError, match="neither a folder nor a file"):
+        load_pipeline("nobody/no-such-model")
+    with pytest.raises(ModelError, match="no model file"):
+        load_pipeline(tmp_path / "missing.safetensors")
+
+
+def test_inpainting_models_are_refused(folder):
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config["in_channels"] = 9
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    kernel = weights["conv_in.weight"]
+    weights["conv_in.weight"] = kernel.new_zeros(kernel.shape[0], 9, *kernel.shape[2:])
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="takes 9 channels"):
+        load_pipeline(folder)
+
+
+CHECKPOINTS = {
+    "SDXL": ["conditioner.embedders.0.x", "model.diffusion_model.input_blocks.0.0.weight"],
+    "SD 3": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"],
+    "Flux": ["double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"],
+    "a LoRA, an embedding or one part": ["lora_unet_down_blocks_0.lora_up.weight"],
+    "without its text encoder": ["model.diffusion_model.input_blocks.0.0.weight"],
+}
+
+
+@pytest.mark.parametrize("words", CHECKPOINTS)
+def test_single_files_of_other_families(tmp_path, words):
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(2, 2) for name in CHECKPOINTS[words]}, file)
+    with pytest.raises(ModelError, match=words):
+        load_pipeline(file)
+
+
+def test_single_files_that_are_no_safetensors(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match="pickled checkpoints are not loaded"):
+        load_pipeline(tmp_path / "model.ckpt")
+    (tmp_path / "model.safetensors").write_bytes(b"text")
+    with pytest.raises(ModelError, match="damaged"):
+        load_pipeline(tmp_path / "model.safetensors")
+
+
+def test_a_single_file_of_the_right_family_goes_to_diffusers(tmp_path, monkeypatch, sd15_pipeline):
+    from diffusers import StableDiffusionPipeline
+
+    names = ["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.x"]
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(2, 2) for name in names}, file)
+    asked = []
+
+    def from_single_file(source, **arguments):
+        asked.append((source, arguments["torch_dtype"], arguments["safety_checker"]))
+        return sd15_pipeline
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", from_single_file)
+    assert load_pipeline(file, device="cpu") is sd15_pipeline
+    assert asked == [(str(file), torch.float32, None)]
+
+    def fail(source, **arguments):
+        raise OSError("no network\nmore")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", fail)
+    with pytest.raises(ModelError, match="no network.*configuration from the hub"):
+        load_pipeline(file)

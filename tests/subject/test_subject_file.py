@@ -1,0 +1,335 @@
+"""The subject and its file: exact, small, whole or not at all, and every damage is told."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sefi_fast.conditioning import class_token_id
+from sefi_fast.errors import SubjectFileError
+from sefi_fast.subject import Subject
+
+
+def make_subject(stages: int = 5, split: bool = True, widths=(48,), seed: int = 0, **fields):
+    generator = torch.Generator().manual_seed(seed)
+    streams = 2 if split else 1
+    values = {
+        "placeholder": "<me>",
+        "class_word": "person",
+        "tokens": [torch.randn(stages, streams, c, generator=generator) for c in widths],
+        "class_embeddings": [torch.randn(c, generator=generator) for c in widths],
+        "base_model": "some/model",
+        "settings": {"steps": 500, "flip": True, "templates": ["a photo of {}"]},
+        **fields,
+    }
+    return Subject(**values)
+
+
+def rewrite(path: Path, metadata=None, tensors=None, drop=()) -> None:
+    """Changes parts of a subject file, keeping it a sound safetensors file."""
+    with safetensors.safe_open(path, "pt") as opened:
+        old = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        kept = {**opened.metadata(), **(metadata or {})}
+    old.update(tensors or {})
+    path.write_bytes(
+        safetensors.torch.save(
+            {name: tensor for name, tensor in old.items() if name not in drop},
+            {name: text for name, text in kept.items() if name not in drop},
+        )
+    )
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    path = tmp_path / "me.safetensors"
+    make_subject().save(path)
+    return path
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("widths", [(48,), (48, 80)])
+def test_what_was_saved_is_loaded_bit_for_bit(tmp_path, split, widths):
+    subject = make_subject(3, split, widths, placeholder="<ich-ü>", class_word="Person")
+    subject.save(tmp_path / "a.safetensors")
+    loaded = Subject.load(str(tmp_path / "a.safetensors"))
+    assert (loaded.stages, loaded.split) == (3, split)
+    for name in ("placeholder", "class_word", "base_model", "settings", "library_version"):
+        assert getattr(loaded, name) == getattr(subject, name)
+    for old, new in zip(subject.tokens, loaded.tokens, strict=True):
+        assert torch.equal(old, new)
+    for old, new in zip(subject.class_embeddings, loaded.class_embeddings, strict=True):
+        assert torch.equal(old, new)
+
+
+def test_one_subject_is_one_file_byte_for_byte(tmp_path):
+    contents = set()
+    for number in range(8):
+        make_subject().save(tmp_path / f"{number}.safetensors")
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
+    Subject.load(tmp_path / "0.safetensors").save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() in contents
+
+
+def test_sizes(tmp_path):
+    path = tmp_path / "s.safetensors"
+    make_subject(5, True, (768,)).save(path)
+    assert path.stat().st_size <= 36_000
+    assert Subject.load(path).tokens[0].dtype == torch.float32
+
+    large = make_subject(10, True, (768, 1280))
+    large.save(path)
+    assert path.stat().st_size <= 100_000
+    loaded = Subject.load(path)
+    for old, new in zip(large.tokens, loaded.tokens, strict=True):
+        assert torch.equal(old.half().float(), new)
+
+
+def test_tokens_beyond_float16_are_not_saved_as_infinity(tmp_path):
+    large = make_subject(10, True, (768, 1280))
+    large.tokens[0][0, 0, 0] = 1e6
+    with pytest.raises(ValueError, match="float16"):
+        large.save(tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_history_is_kept_as_a_summary(tmp_path):
+    history = SimpleNamespace(
+        loss=[1.0] * 18 + [0.2, 0.4], alignment=[4.0] * 20, seconds=[float(i) for i in range(20)]
+    )
+    make_subject(history=history).save(tmp_path / "s.safetensors")
+    loaded = Subject.load(tmp_path / "s.safetensors")
+    assert loaded.history is None
+    assert loaded.summary == {
+        "steps": 20,
+        "final_loss": 0.3,
+        "final_alignment": 4.0,
+        "seconds": 19.0,
+    }
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_nothing(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def refuse(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        make_subject(seed=1).save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_settings_that_json_cannot_hold_are_told(tmp_path):
+    with pytest.raises(ValueError, match="settings"):
+        make_subject(settings={"x": object()}).save(tmp_path / "s.safetensors")
+    with pytest.raises(ValueError, match="settings"):
+        make_subject(settings={"x": float("nan")}).save(tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_makes_the_folder(tmp_path):
+    make_subject().save(tmp_path / "new" / "folder" / "me.safetensors")
+    assert Subject.load(tmp_path / "new" / "folder" / "me.safetensors").placeholder == "<me>"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "lora"}, "holds no subject"),
+        ({"format_version": "2"}, "update sefi_fast"),
+        ({"format_version": "one"}, "format_version"),
+        ({"stages": "4"}, "shape"),
+        ({"stages": "-5"}, "stages"),
+        ({"stages": "9" * 5000}, "stages"),
+        ({"split": "false"}, "shape"),
+        ({"split": "maybe"}, "split"),
+        ({"split": "3"}, "split"),
+        ({"text_encoders": "2"}, "wanted"),
+        ({"text_encoders": "0"}, "wanted"),
+        ({"settings": "[1]"}, "settings"),
+        ({"settings": "{"}, "settings"),
+        ({"placeholder": "two words"}, "placeholder"),
+        ({"placeholder": ""}, "placeholder"),
+        ({"class_word": "  "}, "class word"),
+    ],
+)
+def test_wrong_metadata_is_told(saved, metadata, message):
+    rewrite(saved, metadata)
+    with pytest.raises(SubjectFileError, match=message) as raised:
+        Subject.load(saved)
+    assert str(saved) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["format_version", "stages", "split", "settings", "base_model", "library_version"]
+)
+def test_missing_metadata_is_told(saved, name):
+    rewrite(saved, drop=[name])
+    with pytest.raises(SubjectFileError, match=f"{name} is missing"):
+        Subject.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "drop", "message"),
+    [
+        ({"tokens.0": torch.zeros(5, 2, 47)}, [], "width"),
+        ({"tokens.0": torch.zeros(5, 3, 48)}, [], "shape"),
+        ({"tokens.0": torch.zeros(480)}, [], "shape"),
+        ({"tokens.0": torch.zeros(5, 2, 48, dtype=torch.int32)}, [], "int32"),
+        ({"tokens.0": torch.zeros(5, 2, 48, dtype=torch.float64)}, [], "float64"),
+        ({"tokens.0": torch.full((5, 2, 48), float("nan"))}, [], "NaN"),
+        ({"tokens.0": torch.full((5, 2, 48), float("inf"))}, [], "infinity"),
+        ({"tokens.0": torch.zeros(5, 2, 0), "class_embedding.0": torch.zeros(0)}, [], "shape"),
+        ({"class_embedding.0": torch.zeros(2, 24)}, [], "shape"),
+        ({"more": torch.zeros(1)}, [], "wanted"),
+        ({}, ["tokens.0"], "wanted"),
+        ({}, ["class_embedding.0"], "wanted"),
+    ],
+)
+def test_wrong_tensors_are_told(saved, tensors, drop, message):
+    rewrite(saved, tensors=tensors, drop=drop)
+    with pytest.raises(SubjectFileError, match=message):
+        Subject.load(saved)
+
+
+def test_other_files_are_told(tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    safetensors.torch.save_file({"lora_A": torch.zeros(4, 4)}, lora)
+    pickled = tmp_path / "embeds.pt"
+    torch.save({"<me>": torch.zeros(768)}, pickled)
+    empty = tmp_path / "empty.safetensors"
+    empty.write_bytes(b"")
+    huge = tmp_path / "huge.safetensors"
+    with open(huge, "wb") as stream:
+        stream.truncate(20 * 2**20)
+    for path, message in [
+        (lora, "holds no subject"),
+        (pickled, "no readable safetensors"),
+        (empty, "no readable safetensors"),
+        (huge, "another kind"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "missing.safetensors", "does not exist"),
+    ]:
+        with pytest.raises(SubjectFileError, match=message):
+            Subject.load(path)
+
+
+def test_loading_never_unpickles(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "harmed"),))
+
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(SubjectFileError):
+        Subject.load(path)
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.fixture(scope="module")
+def sound_bytes(tmp_path_factory) -> tuple[Path, bytes]:
+    path = tmp_path_factory.mktemp("fuzz") / "s.safetensors"
+    make_subject(2, True, (4,)).save(path)
+    return path, path.read_bytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_damage_is_a_subject_file_error_or_harmless(sound_bytes, data):
+    path, sound = sound_bytes
+    damaged = bytearray(sound)
+    for _ in range(data.draw(st.integers(0, 3))):
+        damaged[data.draw(st.integers(0, len(sound) - 1))] = data.draw(st.integers(0, 255))
+    kept = data.draw(st.one_of(st.just(len(sound)), st.integers(0, len(sound))))
+    path.write_bytes(bytes(damaged[:kept]))
+    try:
+        subject = Subject.load(path)
+    except SubjectFileError as error:
+        assert str(path) in str(error)
+    else:
+        assert kept == len(sound)
+        assert subject.tokens[0].shape == (2, 2, 4)
+        assert torch.isfinite(subject.tokens[0]).all()
+
+
+def test_a_subject_does_not_follow_its_training():
+    rows = torch.zeros(5, 2, 4, requires_grad=True)
+    subject = Subject("<me>", "person", [rows], [torch.zeros(4, dtype=torch.float16)], "base")
+    with torch.no_grad():
+        rows += 1
+    assert torch.equal(subject.tokens[0], torch.zeros(5, 2, 4))
+    assert not subject.tokens[0].requires_grad
+    assert subject.class_embeddings[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"placeholder": ""}, "placeholder"),
+        ({"placeholder": "my self"}, "placeholder"),
+        ({"class_word": " "}, "class_word"),
+        ({"tokens": []}, "each text encoder"),
+        ({"tokens": [torch.zeros(5, 3, 48)]}, r"\[stages, 2, C\]"),
+        ({"tokens": [torch.zeros(5, 48)]}, r"\[stages, 2, C\]"),
+        ({"tokens": [torch.zeros(5, 2, 40)]}, "does not fit"),
+        ({"tokens": [torch.full((5, 2, 48), float("nan"))]}, "NaN"),
+    ],
+)
+def test_parts_that_do_not_fit_are_told(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_subject(**fields)
+
+
+def test_text_encoders_must_agree_on_stages():
+    with pytest.raises(ValueError, match="alike"):
+        make_subject(
+            widths=(8, 8),
+            tokens=[torch.zeros(5, 2, 8), torch.zeros(4, 2, 8)],
+        )
+
+
+@pytest.fixture
+def fitting(sd15_pipeline) -> Subject:
+    pipe = sd15_pipeline
+    table = pipe.text_encoder.get_input_embeddings().weight
+    row = table[class_token_id(pipe.tokenizer, "person")]
+    return make_subject(class_embeddings=[row.detach()])
+
+
+def test_a_subject_fits_its_base_and_a_fine_tuned_one(sd15_pipeline, fitting):
+    pipe = sd15_pipeline
+    fitting.check_fits([pipe.tokenizer], [pipe.text_encoder])
+    weight = pipe.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        weight += 0.2 * weight.std() * torch.randn(weight.shape)
+    fitting.check_fits([pipe.tokenizer], [pipe.text_encoder.half()])
+
+
+def test_a_subject_does_not_fit_other_models(sd15_pipeline, fitting):
+    pipe = sd15_pipeline
+    with pytest.raises(SubjectFileError, match="2 text encoder.*has 1"):
+        make_subject(widths=(48, 48)).check_fits([pipe.tokenizer], [pipe.text_encoder])
+    with pytest.raises(SubjectFileError, match="some/model.* 64 wide.* 48 wide"):
+        make_subject(widths=(64,)).check_fits([pipe.tokenizer], [pipe.text_encoder])
+    fitting.class_word = "wibble"
+    with pytest.raises(SubjectFileError, match="one token"):
+        fitting.check_fits([pipe.tokenizer], [pipe.text_encoder])
+    fitting.class_word = "dog"
+    with pytest.raises(SubjectFileError, match="some/model.*cosine similarity"):
+        fitting.check_fits([pipe.tokenizer], [pipe.text_encoder])
+
+
+def test_a_zero_embedding_does_not_pass_for_similar(sd15_pipeline, fitting):
+    fitting.class_embeddings = [torch.zeros(48)]
+    with pytest.raises(SubjectFileError, match="cosine similarity"):
+        fitting.check_fits([sd15_pipeline.tokenizer], [sd15_pipeline.text_encoder])

@@ -1,0 +1,148 @@
+"""The token module: exact start, determinism, what trains, and that it can reach any tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sefi_fast.subject import SubjectTokens
+
+
+def embedding(width: int = 48, seed: int = 0) -> torch.Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)) * 0.014
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 50),
+    stages=st.integers(1, 12),
+    split=st.booleans(),
+    heads=st.integers(1, 12),
+    train_base=st.booleans(),
+    module=st.sampled_from(["attention", "free"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_every_token_starts_as_the_class_embedding(
+    width, stages, split, heads, train_base, module, dtype
+):
+    start = embedding(width).to(dtype)
+    tokens = SubjectTokens(start, stages, split, heads, train_base, module, seeded())()
+    assert tokens.shape == (stages, 2 if split else 1, width)
+    assert tokens.dtype == torch.float32
+    assert torch.equal(tokens, start.float().expand_as(tokens))
+
+
+def test_a_class_embedding_of_zeros_still_starts_exactly():
+    tokens = SubjectTokens(torch.zeros(16), generator=seeded())()
+    assert torch.equal(tokens, torch.zeros(5, 2, 16))
+
+
+def test_generator_alone_decides_the_start():
+    torch.manual_seed(1)
+    first = SubjectTokens(embedding(), generator=seeded(3)).state_dict()
+    torch.manual_seed(2)
+    second = SubjectTokens(embedding(), generator=seeded(3)).state_dict()
+    other = SubjectTokens(embedding(), generator=seeded(4)).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["slots"], other["slots"])
+    assert not torch.equal(first["in_weight"], other["in_weight"])
+
+
+def test_generator_leaves_the_global_one_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    SubjectTokens(embedding(), generator=seeded())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_everything_moves_after_one_step():
+    module = SubjectTokens(embedding(), generator=seeded())
+    optimizer = torch.optim.Adam(module.parameter_groups(1e-3))
+    target = torch.randn(5, 2, 48, generator=seeded(1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        (module() - target).square().sum().backward()
+        optimizer.step()
+    missing = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("module", ["attention", "free"])
+def test_tokens_of_all_stages_and_streams_can_become_different(module):
+    tokens = SubjectTokens(embedding(), stages=3, module=module, generator=seeded())
+    target = embedding() + 0.014 * torch.randn(3, 2, 48, generator=seeded(1))
+    optimizer = torch.optim.Adam(tokens.parameter_groups(1e-3))
+    start = (tokens() - target).square().mean().item()
+    for _ in range(150):
+        optimizer.zero_grad()
+        (tokens() - target).square().sum().backward()
+        optimizer.step()
+    assert (tokens() - target).square().mean().item() < 0.02 * start
+
+
+@pytest.mark.parametrize("train_base", [True, False])
+@pytest.mark.parametrize("module", ["attention", "free"])
+def test_parameter_groups_hold_each_parameter_once(module, train_base):
+    tokens = SubjectTokens(embedding(), train_base=train_base, module=module)
+    grouped = [p for group in tokens.parameter_groups(0.01) for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped})
+    assert {id(p) for p in grouped} == {id(p) for p in tokens.parameters()}
+    assert ("base" in dict(tokens.named_parameters())) == (train_base and module == "attention")
+
+
+def test_one_step_moves_a_token_as_far_through_the_attention_as_by_its_row():
+    rate = 1e-3
+    for width in (32, 768):
+        moved = {}
+        for train_base in (True, False):
+            tokens = SubjectTokens(embedding(width), train_base=train_base, generator=seeded())
+            groups = tokens.parameter_groups(rate)
+            if train_base:
+                groups = groups[:1]
+            optimizer = torch.optim.Adam(groups)
+            (tokens() * torch.randn(width, generator=seeded(5))).sum().backward()
+            optimizer.step()
+            moved[train_base] = (tokens() - embedding(width)).abs().mean().item()
+        assert moved[True] == pytest.approx(rate, rel=0.01)
+        assert 0.2 * rate < moved[False] < 2 * rate
+
+
+def test_autocast_leaves_the_tokens_in_float32():
+    tokens = SubjectTokens(embedding(), generator=seeded())
+    torch.nn.init.normal_(tokens.out_weight, generator=seeded(2))
+    plain = tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = tokens()
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast, plain)
+
+
+def test_state_dict_restores_the_tokens():
+    trained = SubjectTokens(embedding(), generator=seeded())
+    torch.nn.init.normal_(trained.out_weight, generator=seeded(2))
+    fresh = SubjectTokens(embedding(seed=9), generator=seeded(7))
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh(), trained())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_embedding": torch.zeros(2, 3)}, "vector"),
+        ({"class_embedding": torch.zeros(3, dtype=torch.int64)}, "floating-point"),
+        ({"class_embedding": torch.tensor([1.0, float("nan")])}, "NaN"),
+        ({"stages": 0}, "stages"),
+        ({"heads": 0}, "heads"),
+        ({"module": "mlp"}, "module"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SubjectTokens(**{"class_embedding": embedding(), **arguments})

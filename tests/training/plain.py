@@ -1,0 +1,117 @@
+"""The training step as a page of formulas: all stages encoded, all attention maps in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from sefi_fast.training.image import load_image, prepare
+from sefi_fast.training.noise import draw
+
+
+class PlainProcessor:
+    """Cross-attention with separate prompts for keys, values and reference keys; maps kept."""
+
+    def __init__(self, step: dict[str, Any], name: str) -> None:
+        self.step, self.name = step, name
+
+    def __call__(self, attn, hidden, encoder_hidden_states=None, attention_mask=None, temb=None):
+        step = self.step
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2)
+
+        query = heads(attn.to_q(hidden))
+        if encoder_hidden_states is None:
+            key, value = heads(attn.to_k(hidden)), heads(attn.to_v(hidden))
+        else:
+            key, value = heads(attn.to_k(step["key"])), heads(attn.to_v(step["value"]))
+        target = (query @ key.transpose(-1, -2) * attn.scale).softmax(-1)
+        if encoder_hidden_states is not None:
+            reference_key = heads(attn.to_k(step["reference"]))
+            scores = query @ reference_key.transpose(-1, -2) * attn.scale
+            reference = scores.softmax(-1)
+            if not step["reference_grad"]:
+                reference = reference.detach()
+            squared = (target - reference).square()
+            step["alignment"][self.name] = squared.sum((2, 3)).mean(1)
+            step["side"][self.name] = round(query.shape[2] ** 0.5)
+        output = (target @ value).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](output))
+
+
+class PlainTraining:
+    """Equations 3 to 6 of docs/method.md for one picture, in the pipeline's own dtype."""
+
+    def __init__(self, pipe, image, config, class_word: str, rows) -> None:
+        self.pipe, self.config, self.rows = pipe, config, rows
+        self.step_data: dict[str, Any] = {"reference_grad": config.reference_grad}
+        for name, processor in pipe.unet.attn_processors.items():
+            assert type(processor).__name__ == "AttnProcessor2_0", name
+        pipe.unet.set_attn_processor(
+            {name: PlainProcessor(self.step_data, name) for name in pipe.unet.attn_processors}
+        )
+        for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+            part.requires_grad_(False).eval()
+        size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        pixels = prepare(load_image(image), config.resolution or size).to(pipe.vae.dtype)
+        views = [pixels, pixels.flip(2)] if config.flip else [pixels]
+        posterior = pipe.vae.encode(torch.stack(views)).latent_dist
+        scale = pipe.vae.config.scaling_factor
+        self.mean, self.std = posterior.mean * scale, posterior.std * scale
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.class_word = class_word
+        self.class_id = pipe.tokenizer(class_word, add_special_tokens=False).input_ids[0]
+
+    def encode(self, row: Tensor | None) -> Tensor:
+        """[P, M, C]: the templates with `row` in the class word's place; None for the word."""
+        texts = [text.replace("{}", self.class_word) for text in self.config.sentences()]
+        tokenizer, text_encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        ids = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        if row is None:
+            return text_encoder(ids)[0]
+        table = text_encoder.get_input_embeddings().weight
+        changed = torch.where(torch.arange(len(table))[:, None] == self.class_id, row, table)
+        name = next(n for n, p in text_encoder.named_parameters() if p is table)
+        return torch.func.functional_call(text_encoder, {name: changed}, (ids,))[0]
+
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """Noise loss and alignment of the next draw."""
+        config, step = self.config, self.step_data
+        drawn = draw(
+            self.generator,
+            batch_size=config.batch_size,
+            num_train_timesteps=1000,
+            views=len(self.mean),
+            templates=len(config.templates),
+            latent_shape=tuple(self.mean.shape[1:]),
+        )
+        noise = drawn.noise.to(self.mean.dtype)
+        latents = self.mean[drawn.view] + self.std[drawn.view] * drawn.latent_noise
+        noised = self.scheduler.add_noise(latents, noise, drawn.timesteps)
+        target = noise
+        if self.scheduler.config.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(latents, noise, drawn.timesteps)
+        rows = self.rows().to(self.mean.dtype)
+        encoded = torch.stack([torch.stack([self.encode(row) for row in stage]) for stage in rows])
+        stages = drawn.timesteps * config.stages // 1000
+        picked = encoded[stages, :, drawn.template]
+        step.update(
+            key=picked[:, 0],
+            value=picked[:, -1],
+            reference=self.encode(None)[drawn.template],
+            alignment={},
+            side={},
+        )
+        prediction = self.pipe.unet(noised, drawn.timesteps, picked[:, 0]).sample
+        wanted = config.loss_resolutions
+        alignments = [
+            alignment.mean()
+            for name, alignment in step["alignment"].items()
+            if wanted is None or step["side"][name] in wanted
+        ]
+        return (prediction - target).square().mean(), torch.stack(alignments).mean()

@@ -1,0 +1,222 @@
+"""The engine against the same step written plainly, in loss, gradient and three updates."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from sefi_fast.subject import SubjectTokens
+from sefi_fast.training import TrainConfig
+from sefi_fast.training import engine as engine_module
+from sefi_fast.training.engine import Engine
+from sefi_fast.training.image import load_image, prepare
+from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.prompts import TrainingPrompts
+
+
+def _plain_module():
+    spec = importlib.util.spec_from_file_location("plain", Path(__file__).with_name("plain.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("plain", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+PlainTraining = _plain_module().PlainTraining
+CPU = torch.device("cpu")
+# The random model's alignment is minute: without a large weight it would not be tested.
+BASE = {"batch_size": 4, "weight_lambda": 200.0, "schedule": "constant", "resolution": 64}
+"""Each case differs from BASE in what it names."""
+CASES = {
+    "default": {},
+    "attention module": {"module": "attention"},
+    "fixed base": {"module": "attention", "train_base": False},
+    "reference gradient": {"reference_grad": True},
+    "some resolutions": {"loss_resolutions": (4, 2)},
+    "one resolution": {"loss_resolutions": (8,)},
+    "several templates": {"templates": ("a photo of a {}", "{} in the snow", "the {} and a {}")},
+    "scene": {"scene": "on the beach"},
+    "tied": {"split": False},
+    "one stage": {"stages": 1},
+    "ten stages": {"stages": 10, "batch_size": 6},
+    "one sample": {"batch_size": 1},
+    "no flip": {"flip": False},
+}
+
+
+@pytest.fixture
+def picture():
+    return load_image(torch.rand(80, 90, 3, generator=torch.Generator().manual_seed(4)).numpy())
+
+
+def make_tokens(pipe, config, disturb=0.2):
+    """The module, moved away from the class word, where the alignment and its gradient vanish."""
+    class_id = pipe.tokenizer("cat", add_special_tokens=False).input_ids[0]
+    row = pipe.text_encoder.get_input_embeddings().weight[class_id].detach()
+    generator = torch.Generator().manual_seed(9)
+    tokens = SubjectTokens(
+        row,
+        stages=config.stages,
+        split=config.split,
+        train_base=config.train_base,
+        module=config.module,
+        generator=generator,
+    )
+    with torch.no_grad():
+        for parameter in tokens.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += disturb * row.square().mean().sqrt() * noise
+    return tokens
+
+
+def make_engine(pipe, picture, config, tokens):
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.requires_grad_(False).eval()
+    size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    class_id = pipe.tokenizer("cat", add_special_tokens=False).input_ids[0]
+    return Engine(
+        unet=pipe.unet,
+        text_encoder=pipe.text_encoder,
+        scheduler=pipe.scheduler,
+        tokens=tokens,
+        latents=encode_picture(pipe.vae, prepare(picture, size), config.flip),
+        prompts=TrainingPrompts(pipe.tokenizer, config.sentences(), "<it>", class_id, CPU),
+        config=config,
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_are_those_of_the_plain_step(sd15_pipeline, picture, case):
+    config = TrainConfig(**{**BASE, "module": "free", **CASES[case]})
+    tokens = make_tokens(sd15_pipeline, config)
+    plain_tokens = copy.deepcopy(tokens).double()
+    plain_pipe = copy.deepcopy(sd15_pipeline)
+    engine = make_engine(sd15_pipeline, picture, config, tokens)
+    with engine.processors.in_place():
+        terms = engine.loss(engine.draw())
+        (terms.noise + config.weight_lambda * terms.alignment).backward()
+
+    for part in (plain_pipe.unet, plain_pipe.text_encoder, plain_pipe.vae):
+        part.double()
+    plain = PlainTraining(plain_pipe, picture, config, "cat", plain_tokens)
+    noise, alignment = plain.terms()
+    (noise + config.weight_lambda * alignment).backward()
+
+    assert alignment > 1e-7
+    torch.testing.assert_close(terms.noise.double(), noise, rtol=1e-4, atol=0)
+    torch.testing.assert_close(terms.alignment.double(), alignment, rtol=1e-3, atol=0)
+    wanted = dict(plain_tokens.named_parameters())
+    for name, parameter in tokens.named_parameters():
+        grad = wanted[name].grad
+        assert grad.abs().max() > 0, name
+        error = (parameter.grad.double() - grad).abs().max() / grad.abs().max()
+        assert error < 2e-3, (name, error)
+
+
+def test_the_alignment_carries_weight_in_these_tests(sd15_pipeline, picture):
+    config = TrainConfig(**BASE, module="free")
+    tokens = make_tokens(sd15_pipeline, config)
+    engine = make_engine(sd15_pipeline, picture, config, tokens)
+    with engine.processors.in_place():
+        terms = engine.loss(engine.draw())
+    (noise,) = torch.autograd.grad(terms.noise, tokens.rows, retain_graph=True)
+    (alignment,) = torch.autograd.grad(config.weight_lambda * terms.alignment, tokens.rows)
+    assert 0.05 < alignment.norm() / noise.norm() < 20
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_three_updates_are_those_of_the_plain_step(sd15_pipeline, picture, prediction_type):
+    config = TrainConfig(**BASE, module="attention", learning_rate=1e-2)
+    sd15_pipeline.scheduler = DDPMScheduler.from_config(
+        sd15_pipeline.scheduler.config, prediction_type=prediction_type
+    )
+    tokens = make_tokens(sd15_pipeline, config)
+    plain_tokens = copy.deepcopy(tokens)
+    plain_pipe = copy.deepcopy(sd15_pipeline)
+    engine = make_engine(sd15_pipeline, picture, config, tokens)
+    results = [engine.step() for _ in range(3)]
+
+    plain = PlainTraining(plain_pipe, picture, config, "cat", plain_tokens)
+    start = plain_tokens().detach()
+    groups = plain_tokens.parameter_groups(config.learning_rate)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for result in results:
+        noise, alignment = plain.terms()
+        assert result.noise == pytest.approx(noise.item(), rel=1e-4)
+        assert result.alignment == pytest.approx(alignment.item(), rel=1e-2)
+        assert result.finite
+        optimizer.zero_grad()
+        (noise + config.weight_lambda * alignment).backward()
+        optimizer.step()
+    moved = (plain_tokens().detach() - start).abs().max()
+    assert moved > 1e-3
+    torch.testing.assert_close(engine.current(), plain_tokens().detach(), rtol=0, atol=0.02 * moved)
+
+
+def test_without_weight_no_reference_is_projected_and_no_alignment_computed(
+    sd15_pipeline, picture, monkeypatch
+):
+    monkeypatch.setattr(engine_module, "alignment_loss", None)
+    config = TrainConfig(**{**BASE, "weight_lambda": 0.0})
+    engine = make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
+    result = engine.step()
+    assert result.alignment == 0.0
+    assert result.finite
+
+
+def test_resolutions_that_no_layer_has_are_refused(sd15_pipeline, picture):
+    config = TrainConfig(**BASE, loss_resolutions=(8, 5))
+    with pytest.raises(ValueError, match=r"names 5, .* have the sides 1, 2, 4, 8"):
+        make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
+
+
+def test_only_the_drawn_stages_are_encoded(sd15_pipeline, picture):
+    config = TrainConfig(**{**BASE, "stages": 50, "batch_size": 3})
+    engine = make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
+    calls = []
+    handle = sd15_pipeline.text_encoder.register_forward_pre_hook(
+        lambda module, inputs: calls.append(inputs[0].shape)
+    )
+    engine.step()
+    handle.remove()
+    assert calls == [(6, 77)]
+
+
+def test_gradient_checkpointing_changes_no_number(sd15_pipeline, picture):
+    config = TrainConfig(**BASE)
+    losses = []
+    for checkpointing in (False, True):
+        tokens = make_tokens(sd15_pipeline, config)
+        engine = make_engine(sd15_pipeline, picture, config, tokens)
+        if checkpointing:
+            sd15_pipeline.unet.enable_gradient_checkpointing()
+        engine.step()
+        losses.append((engine.step(), engine.current()))
+    assert losses[0][0] == losses[1][0]
+    assert torch.equal(losses[0][1], losses[1][1])
+
+
+def test_nothing_of_a_step_stays_in_memory(sd15_pipeline, picture):
+    config = TrainConfig(**BASE)
+    engine = make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
+    engine.step()
+    for _, layer in engine._record.items():
+        assert layer.alignment is None
+        assert layer.maps is None
+
+
+def test_cosine_schedule_ends_near_zero(sd15_pipeline, picture):
+    config = TrainConfig(**{**BASE, "schedule": "cosine", "steps": 4})
+    engine = make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
+    rates = []
+    for _ in range(4):
+        engine.step()
+        rates.append(engine._optimizer.param_groups[0]["lr"] / config.learning_rate)
+    assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-5)

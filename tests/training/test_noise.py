@@ -1,0 +1,103 @@
+"""Noised latents and targets are those of diffusers, and draws cover all timesteps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+from sefi_fast.errors import ModelError
+from sefi_fast.training.noise import NoiseSchedule, draw
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "kind", [DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
+)
+@pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_forward_process_is_that_of_ddpm(kind, beta_schedule, prediction_type, zero_snr):
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": beta_schedule,
+        "prediction_type": prediction_type,
+        "rescale_betas_zero_snr": zero_snr,
+    }
+    plain = DDPMScheduler(**settings)
+    schedule = NoiseSchedule(kind(**settings), CPU)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 6, 4, 5, 5, generator=generator)
+    timesteps = torch.tensor([0, 1, 100, 500, 998, 999])
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    got = schedule.add_noise(latents, noise, timesteps)
+    torch.testing.assert_close(got, plain.add_noise(latents, noise, timesteps), **close)
+    wanted = noise
+    if prediction_type == "v_prediction":
+        wanted = plain.get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(schedule.target(latents, noise, timesteps), wanted, **close)
+
+
+def test_trained_betas_are_kept():
+    betas = torch.linspace(0.001, 0.03, 50).tolist()
+    schedule = NoiseSchedule(DDIMScheduler(num_train_timesteps=50, trained_betas=betas), CPU)
+    assert schedule.num_train_timesteps == 50
+    plain = DDPMScheduler(num_train_timesteps=50, trained_betas=betas)
+    x, e, t = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([49])
+    torch.testing.assert_close(schedule.add_noise(x, e, t), plain.add_noise(x, e, t))
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ModelError, match="'sample'"):
+        NoiseSchedule(DDIMScheduler(prediction_type="sample"), CPU)
+    with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler has no beta"):
+        NoiseSchedule(FlowMatchEulerDiscreteScheduler(), CPU)
+
+
+def drawn(batch_size, seed=0, **changes):
+    settings = {"num_train_timesteps": 1000, "views": 2, "templates": 3, "latent_shape": (4, 6, 6)}
+    generator = torch.Generator().manual_seed(seed)
+    return draw(generator, batch_size=batch_size, **{**settings, **changes})
+
+
+def test_every_part_of_the_timesteps_is_drawn_once():
+    for seed in range(20):
+        for batch_size in (1, 3, 5, 8, 32):
+            timesteps = drawn(batch_size, seed).timesteps
+            part = (timesteps.double() + 0.5) * batch_size / 1000
+            assert part.floor().tolist() == pytest.approx(range(batch_size), abs=1)
+            assert timesteps.min() >= 0
+            assert timesteps.max() <= 999
+            if batch_size >= 5:
+                assert set((timesteps * 5 // 1000).tolist()) == set(range(5))
+
+
+def test_shapes_and_kinds_of_a_draw():
+    one = drawn(64)
+    assert one.noise.shape == one.latent_noise.shape == (64, 4, 6, 6)
+    assert not torch.equal(one.noise, one.latent_noise)
+    assert set(one.view.tolist()) == {0, 1}
+    assert set(one.template.tolist()) == {0, 1, 2}
+    assert abs(float(one.noise.mean())) < 0.05
+    assert abs(float(one.noise.std()) - 1) < 0.05
+    assert set(drawn(16, views=1, templates=1).view.tolist()) == {0}
+
+
+def test_a_draw_depends_on_its_generator_alone():
+    torch.manual_seed(5)
+    first = drawn(4, seed=3)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(6)
+    second = drawn(4, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.manual_seed(5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(first.noise, drawn(4, seed=4).noise)

@@ -1,0 +1,393 @@
+"""The public function: pictures in, subjects out, pipelines given back, failures told."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+import sefi_fast
+from sefi_fast.errors import ImageError, ModelError, PromptError, TrainingError
+from sefi_fast.subject import Subject
+from sefi_fast.training import NonFiniteLossError, TrainConfig, train
+from sefi_fast.training import engine as engine_module
+from sefi_fast.training.image import load_image, prepare
+from sefi_fast.training.noise import draw
+
+# These ship inside the scikit-image package.
+PHOTOS = Path(skimage.__file__).parent / "data"
+FAST = {"steps": 3, "batch_size": 2, "resolution": 64, "progress": False}
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return load_image(PHOTOS / "chelsea.png")
+
+
+@pytest.mark.parametrize(("name", "word"), [("chelsea.png", "cat"), ("astronaut.png", "person")])
+def test_a_photo_becomes_a_subject_that_draws(sd15_pipeline, tmp_path, name, word):
+    path = tmp_path / "subject.safetensors"
+    subject = sefi_fast.train(
+        image=PHOTOS / name, model=sd15_pipeline, class_word=word, output=path, **FAST
+    )
+    table = sd15_pipeline.text_encoder.get_input_embeddings().weight
+    row = table[sd15_pipeline.tokenizer(word, add_special_tokens=False).input_ids[0]]
+    assert subject.tokens[0].shape == (5, 2, 48)
+    assert torch.equal(subject.class_embeddings[0], row)
+    assert (subject.tokens[0] - row).abs().max() > 1e-4
+    assert (subject.placeholder, subject.class_word) == ("<it>", word)
+    assert subject.settings["steps"] == 3
+    assert TrainConfig(**{k: v for k, v in subject.settings.items() if k != "model"}).steps == 3
+    loaded = Subject.load(path)
+    assert torch.equal(loaded.tokens[0], subject.tokens[0])
+    assert os.listdir(tmp_path) == ["subject.safetensors"]
+    sefi_fast.attach(sd15_pipeline, path)
+    pictures = sefi_fast.generate(sd15_pipeline, "a photo of a <it>", steps=1)
+    assert pictures[0].size == (128, 128)
+
+
+def test_a_folder_as_the_model(sd15_folder, photo):
+    subject = train(photo, model=sd15_folder, class_word="cat", **FAST)
+    assert subject.base_model == subject.settings["model"] == str(sd15_folder)
+    assert len(subject.history.loss) == 3
+
+
+def test_history_and_callback(sd15_pipeline, photo):
+    seen = []
+
+    def callback(step, history):
+        seen.append((step, len(history.loss)))
+        return step == 2
+
+    subject = train(photo, model=sd15_pipeline, class_word="cat", callback=callback, **FAST)
+    history = subject.history
+    assert seen == [(1, 1), (2, 2)]
+    assert len(history.loss) == len(history.alignment) == len(history.seconds) == 2
+    assert all(0 < loss < 10 for loss in history.loss)
+    assert history.alignment[0] == pytest.approx(0, abs=1e-9)
+    assert history.alignment[1] > history.alignment[0]
+    assert history.seconds == sorted(history.seconds)
+    assert history.skipped == []
+
+
+def test_the_same_seed_gives_the_same_tokens_bit_for_bit(sd15_pipeline, photo):
+    def run(seed):
+        return train(photo, model=sd15_pipeline, class_word="cat", seed=seed, **FAST)
+
+    first, other = run(0), run(1)
+    torch.manual_seed(1234)
+    np.random.seed(5)
+    state = torch.random.get_rng_state()
+    again = run(0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.tokens[0], again.tokens[0])
+    assert first.history.loss == again.history.loss
+    assert not torch.equal(first.tokens[0], other.tokens[0])
+
+
+def test_one_tied_stage_without_weight_is_textual_inversion(sd15_pipeline, photo):
+    config = TrainConfig(
+        stages=1,
+        split=False,
+        weight_lambda=0.0,
+        module="free",
+        schedule="constant",
+        learning_rate=1e-2,
+        flip=False,
+        steps=3,
+        batch_size=2,
+        seed=4,
+    )
+    pipe = copy.deepcopy(sd15_pipeline)
+    subject = train(photo, model=pipe, class_word="cat", config=config, progress=False)
+
+    # Textual Inversion as it is usually written: one row of the token table in the optimiser.
+    pipe = sd15_pipeline
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False)
+    posterior = pipe.vae.encode(prepare(photo, 128)[None]).latent_dist
+    ids = pipe.tokenizer(["a photo of a cat"] * 2, padding="max_length", return_tensors="pt")
+    table = pipe.text_encoder.get_input_embeddings().weight
+    word = pipe.tokenizer("cat", add_special_tokens=False).input_ids[0]
+    row = table[word].clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([row], lr=1e-2, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(4)
+    losses = []
+    for _ in range(3):
+        drawn = draw(
+            generator,
+            batch_size=2,
+            num_train_timesteps=1000,
+            views=1,
+            templates=1,
+            latent_shape=(4, 16, 16),
+        )
+        latents = posterior.mean + posterior.std * drawn.latent_noise
+        latents = latents * pipe.vae.config.scaling_factor
+        noised = pipe.scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
+        is_word = (torch.arange(len(table)) == word)[:, None]
+        name = next(n for n, p in pipe.text_encoder.named_parameters() if p is table)
+        changed = {name: torch.where(is_word, row, table)}
+        prompt = torch.func.functional_call(pipe.text_encoder, changed, (ids.input_ids,))[0]
+        prediction = pipe.unet(noised, drawn.timesteps, prompt).sample
+        loss = torch.nn.functional.mse_loss(prediction, drawn.noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert subject.history.loss == pytest.approx(losses, rel=1e-4)
+    assert subject.history.alignment == [0.0] * 3
+    assert subject.tokens[0].shape == (1, 1, 48)
+    # Adam's first steps follow the gradient's sign, so where that is near zero they may differ.
+    torch.testing.assert_close(subject.tokens[0][0, 0], row.detach(), rtol=0, atol=2e-3)
+    assert (row - table[word]).abs().max() > 0.02
+
+
+def state_of(pipe):
+    """Everything of a pipeline that training touches."""
+    state = {"pipe": {k: id(v) for k, v in vars(pipe).items()}}
+    state["scheduler"] = {k: str(v) for k, v in vars(pipe.scheduler).items()}
+    for name in ("unet", "vae", "text_encoder"):
+        part = getattr(pipe, name)
+        for key, tensor in [*part.named_parameters(), *part.named_buffers()]:
+            place = (id(tensor), tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad)
+            state[name, key] = (*place, tensor.detach().double().sum().item())
+        for key, module in part.named_modules():
+            hooks = [len(v) for k, v in vars(module).items() if k.endswith("_hooks")]
+            processor = id(getattr(module, "processor", None))
+            checkpointing = getattr(module, "gradient_checkpointing", None)
+            state[name, key, "module"] = (module.training, processor, checkpointing, hooks)
+    return state
+
+
+def make_unusual(pipe):
+    pipe.unet.train()
+    pipe.unet.mid_block.eval()
+    pipe.text_encoder.requires_grad_(False)
+    pipe.vae.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("end", ["whole", "error", "interrupt", "refused"])
+def test_a_pipeline_is_given_back_as_it_was(sd15_pipeline, photo, half, end):
+    pipe = sd15_pipeline.to(torch.float16) if half else sd15_pipeline
+    make_unusual(pipe)
+    before = state_of(pipe)
+
+    def callback(step, history):
+        if end == "error":
+            raise RuntimeError("from the callback")
+        if end == "interrupt":
+            raise KeyboardInterrupt
+
+    settings = dict(FAST, gradient_checkpointing=True)
+    if not half:
+        settings |= {"validation_prompts": ("a {}",), "validation_every": 1}
+    if end == "refused":
+        settings["loss_resolutions"] = (999,)
+    with contextlib.suppress(RuntimeError, KeyboardInterrupt, ValueError):
+        train(photo, model=pipe, class_word="cat", callback=callback, **settings)
+    assert state_of(pipe) == before
+
+
+def test_subjects_attached_before_stay_attached(sd15_pipeline, photo):
+    first = train(photo, model=sd15_pipeline, class_word="cat", **FAST)
+    plain = train(photo, model=sd15_pipeline, class_word="dog", placeholder="<me>", **FAST)
+    sefi_fast.attach(sd15_pipeline, first)
+    wanted = sefi_fast.generate(sd15_pipeline, "a <it>", steps=2)[0]
+    validation = {"validation_prompts": ("a photo of {}",), "validation_every": 2}
+    second = train(
+        photo, model=sd15_pipeline, class_word="dog", placeholder="<me>", **FAST, **validation
+    )
+    assert torch.equal(second.tokens[0], plain.tokens[0])
+    assert [step for step, _ in second.history.validation] == [2]
+    (image,) = second.history.validation[0][1]
+    assert image.size == (64, 64)
+    got = sefi_fast.generate(sd15_pipeline, "a <it>", steps=2)[0]
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
+
+
+def test_training_inside_no_grad_and_inference_mode(sd15_pipeline, photo):
+    subject = train(photo, model=sd15_pipeline, class_word="cat", **FAST)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            again = train(photo, model=sd15_pipeline, class_word="cat", **FAST)
+        assert torch.equal(subject.tokens[0], again.tokens[0])
+
+
+def test_bfloat16_on_the_cpu_stays_near_float32(sd15_pipeline, photo):
+    exact = train(photo, model=sd15_pipeline, class_word="cat", **FAST)
+    rough = train(photo, model=sd15_pipeline, class_word="cat", precision="bf16", **FAST)
+    assert rough.tokens[0].dtype == torch.float32
+    assert rough.history.loss == pytest.approx(exact.history.loss, rel=0.02)
+    assert rough.history.loss != exact.history.loss
+
+
+def poison(monkeypatch, bad_steps, value=float("nan")):
+    calls = iter(range(1000))
+    honest = engine_module.noise_loss
+
+    def noise_loss(prediction, target):
+        loss = honest(prediction, target)
+        return loss * value if next(calls) in bad_steps else loss
+
+    monkeypatch.setattr(engine_module, "noise_loss", noise_loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_single_bad_steps_are_skipped(sd15_pipeline, photo, monkeypatch, value):
+    poison(monkeypatch, {1, 2, 4}, value)
+    subject = train(photo, model=sd15_pipeline, class_word="cat", **{**FAST, "steps": 6})
+    assert subject.history.skipped == [1, 2, 4]
+    assert len(subject.history.loss) == 3
+    assert torch.isfinite(subject.tokens[0]).all()
+
+
+def test_three_bad_steps_in_a_row_stop_and_keep_the_last_good_state(
+    sd15_pipeline, photo, monkeypatch, tmp_path
+):
+    path = tmp_path / "subject.safetensors"
+    settings = {**FAST, "steps": 9, "schedule": "constant"}
+    poison(monkeypatch, {3, 4, 5})
+    with pytest.raises(NonFiniteLossError, match="step 6: 3 steps in a row") as caught:
+        train(photo, model=sd15_pipeline, class_word="cat", output=path, **settings)
+    assert isinstance(caught.value, TrainingError)
+    monkeypatch.undo()
+    # The last tokens that were seen to give a finite loss are those before the third update.
+    good = train(photo, model=sd15_pipeline, class_word="cat", **{**settings, "steps": 2})
+    assert torch.equal(caught.value.subject.tokens[0], good.tokens[0])
+    assert torch.equal(Subject.load(path).tokens[0], good.tokens[0])
+
+
+def test_a_run_without_any_good_step_leaves_an_older_file_alone(
+    sd15_pipeline, photo, monkeypatch, tmp_path
+):
+    path = tmp_path / "subject.safetensors"
+    path.write_bytes(b"older")
+    poison(monkeypatch, set(range(9)))
+    with pytest.raises(NonFiniteLossError):
+        train(photo, model=sd15_pipeline, class_word="cat", output=path, **FAST)
+    assert path.read_bytes() == b"older"
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(sd15_pipeline, photo):
+    pipe = sd15_pipeline
+    table = pipe.text_encoder.get_input_embeddings()
+    calls = []
+
+    def spoil(module, inputs, output):
+        if output.requires_grad:
+            calls.append(None)
+            if len(calls) == 2:
+                output.register_hook(lambda gradient: gradient * float("nan"))
+
+    # Runs after the hook that puts the rows in only if registered later, so on the layer behind.
+    layer = next(m for n, m in pipe.text_encoder.named_modules() if n.endswith("layers.0"))
+    handle = layer.register_forward_hook(
+        lambda m, i, o: spoil(m, i, o[0] if isinstance(o, tuple) else o)
+    )
+    subject = train(photo, model=pipe, class_word="cat", **{**FAST, "steps": 4})
+    handle.remove()
+    assert table is not None
+    assert subject.history.skipped == [1]
+    assert torch.isfinite(subject.tokens[0]).all()
+
+
+def test_an_interrupt_saves_what_there_is(sd15_pipeline, photo, tmp_path):
+    path = tmp_path / "subject.safetensors"
+
+    def interrupt(step, history):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    settings = {**FAST, "schedule": "constant"}
+    arguments = {"model": sd15_pipeline, "class_word": "cat", **settings}
+    with pytest.raises(KeyboardInterrupt):
+        train(photo, output=path, callback=interrupt, **arguments)
+    two = train(photo, **{**arguments, "steps": 2})
+    assert torch.equal(Subject.load(path).tokens[0], two.tokens[0])
+
+
+def test_output_that_cannot_be_written_is_told_before_training(photo, tmp_path):
+    class Untouchable:
+        def __getattr__(self, name):
+            raise AssertionError(f"the model's {name} was touched")
+
+    (tmp_path / "file").write_text("a file, no folder")
+    for output, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "subject.safetensors", "cannot be written"),
+    ):
+        with pytest.raises(OSError, match=message):
+            train(photo, model=Untouchable(), class_word="cat", output=output)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_output_in_a_new_folder(sd15_pipeline, photo, tmp_path):
+    path = tmp_path / "new" / "folder" / "subject.safetensors"
+    train(photo, model=sd15_pipeline, class_word="cat", output=path, **FAST)
+    assert Subject.load(path).placeholder == "<it>"
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_progress_goes_to_the_error_stream_only_when_wanted(sd15_pipeline, photo, capfd, progress):
+    settings = {**FAST, "progress": progress}
+    validation = {"validation_prompts": ("a {}",), "validation_every": 2}
+    train(photo, model=sd15_pipeline, class_word="cat", **settings, **validation)
+    out, err = capfd.readouterr()
+    assert out == ""
+    if not progress:
+        assert err == ""
+    else:
+        assert all(word in err for word in ("<it>", "3/3", "loss=", "alignment="))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"class_word": None}, ValueError, "class_word is missing"),
+        ({"class_word": "xylophone"}, PromptError, "one token"),
+        ({"class_word": 3}, TypeError, "class_word"),
+        ({"placeholder": ""}, ValueError, "one word without spaces"),
+        ({"placeholder": "my cat"}, ValueError, "one word without spaces"),
+        ({"placeholder": None}, TypeError, "placeholder"),
+        ({"templates": ("a photo of x{}",)}, PromptError, "longer word"),
+        ({"templates": ("a " * 90 + "{}",)}, PromptError, "shorten"),
+        ({"resolution": 100}, ValueError, "multiple of 8, at most 128"),
+        ({"resolution": 256}, ValueError, "at most 128"),
+        ({"precision": "fp16"}, ValueError, "CUDA only"),
+        ({"device": "abacus"}, ValueError, "abacus"),
+        ({"stepps": 3}, TypeError, "no setting stepps"),
+        ({"config": {"steps": 3}}, TypeError, "TrainConfig"),
+        ({"image": "missing.png"}, ImageError, "no picture at missing.png"),
+        ({"image": None}, TypeError, "path, a PIL image"),
+        ({"model": 3}, ModelError, "int"),
+        ({"model": "no/such/folder/anywhere"}, ModelError, "no/such/folder/anywhere"),
+        ({"attention_backend": "abacus"}, sefi_fast.errors.BackendError, "abacus"),
+    ],
+)
+def test_wrong_arguments(sd15_pipeline, photo, arguments, error, message):
+    settings = {"image": photo, "model": sd15_pipeline, "class_word": "cat", **FAST, **arguments}
+    before = state_of(sd15_pipeline)
+    with pytest.raises(error, match=message):
+        train(**settings)
+    assert state_of(sd15_pipeline) == before
+
+
+def test_an_inpainting_unet_is_refused(sd15_pipeline, photo):
+    sd15_pipeline.unet.register_to_config(in_channels=9)
+    with pytest.raises(ModelError, match="takes 9 channels"):
+        train(photo, model=sd15_pipeline, class_word="cat", **FAST)
+
+
+def test_offloaded_weights_are_refused(sd15_pipeline, photo):
+    sd15_pipeline.unet.to("meta")
+    with pytest.raises(ModelError, match="offload"):
+        train(photo, model=sd15_pipeline, class_word="cat", device="cpu", **FAST)
