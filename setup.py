@@ -30,7 +30,7 @@ FLAGS = [
     # Products and sums may fuse; nothing else of -ffast-math, which would lose NaN and infinity.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     # Vectors never cross a library boundary; and GCC 12 warns about its own AVX-512 headers.
-    *("-Wno-psabi", "-Wno-maybe-uninitialized"),
+    *("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
 LINK_FLAGS = (
     ["-bundle", "-undefined", "dynamic_lookup"]

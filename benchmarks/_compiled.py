@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from _occupancy import occupancy
-from _roofline import DATASHEET, Bound
+from _roofline import DATASHEET, KERNELS, Bound
 from _sass import Turn, read_turn
 
 _LANES = 32
 _SCHEDULERS = 4
-# Row-side tensors that a kernel reads and writes: q, o; q, do, dq; q, do.
-_ROW_TENSORS = {"forward": 2, "backward_query": 3, "backward_key_value": 2}
-KERNELS = tuple(_ROW_TENSORS)
 DEVICES_OF = {80: ("A100",), 90: ("H100", "H200")}
 # Clock in Hz at the highest boost and multiprocessors, for the instruction slots.
 _SLOTS = {"A100": 108 * 1.41e9, "H100": 132 * 1.98e9, "H200": 132 * 1.98e9}
@@ -139,7 +136,7 @@ def compile_case(choice: Choice) -> Facts:
         warp_group_instructions=report.warp_group_instructions,
         local_accesses_a_turn=turn.local_accesses,
         load_widths=dict(report.loads),
-        bytes_a_row=float(_ROW_TENSORS[choice.kernel] * choice.head_dim * dtype.itemsize),
+        bytes_a_row=float(KERNELS[choice.kernel][0] * choice.head_dim * dtype.itemsize),
         **_per_row(turn, report.warps, report.block),
     )
     if choice.dtype != "float32":

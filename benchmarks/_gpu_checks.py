@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Literal, NamedTuple
 
 import torch
 from _contenders import Contender, contenders, eager_maps
+from _feature_checks import wrong_feature
 from _reference import Inputs, Results, errors, float64_results, make_inputs, verdict
 from _shapes import Problem, problems
 from _workload import Workload
 from torch import Tensor
 
 REPEATS = 50
+DTYPES = ("bfloat16", "float16", "float32")
 _OVERFLOW_PROBLEM = Problem("sd15", 4096, 40, 8)
 _INT32_ELEMENTS = 2**31
 
@@ -25,6 +29,9 @@ class Check(NamedTuple):
     dtype: str
     status: Literal["passed", "failed", "skipped"]
     detail: str
+
+
+AddCheck = Callable[[Check], None]
 
 
 def sefi_contenders(device: torch.device) -> list[Contender]:
@@ -189,19 +196,58 @@ def side_stream(contender: Contender, device: torch.device, dtype: torch.dtype) 
     return _answer("side stream", contender, dtype, body)
 
 
+def features(contender: Contender, device: torch.device, dtype: torch.dtype) -> Check:
+    """Maps, masks, weights, the reference's gradient and shared keys against the eager float64."""
+
+    def body() -> str | None:
+        return wrong_feature(contender.name.removeprefix("sefi-"), device, dtype)
+
+    return _answer("maps, masks, weights, reference", contender, dtype, body)
+
+
+def against_float64(name: str, device_word: str, dtype_word: str, small: bool) -> list[Check]:
+    """The checks that compile most kernels, by words, so that another process can run them."""
+    device, dtype = torch.device(device_word), getattr(torch, dtype_word)
+    contender = next(one for one in sefi_contenders(device) if one.name == name)
+    return [accuracy(contender, device, dtype, small), features(contender, device, dtype)]
+
+
+def _in_processes(names: list[str], device: torch.device, small: bool, add: AddCheck) -> None:
+    """Compiling takes longer than checking: each dtype in a process, the disk cache is shared."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(DTYPES), mp_context=context) as pool:
+        futures = [
+            pool.submit(against_float64, name, device.type, dtype, small)
+            for name in names
+            for dtype in DTYPES
+        ]
+        for future in as_completed(futures):
+            for check in future.result():
+                add(check)
+
+
 def all_checks(
-    device: torch.device, small: bool, tick: Callable[[Check], None] = lambda check: None
+    device: torch.device, small: bool, tick: AddCheck = lambda check: None, apart: bool = False
 ) -> list[Check]:
-    """Every check that fits `device`; on the CPU accuracy and repeats, on CUDA all."""
+    """Every check that fits `device`; on the CPU accuracy and repeats, on CUDA all.
+
+    apart: run those against float64 in processes of their own, one a dtype.
+    """
     found: list[Check] = []
 
     def add(check: Check) -> None:
         found.append(check)
         tick(check)
 
-    for contender in sefi_contenders(device):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            add(accuracy(contender, device, dtype, small))
+    backends = sefi_contenders(device)
+    if apart:
+        _in_processes([contender.name for contender in backends], device, small, add)
+    for contender in backends:
+        for word in DTYPES:
+            dtype = getattr(torch, word)
+            if not apart:
+                add(accuracy(contender, device, dtype, small))
+                add(features(contender, device, dtype))
             add(races(contender, device, dtype, small))
             if device.type != "cuda":
                 continue

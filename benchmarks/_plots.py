@@ -100,7 +100,9 @@ def plot_bars(records: Sequence[ProblemRecord], title: str, path: Path) -> None:
 
     batches = sorted({record.problem.batch for record in records})
     most = max(sum(r.problem.batch == batch for r in records) for batch in batches)
-    figure = Figure(figsize=(max(11.0, 2.6 * most), 3.4 * len(batches) + 1.2), layout="constrained")
+    figure = Figure(
+        figsize=(min(max(11.0, 2.6 * most), 19.0), 3.4 * len(batches) + 1.2), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     figure.suptitle(f"{title}\nforward and backward; longer bars on the left are faster")
     grid = figure.subplots(len(batches), 2, squeeze=False, width_ratios=(3, 2))

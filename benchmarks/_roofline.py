@@ -107,6 +107,24 @@ def work(problem: Problem, itemsize: int, direction: Direction, with_loss: bool 
     )
 
 
+# (query-side tensors, products) of each Triton kernel with the loss. The scores are computed in
+# both backward kernels, and q and do read by both, since one kernel cannot hold dQ, dK and dV.
+KERNELS = {"forward": (2, 3), "backward_query": (3, 4), "backward_key_value": (2, 5)}
+
+
+def kernel_work(problem: Problem, itemsize: int, kernel: str) -> Work:
+    """What one kernel of the Triton backend must do by its design, all of `problem`."""
+    tensors, count = KERNELS[kernel]
+    rows, width, keys = problem.rows, problem.head_dim, problem.keys
+    return Work(
+        row_bytes=float(tensors * rows * width * itemsize),
+        key_bytes=0.0,
+        exponentials=float(2 * rows * _up(keys)),
+        flops=float(count * 2 * rows * keys * width),
+        tile_flops=float(count * 2 * rows * _up(keys) * _up(width)),
+    )
+
+
 def bound(work_: Work, rates: Rates) -> Bound:
     """The least time of `work_` at `rates`: the largest of row bytes, exponentials and matrix."""
     parts = {

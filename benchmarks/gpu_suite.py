@@ -79,7 +79,7 @@ def run_checks(device: torch.device, small: bool) -> list[Check]:
             bar.update()
             bar.set_description(f"{check.contender} {check.dtype} {check.name}"[:60])
 
-        return all_checks(device, small, tick)
+        return all_checks(device, small, tick, apart=device.type == "cuda")
 
 
 def checks_table(checks: list[Check]) -> str:

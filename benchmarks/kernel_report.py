@@ -18,8 +18,9 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
     if _place not in sys.path:
         sys.path.append(_place)
 
-from _compiled import DEVICES_OF, KERNELS, Choice, Facts, compile_case  # noqa: E402
+from _compiled import DEVICES_OF, Choice, Facts, compile_case  # noqa: E402
 from _report import table, write_json  # noqa: E402
+from _roofline import KERNELS  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 ARCHITECTURES = (80, 90)

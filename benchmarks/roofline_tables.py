@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from _roofline import DATASHEET, Direction, bound, work
+from _roofline import DATASHEET, KERNELS, Direction, bound, kernel_work, work
 from _shapes import MODELS, Problem
 
 _WIDTHS = (40, 64, 80, 160)
@@ -53,6 +53,21 @@ def device_table() -> str:
     return markdown(head, rows)
 
 
+def kernel_table() -> str:
+    """The Triton kernels' own floors a row on each device, and the roofline share they leave."""
+    rows = []
+    for width in _WIDTHS:
+        row = Problem("custom", 1, width, 1)
+        for rates in DATASHEET.values():
+            floors = [bound(kernel_work(row, _HALF, kernel), rates) for kernel in KERNELS]
+            least = sum(bound(work(row, _HALF, way), rates).seconds for way in _ONE_WAY)
+            share = least / sum(floor.seconds for floor in floors)
+            cells = [f"{floor.seconds * 1e12:.0f} {_SHORT[floor.unit]}" for floor in floors]
+            rows.append([f"{width}, {rates.name}", *cells, f"{share:.0%}"])
+    head = ["head width, device", "forward", "dQ", "dK dV", "share of the roofline at most"]
+    return markdown(head, rows)
+
+
 def layer_table(batch: int) -> str:
     """The least microseconds of each layer at a batch, forward / backward."""
     rows = []
@@ -69,7 +84,8 @@ def layer_table(batch: int) -> str:
 
 def main() -> int:
     """Print all tables."""
-    print(row_table(), device_table(), layer_table(1), layer_table(16), sep="\n\n")
+    tables = (row_table(), device_table(), kernel_table(), layer_table(1), layer_table(16))
+    print(*tables, sep="\n\n")
     return 0
 
 

@@ -22,26 +22,51 @@ def main() -> None:
     def box(x, y, width, height, text, colour, size=9.5, style="normal"):
         axes.add_patch(
             FancyBboxPatch(
-                (x, y), width, height, boxstyle="round,pad=0,rounding_size=1",
-                facecolor=colour, edgecolor=INK, linewidth=0.9,
+                (x, y),
+                width,
+                height,
+                boxstyle="round,pad=0,rounding_size=1",
+                facecolor=colour,
+                edgecolor=INK,
+                linewidth=0.9,
             )
         )
         axes.text(
-            x + width / 2, y + height / 2, text,
-            ha="center", va="center", fontsize=size, color=INK, style=style,
+            x + width / 2,
+            y + height / 2,
+            text,
+            ha="center",
+            va="center",
+            fontsize=size,
+            color=INK,
+            style=style,
         )
 
     def arrow(start, end, colour=INK, bend=0.0):
         axes.add_patch(
             FancyArrowPatch(
-                start, end, arrowstyle="-|>", mutation_scale=11, linewidth=1.2, color=colour,
-                connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=0,
+                start,
+                end,
+                arrowstyle="-|>",
+                mutation_scale=11,
+                linewidth=1.2,
+                color=colour,
+                connectionstyle=f"arc3,rad={bend}",
+                shrinkA=0,
+                shrinkB=0,
             )
         )
 
     box(2, 23, 15, 8, "subject tokens\n5 stages × (K, V)", TRAINED)
-    axes.text(9.5, 20.6, "the only thing trained,\nthe only thing saved", ha="center", va="top",
-              fontsize=8, color=INK)
+    axes.text(
+        9.5,
+        20.6,
+        "the only thing trained,\nthe only thing saved",
+        ha="center",
+        va="top",
+        fontsize=8,
+        color=INK,
+    )
     prompts = (
         (43, "a photo of a person", "reference prompt"),
         (32, "a photo of a <me>", "K prompt, stage i"),
@@ -59,16 +84,28 @@ def main() -> None:
         arrow((59, y + 3.5), (63, y + 3.5))
     axes.add_patch(
         FancyBboxPatch(
-            (77, 9.5), 20, 43, boxstyle="round,pad=0,rounding_size=1.5",
-            facecolor=FUSED, edgecolor=INK, linewidth=1.4,
+            (77, 9.5),
+            20,
+            43,
+            boxstyle="round,pad=0,rounding_size=1.5",
+            facecolor=FUSED,
+            edgecolor=INK,
+            linewidth=1.4,
         )
     )
     axes.text(87, 50.2, "one fused kernel", ha="center", va="center", fontsize=10.5, weight="bold")
     box(79.5, 41.5, 15, 6.2, "A_r = softmax(Q K_rᵀ)", "white", 8.5)
     box(79.5, 31, 15, 6.2, "A_t = softmax(Q Kᵀ)", "white", 8.5)
     box(79.5, 12.5, 15, 6.2, "O = A_t V", "white", 8.5)
-    axes.text(87, 25, "rows of 77 probabilities\nlive and die on chip", ha="center", va="center",
-              fontsize=8, color=INK)
+    axes.text(
+        87,
+        25,
+        "rows of 77 probabilities\nlive and die on chip",
+        ha="center",
+        va="center",
+        fontsize=8,
+        color=INK,
+    )
     for y in (44.6, 34.1, 15.6):
         arrow((73, y + (1.2 if y < 20 else 1.0)), (79.5, y))
     arrow((87, 31), (87, 28))
@@ -81,7 +118,11 @@ def main() -> None:
     axes.text(103.6, 47, "subject-wise loss", ha="center", va="center", fontsize=8)
     arrow((94.5, 15.6), (100, 15.6))
     axes.text(104.5, 15.6, "to the\nfrozen U-Net", ha="center", va="center", fontsize=9)
-    for x, colour, text in ((2, TRAINED, "trained"), (14, FROZEN, "frozen"), (26, FUSED, "sefi_fast")):
+    for x, colour, text in (
+        (2, TRAINED, "trained"),
+        (14, FROZEN, "frozen"),
+        (26, FUSED, "sefi_fast"),
+    ):
         box(x, 3, 3, 3, "", colour)
         axes.text(x + 4, 4.5, text, va="center", fontsize=8.5)
     figure.savefig(Path(__file__).parent / "images" / "how-it-works.png")

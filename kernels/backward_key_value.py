@@ -10,47 +10,96 @@ from .primitives import (
     block_offset,
     head_offset,
     inner_products,
-    load_keys,
+    load_operands,
     load_rows,
     load_weights,
     row_offsets,
     scale_rows,
-    store_rows,
+    store_part,
     valid_keys,
     zero_rows,
 )
 
 
 @triton.jit
+def zero_keys(
+    KEYS: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, TURNED: tl.constexpr
+):
+    """A float32 accumulator [keys, head width], or turned around, as a tuple of its parts."""
+    if not TURNED:
+        return zero_rows(KEYS, DIM_MAIN, DIM_TAIL)
+    elif DIM_TAIL > 0:
+        return (tl.zeros([DIM_MAIN, KEYS], tl.float32), tl.zeros([DIM_TAIL, KEYS], tl.float32))
+    else:
+        return (tl.zeros([DIM_MAIN, KEYS], tl.float32),)
+
+
+@triton.jit
+def accumulate_keys(sums, weights, rows, DIM_TAIL: tl.constexpr, TURNED: tl.constexpr):
+    """sums + weightsᵀ · rows for weights [rows, keys], part by part.
+
+    Turned around, the sums are [head width, keys]: so a tail tile of 16 keys has the head width
+    along the warps, where 16 rows would be repeated by every warp.
+    """
+    if TURNED:
+        rounded = weights.to(rows[0].dtype)
+        main = tl.dot(tl.trans(rows[0]), rounded, acc=sums[0], input_precision="ieee")
+        if DIM_TAIL > 0:
+            tail = tl.dot(tl.trans(rows[1]), rounded, acc=sums[1], input_precision="ieee")
+            return (main, tail)
+        else:
+            return (main,)
+    else:
+        return accumulate(sums, tl.trans(weights), rows, DIM_TAIL)
+
+
+@triton.jit
+def store_keys(
+    base, start, stride, first, keys, sums, factor, KEYS: tl.constexpr, DIM: tl.constexpr,
+    DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, ALIGNMENT: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Store an accumulator of a tile of keys, times a factor."""
+    columns = first + tl.arange(0, KEYS)
+    offsets = row_offsets(columns, stride, ALIGNMENT)
+    inside = columns < keys
+    sums = scale_rows(sums, factor, DIM_TAIL)
+    main = sums[0]
+    if TURNED:
+        main = tl.trans(main)
+    store_part(base + start, offsets, inside, main, 0, DIM_MAIN, DIM)
+    if DIM_TAIL > 0:
+        tail = sums[1]
+        if TURNED:
+            tail = tl.trans(tail)
+        store_part(base + start, offsets, inside, tail, DIM_MAIN, DIM_TAIL, DIM)
+
+
+@triton.jit
 def add_key_gradients(
     key, value, reference, weights, columns, valid, queries, grad_outputs,
-    log_sum, mean, other_log_sum, other_mean, key_sum, value_sum, reference_sum,
+    shift, inverse, mean, other_shift, other_inverse, other_mean, key_sum, value_sum, reference_sum,
     map_tokens, grad_maps, tokens, map_factor, alignment_factor, scale_log2, row, rows,
     DIM_TAIL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OUTPUT: tl.constexpr,
     HAS_ALIGNMENT: tl.constexpr, HAS_MAPS: tl.constexpr, NEEDS_KEY: tl.constexpr,
-    NEEDS_VALUE: tl.constexpr, NEEDS_REFERENCE: tl.constexpr,
+    NEEDS_VALUE: tl.constexpr, NEEDS_REFERENCE: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Add what one block of rows gives to dK_t, dV_t and dK_r of one tile of keys.
-
-    Keys are the rows of the tile and queries its columns, so that the probabilities feed the matrix
-    unit from registers and no sum runs across the keys.
-    """
+    """Add what one block of rows gives to dK_t, dV_t and dK_r of one tile of keys."""
     scores = inner_products(queries, key, DIM_TAIL)
     if HAS_MASK:
         scores = tl.where(valid[None, :], scores, float("-inf"))
-    probability = tl.exp2(scores * scale_log2 - log_sum[:, None])
+    probability = tl.exp2(scores * scale_log2 - shift[:, None]) * inverse[:, None]
     if NEEDS_VALUE:
-        value_sum = accumulate(value_sum, tl.trans(probability), grad_outputs, DIM_TAIL)
+        value_sum = accumulate_keys(value_sum, probability, grad_outputs, DIM_TAIL, TURNED)
     if NEEDS_KEY or NEEDS_REFERENCE:
         if HAS_ALIGNMENT:
             scores = inner_products(queries, reference, DIM_TAIL)
             if HAS_MASK:
                 scores = tl.where(valid[None, :], scores, float("-inf"))
-            other = tl.exp2(scores * scale_log2 - other_log_sum[:, None])
+            other = tl.exp2(scores * scale_log2 - other_shift[:, None]) * other_inverse[:, None]
             pull = (probability - other) * (weights * alignment_factor)[None, :]
             if NEEDS_REFERENCE:
                 gradient = -other * (pull + other_mean[:, None])
-                reference_sum = accumulate(reference_sum, tl.trans(gradient), queries, DIM_TAIL)
+                reference_sum = accumulate_keys(reference_sum, gradient, queries, DIM_TAIL, TURNED)
     if NEEDS_KEY:
         gradient = tl.zeros_like(probability) - mean[:, None]
         if HAS_ALIGNMENT:
@@ -63,53 +112,8 @@ def add_key_gradients(
                 column = tl.load(map_tokens + token)
                 picked = (picked * map_factor)[:, None]
                 gradient += tl.where(columns[None, :] == column, picked, 0.0)
-        key_sum = accumulate(key_sum, tl.trans(probability * gradient), queries, DIM_TAIL)
-    return key_sum, value_sum, reference_sum
-
-
-@triton.jit
-def add_tail_gradients(
-    key, value, reference, weights, columns, valid, queries, grad_outputs,
-    log_sum, mean, other_log_sum, other_mean, key_sum, value_sum, reference_sum,
-    map_tokens, grad_maps, tokens, map_factor, alignment_factor, scale_log2, row, rows,
-    DIM_TAIL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OUTPUT: tl.constexpr,
-    HAS_ALIGNMENT: tl.constexpr, HAS_MAPS: tl.constexpr, NEEDS_KEY: tl.constexpr,
-    NEEDS_VALUE: tl.constexpr, NEEDS_REFERENCE: tl.constexpr,
-):  # fmt: skip
-    """Add what one block of rows gives to dK_t, dV_t and dK_r of one tile of keys.
-
-    Keys are the rows of the tile and queries its columns, so that the probabilities feed the matrix
-    unit from registers and no sum runs across the keys.
-    """
-    scores = inner_products(key, queries, DIM_TAIL)
-    if HAS_MASK:
-        scores = tl.where(valid[:, None], scores, float("-inf"))
-    probability = tl.exp2(scores * scale_log2 - log_sum[None, :])
-    if NEEDS_VALUE:
-        value_sum = accumulate(value_sum, probability, grad_outputs, DIM_TAIL)
-    if NEEDS_KEY or NEEDS_REFERENCE:
-        if HAS_ALIGNMENT:
-            scores = inner_products(reference, queries, DIM_TAIL)
-            if HAS_MASK:
-                scores = tl.where(valid[:, None], scores, float("-inf"))
-            other = tl.exp2(scores * scale_log2 - other_log_sum[None, :])
-            pull = (probability - other) * (weights * alignment_factor)[:, None]
-            if NEEDS_REFERENCE:
-                gradient = -other * (pull + other_mean[None, :])
-                reference_sum = accumulate(reference_sum, gradient, queries, DIM_TAIL)
-    if NEEDS_KEY:
-        gradient = tl.zeros_like(probability) - mean[None, :]
-        if HAS_ALIGNMENT:
-            gradient += pull
-        if HAS_OUTPUT:
-            gradient += inner_products(value, grad_outputs, DIM_TAIL)
-        if HAS_MAPS:
-            for token in range(tokens):
-                picked = tl.load(grad_maps + token * rows + row, mask=row < rows, other=0.0)
-                column = tl.load(map_tokens + token)
-                picked = (picked * map_factor)[None, :]
-                gradient += tl.where(columns[:, None] == column, picked, 0.0)
-        key_sum = accumulate(key_sum, probability * gradient, queries, DIM_TAIL)
+        gradient = probability * gradient
+        key_sum = accumulate_keys(key_sum, gradient, queries, DIM_TAIL, TURNED)
     return key_sum, value_sum, reference_sum
 
 
@@ -127,7 +131,7 @@ def cross_attention_backward_key_value(
     heads, rows, keys, tokens, blocks_a_program, scale_log2, scale,
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """dK_t, dV_t and dK_r of equations 9 and 11, summed over blocks_a_program blocks of rows.
 
@@ -137,6 +141,7 @@ def cross_attention_backward_key_value(
     None without grad_output, reference_key without grad_alignment.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
+    HAS_WEIGHTS: tl.constexpr = token_weights is not None
     NEEDS_KEY: tl.constexpr = grad_key is not None
     NEEDS_VALUE: tl.constexpr = grad_value is not None
     NEEDS_REFERENCE: tl.constexpr = grad_reference_key is not None
@@ -149,33 +154,26 @@ def cross_attention_backward_key_value(
     valid_main, valid_tail = valid_keys(
         key_mask, batch, mask_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_MASK
     )
-    key_main, key_tail = load_keys(
-        key, batch, head, key_stride_b, key_stride_h, key_stride_m, keys,
-        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-    )  # fmt: skip
-    value_main = key_main
-    value_tail = key_tail
-    reference_main = key_main
-    reference_tail = key_tail
+    key += head_offset(batch, head, key_stride_b, key_stride_h, ALIGNMENT)
+    if HAS_OUTPUT:
+        value += head_offset(batch, head, value_stride_b, value_stride_h, ALIGNMENT)
     weight_main = valid_main
     weight_tail = valid_tail
     alignment_factor = 0.0
-    if HAS_OUTPUT:
-        value_main, value_tail = load_keys(
-            value, batch, head, value_stride_b, value_stride_h, value_stride_m, keys,
-            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-        )  # fmt: skip
     if HAS_ALIGNMENT:
-        reference_main, reference_tail = load_keys(
-            reference_key, batch, head,
-            reference_stride_b, reference_stride_h, reference_stride_m, keys,
-            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-        )  # fmt: skip
-        HAS_WEIGHTS: tl.constexpr = token_weights is not None
+        reference_key += head_offset(
+            batch, head, reference_stride_b, reference_stride_h, ALIGNMENT
+        )
         weight_main, weight_tail = load_weights(
             token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
         alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
+    if not RELOAD:
+        key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+            HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
+            ALIGNMENT, UPCAST,
+        )  # fmt: skip
     if HAS_MAPS:
         map_tokens += batch.to(tl.int64) * token_stride_b
         grad_maps += head_offset(batch, head, map_stride_b, map_stride_h, 1)
@@ -185,21 +183,29 @@ def cross_attention_backward_key_value(
     query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
     query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
     output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
-    statistics += tl.program_id(0).to(tl.int64) * 4 * rows
+    statistics += tl.program_id(0).to(tl.int64) * 6 * rows
     columns_main = tl.arange(0, KEY_MAIN)
-    key_sum = zero_rows(KEY_MAIN, DIM_MAIN, DIM_TAIL)
-    value_sum = zero_rows(KEY_MAIN, DIM_MAIN, DIM_TAIL)
-    reference_sum = zero_rows(KEY_MAIN, DIM_MAIN, DIM_TAIL)
+    key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, False)
+    value_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, False)
+    reference_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, False)
     if KEY_TAIL > 0:
         columns_tail = KEY_MAIN + tl.arange(0, KEY_TAIL)
-        key_tail_sum = zero_rows(KEY_TAIL, DIM_MAIN, DIM_TAIL)
-        value_tail_sum = zero_rows(KEY_TAIL, DIM_MAIN, DIM_TAIL)
-        reference_tail_sum = zero_rows(KEY_TAIL, DIM_MAIN, DIM_TAIL)
+        key_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
+        value_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
+        reference_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
     first = tl.program_id(1) * blocks_a_program
     last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
     # Without hoisting the loop keeps its shared-memory descriptors out of the registers.
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
+        if RELOAD:
+            # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
+            tl.debug_barrier()
+            key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+                HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
+                ALIGNMENT, UPCAST,
+            )  # fmt: skip
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
@@ -210,60 +216,69 @@ def cross_attention_backward_key_value(
             grad_outputs = load_rows(
                 source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
             )
-        # Rows past the end get probability 0 from an infinite sum.
-        log_sum = tl.load(statistics + row, mask=row_valid, other=float("inf"))
-        mean = log_sum
-        other_log_sum = log_sum
-        other_mean = log_sum
+        # Rows past the end get probability 0.
+        shift = tl.load(statistics + row, mask=row_valid, other=0.0)
+        inverse = tl.load(statistics + rows + row, mask=row_valid, other=0.0)
+        mean = shift
+        other_shift = shift
+        other_inverse = shift
+        other_mean = shift
         if NEEDS_KEY:
-            mean = tl.load(statistics + rows + row, mask=row_valid, other=0.0)
+            mean = tl.load(statistics + 2 * rows + row, mask=row_valid, other=0.0)
         if HAS_ALIGNMENT:
-            place = statistics + 2 * rows + row
-            other_log_sum = tl.load(place, mask=row_valid, other=float("inf"))
+            other_shift = tl.load(statistics + 3 * rows + row, mask=row_valid, other=0.0)
+            other_inverse = tl.load(statistics + 4 * rows + row, mask=row_valid, other=0.0)
         if NEEDS_REFERENCE:
-            other_mean = tl.load(statistics + 3 * rows + row, mask=row_valid, other=0.0)
+            other_mean = tl.load(statistics + 5 * rows + row, mask=row_valid, other=0.0)
         key_sum, value_sum, reference_sum = add_key_gradients(
             key_main, value_main, reference_main, weight_main, columns_main, valid_main,
-            queries, grad_outputs, log_sum, mean, other_log_sum, other_mean,
+            queries, grad_outputs, shift, inverse, mean, other_shift, other_inverse, other_mean,
             key_sum, value_sum, reference_sum, map_tokens, grad_maps, tokens, map_factor,
             alignment_factor, scale_log2, row, rows, DIM_TAIL, HAS_MASK, HAS_OUTPUT,
-            HAS_ALIGNMENT, HAS_MAPS, NEEDS_KEY, NEEDS_VALUE, NEEDS_REFERENCE,
+            HAS_ALIGNMENT, HAS_MAPS, NEEDS_KEY, NEEDS_VALUE, NEEDS_REFERENCE, False,
         )  # fmt: skip
         if KEY_TAIL > 0:
-          if keys > KEY_MAIN:
-            key_tail_sum, value_tail_sum, reference_tail_sum = add_tail_gradients(
+            key_tail_sum, value_tail_sum, reference_tail_sum = add_key_gradients(
                 key_tail, value_tail, reference_tail, weight_tail, columns_tail, valid_tail,
-                queries, grad_outputs, log_sum, mean, other_log_sum, other_mean,
+                queries, grad_outputs, shift, inverse, mean, other_shift, other_inverse, other_mean,
                 key_tail_sum, value_tail_sum, reference_tail_sum, map_tokens, grad_maps, tokens,
                 map_factor, alignment_factor, scale_log2, row, rows, DIM_TAIL, HAS_MASK,
-                HAS_OUTPUT, HAS_ALIGNMENT, HAS_MAPS, NEEDS_KEY, NEEDS_VALUE, NEEDS_REFERENCE,
+                HAS_OUTPUT, HAS_ALIGNMENT, HAS_MAPS, NEEDS_KEY, NEEDS_VALUE, NEEDS_REFERENCE, True,
             )  # fmt: skip
 
     place = batch * tl.num_programs(1) + tl.program_id(1)
     start = head_offset(place * keys, head, heads * DIM, DIM, ALIGNMENT)
-    offsets = start + row_offsets(columns_main, heads * DIM, ALIGNMENT)
-    inside = columns_main < keys
-    if grad_value is not None:
-        store_rows(grad_value, offsets, inside, value_sum, DIM, DIM_MAIN, DIM_TAIL)
-    if grad_key is not None:
-        key_sum = scale_rows(key_sum, scale, DIM_TAIL)
-        store_rows(grad_key, offsets, inside, key_sum, DIM, DIM_MAIN, DIM_TAIL)
+    stride = heads * DIM
+    if NEEDS_VALUE:
+        store_keys(
+            grad_value, start, stride, 0, keys, value_sum, 1.0,
+            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, False,
+        )  # fmt: skip
+        if KEY_TAIL > 0:
+            store_keys(
+                grad_value, start, stride, KEY_MAIN, keys, value_tail_sum, 1.0,
+                KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
+            )  # fmt: skip
+    if NEEDS_KEY:
+        store_keys(
+            grad_key, start, stride, 0, keys, key_sum, scale,
+            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, False,
+        )  # fmt: skip
+        if KEY_TAIL > 0:
+            store_keys(
+                grad_key, start, stride, KEY_MAIN, keys, key_tail_sum, scale,
+                KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
+            )  # fmt: skip
     if NEEDS_REFERENCE:
-        reference_sum = scale_rows(reference_sum, scale, DIM_TAIL)
-        store_rows(grad_reference_key, offsets, inside, reference_sum, DIM, DIM_MAIN, DIM_TAIL)
-    if KEY_TAIL > 0:
-        offsets = start + row_offsets(columns_tail, heads * DIM, ALIGNMENT)
-        inside = columns_tail < keys
-        if grad_value is not None:
-            store_rows(grad_value, offsets, inside, value_tail_sum, DIM, DIM_MAIN, DIM_TAIL)
-        if grad_key is not None:
-            key_tail_sum = scale_rows(key_tail_sum, scale, DIM_TAIL)
-            store_rows(grad_key, offsets, inside, key_tail_sum, DIM, DIM_MAIN, DIM_TAIL)
-        if NEEDS_REFERENCE:
-            reference_tail_sum = scale_rows(reference_tail_sum, scale, DIM_TAIL)
-            store_rows(
-                grad_reference_key, offsets, inside, reference_tail_sum, DIM, DIM_MAIN, DIM_TAIL
-            )
+        store_keys(
+            grad_reference_key, start, stride, 0, keys, reference_sum, scale,
+            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, False,
+        )  # fmt: skip
+        if KEY_TAIL > 0:
+            store_keys(
+                grad_reference_key, start, stride, KEY_MAIN, keys, reference_tail_sum, scale,
+                KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from .primitives import (
     block_offset,
     head_offset,
     inner_products,
-    load_keys,
+    load_operands,
     load_rows,
     load_weights,
     probabilities,
@@ -39,17 +39,18 @@ def cross_attention_backward_query(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
-    REFERENCE_GRAD: tl.constexpr,
+    RELOAD: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head.
 
     Grid (B·H, programs along the rows). Writes grad_query [B, N, H, D] and, for the kernel of the
-    keys, statistics [B, H, 4, N]: log2 of the sum of A_t's exponentials, rowsum(A_t ∘ dA_t), and
-    the same two of A_r; either may be None. Gradients that did not come (grad_output,
+    keys, statistics [B, H, 6, N]: shift, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, then those
+    of A_r's; either may be None. Gradients that did not come (grad_output,
     grad_alignment, grad_maps) are None and cost nothing, and so do value without the first and
     reference_key without the second.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
+    HAS_WEIGHTS: tl.constexpr = token_weights is not None
     MASK_MAIN: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
     HAS_OUTPUT: tl.constexpr = grad_output is not None
     HAS_ALIGNMENT: tl.constexpr = grad_alignment is not None
@@ -60,34 +61,27 @@ def cross_attention_backward_query(
     valid_main, valid_tail = valid_keys(
         key_mask, batch, mask_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_MASK
     )
-    key_main, key_tail = load_keys(
-        key, batch, head, key_stride_b, key_stride_h, key_stride_m, keys,
-        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-    )  # fmt: skip
-    value_main = key_main
-    value_tail = key_tail
-    reference_main = key_main
-    reference_tail = key_tail
+    key += head_offset(batch, head, key_stride_b, key_stride_h, ALIGNMENT)
+    if HAS_OUTPUT:
+        value += head_offset(batch, head, value_stride_b, value_stride_h, ALIGNMENT)
+        grad_output += head_offset(batch, head, output_stride_b, output_stride_h, ALIGNMENT)
     weight_main = valid_main
     weight_tail = valid_tail
     alignment_factor = 0.0
-    if HAS_OUTPUT:
-        value_main, value_tail = load_keys(
-            value, batch, head, value_stride_b, value_stride_h, value_stride_m, keys,
-            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-        )  # fmt: skip
-        grad_output += head_offset(batch, head, output_stride_b, output_stride_h, ALIGNMENT)
     if HAS_ALIGNMENT:
-        reference_main, reference_tail = load_keys(
-            reference_key, batch, head,
-            reference_stride_b, reference_stride_h, reference_stride_m, keys,
-            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-        )  # fmt: skip
-        HAS_WEIGHTS: tl.constexpr = token_weights is not None
+        reference_key += head_offset(
+            batch, head, reference_stride_b, reference_stride_h, ALIGNMENT
+        )
         weight_main, weight_tail = load_weights(
             token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
         alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
+    if not RELOAD:
+        key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+            HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
+            ALIGNMENT, UPCAST,
+        )  # fmt: skip
     if HAS_MAPS:
         map_tokens += batch.to(tl.int64) * token_stride_b
         grad_maps += head_offset(batch, head, map_stride_b, map_stride_h, 1)
@@ -99,17 +93,23 @@ def cross_attention_backward_query(
     if grad_query is not None:
         grad_query += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
     if statistics is not None:
-        statistics += tl.program_id(0).to(tl.int64) * 4 * rows
+        statistics += tl.program_id(0).to(tl.int64) * 6 * rows
     first = tl.program_id(1) * blocks_a_program
     last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
     # Without hoisting the loop keeps its shared-memory descriptors out of the registers.
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
+        if RELOAD:
+            key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+                HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
+                ALIGNMENT, UPCAST,
+            )  # fmt: skip
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
-        main, tail, log_sum = probabilities(
+        main, tail, shift, inverse = probabilities(
             queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
             DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def cross_attention_backward_query(
                     KEY_MAIN, KEY_TAIL,
                 )  # fmt: skip
         if HAS_ALIGNMENT:
-            other_main, other_tail, other_log_sum = probabilities(
+            other_main, other_tail, other_shift, other_inverse = probabilities(
                 queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
                 DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
             )  # fmt: skip
@@ -159,9 +159,11 @@ def cross_attention_backward_query(
             target = grad_query + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
             store_rows(target, target_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
         if statistics is not None:
-            tl.store(statistics + row, log_sum, mask=row_valid)
-            tl.store(statistics + rows + row, mean, mask=row_valid)
+            tl.store(statistics + row, shift, mask=row_valid)
+            tl.store(statistics + rows + row, inverse, mask=row_valid)
+            tl.store(statistics + 2 * rows + row, mean, mask=row_valid)
             if HAS_ALIGNMENT:
-                tl.store(statistics + 2 * rows + row, other_log_sum, mask=row_valid)
+                tl.store(statistics + 3 * rows + row, other_shift, mask=row_valid)
+                tl.store(statistics + 4 * rows + row, other_inverse, mask=row_valid)
             if REFERENCE_GRAD:
-                tl.store(statistics + 3 * rows + row, other_mean, mask=row_valid)
+                tl.store(statistics + 5 * rows + row, other_mean, mask=row_valid)

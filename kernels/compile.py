@@ -32,6 +32,7 @@ POINTERS = {
     torch.uint8: "*u8",
 }
 MULTIPROCESSORS = {80: 108, 90: 132}
+GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
 HEAD_DIMS = (40, 64, 80, 160)
 
 
@@ -150,7 +151,8 @@ def example_launches(
     """The launches of one call and its backward, planned on tensors without memory.
 
     With reference, the alignment and its gradient take part; with tokens, so many columns of the
-    maps. Keys are "forward", "backward_query" and "backward_key_value".
+    maps. Keys are the kernels' names, "backward_key_value (grad_key)" where one gradient has a
+    launch of its own.
     """
     device = Device(capability, MULTIPROCESSORS.get(capability, 132), False)
 
@@ -174,16 +176,20 @@ def example_launches(
     )
     scale = head_dim**-0.5
     forward, _ = plan_forward(inputs, empty(rows), maps, scale, device)
-    statistics = torch.empty((batch, heads, 4, rows), device="meta")
+    statistics = torch.empty((batch, heads, 6, rows), device="meta")
     backward_query = plan_backward_query(
         inputs, gradients, empty(rows), statistics, scale, reference_grad, device
     )
     wanted = (empty(keys), empty(keys), empty(keys) if reference_grad else None)
-    backward_key_value = plan_backward_key_value(
-        inputs, gradients, statistics, wanted, scale, device
-    )[0]
-    return {
-        "forward": forward,
-        "backward_query": backward_query,
-        "backward_key_value": backward_key_value,
-    }
+    keys_launches = plan_backward_key_value(inputs, gradients, statistics, wanted, scale, device)
+    launches = {"forward": forward, "backward_query": backward_query}
+    for launch in keys_launches:
+        written = [name for name in GRADIENTS if launch.arguments.get(name) is not None]
+        if not written:
+            name = "sum_partials"
+        elif len(written) == 1:
+            name = f"backward_key_value ({written[0]})"
+        else:
+            name = "backward_key_value"
+        launches[name] = launch
+    return launches

@@ -6,11 +6,19 @@ from typing import NamedTuple
 
 
 class KernelConfig(NamedTuple):
-    """How one kernel is launched: rows of a block, warps, software-pipeline stages."""
+    """How one kernel is launched: rows of a block, warps, software-pipeline stages.
+
+    reload: the keys are loaded again for each block of rows. Where the matrix unit takes its
+    operands from registers (8.x), keys held over the loop would fill them all. separate, for the
+    kernel of the keys alone: one launch a gradient, where the accumulators of two do not fit into
+    the registers together.
+    """
 
     block: int
     warps: int
     stages: int
+    reload: bool = False
+    separate: bool = False
 
 
 WIDTHS = (48, 64, 80, 160, 256)

@@ -9,7 +9,7 @@ from .primitives import (
     accumulate,
     block_offset,
     head_offset,
-    load_keys,
+    load_operands,
     load_rows,
     load_weights,
     pick_column,
@@ -33,7 +33,7 @@ def cross_attention_forward(
     heads, rows, keys, tokens, blocks_a_program, scale_log2,
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Equations 4 and 5 for blocks_a_program blocks of rows of one head.
 
@@ -43,6 +43,8 @@ def cross_attention_forward(
     exactly.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
+    HAS_WEIGHTS: tl.constexpr = token_weights is not None
+    HAS_REFERENCE: tl.constexpr = reference_key is not None
     MASK_MAIN: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -50,24 +52,21 @@ def cross_attention_forward(
     valid_main, valid_tail = valid_keys(
         key_mask, batch, mask_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_MASK
     )
-    key_main, key_tail = load_keys(
-        key, batch, head, key_stride_b, key_stride_h, key_stride_m, keys,
-        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-    )  # fmt: skip
-    value_main, value_tail = load_keys(
-        value, batch, head, value_stride_b, value_stride_h, value_stride_m, keys,
-        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-    )  # fmt: skip
-    if reference_key is not None:
-        reference_main, reference_tail = load_keys(
-            reference_key, batch, head,
-            reference_stride_b, reference_stride_h, reference_stride_m, keys,
-            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
-        )  # fmt: skip
-        HAS_WEIGHTS: tl.constexpr = token_weights is not None
+    key += head_offset(batch, head, key_stride_b, key_stride_h, ALIGNMENT)
+    value += head_offset(batch, head, value_stride_b, value_stride_h, ALIGNMENT)
+    if HAS_REFERENCE:
+        reference_key += head_offset(
+            batch, head, reference_stride_b, reference_stride_h, ALIGNMENT
+        )
         weight_main, weight_tail = load_weights(
             token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
+    if not RELOAD:
+        key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+            True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
+            ALIGNMENT, UPCAST,
+        )  # fmt: skip
     if maps is not None:
         map_tokens += batch.to(tl.int64) * token_stride_b
         maps += tl.program_id(0).to(tl.int64) * tokens * rows
@@ -81,11 +80,17 @@ def cross_attention_forward(
     last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
+        if RELOAD:
+            key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+                True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
+                ALIGNMENT, UPCAST,
+            )  # fmt: skip
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
-        main, tail, _ = probabilities(
+        main, tail, _, _ = probabilities(
             queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
             DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
         )  # fmt: skip
@@ -94,8 +99,8 @@ def cross_attention_forward(
                 column = tl.load(map_tokens + token)
                 picked = pick_column(main, tail, column, KEY_MAIN, KEY_TAIL)
                 tl.store(maps + token * rows + row, picked, mask=row_valid)
-        if reference_key is not None:
-            other_main, other_tail, _ = probabilities(
+        if HAS_REFERENCE:
+            other_main, other_tail, _, _ = probabilities(
                 queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
                 DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
             )  # fmt: skip
@@ -110,6 +115,6 @@ def cross_attention_forward(
             sums = accumulate(sums, tail, value_tail, DIM_TAIL)
         target = output + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
         store_rows(target, output_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
-    if reference_key is not None:
+    if HAS_REFERENCE:
         place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         tl.store(alignment + place, tl.sum(distance))

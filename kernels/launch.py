@@ -70,10 +70,10 @@ def _alignment(head_dim: int, *tensors: Tensor | None) -> int:
     return elements if all(step % elements == 0 for step in steps) else 1
 
 
-def _tiles(inputs: Inputs) -> dict[str, Any]:
+def _tiles(inputs: Inputs, smallest: int) -> dict[str, Any]:
     head_dim, keys = inputs.query.shape[3], inputs.key.shape[2]
-    dim_main, dim_tail = split_tile(head_dim, smallest=32)
-    key_main, key_tail = split_tile(keys, smallest=64)
+    dim_main, dim_tail = split_tile(head_dim, smallest)
+    key_main, key_tail = split_tile(keys, 64)
     return {
         "DIM": head_dim,
         "DIM_MAIN": dim_main,
@@ -132,7 +132,7 @@ def plan_forward(
 
     output is [B, N, H, D] contiguous, maps [B, H, T, N] contiguous float32 or None.
     """
-    tiles = _tiles(inputs)
+    tiles = _tiles(inputs, 32)
     config = _config("forward", inputs, tiles, device)
     programs, blocks = _split_rows("forward", inputs, config.block, device)
     batch, heads, _, head_dim = inputs.query.shape
@@ -145,6 +145,7 @@ def plan_forward(
         "maps": maps,
         "blocks_a_program": blocks,
         "BLOCK": config.block,
+        "RELOAD": config.reload,
         "ALIGNMENT": _alignment(head_dim, *inputs[:4]),
         "UPCAST": device.interpreted and inputs.query.dtype == torch.bfloat16,
     }
@@ -166,7 +167,8 @@ def _backward_arguments(
     kernel: str, inputs: Inputs, gradients: Gradients, scale: float, device: Device
 ) -> tuple[dict[str, Any], KernelConfig, int]:
     """Arguments shared by the two backward kernels, their configuration and the programs."""
-    tiles = _tiles(inputs)
+    # In the kernel of the keys the head width is also a row count of the matrix unit, 64 at least.
+    tiles = _tiles(inputs, 64 if kernel == "backward_key_value" else 32)
     config = _config(kernel, inputs, tiles, device)
     programs, blocks = _split_rows(kernel, inputs, config.block, device)
     head_dim = inputs.query.shape[3]
@@ -187,6 +189,7 @@ def _backward_arguments(
         "blocks_a_program": blocks,
         "scale": scale,
         "BLOCK": config.block,
+        "RELOAD": config.reload,
         "ALIGNMENT": _alignment(head_dim, *inputs[:4], gradients.output),
         "UPCAST": device.interpreted and inputs.query.dtype == torch.bfloat16,
     }
@@ -199,7 +202,7 @@ def plan_backward_query(
 ) -> Launch:  # fmt: skip
     """The launch that writes grad_query, [B, N, H, D] contiguous, and the statistics of its rows.
 
-    statistics, [B, H, 4, N] contiguous float32, are what the kernel of the keys needs.
+    statistics, [B, H, 6, N] contiguous float32, are what the kernel of the keys needs.
     """
     arguments, config, programs = _backward_arguments(
         "backward_query", inputs, gradients, scale, device
@@ -236,7 +239,11 @@ def plan_backward_key_value(
         direct = total is None or (splits == 1 and total.shape[0] == batch)
         shape = (batch, splits, inputs.key.shape[2], heads, head_dim)
         partials.append(total if direct else total.new_empty(shape, dtype=torch.float32))  # type: ignore[union-attr]
-    launches = [Launch(kernel, grid, arguments | dict(zip(names, partials)), config)]
+    none: dict[str, Tensor | None] = dict.fromkeys(names)
+    parts = [dict(zip(names, partials))]
+    if config.separate:
+        parts = [{name: partial} for name, partial in parts[0].items() if partial is not None]
+    launches = [Launch(kernel, grid, arguments | none | part, config) for part in parts]
     pairs = [(p, t) for p, t in zip(partials, totals) if p is not t]
     for groups in sorted({t.shape[0] for _, t in pairs}):  # type: ignore[union-attr]
         chosen = [(p, t) for p, t in pairs if t.shape[0] == groups]  # type: ignore[union-attr]

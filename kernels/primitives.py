@@ -78,17 +78,15 @@ def load_rows(
 
 
 @triton.jit
-def load_keys(
-    base, batch, head, stride_b, stride_h, stride_m, keys, DIM: tl.constexpr,
-    DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, KEY_MAIN: tl.constexpr,
-    KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    UPCAST: tl.constexpr,
+def load_tiles(
+    base, stride_m, keys, DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
+    KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
+    ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All keys (or values) of one head: the main tile's parts and the tail tile's.
 
     Without a tail the second result repeats the first and must not be used.
     """
-    base += head_offset(batch, head, stride_b, stride_h, ALIGNMENT)
     columns = tl.arange(0, KEY_MAIN)
     offsets = row_offsets(columns, stride_m, ALIGNMENT)
     MASK_ROWS: tl.constexpr = KEY_TAIL == 0 and not FULL_KEYS
@@ -100,6 +98,36 @@ def load_keys(
         return main, tail
     else:
         return main, main
+
+
+@triton.jit
+def load_operands(
+    key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+    HAS_VALUE: tl.constexpr, HAS_REFERENCE: tl.constexpr, DIM: tl.constexpr,
+    DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, KEY_MAIN: tl.constexpr,
+    KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Key, value and reference key tiles of one head; what is absent repeats the keys, unused."""
+    key_main, key_tail = load_tiles(
+        key, key_stride_m, keys,
+        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+    )  # fmt: skip
+    value_main = key_main
+    value_tail = key_tail
+    reference_main = key_main
+    reference_tail = key_tail
+    if HAS_VALUE:
+        value_main, value_tail = load_tiles(
+            value, value_stride_m, keys,
+            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+        )  # fmt: skip
+    if HAS_REFERENCE:
+        reference_main, reference_tail = load_tiles(
+            reference_key, reference_stride_m, keys,
+            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+        )  # fmt: skip
+    return key_main, key_tail, value_main, value_tail, reference_main, reference_tail
 
 
 @triton.jit
@@ -212,11 +240,11 @@ def probabilities(
     DIM_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, MASK_MAIN: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over all keys of a block of rows (equation 4): main, tail, log2 of the sum, float32.
+    """Softmax over all keys of a block of rows (equation 4), in float32: main tile, tail tile, shift, inverse.
 
-    scale_log2 is the scale times log2(e), for exp2, and not negative. Without a tail the second
-    result repeats the first and must not be used. The logarithm of a row without any key is +inf,
-    so that exp2(score - logarithm) is 0 there.
+    A probability is exp2(score · scale_log2 - shift) · inverse; scale_log2 is the scale times
+    log2(e) and not negative. A row without any key has inverse 0. Without a tail tile the second
+    result repeats the first and must not be used.
     """
     main = inner_products(queries, key_main, DIM_TAIL)
     if MASK_MAIN:
@@ -234,16 +262,14 @@ def probabilities(
     if KEY_TAIL > 0:
         tail = tl.exp2(tail * scale_log2 - shift[:, None])
         total += tl.sum(tail, axis=1)
-    log_sum = shift + tl.log2(total)
+    inverse = 1.0 / total
     if HAS_MASK:
-        log_sum = tl.where(total == 0.0, float("inf"), log_sum)
-        total = tl.where(total == 0.0, 1.0, total)
-    inverse = (1.0 / total)[:, None]
-    main = main * inverse
+        inverse = tl.where(total == 0.0, 0.0, inverse)
+    main = main * inverse[:, None]
     if KEY_TAIL > 0:
-        return main, tail * inverse, log_sum
+        return main, tail * inverse[:, None], shift, inverse
     else:
-        return main, main, log_sum
+        return main, main, shift, inverse
 
 
 @triton.jit

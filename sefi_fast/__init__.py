@@ -25,7 +25,24 @@ _HOME = {
     "bundled_model_path": "sefi_fast.tiny_world",
     "bundled_subject_image": "sefi_fast.tiny_world",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "CrossAttentionOutput",
+    "SeFiAttnProcessor",
+    "Subject",
+    "TrainConfig",
+    "__version__",
+    "attach",
+    "available_backends",
+    "bundled_model_path",
+    "bundled_subject_image",
+    "detach",
+    "encode",
+    "fused_cross_attention",
+    "generate",
+    "load_pipeline",
+    "trace",
+    "train",
+]
 
 # An installed wheel carries the Triton kernels as sefi_fast/kernels. In a source checkout they
 # lie beside the package, so the checkout's root joins the places where submodules are looked for.

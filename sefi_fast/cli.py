@@ -162,8 +162,21 @@ def _train(options: argparse.Namespace) -> int:
         curves = options.output.with_suffix(".png")
         training_curves(subject.history, title=options.image.name).save(curves)
         print(f"{curves}: the loss")
+        if subject.history.validation:
+            _save_validation(options, subject.history.validation)
     print(f"{options.output}: use it as {options.placeholder} in a prompt")
     return 0
+
+
+def _save_validation(options: argparse.Namespace, drawn: Sequence[tuple[int, list[Any]]]) -> None:
+    from sefi_fast.evaluation import Panel, contact_sheet
+
+    sentences = options.config_validation_prompts
+    prompts = [sentence.replace("{}", options.placeholder) for sentence in sentences]
+    rows = [(f"step {step}", list(map(Panel, pictures, prompts))) for step, pictures in drawn]
+    path = options.output.with_name(options.output.stem + "-validation.png")
+    contact_sheet(rows).save(path)
+    print(f"{path}: the validation prompts as training went on")
 
 
 def _attached_pipeline(options: argparse.Namespace):

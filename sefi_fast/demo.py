@@ -128,7 +128,7 @@ def _draw_maps(pipe: StableDiffusionPipeline, seed: int, path: Path) -> None:
     from sefi_fast.pipelines import generate, trace
 
     rows = []
-    for template, word in zip(ACCESSORY_PROMPTS, ("hat", "ball", "crown", "scarf")):
+    for template, word in zip(ACCESSORY_PROMPTS, ("hat", "ball", "crown", "scarf"), strict=True):
         prompt = template.format(PLACEHOLDER)
         with trace(pipe, words=[PLACEHOLDER, word]) as traced:
             pictures = generate(pipe, prompt, n=1, seed=seed)

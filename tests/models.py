@@ -18,8 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 WORDS = (
     "a an the photo picture painting of in on at with and person people cat dog bear car chair "
-    "plushie creature face man woman holding wearing hat red blue green old young snow forest beach "
-    "night city tower cup basketball eyes closed standing front left right side"
+    "plushie creature face man woman holding wearing hat red blue green old young snow forest "
+    "beach night city tower cup basketball eyes closed standing front left right side"
 )
 
 
@@ -127,7 +127,7 @@ def make_sd15(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
 
 
 def make_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetModel:
-    """A ControlNet of the U-Net's shape whose zero convolutions are made random, so that it acts."""
+    """A ControlNet of the U-Net's shape whose zero convolutions are random, so that it acts."""
     torch.manual_seed(seed)
     controlnet = ControlNetModel.from_unet(unet, conditioning_channels=3)
     for block in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:

@@ -10,6 +10,7 @@ import torch
 from models import make_unet
 from torch import nn
 
+from sefi_fast import projection_cache
 from sefi_fast.conditioning import pack, unpack
 from sefi_fast.conditioning.stage_hook import install_stage_hook
 from sefi_fast.layers import cross_attention_layers
@@ -162,6 +163,18 @@ def test_nothing_is_kept_with_gradients_or_adapted_projections_or_inference_tens
         for _ in range(3):
             output = split_unet(sample, timestep, packed).sample
     assert projections["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"] == before + 3
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
+
+
+def test_large_batches_are_projected_at_each_step(split_unet, projections, monkeypatch):
+    sample, timestep = unet_inputs()
+    packed = packed_prompt()
+    monkeypatch.setattr(projection_cache, "MOST_ROWS", BATCH * packed.shape[1] - 1)
+    with torch.no_grad():
+        for _ in range(3):
+            output = split_unet(sample, timestep, packed).sample
+    assert set(projections.values()) == {3}
+    expected = without_reuse(split_unet, sample, timestep, packed)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
 
 

@@ -90,12 +90,17 @@ private:
                   scratch_.query_rows);
         rows_to_columns<J>(scratch_.query_rows, scratch_.width, padded, scale.sign,
                            scratch_.columns);
+        Ahead ahead;
+        const int64_t next = end - n - count < kRows ? end - n - count : kRows;
+        ahead.add(call_.grad_output, call_.dtype, b_, h_, n, count, call_.head_dim);
+        ahead.add(call_.grad_query, call_.dtype, b_, h_, n, count, call_.head_dim);
+        ahead.add(call_.query, call_.dtype, b_, h_, n + count, next, call_.head_dim);
         Vec inverse[J], inverse_anchor[J] = {}, row_sum[J] = {};
         softmax_tile<J>(scratch_.key, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
-                        scratch_.target, inverse);
+                        scratch_.target, inverse, ahead);
         if (call_.with_reference()) {
             softmax_tile<J>(scratch_.reference, keys_.count, call_.head_dim, scratch_.columns,
-                            scale.factor, scratch_.anchor, inverse_anchor);
+                            scale.factor, scratch_.anchor, inverse_anchor, ahead);
         }
         if (call_.grad_output.data) {
             load_rows(call_.grad_output, call_.dtype, b_, h_, n, count, kRows, call_.head_dim,
@@ -124,21 +129,18 @@ private:
         constexpr int64_t kRows = J * kLanes;
         const bool with_maps = call_.map_count && call_.grad_maps;
         if (with_maps) gather_map_gradients<J>(n, count);
-        const auto visit = [&](int64_t m, auto& products) {
-            for (auto& row : products) {
-                for (int j = 0; j < J; ++j) {
-                    const int64_t at = m * kRows + j * kLanes;
-                    const Vec p = load(scratch_.target + at) * inverse[j];
-                    Vec slope = row[j];
-                    if constexpr (kReference) {
-                        slope += pull_[m] * (p - load(scratch_.anchor + at) * inverse_anchor[j]);
-                    }
-                    if (with_maps) slope += load(scratch_.slope + at);
-                    row_sum[j] += p * slope;
-                    store(scratch_.target + at, p);
-                    store(scratch_.slope + at, slope);
+        const auto visit = [&](int64_t m, const Vec (&products)[J]) __attribute__((always_inline)) {
+            for (int j = 0; j < J; ++j) {
+                const int64_t at = m * kRows + j * kLanes;
+                const Vec p = load(scratch_.target + at) * inverse[j];
+                Vec slope = products[j];
+                if constexpr (kReference) {
+                    slope += pull_[m] * (p - load(scratch_.anchor + at) * inverse_anchor[j]);
                 }
-                ++m;
+                if (with_maps) slope += load(scratch_.slope + at);
+                row_sum[j] += p * slope;
+                store(scratch_.target + at, p);
+                store(scratch_.slope + at, slope);
             }
         };
         if (call_.grad_output.data) {
@@ -147,7 +149,7 @@ private:
             return;
         }
         for (int64_t m = 0; m < keys_.count; ++m) {
-            Vec none[1][J] = {};
+            const Vec none[J] = {};
             visit(m, none);
         }
     }
@@ -210,24 +212,18 @@ private:
         const float scale = call_.scale;
         product<J, Scalars::along_columns>(
             call_.head_dim, scratch_.key, call_.head_dim, scratch_.slope, kRows, keys_.count,
-            [=](int64_t d, auto& sums) {
-                for (auto& row : sums) {
-                    for (int j = 0; j < J; ++j) {
-                        store(columns + d * kRows + j * kLanes, scale * row[j]);
-                    }
-                    ++d;
+            [=](int64_t d, const Vec (&sums)[J]) __attribute__((always_inline)) {
+                for (int j = 0; j < J; ++j) {
+                    store(columns + d * kRows + j * kLanes, scale * sums[j]);
                 }
             });
         if (call_.reference_grad && call_.with_reference()) {
             product<J, Scalars::along_columns>(
                 call_.head_dim, scratch_.reference, call_.head_dim, scratch_.anchor, kRows,
-                keys_.count, [=](int64_t d, auto& sums) {
-                    for (auto& row : sums) {
-                        for (int j = 0; j < J; ++j) {
-                            float* at = columns + d * kRows + j * kLanes;
-                            store(at, load(at) + scale * row[j]);
-                        }
-                        ++d;
+                keys_.count, [=](int64_t d, const Vec (&sums)[J]) __attribute__((always_inline)) {
+                    for (int j = 0; j < J; ++j) {
+                        float* at = columns + d * kRows + j * kLanes;
+                        store(at, load(at) + scale * sums[j]);
                     }
                 });
         }

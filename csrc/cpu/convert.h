@@ -93,11 +93,7 @@ inline void load_row(const char* source, DType dtype, int64_t count, float* row)
     if (dtype == DType::float32) {
         const float* from = reinterpret_cast<const float*>(source);
         for (int64_t i = 0; i < whole; i += kLanes) store(row + i, load(from + i));
-        if (rest) {
-            Vec last{};
-            __builtin_memcpy(&last, from + whole, 4 * size_t(rest));
-            store(row + whole, last);
-        }
+        if (rest) store(row + whole, load_part(from + whole, rest));
         return;
     }
     const uint16_t* from = reinterpret_cast<const uint16_t*>(source);
@@ -118,10 +114,7 @@ inline void store_row(const float* row, int64_t count, float factor, char* targe
     if (dtype == DType::float32) {
         float* to = reinterpret_cast<float*>(target);
         for (int64_t i = 0; i < whole; i += kLanes) store(to + i, factor * load(row + i));
-        if (rest) {
-            const Vec last = factor * load(row + whole);
-            __builtin_memcpy(to + whole, &last, 4 * size_t(rest));
-        }
+        if (rest) store_part(to + whole, factor * load(row + whole), rest);
         return;
     }
     uint16_t* to = reinterpret_cast<uint16_t*>(target);

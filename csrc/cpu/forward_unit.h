@@ -85,21 +85,25 @@ private:
             rows_to_columns<J>(scratch_.rows, scratch_.width, round_up(call_.head_dim, 4), scale.sign,
                                scratch_.columns);
         }
+        Ahead ahead;
+        const int64_t next = end - n - count < kRows ? end - n - count : kRows;
+        ahead.add(call_.output, call_.dtype, b_, h_, n, count, call_.head_dim);
+        ahead.add(call_.query, call_.dtype, b_, h_, n + count, next, call_.head_dim);
         Vec inverse[J];
-        softmax_tile<J>(scratch_.key, keys_.count, call_.head_dim, scratch_.columns,
-                        scale.factor, scratch_.target, inverse);
-        const double alignment = call_.reference_key.data ? align<J>(inverse) : 0.0;
+        softmax_tile<J>(scratch_.key, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
+                        scratch_.target, inverse, ahead);
+        const double alignment = call_.reference_key.data ? align<J>(inverse, ahead) : 0.0;
         if (call_.map_count) write_maps<J>(n, count, inverse);
-        write_output<J>(n, count, inverse);
+        write_output<J>(n, count, inverse, ahead);
         return alignment;
     }
 
     template <int J>
-    double align(const Vec (&inverse)[J]) {
+    double align(const Vec (&inverse)[J], Ahead& ahead) {
         constexpr int64_t kRows = J * kLanes;
         Vec inverse_anchor[J];
         softmax_tile<J>(scratch_.reference, keys_.count, call_.head_dim, scratch_.columns,
-                        ScoreScale(call_.scale).factor, scratch_.anchor, inverse_anchor);
+                        ScoreScale(call_.scale).factor, scratch_.anchor, inverse_anchor, ahead);
         Vec total[J] = {};
         for (int64_t m = 0; m < keys_.count; ++m) {
             for (int j = 0; j < J; ++j) {
@@ -131,20 +135,18 @@ private:
     }
 
     template <int J>
-    void write_output(int64_t n, int64_t count, const Vec (&inverse)[J]) {
+    void write_output(int64_t n, int64_t count, const Vec (&inverse)[J], Ahead& ahead) {
         constexpr int64_t kRows = J * kLanes;
         // The query's columns are no longer needed.
         float* columns = scratch_.columns;
         product<J, Scalars::along_columns>(
             call_.head_dim, scratch_.value, call_.head_dim, scratch_.target, kRows, keys_.count,
-            [&](int64_t d, auto& sums) {
-                for (auto& row : sums) {
-                    for (int j = 0; j < J; ++j) {
-                        store(columns + d * kRows + j * kLanes, row[j] * inverse[j]);
-                    }
-                    ++d;
+            [&](int64_t d, const Vec (&sums)[J]) __attribute__((always_inline)) {
+                for (int j = 0; j < J; ++j) {
+                    store(columns + d * kRows + j * kLanes, sums[j] * inverse[j]);
                 }
-            });
+            },
+            &ahead);
         if (in_place(count, kRows)) {
             char* rows = call_.output.at(call_.dtype, b_, h_, n);
             columns_to_rows<J>(columns, call_.head_dim, reinterpret_cast<float*>(rows),

@@ -5,7 +5,7 @@
 // that each step of k loads I + J words for I * J multiply-adds.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/ahead.h"
 
 namespace sefi {
 namespace SEFI_ISA {
@@ -41,10 +41,17 @@ SEFI_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b
 template <int I, int J, Scalars kScalars, class Visit>
 inline void product_block(int64_t i, const float* a, int64_t a_stride, const float* b,
                           int64_t b_stride, int64_t depth, const Visit& visit) {
-    Vec acc[I][J] = {};
+    Vec acc[I][J];
+#pragma GCC unroll 16
+    for (int r = 0; r < I; ++r) {
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) acc[r][j] = Vec{};
+    }
     const float* first = kScalars == Scalars::along_rows ? a + i * a_stride : a + i;
     multiply_block<I, J, kScalars>(first, a_stride, b, b_stride, depth, acc);
-    visit(i, acc);
+    // Unrolled, and visit inlined: an index known only at run time would put them all in memory.
+#pragma GCC unroll 16
+    for (int r = 0; r < I; ++r) visit(i + r, acc[r]);
 }
 
 template <int I, int J, Scalars kScalars, class Visit>
@@ -60,14 +67,15 @@ SEFI_INLINE void product_dispatch(int64_t size, int64_t i, const float* a, int64
     product_block<I, J, kScalars>(i, a, a_stride, b, b_stride, depth, visit);
 }
 
-// Calls visit(first_row, accumulators) for blocks of rows as equal as can be, in order.
+// Calls visit(row, sums) for every row in order, in blocks as equal as can be. Visit must be inlined.
 template <int J, Scalars kScalars, class Visit>
 inline void product(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                    int64_t depth, const Visit& visit) {
+                    int64_t depth, const Visit& visit, Ahead* ahead = nullptr) {
     constexpr int kMost = block_rows(J);
     const int64_t blocks = (rows + kMost - 1) / kMost;
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
         const int64_t size = (rows - i + blocks - block - 1) / (blocks - block);
+        if (ahead) ahead->step();
         product_dispatch<kMost, J, kScalars>(size, i, a, a_stride, b, b_stride, depth, visit);
         i += size;
     }
@@ -77,11 +85,10 @@ template <int J>
 SEFI_INLINE void accumulate_columns(int64_t rows, const float* a, int64_t a_stride, const float* b,
                                     int64_t b_stride, int64_t depth, float* c) {
     product<J, Scalars::along_rows>(
-        rows, a, a_stride, b, b_stride, depth, [=](int64_t i, auto& acc) {
-            for (auto& row : acc) {
-                float* to = c + i++ * b_stride;
-                for (int j = 0; j < J; ++j) store(to + j * kLanes, load(to + j * kLanes) + row[j]);
-            }
+        rows, a, a_stride, b, b_stride, depth,
+        [=](int64_t i, const Vec (&sums)[J]) __attribute__((always_inline)) {
+            float* to = c + i * b_stride;
+            for (int j = 0; j < J; ++j) store(to + j * kLanes, load(to + j * kLanes) + sums[j]);
         });
 }
 

@@ -35,6 +35,25 @@ typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), m
 
 SEFI_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 SEFI_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+// The first count lanes, 0 < count < kLanes; zeros behind them.
+SEFI_INLINE Vec load_part(const float* p, int count) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1u), p);
+#else
+    Vec v{};
+    for (int i = 0; i < count; ++i) v[i] = p[i];
+    return v;
+#endif
+}
+
+SEFI_INLINE void store_part(float* p, Vec v, int count) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1u), (__m512)v);
+#else
+    for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
 SEFI_INLINE Vec broadcast(float s) { return s - Vec{}; }
 
 // The second operand where either is NaN, as the x86 instruction does.
@@ -54,13 +73,13 @@ SEFI_INLINE float sum(Vec v) {
     return total;
 }
 
-// 2**x for x < 127, relative error below 1.5 ulp; below 2**-126 it stays there. NaN stays NaN.
-SEFI_INLINE Vec exp2_clamped(Vec x) {
-    x = max(broadcast(-126.0f), x);
+// 2**(factor * x) for 0 >= x >= -126 / factor, exactly 1 at zero, relative error below 1.5 ulp.
+// The product with the factor is never rounded.
+SEFI_INLINE Vec exp2_of_product(Vec x, float factor) {
     // Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits of the sum.
     const Vec magic = broadcast(12582912.0f);
-    const Vec shifted = x + magic;
-    const Vec f = x - (shifted - magic);
+    const Vec shifted = x * factor + magic;
+    const Vec f = x * factor - (shifted - magic);
     Vec p = f * 1.5353362e-4f + 1.3398875e-3f;
     p = f * p + 9.6184369e-3f;
     p = f * p + 5.5503324e-2f;

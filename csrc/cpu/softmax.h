@@ -21,28 +21,27 @@ struct ScoreScale {
 // `columns` is the tile's query rows as columns, times the scale's sign.
 template <int J>
 inline void softmax_tile(const float* packed_keys, int64_t keys, int64_t head_dim,
-                         const float* columns, float factor, float* tile, Vec (&inverse)[J]) {
+                         const float* columns, float factor, float* tile, Vec (&inverse)[J],
+                         Ahead& ahead) {
     constexpr int64_t kRows = J * kLanes;
     Vec most[J];
     for (Vec& v : most) v = broadcast(-__builtin_inff());
     product<J, Scalars::along_rows>(
-        keys, packed_keys, head_dim, columns, kRows, head_dim, [&](int64_t m, auto& scores) {
-            for (auto& row : scores) {
-                for (int j = 0; j < J; ++j) {
-                    store(tile + m * kRows + j * kLanes, row[j]);
-                    most[j] = max(most[j], row[j]);
-                }
-                ++m;
+        keys, packed_keys, head_dim, columns, kRows, head_dim,
+        [&](int64_t m, const Vec (&scores)[J]) __attribute__((always_inline)) {
+            for (int j = 0; j < J; ++j) {
+                store(tile + m * kRows + j * kLanes, scores[j]);
+                most[j] = max(most[j], scores[j]);
             }
-        });
-    // The scale enters in one fused step with the row's shift, whose rounding is the same for all
-    // keys and leaves with the division.
+        },
+        &ahead);
+    // Less than 2**-126 of the row's largest probability stays there, and NaN stays NaN.
+    const Vec lowest = broadcast(-126.0f / factor);
     Vec total[J] = {};
-    for (Vec& v : most) v *= factor;
     for (int64_t m = 0; m < keys; ++m) {
         for (int j = 0; j < J; ++j) {
             float* at = tile + m * kRows + j * kLanes;
-            const Vec p = exp2_clamped(load(at) * factor - most[j]);
+            const Vec p = exp2_of_product(max(lowest, load(at) - most[j]), factor);
             total[j] += p;
             store(at, p);
         }

@@ -31,7 +31,9 @@ struct Job {
     std::atomic<int64_t> next{0};
     std::atomic<int> threads{0};
     std::mutex failed;
-    std::exception_ptr failure = nullptr;
+    std::exception_ptr failure;
+
+    Job(const std::function<void(int64_t, int)>& work, int64_t count) : work(work), count(count) {}
 
     void run() noexcept {
         const int thread = threads.fetch_add(1);
@@ -113,7 +115,7 @@ GompParallel openmp() {
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t, int)>& work) {
     threads = int(std::min<int64_t>(threads, count));
-    Job job{work, count};
+    Job job(work, count);
     if (threads <= 1) {
         job.run();
     } else if (const GompParallel parallel = openmp()) {

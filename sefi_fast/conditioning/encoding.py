@@ -61,7 +61,7 @@ def encode(
         PromptError: a placeholder cannot be used where it stands.
         SubjectFileError: a subject is of another width than the pipeline's text encoder.
         ModelError: the pipeline has no text encoder and tokenizer, or several.
-        ValueError: two subjects share a placeholder, or the common number of stages exceeds 60.
+        ValueError: two subjects share a placeholder, or need more than 60 stages together.
         TypeError: prompt is neither a string nor a list of strings.
     """
     tokenizer, text_encoder = _text_parts(pipe)
@@ -116,7 +116,7 @@ def _plan(subjects: Sequence[Subject], slots: Tensor) -> _Plan:
 
 def _common_stages(stages: Sequence[int]) -> int:
     common = math.lcm(*stages)
-    if common > MOST_STAGES:
+    if common > max(MOST_STAGES, *stages, 1):
         raise ValueError(
             f"subjects of {', '.join(map(str, stages))} stages need {common} stages together, "
             f"{MOST_STAGES} at most are possible; train them with stages that divide one another"

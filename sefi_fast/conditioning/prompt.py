@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,10 @@ from torch import Tensor
 from sefi_fast.errors import PromptError
 
 logger = logging.getLogger(__name__)
+
+# A fast tokenizer keeps padding and truncation as state that each call sets anew: two threads that
+# share one would pad, or not pad, each other's prompts.
+TOKENIZING = threading.RLock()
 
 
 class PromptTokens(NamedTuple):
@@ -171,8 +176,11 @@ def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int,
     choices = sorted(placeholders, key=len, reverse=True)
     for match in re.finditer("|".join(_as_word(choice) for choice in choices), text):
         begin, end = match.span()
-        before, after = text[begin - 1 : begin], text[end : end + 1]
-        if _is_word_character(before) or _is_word_character(after):
+        # Composed as the tokenizer will: "e" and an accent are one letter.
+        before = unicodedata.normalize("NFC", text[:begin])[-1:]
+        after = text[end : end + 1]
+        joins = bool(after) and unicodedata.combining(after) > 0
+        if _is_word_character(before) or _is_word_character(after) or joins:
             longer = before + match.group() + after
             raise PromptError(
                 f"the placeholder {match.group()!r} runs into a longer word (…{longer}…) in the "
@@ -193,10 +201,7 @@ def _as_word(placeholder: str) -> str:
 
 
 def _is_word_character(character: str) -> bool:
-    """Letters, digits, the underscore, and marks that would combine with a letter before them."""
-    return bool(character) and (
-        re.match(r"\w", character) is not None or unicodedata.category(character)[0] == "M"
-    )
+    return re.match(r"\w", character) is not None
 
 
 def _ends_a_word(tokenizer: Any, token: _Token) -> bool:
@@ -208,7 +213,8 @@ def _ends_a_word(tokenizer: Any, token: _Token) -> bool:
 def _ids(tokenizer: Any, text: str) -> list[int]:
     if not text:
         return []
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    with TOKENIZING:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def _length(tokenizer: Any) -> int:

@@ -57,19 +57,21 @@ def contact_sheet(
         *(int(heading_font.getlength(heading)) + 2 * _MARGIN for heading, _ in rows),
     )
     top = 38 if title else _MARGIN // 2
-    height = top + sum(h + panel_size + c for h, c in zip(heading_heights, caption_heights))
+    height = top + sum(
+        h + panel_size + c for h, c in zip(heading_heights, caption_heights, strict=True)
+    )
     sheet = Image.new("RGB", (width, height + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text((_MARGIN, 10), title, _INK, font=title_font)
     y = top
     for (heading, panels), lines, above, below in zip(
-        rows, captions, heading_heights, caption_heights
+        rows, captions, heading_heights, caption_heights, strict=True
     ):
         if heading:
             draw.text((_MARGIN, y + 3), heading, _INK, font=heading_font)
         y += above
-        for column, (panel, caption) in enumerate(zip(panels, lines)):
+        for column, (panel, caption) in enumerate(zip(panels, lines, strict=True)):
             x = _MARGIN + column * (panel_size + _MARGIN)
             fitted = _fit(panel.image, panel_size)
             offset = (panel_size - fitted.width) // 2, (panel_size - fitted.height) // 2
@@ -99,7 +101,7 @@ def training_curves(history: History, *, title: str = "training") -> Image.Image
     seconds = f"{history.seconds[-1]:.0f} s" if history.seconds else ""
     figure.suptitle(f"{title}: {len(history.loss)} steps, {seconds}")
     panels = (("noise loss", history.loss, "#2563a8"), ("alignment", history.alignment, "#b3471d"))
-    for axes, (name, values, colour) in zip(figure.subplots(1, 2), panels):
+    for axes, (name, values, colour) in zip(figure.subplots(1, 2), panels, strict=True):
         series = np.asarray(values, dtype=np.float64)
         steps = np.arange(1, len(series) + 1)
         axes.plot(steps, series, color=colour, alpha=0.25, linewidth=0.8)

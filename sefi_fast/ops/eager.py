@@ -130,7 +130,9 @@ def backward(
         else:
             folded = (reference_scores.transpose(2, 3) @ query) * scale
             grads[3] = _fold(folded, reference_key)
-    laid_out = [None if g is None else g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads]
+    laid_out = [
+        None if g is None else g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads
+    ]
     return laid_out[0], laid_out[1], laid_out[2], laid_out[3]
 
 

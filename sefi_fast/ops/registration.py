@@ -49,9 +49,7 @@ def cast_for_autocast(
 
 def _follows_autocast(tensor: Tensor | None) -> bool:
     return (
-        isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and tensor.dtype != torch.float64
+        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
     )
 
 

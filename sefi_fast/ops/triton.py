@@ -190,12 +190,14 @@ def backward(
         _mask_bytes(key_mask),
         None if grad_maps is None else _dense(map_tokens),
     )
-    reaches_scores = any(gradient is not None for gradient in gradients) and query.numel() > 0
+    # The softmax over a single key is constant: nothing reaches its score, not even rounding.
+    scores = query.numel() > 0 and key.shape[2] > 1
+    reaches_scores = scores and any(gradient is not None for gradient in gradients)
     reaches = (
         reaches_scores,
         reaches_scores,
         grad_output is not None and query.numel() > 0,
-        reference_grad and grad_alignment is not None and query.numel() > 0,
+        scores and reference_grad and grad_alignment is not None,
     )
 
     def make(like: Tensor | None, place: int) -> Tensor | None:
@@ -211,7 +213,7 @@ def backward(
     wants_keys = any(total is not None for total in written[1:])
     if wants_keys or written[0] is not None:
         batch, heads, rows, _ = query.shape
-        statistics = query.new_empty((batch, heads, 4, rows), dtype=torch.float32)
+        statistics = query.new_empty((batch, heads, 6, rows), dtype=torch.float32)
         launches = [
             plan_backward_query(
                 inputs, gradients, written[0], statistics if wants_keys else None, scale,

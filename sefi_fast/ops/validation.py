@@ -96,7 +96,8 @@ def check_options(map_heads: str, scale: float | None) -> None:
     # A tensor would have to be read, which waits for a CUDA device.
     if isinstance(scale, (Tensor, str)):
         raise TypeError(f"scale is {_kind(scale)}: give a number")
-    if not math.isfinite(scale):
+    # Comparisons, unlike math.isfinite, can be traced where the scale is a symbol.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale}: give a finite number")
 
 

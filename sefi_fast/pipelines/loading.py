@@ -42,7 +42,7 @@ def load_pipeline(
         from sefi_fast.tiny_world import bundled_model_path
 
         model = bundled_model_path()
-    path = Path(model)
+    path = Path(model).expanduser()
     if path.is_dir():
         pipe = _load_folder(path, dtype)
     elif path.is_file() or path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin"):

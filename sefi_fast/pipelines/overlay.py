@@ -12,6 +12,7 @@ _INK = (30, 30, 34)
 _PAPER = (255, 255, 255)
 _GAP = 8
 _STRENGTH = 0.65
+_LEAST_WIDTH = 144
 
 
 def draw_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
@@ -43,13 +44,11 @@ def draw_grid(
     """
     if not rows:
         raise ValueError("grid got no pictures: give the images of the traced call")
-    cells = [
-        [
-            _captioned(image.convert("RGB"), "picture"),
-            *(_captioned(draw_overlay(image, attention), word) for word, attention in maps),
-        ]
-        for image, maps in rows
-    ]
+    cells = []
+    for image, maps in rows:
+        picture = _enlarged(image.convert("RGB"))
+        overlays = [_captioned(draw_overlay(picture, m), word) for word, m in maps]
+        cells.append([_captioned(picture, "picture"), *overlays])
     cell_width = max(cell.width for row in cells for cell in row)
     heights = [max(cell.height for cell in row) for row in cells]
     width = max(len(row) for row in cells) * (cell_width + _GAP) + _GAP
@@ -57,9 +56,17 @@ def draw_grid(
     top = _GAP
     for row, height in zip(cells, heights, strict=True):
         for column, cell in enumerate(row):
-            sheet.paste(cell, (_GAP + column * (cell_width + _GAP), top))
+            left = _GAP + column * (cell_width + _GAP) + (cell_width - cell.width) // 2
+            sheet.paste(cell, (left, top))
         top += height + _GAP
     return sheet
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """The picture in whole multiples of its size, large enough to read a caption under it."""
+    factor = -(-_LEAST_WIDTH // picture.width)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def _captioned(picture: Image.Image, caption: str) -> Image.Image:

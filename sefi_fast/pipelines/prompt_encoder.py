@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sefi_fast.conditioning import encode
 from sefi_fast.conditioning.packing import pack, packed_stages, unpack
+from sefi_fast.conditioning.prompt import TOKENIZING
 from sefi_fast.errors import PromptError
 from sefi_fast.pipelines.families import conditioned_models
 from sefi_fast.pipelines.installation import adopt, install, uninstall
@@ -128,40 +129,45 @@ class PromptEncoder:
             raise ReferenceError("the pipeline of this encode_prompt no longer exists")
         self._restore_what_was_replaced(pipe)
         guidance = do_classifier_free_guidance
+        with TOKENIZING:
+            embeds = self._encode_both(
+                pipe,
+                prompt,
+                device,
+                num_images_per_prompt,
+                guidance,
+                negative_prompt,
+                prompt_embeds,
+                negative_prompt_embeds,
+                lora_scale,
+                clip_skip,
+            )
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            for tracer in self.tracers:
+                tracer.begin(prompts, num_images_per_prompt, guidance)
+        return embeds
+
+    def _encode_both(
+        self,
+        pipe: Any,
+        prompt: str | list[str] | None,
+        device: torch.device,
+        num_images_per_prompt: int,
+        guidance: bool,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        lora_scale: float | None,
+        clip_skip: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
         marked = prompt_embeds is None and self._has_placeholder(prompt)
         marked_negative = (
             guidance and negative_prompt_embeds is None and self._has_placeholder(negative_prompt)
         )
         tokens = pipe.tokenizer.model_max_length
         given = (prompt_embeds, negative_prompt_embeds)
-        if marked or marked_negative or any(_stages(x, tokens) for x in given):
-            positive = prompt_embeds
-            negative = negative_prompt_embeds
-            if positive is None:
-                assert prompt is not None
-                positive = self._encode(
-                    pipe, prompt, device, marked, lora_scale=lora_scale, clip_skip=clip_skip
-                )
-            if guidance and negative is None:
-                texts = _negative_texts(prompt, negative_prompt, len(positive))
-                # diffusers applies clip_skip to the prompt alone.
-                negative = self._encode(
-                    pipe, texts, device, marked_negative, lora_scale=lora_scale, clip_skip=None
-                )
-            negative = negative if guidance else None
-            if negative is not None and len(negative) != len(positive):
-                raise ValueError(
-                    f"negative_prompt_embeds is for {len(negative)} prompts, but there are "
-                    f"{len(positive)}: give one a prompt"
-                )
-            positive, negative = _same_packing(positive, negative, tokens)
-            place = {"dtype": pipe.text_encoder.dtype, "device": device}
-            repeats = num_images_per_prompt
-            positive = positive.to(**place).repeat_interleave(repeats, dim=0)
-            if negative is not None:
-                negative = negative.to(**place).repeat_interleave(repeats, dim=0)
-        else:
-            positive, negative = self._own(pipe)(
+        if not (marked or marked_negative or any(_stages(x, tokens) for x in given)):
+            return self._own(pipe)(
                 prompt,
                 device,
                 num_images_per_prompt,
@@ -172,10 +178,30 @@ class PromptEncoder:
                 lora_scale=lora_scale,
                 clip_skip=clip_skip,
             )
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        for tracer in self.tracers:
-            tracer.begin(prompts, num_images_per_prompt, guidance)
-        return positive, negative
+        positive, negative = prompt_embeds, negative_prompt_embeds if guidance else None
+        if positive is None:
+            assert prompt is not None
+            positive = self._encode(
+                pipe, prompt, device, marked, lora_scale=lora_scale, clip_skip=clip_skip
+            )
+        if guidance and negative is None:
+            texts = _negative_texts(prompt, negative_prompt, len(positive))
+            # diffusers applies clip_skip to the prompt alone.
+            negative = self._encode(
+                pipe, texts, device, marked_negative, lora_scale=lora_scale, clip_skip=None
+            )
+        if negative is not None and len(negative) != len(positive):
+            raise ValueError(
+                f"negative_prompt_embeds is for {len(negative)} prompts, but there are "
+                f"{len(positive)}: give one a prompt"
+            )
+
+        def placed(embeds: Tensor) -> Tensor:
+            embeds = embeds.to(device=device, dtype=pipe.text_encoder.dtype)
+            return embeds.repeat_interleave(num_images_per_prompt, dim=0)
+
+        positive, negative = _same_packing(positive, negative, tokens)
+        return placed(positive), None if negative is None else placed(negative)
 
     def _encode(
         self,

@@ -102,7 +102,7 @@ class Subject:
         """Writes the subject to one safetensors file, whole or not at all.
 
         The numbers are float32 up to a file of 100 KB (Stable Diffusion 1.x at S = 5: 34 KB) and
-        rounded to float16 beyond (10 stages for two text encoders: 90 KB).
+        rounded to float16 beyond (10 stages for two text encoders: 87 KB).
 
         Raises:
             OSError: the file cannot be written.

@@ -62,10 +62,11 @@ class TrainConfig:
     validation_prompts: tuple[str, ...] = _setting(
         (), "prompts drawn during training, {} where the subject stands"
     )
-    validation_every: int = _setting(100, "steps between validation pictures")
+    validation_every: int = _setting(100, "training steps between validation pictures")
+    validation_steps: int = _setting(30, "denoising steps of a validation picture")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "stages", "validation_every"):
+        for name in ("steps", "batch_size", "stages", "validation_every", "validation_steps"):
             self._check_integer(name, 1)
         self._check_integer("seed", 0, _LARGEST_SEED)
         if self.resolution is not None:

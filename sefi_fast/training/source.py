@@ -67,7 +67,9 @@ def frozen(source: Source, config: TrainConfig) -> Iterator[None]:
     unet = unwrap(source.pipe.unet)
     widen = torch.float32 if source.dtype == torch.float32 else None
     with ExitStack() as stack:
-        stack.enter_context(borrowed(unet, source.device, widen, channels_last=True))
+        # Channels-last pays on CUDA's tensor cores; on CPUs it was measured to gain nothing.
+        channels_last = source.device.type == "cuda"
+        stack.enter_context(borrowed(unet, source.device, widen, channels_last))
         stack.enter_context(borrowed(unwrap(source.pipe.text_encoder), source.device, widen))
         if config.gradient_checkpointing and not unet.is_gradient_checkpointing:
             unet.enable_gradient_checkpointing()

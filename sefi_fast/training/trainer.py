@@ -199,6 +199,7 @@ class _Run:
                 self._config.validation_prompts,
                 seed=self._config.seed,
                 size=self._size,
+                steps=self._config.validation_steps,
             )
 
     def _subject(self, tokens: Tensor) -> Subject:

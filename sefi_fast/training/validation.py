@@ -14,7 +14,7 @@ from sefi_fast.subject import Subject
 
 
 def draw_validation(
-    pipe: Any, subject: Subject, sentences: tuple[str, ...], *, seed: int, size: int
+    pipe: Any, subject: Subject, sentences: tuple[str, ...], *, seed: int, size: int, steps: int
 ) -> list[Image.Image]:
     """One picture a sentence with `subject` attached, leaving the pipeline as it is.
 
@@ -24,6 +24,7 @@ def draw_validation(
         sentences: with {} where the subject stands.
         seed: of every picture, so that the pictures of a run can be compared.
         size: side length in pixels.
+        steps: denoising steps.
     """
     # A call leaves traces on its pipeline and scheduler, so a twin with the same models is called.
     twin = copy.copy(pipe)
@@ -40,6 +41,7 @@ def draw_validation(
                     sentence.replace("{}", subject.placeholder),
                     n=1,
                     seed=seed,
+                    steps=steps,
                     height=size,
                     width=size,
                 )[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import roofline_tables
 from _occupancy import occupancy
-from _roofline import DATASHEET, Rates, bound, direction_bound, products, work
+from _roofline import DATASHEET, Rates, bound, direction_bound, kernel_work, products, work
 from _shapes import Problem, problems
 
 ROW = Problem("custom", queries=1, head_dim=40, heads=1)
@@ -26,6 +26,14 @@ def test_one_row_of_width_40_backward() -> None:
     assert counted.exponentials == 160
     assert counted.flops == 36_960  # six products
     assert counted.key_bytes == (4 + 1) * 77 * 40 * 2  # k, v, dk, dv and the reference key
+
+
+def test_the_two_backward_kernels_read_twice_and_make_nine_products() -> None:
+    query, key_value = (kernel_work(ROW, 2, f"backward_{name}") for name in ("query", "key_value"))
+    assert (query.row_bytes, key_value.row_bytes) == (240, 160)
+    assert query.exponentials + key_value.exponentials == 320
+    assert query.tile_flops + key_value.tile_flops == 9 * 2 * 80 * 48
+    assert kernel_work(ROW, 2, "forward").row_bytes == work(ROW, 2, "forward").row_bytes
 
 
 def test_without_the_loss_one_softmax_and_one_product_less_a_direction() -> None:

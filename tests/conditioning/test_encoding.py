@@ -134,11 +134,12 @@ def test_dtype_follows_the_text_encoder_and_no_graph_is_kept(sd15_pipeline):
     assert not found.requires_grad
 
 
-def test_an_offloaded_text_encoder(sd15_pipeline):
+def test_a_sequentially_offloaded_pipeline(sd15_pipeline):
     pipe = sd15_pipeline
     subject = make_subject(pipe)
     expected = encode(pipe, ["a <me> in the snow", "a hat"], subjects=subject)
-    accelerate.cpu_offload(pipe.text_encoder, execution_device=torch.device("cpu"))
+    for model in (pipe.vae, pipe.text_encoder, pipe.unet):
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert pipe.text_encoder.device.type == "meta"
     subject.check_fits([pipe.tokenizer], [pipe.text_encoder])
     assert torch.equal(encode(pipe, ["a <me> in the snow", "a hat"], subjects=subject), expected)
@@ -160,6 +161,11 @@ def test_packed_rows_are_as_pack_lays_them(sd15_pipeline):
     found = encode(sd15_pipeline, ["a <me>", "b"], subjects=make_subject(sd15_pipeline))
     assert torch.equal(pack(unpack(found, 77)), found)
     assert not found[:, -1].any()
+
+
+def test_a_single_subject_may_have_any_number_of_stages(sd15_pipeline):
+    subjects = [make_subject(sd15_pipeline, stages=70)]
+    assert encode(sd15_pipeline, "a hat", subjects=subjects).shape[1] == 70 * 154 + 1
 
 
 def test_wrong_calls_are_told(sd15_pipeline):

@@ -167,3 +167,10 @@ def test_a_single_file_of_the_right_family_goes_to_diffusers(tmp_path, monkeypat
     monkeypatch.setattr(StableDiffusionPipeline, "from_single_file", fail)
     with pytest.raises(ModelError, match="no network.*configuration from the hub"):
         load_pipeline(file)
+
+
+def test_nothing_given_loads_the_bundled_model():
+    pipe = load_pipeline(device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.unet.dtype == torch.float32
+    assert draw(pipe, "a photo of a creature", num_inference_steps=1).isfinite().all()

@@ -224,17 +224,21 @@ def test_other_threads_go_on_undisturbed(sd15_pipeline):
 
     def work():
         with torch.no_grad():
-            results.extend(pipe.unet(*inputs).sample for _ in range(4))
+            results.append(pipe.unet(*inputs).sample)
 
-    thread = threading.Thread(target=work)
-    with trace(pipe, ["cat"]) as found:
+    def work_between_steps(pipe, step, timestep, tensors):
+        thread = threading.Thread(target=work)
         thread.start()
-        draw(pipe, "a cat")
         thread.join()
+        return tensors
+
+    with trace(pipe, ["cat"]) as found:
+        draw(pipe, "a cat", callback_on_step_end=work_between_steps)
         alone = found.maps["cat"]
     with trace(pipe, ["cat"]) as found:
         draw(pipe, "a cat")
     torch.testing.assert_close(alone, found.maps["cat"])
+    assert len(results) == 4
     for result in results:
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 

@@ -30,6 +30,7 @@ def test_defaults_are_valid_and_frozen():
         ("seed", 2**64),
         ("resolution", 0),
         ("validation_every", 0),
+        ("validation_steps", 0),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),

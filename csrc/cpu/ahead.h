@@ -1,0 +1,46 @@
+// Asks for the rows that the next steps will touch, a few at a time between blocks of a product.
+//
+// A head's rows lie a whole token apart, a few cache lines each, which the hardware's own
+// prefetching does not follow; and asked for all at once they would queue up in front of the work.
+#pragma once
+
+#include "cpu/problem.h"
+#include "cpu/simd.h"
+
+namespace sefi {
+namespace SEFI_ISA {
+
+class Ahead {
+public:
+    // Rows [n, n + count) of one head; nothing for an absent tensor.
+    void add(const View& view, DType dtype, int64_t b, int64_t h, int64_t n, int64_t count,
+             int64_t head_dim) {
+        if (!view.data || count <= 0) return;
+        spans_[last_++] = {view.at(dtype, b, h, n), item_size(dtype) * view.row, count,
+                           item_size(dtype) * head_dim};
+    }
+
+    void step() {
+        constexpr int64_t kRows = 8;
+        for (int64_t i = 0; i < kRows && first_ < last_; ++i) {
+            Span& span = spans_[first_];
+            for (int64_t byte = 0; byte < span.bytes; byte += 64) {
+                __builtin_prefetch(span.row + byte, 0, 2);
+            }
+            __builtin_prefetch(span.row + span.bytes - 1, 0, 2);
+            span.row += span.stride;
+            if (--span.count == 0) ++first_;
+        }
+    }
+
+private:
+    struct Span {
+        const char* row;
+        int64_t stride, count, bytes;
+    };
+    Span spans_[3];
+    int first_ = 0, last_ = 0;
+};
+
+}  // namespace SEFI_ISA
+}  // namespace sefi

@@ -1,0 +1,106 @@
+"""Captions of drawn pictures, worded anew each time; every word is one token of the vocabulary."""
+
+from __future__ import annotations
+
+import random
+
+from sefi_fast.tiny_world.drawing import (
+    ACCESSORIES,
+    COLOURS,
+    EARS,
+    PATTERNS,
+    POSITIONS,
+    SCENES,
+    SHAPES,
+    PictureSpec,
+)
+
+CLASS_WORD = "creature"
+SCENE_PHRASES = {
+    scene: {"beach": "on the beach", "night": "at night"}.get(scene, f"in the {scene}")
+    for scene in SCENES
+}
+POSITION_PHRASES = {
+    position: "in the middle" if position == "middle" else f"on the {position}"
+    for position in POSITIONS
+}
+PATTERN_NOUNS = {"striped": "stripes", "spotted": "spots"}
+_STRUCTURE = "a an the of in on at and with photo picture image drawing ears grey"
+_SPARE = "my one wearing next to sks xyz background big small cute holding this that"
+VOCABULARY: tuple[str, ...] = tuple(
+    sorted(
+        {
+            *_STRUCTURE.split(),
+            *_SPARE.split(),
+            CLASS_WORD,
+            *COLOURS,
+            *PATTERNS,
+            *PATTERN_NOUNS.values(),
+            *EARS,
+            *SHAPES,
+            *SCENES,
+            *ACCESSORIES,
+            *POSITIONS,
+        }
+    )
+)
+"""Every word of every caption, and a few more that prompts may want; each is one token."""
+
+
+def caption(spec: PictureSpec, rng: random.Random) -> str:
+    """Word a picture: a random part of what it shows, in plain lower-case words.
+
+    One caption in five is brief: the bare class word with an accessory or the scene. The others
+    mostly name the ears and the place, which are the hardest to obey.
+    """
+    chance = rng.random
+    opener = _opener(spec, rng)
+    if spec.identity is None:
+        return f"{opener} the {spec.scene}"
+    brief = chance() < 0.2
+    before, after = _attributes(spec, rng) if not brief else ([], [])
+    if spec.accessories and chance() < (0.6 if brief else 0.95):
+        after.append("with a " + " and a ".join(spec.accessories))
+    if chance() < (0.7 if brief else 0.93):
+        after.append(SCENE_PHRASES[spec.scene])
+    if chance() < (0.15 if brief else 0.45 if spec.position == "middle" else 0.85):
+        after.append(POSITION_PHRASES[spec.position])
+    words = [*before, CLASS_WORD, *after]
+    article = "an" if words[0][0] in "aeiou" else "a"
+    return " ".join([opener, article, *words]).strip()
+
+
+def _opener(spec: PictureSpec, rng: random.Random) -> str:
+    if spec.style == "grey":
+        return "a grey photo of"
+    if spec.identity is not None and rng.random() < 0.1:
+        return ""
+    return "a picture of" if rng.random() < 0.1 else "a photo of"
+
+
+def _attributes(spec: PictureSpec, rng: random.Random) -> tuple[list[str], list[str]]:
+    """Words before and phrases after the class word that tell the creature's identity."""
+    identity, chance = spec.identity, rng.random
+    assert identity is not None
+    before: list[str] = []
+    after: list[str] = []
+    if chance() < 0.35:
+        before.append(identity.shape)
+    if chance() < 0.9:
+        before.append(identity.colour)
+    if identity.pattern == "plain":
+        if chance() < 0.3:
+            before.append("plain")
+    else:
+        draw = chance()
+        if draw < 0.2:
+            before.append(identity.pattern)
+        elif draw < 0.85:
+            after.append(f"with {identity.second_colour} {PATTERN_NOUNS[identity.pattern]}")
+    if chance() < 0.75:
+        ears = f"{identity.ears} ears"
+        if after and chance() < 0.5:
+            after[-1] += f" and {ears}"
+        else:
+            after.append(f"with {ears}")
+    return before, after

@@ -1,0 +1,306 @@
+"""The drawn world: creatures with identities in scenes, with accessories, at places; masks."""
+
+from __future__ import annotations
+
+import colorsys
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from PIL import Image, ImageDraw
+
+from sefi_fast.tiny_world.scenery import CANVAS, box, draw_scene, oval
+
+PICTURE_SIZE = 48
+"""Side in pixels of the pictures that the bundled model draws."""
+
+_HSV = {
+    "red": (0.99, 0.88, 0.85),
+    "orange": (0.075, 0.95, 0.98),
+    "yellow": (0.145, 0.85, 0.98),
+    "green": (0.29, 0.80, 0.80),
+    "blue": (0.61, 0.85, 0.90),
+    "purple": (0.76, 0.70, 0.62),
+    "pink": (0.91, 0.45, 1.00),
+    "white": (0.10, 0.02, 0.98),
+}
+COLOURS = tuple(_HSV)
+PATTERNS = ("plain", "striped", "spotted")
+EARS = ("pointy", "big", "long")
+SHAPES = ("round", "tall")
+SCENES = ("beach", "forest", "snow", "desert", "city", "night")
+ACCESSORIES = ("hat", "crown", "scarf", "ball")
+POSITIONS = ("left", "middle", "right")
+STYLES = ("colour", "grey")
+
+_OUTLINE = (25, 20, 30)
+_OUTLINE_WIDTH = 5
+_CENTRES = {"left": 0.28, "middle": 0.5, "right": 0.72}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a creature the one it is, whatever the scene.
+
+    Attributes:
+        colour: body colour, one of COLOURS.
+        second_colour: colour of the pattern; None exactly when the pattern is "plain".
+        pattern: one of PATTERNS.
+        ears: one of EARS.
+        shape: one of SHAPES.
+    """
+
+    colour: str
+    second_colour: str | None
+    pattern: str
+    ears: str
+    shape: str
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("colour", COLOURS),
+            ("second_colour", (None, *COLOURS)),
+            ("pattern", PATTERNS),
+            ("ears", EARS),
+            ("shape", SHAPES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if (self.pattern == "plain") != (self.second_colour is None):
+            raise ValueError(
+                f"a {self.pattern} creature cannot have second_colour={self.second_colour!r}: "
+                "None belongs to the plain pattern, and only to it"
+            )
+        if self.colour == self.second_colour:
+            raise ValueError(f"both colours are {self.colour!r}; they must differ")
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this identity is kept from the generator: about one patterned one in twelve."""
+        if self.second_colour is None:
+            return False
+        return (
+            COLOURS.index(self.colour) * 7
+            + COLOURS.index(self.second_colour) * 5
+            + PATTERNS.index(self.pattern) * 3
+            + EARS.index(self.ears) * 2
+            + SHAPES.index(self.shape) * 11
+        ) % 12 == 0
+
+
+@dataclass(frozen=True)
+class PictureSpec:
+    """All that is drawn in one picture.
+
+    Attributes:
+        identity: the creature; None for an empty scene.
+        scene: one of SCENES.
+        accessories: any of ACCESSORIES, each once.
+        position: one of POSITIONS.
+        style: "colour", or "grey" for a desaturated picture.
+        mirrored: which side the scene's sun, moon or cactus is on.
+        shift: small offset of the creature from its place, in canvas pixels (x, y).
+    """
+
+    identity: Identity | None
+    scene: str
+    accessories: tuple[str, ...] = ()
+    position: str = "middle"
+    style: str = "colour"
+    mirrored: bool = False
+    shift: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("scene", SCENES), ("position", POSITIONS), ("style", STYLES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        unknown = set(self.accessories) - set(ACCESSORIES)
+        if unknown or len(set(self.accessories)) != len(self.accessories):
+            raise ValueError(f"accessories are {self.accessories}; wanted: any of {ACCESSORIES}")
+
+
+def identities() -> Iterator[Identity]:
+    """Every identity there is, in a fixed order."""
+    for colour, pattern, ears, shape in product(COLOURS, PATTERNS, EARS, SHAPES):
+        for second in (None,) if pattern == "plain" else COLOURS:
+            if second != colour:
+                yield Identity(colour, second, pattern, ears, shape)
+
+
+def held_out_identities() -> list[Identity]:
+    """The identities that no training picture of the generator shows."""
+    return [identity for identity in identities() if identity.held_out]
+
+
+def random_identity(rng: random.Random) -> Identity:
+    """An identity that is not held out; each pattern is equally likely."""
+    while True:
+        colour, pattern = rng.choice(COLOURS), rng.choice(PATTERNS)
+        second = rng.choice([c for c in COLOURS if c != colour]) if pattern != "plain" else None
+        identity = Identity(colour, second, pattern, rng.choice(EARS), rng.choice(SHAPES))
+        if not identity.held_out:
+            return identity
+
+
+def random_spec(
+    rng: random.Random,
+    identity: Identity | None = None,
+    *,
+    empty_share: float = 0.02,
+    grey_share: float = 0.06,
+) -> PictureSpec:
+    """A random picture of ``identity``, or of a random one that is not held out.
+
+    Args:
+        rng: where every choice comes from.
+        identity: the creature to draw; None draws one, or with ``empty_share`` none at all.
+        empty_share: share of pictures without a creature (only when no identity is given).
+        grey_share: share of desaturated pictures.
+    """
+    scene, position = rng.choice(SCENES), rng.choice(POSITIONS)
+    style = "grey" if rng.random() < grey_share else "colour"
+    mirrored, shift = rng.random() < 0.5, (rng.uniform(-4, 4), rng.uniform(-4, 4))
+    if identity is None:
+        if rng.random() < empty_share:
+            return PictureSpec(None, scene, style=style, mirrored=mirrored)
+        identity = random_identity(rng)
+    accessories: tuple[str, ...] = ()
+    if rng.random() < 0.6:
+        first = rng.choice(ACCESSORIES)
+        accessories = (first,)
+        if rng.random() < 0.2:
+            # A hat and a crown sit in the same place.
+            others = [a for a in ACCESSORIES if a != first and {a, first} != {"hat", "crown"}]
+            accessories = (first, rng.choice(others))
+    return PictureSpec(identity, scene, accessories, position, style, mirrored, shift)
+
+
+def random_specs(
+    count: int, seed: int, *, empty_share: float = 0.02, grey_share: float = 0.06
+) -> list[PictureSpec]:
+    """``count`` random pictures, the same for the same seed."""
+    rng = random.Random(seed)
+    shares = {"empty_share": empty_share, "grey_share": grey_share}
+    return [random_spec(rng, None, **shares) for _ in range(count)]
+
+
+def draw(spec: PictureSpec, size: int = PICTURE_SIZE) -> tuple[Image.Image, Image.Image]:
+    """Draw a picture.
+
+    Args:
+        spec: what to draw.
+        size: side in pixels, a divisor of CANVAS.
+
+    Returns:
+        The picture (RGB) and the creature's mask (L, 255 inside; accessories do not count).
+    """
+    if size < 1 or CANVAS % size:
+        raise ValueError(f"size is {size}; it must divide {CANVAS}, for example {PICTURE_SIZE}")
+    picture = Image.new("RGB", (CANVAS, CANVAS))
+    mask = Image.new("L", (CANVAS, CANVAS), 0)
+    draw_scene(ImageDraw.Draw(picture), spec.scene, spec.mirrored)
+    if spec.identity is not None:
+        centre = _CENTRES[spec.position] * CANVAS + spec.shift[0]
+        ground = 0.89 * CANVAS + spec.shift[1]
+        _draw_creature(picture, mask, spec.identity, centre, ground)
+        _draw_accessories(ImageDraw.Draw(picture), spec, centre, ground)
+    if spec.style == "grey":
+        picture = picture.convert("L").convert("RGB")
+    factor = CANVAS // size
+    return picture.reduce(factor), mask.reduce(factor)
+
+
+def colour_rgb(name: str) -> tuple[int, int, int]:
+    """The RGB value, 0..255, of a colour of COLOURS."""
+    red, green, blue = colorsys.hsv_to_rgb(*_HSV[name])
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
+def _body(identity: Identity, ground: float) -> tuple[float, float, float, float]:
+    """Half width, half height, middle and top of the body."""
+    half_width, half_height = (44.0, 40.0) if identity.shape == "round" else (31.0, 50.0)
+    return half_width, half_height, ground - half_height, ground - 2 * half_height
+
+
+def _draw_creature(
+    picture: Image.Image, mask: Image.Image, identity: Identity, centre: float, ground: float
+) -> None:
+    pen, mask_pen = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
+    half_width, half_height, middle, top = _body(identity, ground)
+    body_colour = colour_rgb(identity.colour)
+
+    def part(x: float, y: float, rx: float, ry: float, fill: tuple[int, int, int]) -> None:
+        pen.ellipse(oval(x, y, rx, ry), fill=fill)
+        mask_pen.ellipse(oval(x, y, rx, ry), fill=255)
+
+    for side in (-1, 1):
+        part(centre + side * half_width * 0.5, ground + 1, 14, 9, _OUTLINE)
+    for side in (-1, 1):
+        if identity.ears == "pointy":
+            x = centre + side * half_width * 0.62
+            outer = [(x - 24, top + 34), (x + side * 14, top - 36), (x + 24, top + 34)]
+            pen.polygon(outer, fill=_OUTLINE)
+            mask_pen.polygon(outer, fill=255)
+            inner = [(x - 15, top + 30), (x + side * 11, top - 20), (x + 15, top + 30)]
+            pen.polygon(inner, fill=body_colour)
+        elif identity.ears == "big":
+            x = centre + side * (half_width * 0.5 + 22)
+            part(x, top + 6, 27, 27, _OUTLINE)
+            part(x, top + 6, 22, 22, body_colour)
+        else:
+            x = centre + side * half_width * 0.46
+            part(x, top - 14, 15, 44, _OUTLINE)
+            part(x, top - 14, 10, 39, body_colour)
+    part(centre, middle, half_width + _OUTLINE_WIDTH, half_height + _OUTLINE_WIDTH, _OUTLINE)
+
+    coat = Image.new("RGB", picture.size, body_colour)
+    if identity.second_colour is not None:
+        coat_pen, second = ImageDraw.Draw(coat), colour_rgb(identity.second_colour)
+        if identity.pattern == "striped":
+            for y in (top + 8, middle + 8, middle + 34):
+                coat_pen.rectangle(box(0, y, CANVAS, y + 12), fill=second)
+        else:
+            for u, v in ((0, -0.78), (-0.66, 0.25), (0.66, 0.25), (0, 0.75)):
+                spot = oval(centre + u * half_width, middle + v * half_height, 11, 11)
+                coat_pen.ellipse(spot, fill=second)
+    inside = Image.new("L", picture.size, 0)
+    ImageDraw.Draw(inside).ellipse(oval(centre, middle, half_width, half_height), fill=255)
+    picture.paste(coat, (0, 0), inside)
+
+    eyes = middle - half_height * 0.2
+    for side in (-1, 1):
+        x = centre + side * half_width * 0.42
+        pen.ellipse(oval(x, eyes, 13, 13), fill=_OUTLINE)
+        pen.ellipse(oval(x, eyes, 11, 11), fill=(255, 255, 255))
+        pen.ellipse(oval(x, eyes + 1, 6, 6), fill=(0, 0, 0))
+    pen.chord(oval(centre, middle + half_height * 0.22, 13, 11), 0, 180, fill=(90, 10, 20))
+
+
+def _draw_accessories(
+    pen: ImageDraw.ImageDraw, spec: PictureSpec, centre: float, ground: float
+) -> None:
+    assert spec.identity is not None
+    half_width, half_height, middle, top = _body(spec.identity, ground)
+    if "scarf" in spec.accessories:
+        y, red = middle + half_height * 0.52, (215, 25, 45)
+        left, right = centre - half_width * 0.98, centre + half_width * 0.98
+        pen.rounded_rectangle(box(left, y - 8, right, y + 10), 7, fill=red)
+        x = centre + half_width * 0.3
+        pen.rectangle(box(x, y + 6, x + 18, y + 34), fill=red)
+    if "hat" in spec.accessories:
+        y, felt = top + 10, (25, 25, 35)
+        pen.rectangle(box(centre - 21, y - 40, centre + 21, y), fill=felt)
+        pen.rectangle(box(centre - 21, y - 16, centre + 21, y - 5), fill=(215, 40, 50))
+        pen.rounded_rectangle(box(centre - 34, y - 5, centre + 34, y + 6), 5, fill=felt)
+    if "crown" in spec.accessories:
+        y, tips = top + 12, ((-32, -36), (-14, -18), (0, -42), (14, -18), (32, -36))
+        points = [(centre - 27, y), *((centre + u, y + v) for u, v in tips), (centre + 27, y)]
+        pen.polygon(points, fill=(255, 205, 30), outline=(150, 100, 0))
+    if "ball" in spec.accessories:
+        # The side follows from the position alone: a model that had to guess it drew two balls.
+        x = centre + (-1 if spec.position == "right" else 1) * (half_width + 30)
+        y = ground - 14
+        pen.ellipse(oval(x, y, 23, 23), fill=_OUTLINE)
+        pen.pieslice(oval(x, y, 19, 19), 0, 180, fill=(235, 50, 50))
+        pen.pieslice(oval(x, y, 19, 19), 180, 360, fill=(255, 255, 255))

@@ -1,0 +1,42 @@
+"""Fixtures of the operator's tests: who was called with what."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sefi_fast.ops import backends
+
+
+@pytest.fixture
+def calls_of(monkeypatch) -> Callable[..., list[types.SimpleNamespace]]:
+    """calls_of("cpu", "eager") → a list that grows by every call of those backends' functions."""
+
+    def watch(*names: str) -> list[types.SimpleNamespace]:
+        calls: list[types.SimpleNamespace] = []
+        for name in names:
+            module = backends.load(name)
+            for direction in ("forward", "backward"):
+                monkeypatch.setattr(module, direction, _recorder(module, name, direction, calls))
+        return calls
+
+    return watch
+
+
+def _recorder(
+    module: types.ModuleType, name: str, direction: str, calls: list[types.SimpleNamespace]
+) -> Callable[..., Any]:
+    original = getattr(module, direction)
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        calls.append(
+            types.SimpleNamespace(
+                backend=name, direction=direction, arguments=arguments, options=options
+            )
+        )
+        return original(*arguments, **options)
+
+    return record

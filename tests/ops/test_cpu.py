@@ -1,0 +1,127 @@
+"""The C++ backend against float64: every instruction set, odd shapes, masks, strides, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ops.oracle import check_backend, make_inputs
+
+from sefi_fast.errors import BackendError
+from sefi_fast.ops import cpu, fused_cross_attention
+
+_C = pytest.importorskip("sefi_fast._C", reason="the native core is not built")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ALL: dict[str, Any] = {"weights": True, "tokens": 4, "reference_grad": True}
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instruction_set(request) -> Iterator[str]:
+    """Each instruction set that this processor has, forced."""
+    before = _C.instruction_set()
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", (8, 33, 40, 64, 80, 96, 160, 256))
+def test_head_widths(instruction_set, head_dim, dtype):
+    check_backend("cpu", make_inputs(1, 2, 70, 77, head_dim, dtype, **ALL, seed=head_dim))
+
+
+@pytest.mark.parametrize("keys", (1, 5, 64, 65, 77, 128, 256))
+@pytest.mark.parametrize("queries", (1, 37))
+def test_numbers_of_keys_and_queries(instruction_set, queries, keys):
+    # One query is few numbers to take a largest error of, so there are more heads of it.
+    heads = 12 if queries == 1 else 2
+    inputs = make_inputs(3, heads, queries, keys, 40, **ALL, mask=keys > 5, seed=keys)
+    check_backend("cpu", inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    (
+        {"reference": False},
+        {"strided": False},
+        {"mask": True, "tokens": 3, "map_all_heads": True, "reference_grad": True},
+        {"broadcast_kv": True, "broadcast_reference": True, "mask": True, **ALL},
+        {"broadcast_reference": True, "reference_grad": True},
+        {"broadcast_kv": True, "tokens": 2},
+        {"scale": -0.3, **ALL},
+        {"scale": 0.0},
+    ),
+    ids=lambda kind: ",".join(kind),
+)
+def test_kinds(instruction_set, kind, dtype):
+    check_backend("cpu", make_inputs(3, 2, 90, 77, 40, dtype, **kind, seed=7))
+
+
+def test_several_pieces_of_rows_are_summed():
+    """Longer than one unit of work, forward and backward."""
+    check_backend("cpu", make_inputs(2, 1, 1100, 77, 40, **ALL, broadcast_kv=True, mask=True))
+
+
+@pytest.mark.parametrize("shape", ((0, 2, 5), (2, 0, 5), (2, 2, 0)), ids=str)
+def test_empty_inputs(shape):
+    check_backend("cpu", make_inputs(*shape, 77, 40, tokens=2, reference_grad=True))
+
+
+def test_expanded_batch_is_not_a_shared_key():
+    """A key expanded over the batch has stride 0, but a gradient for each sample."""
+    inputs = make_inputs(2, 2, 20, 7, 8)
+    key = inputs.key[:1].expand(2, -1, -1, -1).detach().requires_grad_()
+    result = fused_cross_attention(inputs.query, key, inputs.value, backend="cpu")
+    (grad,) = torch.autograd.grad(result.output, key, inputs.grad_output)
+    assert grad.shape == key.shape
+    assert not torch.equal(grad[0], grad[1])
+
+
+def test_equal_reference_gives_exactly_zero():
+    inputs = make_inputs(2, 2, 100, 77, 40)
+    result = fused_cross_attention(
+        inputs.query, inputs.key, inputs.value, reference_key=inputs.key, backend="cpu"
+    )
+    assert result.alignment.tolist() == [0.0, 0.0]
+
+
+def test_one_key_is_attended_fully(instruction_set):
+    inputs = make_inputs(1, 1, 50, 1, 16, strided=False)
+    result = fused_cross_attention(inputs.query, inputs.key, inputs.value, backend="cpu")
+    assert torch.equal(result.output, inputs.value.expand(1, 1, 50, 16))
+
+
+def test_very_unequal_scores_stay_finite(instruction_set):
+    inputs = make_inputs(1, 2, 65, 77, 40, reference_grad=True, scale=300.0)
+    check_backend("cpu", inputs)
+
+
+def test_nan_in_one_row_stays_in_that_row(instruction_set):
+    inputs = make_inputs(1, 1, 40, 77, 40, strided=False)
+    inputs.query[0, 0, 3, 5] = torch.nan
+    output = fused_cross_attention(inputs.query, inputs.key, inputs.value, backend="cpu").output
+    hit = output.isnan().any(-1)[0, 0]
+    assert hit[3] and hit.sum() == 1
+
+
+def test_query_gradient_alone_leaves_the_others_out():
+    inputs = make_inputs(1, 2, 20, 77, 40)
+    grads = cpu.backward(
+        inputs.grad_output, None, None, *inputs.tensors, **inputs.options,
+        reference_grad=False, needs=(True, False, False, False),
+    )  # fmt: skip
+    assert grads[0] is not None and grads[1:] == (None, None, None)
+
+
+def test_refusals_are_in_words():
+    inputs = make_inputs(1, 1, 4, 5, 8)
+    with pytest.raises(BackendError, match="float64"):
+        fused_cross_attention(
+            inputs.query.double(), inputs.key.double(), inputs.value.double(), backend="cpu"
+        )
+    with pytest.raises(ValueError, match="choose from"):
+        _C.set_instruction_set("sse9")

@@ -1,0 +1,143 @@
+"""The C++ backend repeats bit for bit, on any number of threads, in little memory and after fork."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from ops.oracle import make_inputs
+from torch import Tensor
+
+from sefi_fast.ops import cpu
+
+_C = pytest.importorskip("sefi_fast._C", reason="the native core is not built")
+
+
+def everything(inputs: Any) -> list[Tensor]:
+    """Every output and every gradient."""
+    outputs = cpu.forward(*inputs.tensors, **inputs.options)
+    grads = cpu.backward(
+        *inputs.grads, *inputs.tensors, **inputs.options,
+        reference_grad=True, needs=(True, True, True, True),
+    )  # fmt: skip
+    return [*outputs, *(grad for grad in grads if grad is not None)]
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Any:
+    return make_inputs(2, 3, 1100, 77, 40, weights=True, tokens=2, broadcast_kv=True)
+
+
+@pytest.mark.parametrize("threads", (2, 3))
+def test_any_number_of_threads_gives_the_same_bits(inputs, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything(inputs)
+        torch.set_num_threads(threads)
+        together = everything(inputs)
+    finally:
+        torch.set_num_threads(before)
+    assert len(alone) == 7
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_fifty_repeats_give_the_same_bits():
+    inputs = make_inputs(2, 2, 300, 77, 40, weights=True, tokens=2, broadcast_reference=True)
+    first = everything(inputs)
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(first, everything(inputs), strict=True))
+
+
+def test_calls_from_several_threads_do_not_mix():
+    cases = [make_inputs(1, 2, 300, 77, 40, tokens=1, seed=seed) for seed in range(4)]
+    wanted = [everything(case) for case in cases]
+    found: dict[int, list[Tensor]] = {}
+
+    def work(index: int) -> None:
+        for _ in range(5):
+            found[index] = everything(cases[index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, want in enumerate(wanted):
+        assert all(torch.equal(a, b) for a, b in zip(want, found[index], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("queries", "head_dim", "heads", "batch"),
+    ((4096, 40, 8, 1), (1024, 80, 8, 1), (256, 160, 8, 2), (1024, 64, 10, 1)),
+)
+def test_scratch_is_a_small_part_of_what_maps_would_take(queries, head_dim, heads, batch):
+    """The plain path holds five maps [B, H, N, M] at once; two threads may use a tenth of that."""
+    inputs = make_inputs(batch, heads, queries, 77, head_dim)
+    used: list[int] = []
+
+    class Core:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: used.append(getattr(_C, name)(*arguments[:-1], 2))
+
+    with mock.patch.object(cpu, "_C", Core()):
+        cpu.forward(*inputs.tensors, **inputs.options)
+        cpu.backward(
+            inputs.grad_output, inputs.grad_alignment, None, *inputs.tensors, **inputs.options,
+            reference_grad=False, needs=(True, True, True, False),
+        )  # fmt: skip
+    maps = 5 * 4 * batch * heads * queries * 77
+    assert len(used) == 2 and 0 < max(used) <= maps / 10
+
+
+FORKED = """
+import os, sys, torch
+torch.set_num_threads(2)
+from sefi_fast.ops import cpu
+query = torch.randn(1, 4, 600, 40); key = torch.randn(1, 4, 77, 40)
+run = lambda: cpu.forward(query, key, key, None, None, None, None, map_all_heads=False, scale=0.2)[0]
+before = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(before, run()) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_can_use_it():
+    run = subprocess.run([sys.executable, "-c", FORKED], timeout=120, check=False)
+    assert run.returncode == 0
+
+
+THREADS_OF_ITS_OWN = """
+import ctypes, sys, threading
+from sefi_fast import _C
+assert _C.thread_source() == "own", _C.thread_source()
+n, m, d = 600, 77, 40
+floats = lambda count: (ctypes.c_float * count)(*[((7 * i) % 13) / 13 for i in range(count)])
+query, key, align = floats(4 * n * d), floats(4 * m * d), floats(1)
+outputs = []
+for threads in (1, 2, 3):
+    output = floats(4 * n * d)
+    view = lambda t, rows: (ctypes.addressof(t), 1, 4 * rows * d, rows * d, d)
+    k = view(key, m)
+    _C.forward((1, 4, n, m, d), 0, 0.2, [view(query, n), k, k, k], [(0, 0, 0)] * 3, False,
+               view(output, n), ctypes.addressof(align), 0, threads)
+    outputs.append(bytes(output))
+assert outputs[0] == outputs[1] == outputs[2]
+"""
+
+
+def test_without_an_openmp_run_time_it_has_threads_of_its_own():
+    run = subprocess.run(
+        [sys.executable, "-c", THREADS_OF_ITS_OWN], capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,195 @@
+"""The Triton backend against float64, through the interpreter or on the GPU where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ops.oracle import GRADIENTS, backend_results, check_backend, make_inputs, operator_results
+
+from sefi_fast.ops import triton as backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not backend.interpreted(),
+    reason="neither a CUDA device nor Triton's interpreter (TRITON_INTERPRET=1)",
+)
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def inputs_for(**options: Any):
+    return make_inputs(device=DEVICE, **options)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
+def test_usual_widths_in_every_dtype(head_dim: int, dtype: torch.dtype) -> None:
+    check_backend(
+        "triton", inputs_for(queries=37, head_dim=head_dim, dtype=dtype, tokens=2, seed=head_dim)
+    )
+
+
+@pytest.mark.parametrize("keys", [1, 2, 5, 16, 64, 65, 77, 96, 128, 129, 200, 256])
+def test_any_number_of_keys(keys: int) -> None:
+    check_backend(
+        "triton",
+        inputs_for(batch=1, queries=19, keys=keys, tokens=1, reference_grad=True, seed=keys),
+    )
+
+
+@pytest.mark.parametrize("head_dim", [1, 8, 17, 33, 48, 96, 120, 200, 256])
+def test_any_head_width(head_dim: int) -> None:
+    check_backend(
+        "triton",
+        inputs_for(batch=1, queries=19, keys=77, head_dim=head_dim, reference_grad=True, seed=1),
+    )
+
+
+@pytest.mark.parametrize("queries", [1, 2, 63, 64, 65, 300])
+def test_any_number_of_queries(queries: int) -> None:
+    check_backend("triton", inputs_for(batch=1, queries=queries, keys=20, head_dim=16, tokens=1))
+
+
+@pytest.mark.parametrize("map_all_heads", [False, True])
+@pytest.mark.parametrize("reference_grad", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+def test_options_together(mask: bool, reference_grad: bool, map_all_heads: bool) -> None:
+    check_backend(
+        "triton",
+        inputs_for(
+            queries=21,
+            keys=70,
+            head_dim=24,
+            weights=True,
+            mask=mask,
+            tokens=4,
+            reference_grad=reference_grad,
+            map_all_heads=map_all_heads,
+        ),
+    )
+
+
+@pytest.mark.parametrize("broadcast_reference", [False, True])
+@pytest.mark.parametrize("broadcast_kv", [False, True])
+def test_batch_of_one_under_a_larger_batch(broadcast_kv: bool, broadcast_reference: bool) -> None:
+    check_backend(
+        "triton",
+        inputs_for(
+            batch=3,
+            queries=70,
+            keys=21,
+            head_dim=16,
+            weights=True,
+            mask=True,
+            tokens=2,
+            broadcast_kv=broadcast_kv,
+            broadcast_reference=broadcast_reference,
+            reference_grad=True,
+        ),
+    )
+
+
+def test_plain_attention_without_reference_or_maps() -> None:
+    check_backend("triton", inputs_for(reference=False, dtype=BFLOAT16))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1.7])
+def test_any_scale(scale: float) -> None:
+    check_backend("triton", inputs_for(batch=1, keys=21, scale=scale, reference_grad=True))
+
+
+def test_contiguous_heads_of_odd_width_have_no_alignment_to_promise() -> None:
+    check_backend("triton", inputs_for(head_dim=33, strided=False, dtype=FLOAT16))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5), (2, 0, 5), (2, 2, 0)])
+def test_empty_batch_heads_or_queries(shape: tuple[int, int, int]) -> None:
+    batch, heads, queries = shape
+    inputs = inputs_for(batch=batch, heads=heads, queries=queries, keys=9, head_dim=8, tokens=1)
+    found = backend_results("triton", inputs)
+    assert found.outputs["output"].shape == inputs.query.shape
+    assert found.outputs["alignment"].tolist() == [0.0] * batch
+    assert found.outputs["maps"].shape == (batch, 1, queries)
+    for name in GRADIENTS[1:3]:
+        gradient = found.gradients["all"][name]
+        assert gradient is not None and not gradient.any()
+
+
+def test_rows_without_any_key_are_zero_and_get_no_gradient() -> None:
+    inputs = inputs_for(queries=9, keys=70, mask=True, tokens=1, reference_grad=True)
+    found = backend_results("triton", inputs)
+    for name in ("output", "alignment", "maps"):
+        assert not found.outputs[name][-1].any()
+    for name in GRADIENTS:
+        gradient = found.gradients["all"][name]
+        assert gradient is not None and gradient[0].any() and not gradient[-1].any()
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_only_the_gradient_asked_for_comes_back(place: int) -> None:
+    inputs = inputs_for(queries=70, keys=21, head_dim=16, tokens=1, reference_grad=True)
+    needs = tuple(index == place for index in range(4))
+    options = {**inputs.options, "reference_grad": True}
+    every = backend.backward(*inputs.grads, *inputs.tensors, **options, needs=(True,) * 4)
+    one = backend.backward(*inputs.grads, *inputs.tensors, **options, needs=needs)
+    for index in range(4):
+        if index == place:
+            assert torch.equal(one[index], every[index])
+        else:
+            assert one[index] is None
+
+
+def test_fifty_repeats_agree_bit_for_bit() -> None:
+    inputs = inputs_for(batch=1, queries=70, keys=21, head_dim=16, tokens=1, reference_grad=True)
+
+    def bits() -> list[torch.Tensor]:
+        options = {**inputs.options, "reference_grad": True}
+        grads = backend.backward(*inputs.grads, *inputs.tensors, **options, needs=(True,) * 4)
+        return [*backend.forward(*inputs.tensors, **inputs.options), *grads]
+
+    first = bits()
+    for _ in range(50):
+        assert all(torch.equal(was, now) for was, now in zip(first, bits(), strict=True))
+
+
+def test_gradient_of_the_output_may_have_any_strides() -> None:
+    inputs = inputs_for(batch=1, queries=19, keys=21)
+    options = {**inputs.options, "reference_grad": False, "needs": (True, True, True, False)}
+    wanted = backend.backward(inputs.grad_output, None, None, *inputs.tensors, **options)
+    turned = inputs.grad_output.transpose(2, 3).contiguous().transpose(2, 3)
+    found = backend.backward(turned, None, None, *inputs.tensors, **options)
+    assert all(torch.equal(w, f) for w, f in zip(wanted[:3], found[:3], strict=True))
+    constant = torch.ones((), device=DEVICE).expand_as(inputs.grad_output)
+    found = backend.backward(constant, None, None, *inputs.tensors, **options)
+    wanted = backend.backward(constant.contiguous(), None, None, *inputs.tensors, **options)
+    assert all(torch.equal(w, f) for w, f in zip(wanted[:3], found[:3], strict=True))
+
+
+def test_the_operator_runs_this_backend_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name in ("forward", "backward"):
+
+        def spy(*arguments: Any, _run: Any = getattr(backend, name), _name: str = name, **options):
+            ran.append(_name)
+            return _run(*arguments, **options)
+
+        monkeypatch.setattr(backend, name, spy)
+    operator_results(inputs_for(batch=1, queries=9, keys=21, head_dim=16), "triton")
+    assert ran == ["forward"] + ["backward"] * 3
+
+
+def test_reasons_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.zeros(1, 1, 2, 8)
+    assert "dtype" in str(backend.why_not(query.double(), query, query, None, None))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in str(backend.why_not(query, query, query, None, None))
+    meta = query.to("meta")
+    assert "meta" in str(backend.why_not(meta, meta, meta, None, None))
+    monkeypatch.setattr(backend, "_installed", lambda: False)
+    assert "not installed" in str(backend.why_not(query, query, query, None, None))

@@ -1,0 +1,94 @@
+"""The command line on the bundled model: what each subcommand leaves, errors in one line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sefi_fast.cli import main
+from sefi_fast.subject import Subject
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """A subject file trained for two steps by the command."""
+    from sefi_fast import bundled_subject_image
+
+    folder = tmp_path_factory.mktemp("trained")
+    file = folder / "me.safetensors"
+    status = main(
+        ["train", str(bundled_subject_image()), "-o", str(file), "--placeholder", "<me>", "--quiet",
+         "--steps", "2", "--batch-size", "2", "--no-flip", "--stages", "3",
+         "--validation-prompts", "a photo of a {} in the snow", "--validation-every", "2"]
+    )  # fmt: skip
+    assert status == 0
+    return file
+
+
+def test_train_leaves_the_subject_its_curves_and_its_validation(trained):
+    subject = Subject.load(trained)
+    assert (subject.placeholder, subject.class_word, subject.stages) == ("<me>", "creature", 3)
+    assert subject.settings["flip"] is False and subject.settings["steps"] == 2
+    for name in ("me.png", "me-validation.png"):
+        assert np.asarray(Image.open(trained.with_name(name))).std() > 5
+
+
+def test_generate_writes_one_file_a_picture_and_seeds_decide(trained, tmp_path, capsys):
+    command = ["generate", "a photo of a <me> on the beach", "-s", str(trained), "--steps", "3"]
+    assert main([*command, "-n", "2", "--seed", "5", "-o", str(tmp_path / "a")]) == 0
+    assert main([*command, "-n", "1", "--seed", "6", "-o", str(tmp_path / "b")]) == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["00005.png", "00006.png"]
+    assert "00006.png" in capsys.readouterr().out
+    second = np.asarray(Image.open(tmp_path / "a" / "00006.png")).astype(int)
+    alone = np.asarray(Image.open(tmp_path / "b" / "00006.png")).astype(int)
+    first = np.asarray(Image.open(tmp_path / "a" / "00005.png")).astype(int)
+    assert abs(second - alone).max() <= 2 and abs(first - second).max() > 20
+
+
+def test_maps_draws_every_word(trained, tmp_path):
+    file = tmp_path / "maps.png"
+    arguments = ["maps", "a photo of a <me> with a hat", "-s", str(trained), "--steps", "2"]
+    assert main([*arguments, "--words", "<me>", "hat", "-o", str(file)]) == 0
+    assert Image.open(file).width > 3 * 256
+
+
+def test_info_names_every_backend(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("triton", "cpu", "eager", "torch", "diffusers"):
+        assert name in printed
+
+
+def test_demo_leaves_its_pictures(tmp_path, capsys):
+    assert main(["demo", "-o", str(tmp_path), "--steps", "2"]) == 0
+    for name in ("sheet.png", "attention.png", "training.png"):
+        assert np.asarray(Image.open(tmp_path / name)).std() > 5
+    assert Subject.load(tmp_path / "subject.safetensors").placeholder == "<it>"
+    assert json.loads((tmp_path / "demo.json").read_text())["settings"]["steps"] == 2
+    assert "done in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "missing.png"], "missing.png"),
+        (["generate", "a photo", "-s", "missing.safetensors"], "missing.safetensors"),
+        (["generate", "a photo of a creature", "-n", "0"], "--number"),
+        (["generate", "a photo", "-m", "no/such-folder-here/at-all"], "no/such-folder-here/at-all"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"sefi-fast {arguments[0]}:") and words in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_refuses_a_prompt_without_its_subject(trained, tmp_path, capsys):
+    status = main(["generate", "a photo", "-s", str(trained), "-o", str(tmp_path / "out")])
+    assert status == 1 and "<me>" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,42 @@
+"""The bundled model trains by default, with nothing but a picture given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sefi_fast
+from sefi_fast.subject import Subject
+from sefi_fast.tiny_world import CLASS_WORD
+
+
+def test_a_picture_alone_is_enough(tmp_path):
+    path = tmp_path / "subject.safetensors"
+    subject = sefi_fast.train(
+        sefi_fast.bundled_subject_image(), output=path, steps=3, progress=False
+    )
+    assert (subject.placeholder, subject.class_word) == ("<it>", CLASS_WORD)
+    assert subject.settings["model"] is None
+    assert len(subject.history.loss) == len(subject.history.alignment) == 3
+    assert subject.history.alignment[0] == pytest.approx(0, abs=1e-9)
+    assert subject.history.alignment[-1] > 0
+    assert path.stat().st_size < 100_000
+    pipe = sefi_fast.attach(sefi_fast.load_pipeline(None), Subject.load(path))
+    pipe.set_progress_bar_config(disable=True)
+    (picture,) = sefi_fast.generate(pipe, "a photo of a <it> in the snow", steps=2)
+    assert picture.mode == "RGB"
+
+
+@pytest.mark.slow
+def test_the_loss_goes_down_and_the_alignment_is_held():
+    runs = {
+        weight: sefi_fast.train(
+            sefi_fast.bundled_subject_image(), steps=100, progress=False, weight_lambda=weight
+        ).history
+        for weight in (0.003, 0.1)
+    }
+    for history in runs.values():
+        loss = torch.tensor(history.loss)
+        assert loss[-20:].mean() < 0.95 * loss[:20].mean()
+    ends = {weight: sum(history.alignment[-20:]) for weight, history in runs.items()}
+    assert ends[0.1] < 0.5 * ends[0.003]

@@ -1,0 +1,175 @@
+"""The public function when something goes wrong: what is told, what is kept, what is left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import skimage
+import torch
+from PIL import Image
+
+import sefi_fast
+from sefi_fast.errors import ImageError, ModelError, PromptError, TrainingError
+from sefi_fast.subject import Subject
+from sefi_fast.training import NonFiniteLossError, train
+from sefi_fast.training import engine as engine_module
+from sefi_fast.training.image import load_image
+
+# It ships inside the scikit-image package.
+PHOTO = Path(skimage.__file__).parent / "data" / "chelsea.png"
+FAST = {"steps": 3, "batch_size": 2, "resolution": 64, "progress": False}
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return load_image(PHOTO)
+
+
+def poison(monkeypatch, bad_steps, value=float("nan")):
+    calls = iter(range(1000))
+    honest = engine_module.noise_loss
+
+    def noise_loss(prediction, target):
+        loss = honest(prediction, target)
+        return loss * value if next(calls) in bad_steps else loss
+
+    monkeypatch.setattr(engine_module, "noise_loss", noise_loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_single_bad_steps_are_skipped(sd15_pipeline, photo, monkeypatch, value):
+    poison(monkeypatch, {1, 2, 4}, value)
+    subject = train(photo, model=sd15_pipeline, class_word="cat", **{**FAST, "steps": 6})
+    assert subject.history.skipped == [1, 2, 4]
+    assert len(subject.history.loss) == 3
+    assert torch.isfinite(subject.tokens[0]).all()
+
+
+def test_three_bad_steps_in_a_row_stop_and_keep_the_last_good_state(
+    sd15_pipeline, photo, monkeypatch, tmp_path
+):
+    path = tmp_path / "subject.safetensors"
+    settings = {**FAST, "steps": 9, "schedule": "constant"}
+    poison(monkeypatch, {3, 4, 5})
+    with pytest.raises(NonFiniteLossError, match="step 6: 3 steps in a row") as caught:
+        train(photo, model=sd15_pipeline, class_word="cat", output=path, **settings)
+    assert isinstance(caught.value, TrainingError)
+    monkeypatch.undo()
+    # The last tokens that were seen to give a finite loss are those before the third update.
+    good = train(photo, model=sd15_pipeline, class_word="cat", **{**settings, "steps": 2})
+    assert torch.equal(caught.value.subject.tokens[0], good.tokens[0])
+    assert torch.equal(Subject.load(path).tokens[0], good.tokens[0])
+
+
+def test_a_run_without_any_good_step_leaves_an_older_file_alone(
+    sd15_pipeline, photo, monkeypatch, tmp_path
+):
+    path = tmp_path / "subject.safetensors"
+    path.write_bytes(b"older")
+    poison(monkeypatch, set(range(9)))
+    with pytest.raises(NonFiniteLossError):
+        train(photo, model=sd15_pipeline, class_word="cat", output=path, **FAST)
+    assert path.read_bytes() == b"older"
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(sd15_pipeline, photo):
+    pipe = sd15_pipeline
+    table = pipe.text_encoder.get_input_embeddings()
+    calls = []
+
+    def spoil(module, inputs, output):
+        if output.requires_grad:
+            calls.append(None)
+            if len(calls) == 2:
+                output.register_hook(lambda gradient: gradient * float("nan"))
+
+    # Runs after the hook that puts the rows in only if registered later, so on the layer behind.
+    layer = next(m for n, m in pipe.text_encoder.named_modules() if n.endswith("layers.0"))
+    handle = layer.register_forward_hook(
+        lambda m, i, o: spoil(m, i, o[0] if isinstance(o, tuple) else o)
+    )
+    subject = train(photo, model=pipe, class_word="cat", **{**FAST, "steps": 4})
+    handle.remove()
+    assert table is not None
+    assert subject.history.skipped == [1]
+    assert torch.isfinite(subject.tokens[0]).all()
+
+
+def test_an_interrupt_saves_what_there_is(sd15_pipeline, photo, tmp_path):
+    path = tmp_path / "subject.safetensors"
+
+    def interrupt(step, history):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    settings = {**FAST, "schedule": "constant"}
+    arguments = {"model": sd15_pipeline, "class_word": "cat", **settings}
+    with pytest.raises(KeyboardInterrupt):
+        train(photo, output=path, callback=interrupt, **arguments)
+    two = train(photo, **{**arguments, "steps": 2})
+    assert torch.equal(Subject.load(path).tokens[0], two.tokens[0])
+
+
+def test_output_that_cannot_be_written_is_told_before_training(photo, tmp_path):
+    class Untouchable:
+        def __getattr__(self, name):
+            raise AssertionError(f"the model's {name} was touched")
+
+    (tmp_path / "file").write_text("a file, no folder")
+    for output, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "subject.safetensors", "cannot be written"),
+    ):
+        with pytest.raises(OSError, match=message):
+            train(photo, model=Untouchable(), class_word="cat", output=output)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_output_in_a_new_folder(sd15_pipeline, photo, tmp_path):
+    path = tmp_path / "new" / "folder" / "subject.safetensors"
+    train(photo, model=sd15_pipeline, class_word="cat", output=path, **FAST)
+    assert Subject.load(path).placeholder == "<it>"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"class_word": None}, ValueError, "class_word is missing"),
+        ({"class_word": "xylophone"}, PromptError, "one token"),
+        ({"class_word": 3}, TypeError, "class_word"),
+        ({"placeholder": ""}, ValueError, "one word without spaces"),
+        ({"placeholder": "my cat"}, ValueError, "one word without spaces"),
+        ({"placeholder": None}, TypeError, "placeholder"),
+        ({"templates": ("a photo of x{}",)}, PromptError, "longer word"),
+        ({"templates": ("a " * 90 + "{}",)}, PromptError, "shorten"),
+        ({"resolution": 100}, ValueError, "multiple of 8, at most 128"),
+        ({"resolution": 256}, ValueError, "at most 128"),
+        ({"precision": "fp16"}, ValueError, "CUDA only"),
+        ({"device": "abacus"}, ValueError, "abacus"),
+        ({"stepps": 3}, TypeError, "no setting stepps"),
+        ({"config": {"steps": 3}}, TypeError, "TrainConfig"),
+        ({"image": "missing.png"}, ImageError, "no picture at missing.png"),
+        ({"image": None}, TypeError, "path, a PIL image"),
+        ({"model": 3}, ModelError, "int"),
+        ({"model": "no/such/folder/anywhere"}, ModelError, "no/such/folder/anywhere"),
+        ({"attention_backend": "abacus"}, sefi_fast.errors.BackendError, "abacus"),
+    ],
+)
+def test_wrong_arguments(sd15_pipeline, photo, arguments, error, message):
+    settings = {"image": photo, "model": sd15_pipeline, "class_word": "cat", **FAST, **arguments}
+    with pytest.raises(error, match=message):
+        train(**settings)
+
+
+def test_an_inpainting_unet_is_refused(sd15_pipeline, photo):
+    sd15_pipeline.unet.register_to_config(in_channels=9)
+    with pytest.raises(ModelError, match="takes 9 channels"):
+        train(photo, model=sd15_pipeline, class_word="cat", **FAST)
+
+
+def test_offloaded_weights_are_refused(sd15_pipeline, photo):
+    sd15_pipeline.unet.to("meta")
+    with pytest.raises(ModelError, match="offload"):
+        train(photo, model=sd15_pipeline, class_word="cat", device="cpu", **FAST)
