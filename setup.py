@@ -27,8 +27,8 @@ ISA_FLAGS = {
 }
 FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
-    # Products and sums may fuse; nothing else of -ffast-math, which would lose NaN and infinity.
-    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    # Nothing of -ffast-math: NaN, infinity and exact zeros of the alignment must stay.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     # Vectors never cross a library boundary; and GCC 12 warns about its own AVX-512 headers.
     *("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 ]
@@ -45,7 +45,8 @@ class BuildError(Exception):
 
 def _compiler() -> list[str]:
     named = os.environ.get("CXX")
-    for candidate in [named] if named else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]:
+    usual = [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+    for candidate in [named] if named else usual:
         command = shlex.split(candidate or "")
         if not command or shutil.which(command[0]) is None:
             continue
@@ -107,7 +108,7 @@ def _ninja_file(compiler: list[str], include: str, build: Path, target: Path) ->
 
 
 class BuildNative(build_ext):
-    """Writes a build.ninja and runs it; a machine that cannot build gets the rest of the package."""
+    """Writes a build.ninja and runs it; where that fails the rest of the package is installed."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

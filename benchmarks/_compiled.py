@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from _occupancy import occupancy
-from _roofline import DATASHEET, KERNELS, Bound
+from _roofline import DATASHEET, KERNELS, Bound, kernel_work
 from _sass import Turn, read_turn
+from _shapes import Problem
 
 _LANES = 32
 _SCHEDULERS = 4
@@ -64,9 +65,15 @@ class Facts:
 
     @property
     def narrow_share(self) -> float:
-        """The part of the hot loop's row bytes moved by accesses under 16 bytes a lane."""
-        total = sum(self.row_access_bytes.values())
-        wide = sum(size for bits, size in self.row_access_bytes.items() if bits >= 128)
+        """The part of the hot loop's row bytes moved by accesses under 16 bytes a lane.
+
+        The 4-byte accesses of a backward kernel are its statistics, one number a row, and do not
+        count.
+        """
+        skipped = 32 if KERNELS[self.choice.kernel].statistics else None
+        accesses = {bits: size for bits, size in self.row_access_bytes.items() if bits != skipped}
+        total = sum(accesses.values())
+        wide = sum(size for bits, size in accesses.items() if bits >= 128)
         return 1.0 - wide / total if total else 0.0
 
 
@@ -120,6 +127,7 @@ def compile_case(choice: Choice) -> Facts:
         if len(listings) != 1:
             raise RuntimeError(f"Triton left {len(listings)} machine-code listings, wanted one")
         turn = read_turn(listings[0].read_text())
+    a_row = Problem("custom", 1, choice.head_dim, 1)
     resident = occupancy(choice.capability, report.registers, report.warps, report.shared_bytes)
     facts = Facts(
         choice=choice,
@@ -136,7 +144,7 @@ def compile_case(choice: Choice) -> Facts:
         warp_group_instructions=report.warp_group_instructions,
         local_accesses_a_turn=turn.local_accesses,
         load_widths=dict(report.loads),
-        bytes_a_row=float(KERNELS[choice.kernel][0] * choice.head_dim * dtype.itemsize),
+        bytes_a_row=kernel_work(a_row, dtype.itemsize, choice.kernel).row_bytes,
         **_per_row(turn, report.warps, report.block),
     )
     if choice.dtype != "float32":

@@ -180,6 +180,12 @@ def plot_roofline(records: Sequence[ProblemRecord], rates: Rates, title: str, pa
     _save(figure, path)
 
 
+_SHORT_KERNEL = {
+    "backward_query": "dQ",
+    "backward_key_value": "dK dV",
+    "backward_key_value (grad_key)": "dK",
+    "backward_key_value (grad_value)": "dV",
+}
 _UNITS = {
     "bytes": "#00798c",
     "special function": "#edae49",
@@ -219,6 +225,6 @@ def plot_units(facts: Sequence[Facts], path: Path) -> None:
 
 def _case(facts: Facts) -> str:
     choice = facts.choice
-    short = choice.kernel.replace("backward_key_value", "dK dV").replace("backward_query", "dQ")
+    short = _SHORT_KERNEL.get(choice.kernel, choice.kernel)
     spills = "\nspills" if facts.spill_bytes else ""
     return f"{short}\n{choice.head_dim}, {choice.rows} rows{spills}"

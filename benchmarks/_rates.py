@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -131,4 +132,14 @@ def measured_rates(device: torch.device, dtype: torch.dtype, quick: bool = False
         if cuda
         else f"measured in this run: torch.mm of {size}, a 64 MiB copy, torch.exp in cache",
         padded=cuda,
+    )
+
+
+def faster(first: Rates, second: Rates) -> Rates:
+    """The higher of each rate of two measurements of one device."""
+    return replace(
+        first,
+        bytes=max(first.bytes, second.bytes),
+        exponentials=max(first.exponentials, second.exponentials),
+        flops=max(first.flops, second.flops),
     )

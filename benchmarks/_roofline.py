@@ -107,21 +107,38 @@ def work(problem: Problem, itemsize: int, direction: Direction, with_loss: bool 
     )
 
 
-# (query-side tensors, products) of each Triton kernel with the loss. The scores are computed in
-# both backward kernels, and q and do read by both, since one kernel cannot hold dQ, dK and dV.
-KERNELS = {"forward": (2, 3), "backward_query": (3, 4), "backward_key_value": (2, 5)}
+class KernelDesign(NamedTuple):
+    """What one Triton kernel moves and computes a row with the loss."""
+
+    row_tensors: int
+    """Query-side tensors read or written, of head width."""
+    products: int
+    softmaxes: int
+    statistics: int
+    """float32 numbers a row that the query kernel hands to the kernels of the keys."""
+
+
+# dQ, dK and dV do not fit one kernel: q and do are read and scores computed by each. Where dK and
+# dV do not fit one kernel either, each has its own.
+KERNELS: dict[str, KernelDesign] = {
+    "forward": KernelDesign(2, 3, 2, 0),
+    "backward_query": KernelDesign(3, 4, 2, 5),
+    "backward_key_value": KernelDesign(2, 5, 2, 5),
+    "backward_key_value (grad_key)": KernelDesign(2, 4, 2, 5),
+    "backward_key_value (grad_value)": KernelDesign(2, 2, 1, 2),
+}
 
 
 def kernel_work(problem: Problem, itemsize: int, kernel: str) -> Work:
     """What one kernel of the Triton backend must do by its design, all of `problem`."""
-    tensors, count = KERNELS[kernel]
+    design = KERNELS[kernel]
     rows, width, keys = problem.rows, problem.head_dim, problem.keys
     return Work(
-        row_bytes=float(tensors * rows * width * itemsize),
+        row_bytes=float(rows * (design.row_tensors * width * itemsize + 4 * design.statistics)),
         key_bytes=0.0,
-        exponentials=float(2 * rows * _up(keys)),
-        flops=float(count * 2 * rows * keys * width),
-        tile_flops=float(count * 2 * rows * _up(keys) * _up(width)),
+        exponentials=float(design.softmaxes * rows * _up(keys)),
+        flops=float(design.products * 2 * rows * keys * width),
+        tile_flops=float(design.products * 2 * rows * _up(keys) * _up(width)),
     )
 
 

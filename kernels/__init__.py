@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .launch import (
+    MAX_ROW_STRIDE,
     Device,
     Gradients,
     Inputs,
@@ -13,6 +14,7 @@ from .launch import (
 )
 
 __all__ = [
+    "MAX_ROW_STRIDE",
     "Device",
     "Gradients",
     "Inputs",

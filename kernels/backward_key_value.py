@@ -1,4 +1,4 @@
-"""Backward kernels for keys, values and reference keys: partial sums over rows, then their total."""
+"""Backward kernels for keys, values and reference keys: partial sums over rows, then totals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from .primitives import (
     accumulate,
     block_offset,
+    exponentials,
     head_offset,
     inner_products,
     load_operands,
@@ -77,7 +78,7 @@ def store_keys(
 @triton.jit
 def add_key_gradients(
     key, value, reference, weights, columns, valid, queries, grad_outputs,
-    shift, inverse, mean, other_shift, other_inverse, other_mean, key_sum, value_sum, reference_sum,
+    peak, inverse, mean, other_peak, other_inverse, other_mean, key_sum, value_sum, reference_sum,
     map_tokens, grad_maps, tokens, map_factor, alignment_factor, scale_log2, row, rows,
     DIM_TAIL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OUTPUT: tl.constexpr,
     HAS_ALIGNMENT: tl.constexpr, HAS_MAPS: tl.constexpr, NEEDS_KEY: tl.constexpr,
@@ -87,19 +88,19 @@ def add_key_gradients(
     scores = inner_products(queries, key, DIM_TAIL)
     if HAS_MASK:
         scores = tl.where(valid[None, :], scores, float("-inf"))
-    probability = tl.exp2(scores * scale_log2 - shift[:, None]) * inverse[:, None]
+    EXACT: tl.constexpr = queries[0].dtype == tl.float32
+    probability = exponentials(scores, peak, scale_log2, EXACT) * inverse[:, None]
     if NEEDS_VALUE:
         value_sum = accumulate_keys(value_sum, probability, grad_outputs, DIM_TAIL, TURNED)
-    if NEEDS_KEY or NEEDS_REFERENCE:
-        if HAS_ALIGNMENT:
-            scores = inner_products(queries, reference, DIM_TAIL)
-            if HAS_MASK:
-                scores = tl.where(valid[None, :], scores, float("-inf"))
-            other = tl.exp2(scores * scale_log2 - other_shift[:, None]) * other_inverse[:, None]
-            pull = (probability - other) * (weights * alignment_factor)[None, :]
-            if NEEDS_REFERENCE:
-                gradient = -other * (pull + other_mean[:, None])
-                reference_sum = accumulate_keys(reference_sum, gradient, queries, DIM_TAIL, TURNED)
+    if HAS_ALIGNMENT:
+        scores = inner_products(queries, reference, DIM_TAIL)
+        if HAS_MASK:
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+        other = exponentials(scores, other_peak, scale_log2, EXACT) * other_inverse[:, None]
+        pull = (probability - other) * (weights * alignment_factor)[None, :]
+        if NEEDS_REFERENCE:
+            gradient = -other * (pull + other_mean[:, None])
+            reference_sum = accumulate_keys(reference_sum, gradient, queries, DIM_TAIL, TURNED)
     if NEEDS_KEY:
         gradient = tl.zeros_like(probability) - mean[:, None]
         if HAS_ALIGNMENT:
@@ -161,15 +162,14 @@ def cross_attention_backward_key_value(
     weight_tail = valid_tail
     alignment_factor = 0.0
     if HAS_ALIGNMENT:
-        reference_key += head_offset(
-            batch, head, reference_stride_b, reference_stride_h, ALIGNMENT
-        )
+        reference_key += head_offset(batch, head, reference_stride_b, reference_stride_h, ALIGNMENT)
         weight_main, weight_tail = load_weights(
             token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
         alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
     if not RELOAD:
-        key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+        (key_main, key_tail, value_main, value_tail,
+         reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
             HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
             ALIGNMENT, UPCAST,
@@ -201,7 +201,8 @@ def cross_attention_backward_key_value(
         if RELOAD:
             # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
             tl.debug_barrier()
-            key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+            (key_main, key_tail, value_main, value_tail,
+             reference_main, reference_tail) = load_operands(
                 key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
                 HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
                 ALIGNMENT, UPCAST,
@@ -217,22 +218,22 @@ def cross_attention_backward_key_value(
                 source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
             )
         # Rows past the end get probability 0.
-        shift = tl.load(statistics + row, mask=row_valid, other=0.0)
+        peak = tl.load(statistics + row, mask=row_valid, other=0.0)
         inverse = tl.load(statistics + rows + row, mask=row_valid, other=0.0)
-        mean = shift
-        other_shift = shift
-        other_inverse = shift
-        other_mean = shift
+        mean = peak
+        other_peak = peak
+        other_inverse = peak
+        other_mean = peak
         if NEEDS_KEY:
             mean = tl.load(statistics + 2 * rows + row, mask=row_valid, other=0.0)
         if HAS_ALIGNMENT:
-            other_shift = tl.load(statistics + 3 * rows + row, mask=row_valid, other=0.0)
+            other_peak = tl.load(statistics + 3 * rows + row, mask=row_valid, other=0.0)
             other_inverse = tl.load(statistics + 4 * rows + row, mask=row_valid, other=0.0)
         if NEEDS_REFERENCE:
             other_mean = tl.load(statistics + 5 * rows + row, mask=row_valid, other=0.0)
         key_sum, value_sum, reference_sum = add_key_gradients(
             key_main, value_main, reference_main, weight_main, columns_main, valid_main,
-            queries, grad_outputs, shift, inverse, mean, other_shift, other_inverse, other_mean,
+            queries, grad_outputs, peak, inverse, mean, other_peak, other_inverse, other_mean,
             key_sum, value_sum, reference_sum, map_tokens, grad_maps, tokens, map_factor,
             alignment_factor, scale_log2, row, rows, DIM_TAIL, HAS_MASK, HAS_OUTPUT,
             HAS_ALIGNMENT, HAS_MAPS, NEEDS_KEY, NEEDS_VALUE, NEEDS_REFERENCE, False,
@@ -240,7 +241,7 @@ def cross_attention_backward_key_value(
         if KEY_TAIL > 0:
             key_tail_sum, value_tail_sum, reference_tail_sum = add_key_gradients(
                 key_tail, value_tail, reference_tail, weight_tail, columns_tail, valid_tail,
-                queries, grad_outputs, shift, inverse, mean, other_shift, other_inverse, other_mean,
+                queries, grad_outputs, peak, inverse, mean, other_peak, other_inverse, other_mean,
                 key_tail_sum, value_tail_sum, reference_tail_sum, map_tokens, grad_maps, tokens,
                 map_factor, alignment_factor, scale_log2, row, rows, DIM_TAIL, HAS_MASK,
                 HAS_OUTPUT, HAS_ALIGNMENT, HAS_MAPS, NEEDS_KEY, NEEDS_VALUE, NEEDS_REFERENCE, True,
@@ -283,7 +284,7 @@ def cross_attention_backward_key_value(
 
 @triton.jit
 def write_total(partials, total, elements, count, BLOCK: tl.constexpr):
-    """Sum partials [groups, count, elements] over count, in order, into total [groups, elements]."""
+    """Sum partials [groups, count, elements] in order into total [groups, elements]."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < elements
     group = tl.program_id(1).to(tl.int64)
@@ -307,9 +308,9 @@ def sum_partials(
     which = tl.program_id(2)
     if which == 0:
         write_total(first_partials, first_total, elements, count, BLOCK)
-    if second_partials is not None:
+    if second_partials is not None:  # noqa: SIM102 (compile-time outside, run-time inside)
         if which == 1:
             write_total(second_partials, second_total, elements, count, BLOCK)
-    if third_partials is not None:
+    if third_partials is not None:  # noqa: SIM102 (compile-time outside, run-time inside)
         if which == 2:
             write_total(third_partials, third_total, elements, count, BLOCK)

@@ -44,7 +44,7 @@ def cross_attention_backward_query(
     """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head.
 
     Grid (B·H, programs along the rows). Writes grad_query [B, N, H, D] and, for the kernel of the
-    keys, statistics [B, H, 6, N]: shift, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, then those
+    keys, statistics [B, H, 6, N]: peak, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, then those
     of A_r's; either may be None. Gradients that did not come (grad_output,
     grad_alignment, grad_maps) are None and cost nothing, and so do value without the first and
     reference_key without the second.
@@ -69,15 +69,14 @@ def cross_attention_backward_query(
     weight_tail = valid_tail
     alignment_factor = 0.0
     if HAS_ALIGNMENT:
-        reference_key += head_offset(
-            batch, head, reference_stride_b, reference_stride_h, ALIGNMENT
-        )
+        reference_key += head_offset(batch, head, reference_stride_b, reference_stride_h, ALIGNMENT)
         weight_main, weight_tail = load_weights(
             token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
         alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
     if not RELOAD:
-        key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+        (key_main, key_tail, value_main, value_tail,
+         reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
             HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
             ALIGNMENT, UPCAST,
@@ -100,7 +99,8 @@ def cross_attention_backward_query(
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
         if RELOAD:
-            key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+            (key_main, key_tail, value_main, value_tail,
+             reference_main, reference_tail) = load_operands(
                 key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
                 HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
                 ALIGNMENT, UPCAST,
@@ -109,7 +109,7 @@ def cross_attention_backward_query(
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
-        main, tail, shift, inverse = probabilities(
+        main, tail, peak, inverse = probabilities(
             queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
             DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def cross_attention_backward_query(
                     KEY_MAIN, KEY_TAIL,
                 )  # fmt: skip
         if HAS_ALIGNMENT:
-            other_main, other_tail, other_shift, other_inverse = probabilities(
+            other_main, other_tail, other_peak, other_inverse = probabilities(
                 queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
                 DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
             )  # fmt: skip
@@ -159,11 +159,11 @@ def cross_attention_backward_query(
             target = grad_query + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
             store_rows(target, target_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
         if statistics is not None:
-            tl.store(statistics + row, shift, mask=row_valid)
+            tl.store(statistics + row, peak, mask=row_valid)
             tl.store(statistics + rows + row, inverse, mask=row_valid)
             tl.store(statistics + 2 * rows + row, mean, mask=row_valid)
             if HAS_ALIGNMENT:
-                tl.store(statistics + 3 * rows + row, other_shift, mask=row_valid)
+                tl.store(statistics + 3 * rows + row, other_peak, mask=row_valid)
                 tl.store(statistics + 4 * rows + row, other_inverse, mask=row_valid)
             if REFERENCE_GRAD:
                 tl.store(statistics + 5 * rows + row, other_mean, mask=row_valid)

@@ -1,4 +1,4 @@
-"""Ahead-of-time compile of launches for an architecture, without a GPU: registers, spills, loads."""
+"""Ahead-of-time compile of launches, without a GPU: registers, spills, matrix units, loads."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def example_launches(
     """The launches of one call and its backward, planned on tensors without memory.
 
     With reference, the alignment and its gradient take part; with tokens, so many columns of the
-    maps. Keys are the kernels' names, "backward_key_value (grad_key)" where one gradient has a
-    launch of its own.
+    maps. Keys are the kernels' names; where each gradient has a launch of its own, the second is
+    "backward_key_value (grad_value)".
     """
     device = Device(capability, MULTIPROCESSORS.get(capability, 132), False)
 
@@ -171,9 +171,7 @@ def example_launches(
         torch.empty((1, tokens), dtype=torch.int64, device="meta") if tokens else None,
     )
     maps = torch.empty((batch, heads, tokens, rows), device="meta") if tokens else None
-    gradients = Gradients(
-        query, torch.empty(batch, device="meta") if reference else None, maps
-    )
+    gradients = Gradients(query, torch.empty(batch, device="meta") if reference else None, maps)
     scale = head_dim**-0.5
     forward, _ = plan_forward(inputs, empty(rows), maps, scale, device)
     statistics = torch.empty((batch, heads, 6, rows), device="meta")
@@ -185,11 +183,8 @@ def example_launches(
     launches = {"forward": forward, "backward_query": backward_query}
     for launch in keys_launches:
         written = [name for name in GRADIENTS if launch.arguments.get(name) is not None]
-        if not written:
-            name = "sum_partials"
-        elif len(written) == 1:
-            name = f"backward_key_value ({written[0]})"
-        else:
-            name = "backward_key_value"
+        name = "backward_key_value" if written else "sum_partials"
+        if name in launches:
+            name += f" ({written[0]})"
         launches[name] = launch
     return launches

@@ -25,87 +25,86 @@ WIDTHS = (48, 64, 80, 160, 256)
 """Upper ends of the head width buckets, in columns of main and tail tile together."""
 
 FEW_ROWS = 256
-"""Up to so many queries a head, the blocks of the "few" column are taken."""
+"""Up to so many queries a head, the configuration of the "few" bucket is taken."""
 
 SUM_BLOCK = 1024
 """Elements a program of the kernel that adds up partial gradients."""
 
 
-def _rows(*table: tuple[int, tuple[int, int, int], tuple[int, int, int]]):
-    """Unfold (head width bucket, many queries, few queries) lines into a dict."""
-    return {
-        (width, bucket): KernelConfig(*config)
-        for width, many, few in table
-        for bucket, config in (("many", many), ("few", few))
-    }
+_Line = tuple[int, KernelConfig]
 
 
-# One line: head width bucket, (block, warps, stages) for many queries, the same for few. Chosen so
-# that nothing spills for 77 keys with alignment; the measured registers stand in
-# docs/performance.md and are held by tests/kernels/test_compile.py.
-TABLE: dict[tuple[str, int, str], dict[tuple[int, str], KernelConfig]] = {
-    ("forward", 90, "half"): _rows(
-        (48, (64, 4, 2), (64, 4, 1)),
-        (64, (64, 4, 2), (64, 4, 1)),
-        (80, (64, 4, 2), (64, 4, 1)),
-        (160, (64, 4, 2), (64, 4, 1)),
-        (256, (64, 4, 2), (64, 4, 1)),
+def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
+    """(head width bucket, configuration) lines as a table that both query buckets share."""
+    return {width: {"many": config, "few": config} for width, config in lines}
+
+
+# One line: head width bucket and configuration. Chosen by what the compiler makes of 77 keys with
+# alignment: no spills where that can be reached, and as many resident warps as that leaves. The
+# registers stand in docs/performance.md; tests/kernels/test_compile.py holds them.
+TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
+    ("forward", 90, "half"): _lines(
+        (48, KernelConfig(64, 4, 2)),
+        (64, KernelConfig(64, 4, 1)),
+        (80, KernelConfig(64, 4, 1)),
+        (160, KernelConfig(64, 4, 1)),
+        (256, KernelConfig(64, 8, 1)),
     ),
-    ("backward_query", 90, "half"): _rows(
-        (48, (64, 4, 2), (64, 4, 1)),
-        (64, (64, 4, 2), (64, 4, 1)),
-        (80, (64, 4, 2), (64, 4, 1)),
-        (160, (64, 8, 1), (64, 8, 1)),
-        (256, (64, 8, 1), (64, 8, 1)),
+    ("backward_query", 90, "half"): _lines(
+        (48, KernelConfig(64, 4, 1)),
+        (64, KernelConfig(64, 4, 1)),
+        (80, KernelConfig(64, 4, 1)),
+        (160, KernelConfig(64, 4, 1)),
+        (256, KernelConfig(64, 8, 1)),
     ),
-    ("backward_key_value", 90, "half"): _rows(
-        (48, (64, 8, 2), (64, 8, 1)),
-        (64, (64, 8, 2), (64, 8, 1)),
-        (80, (64, 8, 2), (64, 8, 1)),
-        (160, (64, 8, 1), (64, 8, 1)),
-        (256, (64, 8, 1), (64, 8, 1)),
+    ("backward_key_value", 90, "half"): _lines(
+        (48, KernelConfig(64, 4, 1)),
+        (64, KernelConfig(64, 4, 1)),
+        (80, KernelConfig(64, 8, 1)),
+        (160, KernelConfig(64, 8, 1, separate=True)),
+        (256, KernelConfig(64, 8, 1, separate=True)),
     ),
-    ("forward", 80, "half"): _rows(
-        (48, (64, 4, 1), (64, 4, 1)),
-        (64, (64, 4, 1), (64, 4, 1)),
-        (80, (64, 4, 1), (64, 4, 1)),
-        (160, (64, 8, 1), (64, 8, 1)),
-        (256, (64, 8, 1), (64, 8, 1)),
+    ("forward", 80, "half"): _lines(
+        (48, KernelConfig(64, 4, 1, reload=True)),
+        (64, KernelConfig(32, 4, 1, reload=True)),
+        (80, KernelConfig(64, 4, 1, reload=True)),
+        (160, KernelConfig(16, 4, 1)),
+        (256, KernelConfig(16, 4, 1)),
     ),
-    ("backward_query", 80, "half"): _rows(
-        (48, (64, 8, 1), (64, 8, 1)),
-        (64, (64, 8, 1), (64, 8, 1)),
-        (80, (64, 8, 1), (64, 8, 1)),
-        (160, (32, 8, 1), (32, 8, 1)),
-        (256, (32, 8, 1), (32, 8, 1)),
+    ("backward_query", 80, "half"): _lines(
+        (48, KernelConfig(64, 4, 1, reload=True)),
+        (64, KernelConfig(32, 4, 1, reload=True)),
+        (80, KernelConfig(64, 4, 2, reload=True)),
+        (160, KernelConfig(16, 4, 1, reload=True)),
+        (256, KernelConfig(16, 4, 1, reload=True)),
     ),
-    ("backward_key_value", 80, "half"): _rows(
-        (48, (64, 8, 1), (64, 8, 1)),
-        (64, (64, 8, 1), (64, 8, 1)),
-        (80, (64, 8, 1), (64, 8, 1)),
-        (160, (32, 8, 1), (32, 8, 1)),
-        (256, (32, 8, 1), (32, 8, 1)),
+    ("backward_key_value", 80, "half"): _lines(
+        (48, KernelConfig(16, 4, 1, reload=True, separate=True)),
+        (64, KernelConfig(16, 4, 1, reload=True, separate=True)),
+        (80, KernelConfig(16, 4, 1, reload=True, separate=True)),
+        (160, KernelConfig(16, 4, 1, reload=True, separate=True)),
+        (256, KernelConfig(16, 4, 1, reload=True, separate=True)),
     ),
-    ("forward", 80, "single"): _rows(
-        (48, (32, 4, 1), (32, 4, 1)),
-        (64, (32, 4, 1), (32, 4, 1)),
-        (80, (32, 4, 1), (32, 4, 1)),
-        (160, (32, 8, 1), (32, 8, 1)),
-        (256, (32, 8, 1), (32, 8, 1)),
+    ("forward", 80, "single"): _lines(
+        (48, KernelConfig(16, 4, 1, reload=True)),
+        (64, KernelConfig(16, 4, 1, reload=True)),
+        (80, KernelConfig(16, 4, 1, reload=True)),
+        (160, KernelConfig(16, 8, 1, reload=True)),
+        (256, KernelConfig(16, 8, 1, reload=True)),
     ),
-    ("backward_query", 80, "single"): _rows(
-        (48, (32, 8, 1), (32, 8, 1)),
-        (64, (32, 8, 1), (32, 8, 1)),
-        (80, (32, 8, 1), (32, 8, 1)),
-        (160, (32, 8, 1), (32, 8, 1)),
-        (256, (32, 8, 1), (32, 8, 1)),
+    ("backward_query", 80, "single"): _lines(
+        (48, KernelConfig(16, 4, 1, reload=True)),
+        (64, KernelConfig(16, 4, 1, reload=True)),
+        (80, KernelConfig(16, 4, 1, reload=True)),
+        (160, KernelConfig(16, 8, 1, reload=True)),
+        (256, KernelConfig(16, 8, 1, reload=True)),
     ),
-    ("backward_key_value", 80, "single"): _rows(
-        (48, (32, 8, 1), (32, 8, 1)),
-        (64, (32, 8, 1), (32, 8, 1)),
-        (80, (32, 8, 1), (32, 8, 1)),
-        (160, (32, 8, 1), (32, 8, 1)),
-        (256, (32, 8, 1), (32, 8, 1)),
+    ("backward_key_value", 80, "single"): _lines(
+        (48, KernelConfig(16, 8, 1, reload=True)),
+        (64, KernelConfig(16, 8, 1, reload=True)),
+        (80, KernelConfig(16, 8, 1, reload=True)),
+        (160, KernelConfig(16, 8, 1, reload=True, separate=True)),
+        (256, KernelConfig(16, 8, 1, reload=True, separate=True)),
     ),
 }
 
@@ -125,7 +124,7 @@ def choose_config(
     listed = [c for k, c, p in TABLE if k == kernel and p == precision and c <= capability]
     table = TABLE[kernel, max(listed, default=80), precision]
     bucket = "few" if rows <= FEW_ROWS else "many"
-    config = table[next(limit for limit in WIDTHS if width <= limit), bucket]
+    config = table[next(limit for limit in WIDTHS if width <= limit)][bucket]
     # More than 80 keys hold more probabilities a row: fewer rows, or more warps to hold them.
     if key_width > 80:
         config = config._replace(warps=8, stages=1)

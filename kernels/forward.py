@@ -55,14 +55,13 @@ def cross_attention_forward(
     key += head_offset(batch, head, key_stride_b, key_stride_h, ALIGNMENT)
     value += head_offset(batch, head, value_stride_b, value_stride_h, ALIGNMENT)
     if HAS_REFERENCE:
-        reference_key += head_offset(
-            batch, head, reference_stride_b, reference_stride_h, ALIGNMENT
-        )
+        reference_key += head_offset(batch, head, reference_stride_b, reference_stride_h, ALIGNMENT)
         weight_main, weight_tail = load_weights(
             token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
     if not RELOAD:
-        key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+        (key_main, key_tail, value_main, value_tail,
+         reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
             True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
             ALIGNMENT, UPCAST,
@@ -81,7 +80,8 @@ def cross_attention_forward(
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
         if RELOAD:
-            key_main, key_tail, value_main, value_tail, reference_main, reference_tail = load_operands(
+            (key_main, key_tail, value_main, value_tail,
+             reference_main, reference_tail) = load_operands(
                 key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
                 True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
                 ALIGNMENT, UPCAST,

@@ -13,6 +13,12 @@ from .backward_query import cross_attention_backward_query
 from .configs import PROGRAMS, SUM_BLOCK, KernelConfig, choose_config, split_tile
 from .forward import cross_attention_forward
 
+MAX_ROW_STRIDE = 2**31 // 256 - 1
+"""Largest step between rows, in elements: a tile has up to 256 rows and 32-bit offsets in it."""
+
+SMALLEST_SCALE = 1e-30
+"""Stands for a scale of 0: hidden scores are -inf, and -inf times 0 would be NaN."""
+
 LOG2_E = math.log2(math.e)
 
 
@@ -111,18 +117,23 @@ def _common(inputs: Inputs, tiles: dict[str, Any], scale: float) -> dict[str, An
         short = "reference" if name == "reference_key" else name
         row = "n" if name == "query" else "m"
         strides = _strides(arguments[name])
-        arguments |= zip((f"{short}_stride_{axis}" for axis in ("b", "h", row)), strides)
+        names = [f"{short}_stride_{axis}" for axis in ("b", "h", row)]
+        arguments |= zip(names, strides, strict=True)
     map_tokens = inputs.map_tokens
-    return arguments | tiles | {
-        "weight_stride_b": _batch_stride(inputs.token_weights),
-        "mask_stride_b": _batch_stride(inputs.key_mask),
-        "token_stride_b": _batch_stride(map_tokens),
-        "heads": inputs.query.shape[1],
-        "rows": inputs.query.shape[2],
-        "keys": inputs.key.shape[2],
-        "tokens": 0 if map_tokens is None else map_tokens.shape[1],
-        "scale_log2": scale * LOG2_E,
-    }
+    return (
+        arguments
+        | tiles
+        | {
+            "weight_stride_b": _batch_stride(inputs.token_weights),
+            "mask_stride_b": _batch_stride(inputs.key_mask),
+            "token_stride_b": _batch_stride(map_tokens),
+            "heads": inputs.query.shape[1],
+            "rows": inputs.query.shape[2],
+            "keys": inputs.key.shape[2],
+            "tokens": 0 if map_tokens is None else map_tokens.shape[1],
+            "scale_log2": max(scale * LOG2_E, SMALLEST_SCALE),
+        }
+    )
 
 
 def plan_forward(
@@ -168,7 +179,9 @@ def _backward_arguments(
 ) -> tuple[dict[str, Any], KernelConfig, int]:
     """Arguments shared by the two backward kernels, their configuration and the programs."""
     # In the kernel of the keys the head width is also a row count of the matrix unit, 64 at least.
-    tiles = _tiles(inputs, 64 if kernel == "backward_key_value" else 32)
+    # Float32 has no matrix unit and keeps both kernels' scores equal to the last bit.
+    as_rows = kernel == "backward_key_value" and inputs.query.dtype != torch.float32
+    tiles = _tiles(inputs, 64 if as_rows else 32)
     config = _config(kernel, inputs, tiles, device)
     programs, blocks = _split_rows(kernel, inputs, config.block, device)
     head_dim = inputs.query.shape[3]
@@ -240,11 +253,11 @@ def plan_backward_key_value(
         shape = (batch, splits, inputs.key.shape[2], heads, head_dim)
         partials.append(total if direct else total.new_empty(shape, dtype=torch.float32))  # type: ignore[union-attr]
     none: dict[str, Tensor | None] = dict.fromkeys(names)
-    parts = [dict(zip(names, partials))]
+    parts = [dict(zip(names, partials, strict=True))]
     if config.separate:
         parts = [{name: partial} for name, partial in parts[0].items() if partial is not None]
     launches = [Launch(kernel, grid, arguments | none | part, config) for part in parts]
-    pairs = [(p, t) for p, t in zip(partials, totals) if p is not t]
+    pairs = [(p, t) for p, t in zip(partials, totals, strict=True) if p is not t]
     for groups in sorted({t.shape[0] for _, t in pairs}):  # type: ignore[union-attr]
         chosen = [(p, t) for p, t in pairs if t.shape[0] == groups]  # type: ignore[union-attr]
         launches.append(_plan_sum(chosen, batch * splits // groups))
@@ -257,7 +270,7 @@ def _plan_sum(pairs: list[tuple[Tensor | None, Tensor | None]], count: int) -> L
     assert total is not None
     padded = pairs + [(None, None)] * (3 - len(pairs))
     arguments: dict[str, Any] = {"elements": total[0].numel(), "count": count, "BLOCK": SUM_BLOCK}
-    for place, (partial, into) in zip(("first", "second", "third"), padded):
+    for place, (partial, into) in zip(("first", "second", "third"), padded, strict=True):
         arguments |= {f"{place}_partials": partial, f"{place}_total": into}
     grid = (-(-total[0].numel() // SUM_BLOCK), total.shape[0], len(pairs))
     return Launch(sum_partials, grid, arguments, KernelConfig(SUM_BLOCK, 4, 1))

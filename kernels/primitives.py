@@ -30,7 +30,7 @@ def block_offset(block, BLOCK: tl.constexpr, stride, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def row_offsets(rows, stride, ALIGNMENT: tl.constexpr):
-    """Offsets of a tile's rows from its first in elements, in 32 bits: see launch.row_limit.
+    """Offsets of a tile's rows in elements, in 32 bits: launch.MAX_ROW_STRIDE keeps them inside.
 
     ALIGNMENT promises what they are multiples of.
     """
@@ -45,7 +45,7 @@ def load_part(
     base, offsets, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
     MASK_ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Columns FIRST .. FIRST + WIDTH of some rows, zeros past the head width and in invalid rows."""
+    """Columns FIRST .. FIRST + WIDTH of some rows, zeros past the width and in invalid rows."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = base + offsets[:, None] + columns[None, :]
     if FIRST + WIDTH > DIM:
@@ -235,15 +235,28 @@ def load_weights(
 
 
 @triton.jit
+def exponentials(scores, peak, scale_log2, EXACT: tl.constexpr):
+    """exp2((scores - peak) · scale_log2) for the rows' peaks.
+
+    EXACT, for float32, subtracts first: the difference is then exact where it matters. Else one
+    fused multiply-add an element does both, and its rounding is far below that of half precision.
+    """
+    if EXACT:
+        return tl.exp2((scores - peak[:, None]) * scale_log2)
+    else:
+        return tl.exp2(scores * scale_log2 - (peak * scale_log2)[:, None])
+
+
+@triton.jit
 def probabilities(
     queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
     DIM_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, MASK_MAIN: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over all keys of a block of rows (equation 4), in float32: main tile, tail tile, shift, inverse.
+    """Softmax over all keys (equation 4), float32: main tile, tail tile, rows' peak and inverse.
 
-    A probability is exp2(score · scale_log2 - shift) · inverse; scale_log2 is the scale times
-    log2(e) and not negative. A row without any key has inverse 0. Without a tail tile the second
+    A probability is exp2((score - peak) · scale_log2) · inverse; scale_log2 is the scale times
+    log2(e) and positive. A row without any key has inverse 0. Without a tail tile the second
     result repeats the first and must not be used.
     """
     main = inner_products(queries, key_main, DIM_TAIL)
@@ -256,20 +269,20 @@ def probabilities(
         peak = tl.maximum(peak, tl.max(tail, axis=1))
     if HAS_MASK:
         peak = tl.where(peak == float("-inf"), 0.0, peak)
-    shift = peak * scale_log2
-    main = tl.exp2(main * scale_log2 - shift[:, None])
+    EXACT: tl.constexpr = queries[0].dtype == tl.float32
+    main = exponentials(main, peak, scale_log2, EXACT)
     total = tl.sum(main, axis=1)
     if KEY_TAIL > 0:
-        tail = tl.exp2(tail * scale_log2 - shift[:, None])
+        tail = exponentials(tail, peak, scale_log2, EXACT)
         total += tl.sum(tail, axis=1)
     inverse = 1.0 / total
     if HAS_MASK:
         inverse = tl.where(total == 0.0, 0.0, inverse)
     main = main * inverse[:, None]
     if KEY_TAIL > 0:
-        return main, tail * inverse[:, None], shift, inverse
+        return main, tail * inverse[:, None], peak, inverse
     else:
-        return main, main, shift, inverse
+        return main, main, peak, inverse
 
 
 @triton.jit

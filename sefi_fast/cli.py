@@ -142,7 +142,7 @@ def _option_type(hint: Any) -> tuple[type, bool]:
 def _train(options: argparse.Namespace) -> int:
     from sefi_fast.training import train
 
-    overrides = {
+    overrides: dict[str, Any] = {
         name.removeprefix("config_"): tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
         if name.startswith("config_")
@@ -179,10 +179,12 @@ def _save_validation(options: argparse.Namespace, drawn: Sequence[tuple[int, lis
     print(f"{path}: the validation prompts as training went on")
 
 
-def _attached_pipeline(options: argparse.Namespace):
+def _attached_pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The pipeline with the subjects attached, and the sampling settings to call it with."""
     from sefi_fast.errors import PromptError
     from sefi_fast.pipelines import attach, load_pipeline
     from sefi_fast.subject import Subject
+    from sefi_fast.tiny_world import SAMPLING
 
     subjects = [Subject.load(path) for path in options.subject]
     if subjects and not any(subject.placeholder in options.prompt for subject in subjects):
@@ -195,17 +197,16 @@ def _attached_pipeline(options: argparse.Namespace):
     if model is None and subjects:
         model = subjects[0].settings.get("model")
     pipe = load_pipeline(model)
-    return attach(pipe, subjects) if subjects else pipe
-
-
-def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    if subjects:
+        attach(pipe, subjects)
     given = {
         "steps": options.steps,
         "guidance": options.guidance,
         "negative_prompt": options.negative_prompt,
         "seed": options.seed,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    usual = dict(SAMPLING) if model is None else {}
+    return pipe, usual | {name: value for name, value in given.items() if value is not None}
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -213,9 +214,9 @@ def _generate(options: argparse.Namespace) -> int:
 
     if options.number < 1:
         raise ValueError(f"--number is {options.number}: give 1 or more")
-    pipe = _attached_pipeline(options)
+    pipe, sampling = _attached_pipeline(options)
     options.output.mkdir(parents=True, exist_ok=True)
-    pictures = generate(pipe, options.prompt, n=options.number, **_sampling(options))
+    pictures = generate(pipe, options.prompt, n=options.number, **sampling)
     for index, picture in enumerate(pictures):
         path = options.output / f"{options.seed + index:05d}.png"
         picture.save(path)
@@ -227,9 +228,9 @@ def _maps(options: argparse.Namespace) -> int:
     from sefi_fast.evaluation import Panel, contact_sheet
     from sefi_fast.pipelines import generate, trace
 
-    pipe = _attached_pipeline(options)
+    pipe, sampling = _attached_pipeline(options)
     with trace(pipe, words=options.words) as traced:
-        picture = generate(pipe, options.prompt, n=1, **_sampling(options))[0]
+        picture = generate(pipe, options.prompt, n=1, **sampling)[0]
     panels = [Panel(picture, options.prompt)]
     panels += [Panel(traced.overlay(picture, word), word) for word in options.words]
     contact_sheet([("", panels)], panel_size=256).save(options.output)

@@ -60,13 +60,17 @@ def run_demo(
         OSError: the folder cannot be written.
     """
     from sefi_fast.pipelines import attach, detach, generate, load_pipeline
-    from sefi_fast.tiny_world import CLASS_WORD, bundled_subject_image
+    from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, SUBJECT_SCENE, bundled_subject_image
+    from sefi_fast.tiny_world.captions import SCENE_PHRASES
     from sefi_fast.training import load_image, train
 
     started = time.perf_counter()
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     picture = load_image(image or bundled_subject_image())
+    if image is None:
+        # Naming the scene keeps it out of the subject.
+        overrides = {"scene": SCENE_PHRASES[SUBJECT_SCENE], **overrides}
     paths = {
         name: folder / file
         for name, file in (
@@ -90,12 +94,11 @@ def run_demo(
     pipe = load_pipeline(None)
     pipe.set_progress_bar_config(disable=True)
 
-    def panels(prompts: tuple[str, ...], word: str, count: int = PICTURES_PER_PROMPT):
-        sentences = [prompt.format(word) for prompt in prompts]
+    def panels(prompts: tuple[str, ...], word: str) -> list[Panel]:
         return [
-            Panel(picture, sentence)
-            for sentence in sentences
-            for picture in generate(pipe, sentence, n=count, seed=seed)
+            Panel(drawn, sentence)
+            for sentence in (prompt.format(word) for prompt in prompts)
+            for drawn in generate(pipe, sentence, n=PICTURES_PER_PROMPT, seed=seed, **SAMPLING)
         ]
 
     plain = panels(SCENE_PROMPTS, CLASS_WORD)
@@ -126,12 +129,13 @@ def run_demo(
 def _draw_maps(pipe: StableDiffusionPipeline, seed: int, path: Path) -> None:
     """Draw where the placeholder and the accessory's word looked, over the pictures they made."""
     from sefi_fast.pipelines import generate, trace
+    from sefi_fast.tiny_world import SAMPLING
 
     rows = []
     for template, word in zip(ACCESSORY_PROMPTS, ("hat", "ball", "crown", "scarf"), strict=True):
         prompt = template.format(PLACEHOLDER)
         with trace(pipe, words=[PLACEHOLDER, word]) as traced:
-            pictures = generate(pipe, prompt, n=1, seed=seed)
+            pictures = generate(pipe, prompt, n=1, seed=seed, **SAMPLING)
         row = [
             Panel(pictures[0], prompt),
             Panel(traced.overlay(pictures[0], PLACEHOLDER), f"where '{PLACEHOLDER}' looks"),

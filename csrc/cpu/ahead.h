@@ -21,13 +21,12 @@ public:
     }
 
     void step() {
-        constexpr int64_t kRows = 8;
+        constexpr int64_t kRows = 4;
         for (int64_t i = 0; i < kRows && first_ < last_; ++i) {
             Span& span = spans_[first_];
-            for (int64_t byte = 0; byte < span.bytes; byte += 64) {
-                __builtin_prefetch(span.row + byte, 0, 2);
-            }
-            __builtin_prefetch(span.row + span.bytes - 1, 0, 2);
+            const char* last = span.row + span.bytes - 1;
+            for (const char* at = span.row; at < last; at += 64) __builtin_prefetch(at, 0, 2);
+            if (reinterpret_cast<uintptr_t>(span.row) % 64) __builtin_prefetch(last, 0, 2);
             span.row += span.stride;
             if (--span.count == 0) ++first_;
         }

@@ -59,10 +59,11 @@ struct Reduction {
 };
 
 Shape shape_of(const BackwardCall& call) {
-    // Cut so that many threads find work, but in long pieces: every piece more is another partial.
-    constexpr int64_t kUnits = 64, kRows = 512;
+    // Cut so that many threads find work, but every piece more is another partial of 2 M D: all of
+    // them together stay below a quarter of one map of N M.
+    constexpr int64_t kUnits = 64;
     const int64_t entries = std::max<int64_t>(call.batch * call.heads, 1);
-    const int64_t most = (call.queries + kRows - 1) / kRows;
+    const int64_t most = std::max<int64_t>(call.queries / (8 * call.head_dim), 1);
     const int64_t chunks = std::clamp<int64_t>((kUnits + entries - 1) / entries, 1, most);
     const int64_t rows = ((call.queries + chunks - 1) / chunks + 63) / 64 * 64;
     return {call.batch, call.heads, call.keys, call.head_dim, (call.queries + rows - 1) / rows, rows,
@@ -84,8 +85,9 @@ size_t backward(const BackwardCall& call, int threads) {
     threads = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(units, 1)));
     const Block block = allocate(scratch * size_t(threads));
     parallel_for(units, threads, [&](int64_t unit, int thread) {
-        const int64_t chunk = unit % shape.chunks, row = unit / shape.chunks;
-        const int64_t b = row / shape.heads, h = row % shape.heads;
+        // Heads run fastest: their rows lie side by side in memory.
+        const int64_t h = unit % shape.heads, chunk = unit / shape.heads % shape.chunks;
+        const int64_t b = unit / shape.heads / shape.chunks;
         const KeyGradients targets{reductions[0].target(shape, b, h, chunk),
                                    reductions[1].target(shape, b, h, chunk),
                                    reductions[2].target(shape, b, h, chunk)};

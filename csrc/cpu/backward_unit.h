@@ -57,8 +57,12 @@ private:
             width = round_up(p.head_dim, kLanes);
             key = arena.floats(packed_floats(p));
             value = arena.floats(packed_floats(p));
-            query_rows = arena.floats(kMaxTileRows * width);
-            output_rows = arena.floats(kMaxTileRows * width);
+            in_place = p.dtype == DType::float32 && p.head_dim % kLanes == 0 &&
+                       p.queries % kMaxTileRows == 0;
+            if (!in_place) {
+                query_rows = arena.floats(kMaxTileRows * width);
+                output_rows = arena.floats(kMaxTileRows * width);
+            }
             columns = arena.floats(kMaxTileRows * width);
             target = arena.floats(p.keys * kMaxTileRows);
             slope = arena.floats(p.keys * kMaxTileRows);
@@ -72,7 +76,9 @@ private:
             bytes = arena.used();
         }
         int64_t width;
-        float *key, *value, *query_rows, *output_rows;
+        bool in_place;  // whole tiles of float32 rows are read where they are
+        float *key, *value;
+        float *query_rows = nullptr, *output_rows = nullptr;
         float* columns;                                 // of the query, of grad_output, of grad_query
         float *target, *slope;                          // A_t; dA_t and then dS_t
         float *reference = nullptr, *anchor = nullptr;  // anchor: A_r, and then dS_r
@@ -80,16 +86,29 @@ private:
         size_t bytes;
     };
 
+    struct Rows {
+        const float* data;
+        int64_t stride;
+    };
+
+    // A tile's rows in float32: where they are, or widened and filled up with zeros.
+    Rows rows(const View& view, int64_t n, int64_t count, int64_t tile_rows, float* staging) const {
+        if (scratch_.in_place) {
+            return {reinterpret_cast<const float*>(view.at(call_.dtype, b_, h_, n)), view.row};
+        }
+        load_rows(view, call_.dtype, b_, h_, n, count, tile_rows, call_.head_dim, scratch_.width,
+                  staging);
+        return {staging, scratch_.width};
+    }
+
     template <int J>
     void tile(int64_t n, int64_t end) {
         constexpr int64_t kRows = J * kLanes;
         const int64_t count = end - n < kRows ? end - n : kRows;
         const ScoreScale scale(call_.scale);
         const int64_t padded = round_up(call_.head_dim, 4);
-        load_rows(call_.query, call_.dtype, b_, h_, n, count, kRows, call_.head_dim, scratch_.width,
-                  scratch_.query_rows);
-        rows_to_columns<J>(scratch_.query_rows, scratch_.width, padded, scale.sign,
-                           scratch_.columns);
+        const Rows query = rows(call_.query, n, count, kRows, scratch_.query_rows);
+        rows_to_columns<J>(query.data, query.stride, padded, scale.sign, scratch_.columns);
         Ahead ahead;
         const int64_t next = end - n - count < kRows ? end - n - count : kRows;
         ahead.add(call_.grad_output, call_.dtype, b_, h_, n, count, call_.head_dim);
@@ -102,30 +121,30 @@ private:
             softmax_tile<J>(scratch_.reference, keys_.count, call_.head_dim, scratch_.columns,
                             scale.factor, scratch_.anchor, inverse_anchor, ahead);
         }
+        Rows grad_output{nullptr, 0};
         if (call_.grad_output.data) {
-            load_rows(call_.grad_output, call_.dtype, b_, h_, n, count, kRows, call_.head_dim,
-                      scratch_.width, scratch_.output_rows);
-            rows_to_columns<J>(scratch_.output_rows, scratch_.width, padded, 1.0f, scratch_.columns);
+            grad_output = rows(call_.grad_output, n, count, kRows, scratch_.output_rows);
+            rows_to_columns<J>(grad_output.data, grad_output.stride, padded, 1.0f, scratch_.columns);
         }
         if (call_.with_reference()) {
-            slopes<J, true>(n, count, inverse, inverse_anchor, row_sum);
+            slopes<J, true>(n, count, inverse, inverse_anchor, row_sum, ahead);
         } else {
-            slopes<J, false>(n, count, inverse, inverse_anchor, row_sum);
+            slopes<J, false>(n, count, inverse, inverse_anchor, row_sum, ahead);
         }
         score_gradients<J>(scratch_.target, scratch_.slope, row_sum);
         if (call_.reference_grad && call_.with_reference()) reference_score_gradients<J>(inverse_anchor);
-        accumulate<J>(count, scratch_.slope, scratch_.query_rows, scratch_.grad_key);
-        if (call_.grad_output.data) {
-            accumulate<J>(count, scratch_.target, scratch_.output_rows, scratch_.grad_value);
+        accumulate<J>(count, scratch_.slope, query, scratch_.grad_key);
+        if (grad_output.data) {
+            accumulate<J>(count, scratch_.target, grad_output, scratch_.grad_value);
         }
-        accumulate<J>(count, scratch_.anchor, scratch_.query_rows, scratch_.grad_reference);
-        if (call_.grad_query.data) write_grad_query<J>(n, count);
+        accumulate<J>(count, scratch_.anchor, query, scratch_.grad_reference);
+        if (call_.grad_query.data) write_grad_query<J>(n, count, ahead);
     }
 
     // dA_t = dO V^T + pull (A_t - A_r) + the chosen columns' gradients, and rowsum(A_t dA_t).
     template <int J, bool kReference>
     void slopes(int64_t n, int64_t count, const Vec (&inverse)[J], const Vec (&inverse_anchor)[J],
-                Vec (&row_sum)[J]) {
+                Vec (&row_sum)[J], Ahead& ahead) {
         constexpr int64_t kRows = J * kLanes;
         const bool with_maps = call_.map_count && call_.grad_maps;
         if (with_maps) gather_map_gradients<J>(n, count);
@@ -135,17 +154,18 @@ private:
                 const Vec p = load(scratch_.target + at) * inverse[j];
                 Vec slope = products[j];
                 if constexpr (kReference) {
-                    slope += pull_[m] * (p - load(scratch_.anchor + at) * inverse_anchor[j]);
+                    const Vec anchor = load(scratch_.anchor + at) * inverse_anchor[j];
+                    slope = fma(broadcast(pull_[m]), p - anchor, slope);
                 }
                 if (with_maps) slope += load(scratch_.slope + at);
-                row_sum[j] += p * slope;
+                row_sum[j] = fma(p, slope, row_sum[j]);
                 store(scratch_.target + at, p);
                 store(scratch_.slope + at, slope);
             }
         };
         if (call_.grad_output.data) {
             product<J, Scalars::along_rows>(keys_.count, scratch_.value, call_.head_dim,
-                                            scratch_.columns, kRows, call_.head_dim, visit);
+                                            scratch_.columns, kRows, call_.head_dim, visit, &ahead);
             return;
         }
         for (int64_t m = 0; m < keys_.count; ++m) {
@@ -206,7 +226,7 @@ private:
     }
 
     template <int J>
-    void write_grad_query(int64_t n, int64_t count) {
+    void write_grad_query(int64_t n, int64_t count, Ahead& ahead) {
         constexpr int64_t kRows = J * kLanes;
         float* columns = scratch_.columns;
         const float scale = call_.scale;
@@ -216,7 +236,8 @@ private:
                 for (int j = 0; j < J; ++j) {
                     store(columns + d * kRows + j * kLanes, scale * sums[j]);
                 }
-            });
+            },
+            &ahead);
         if (call_.reference_grad && call_.with_reference()) {
             product<J, Scalars::along_columns>(
                 call_.head_dim, scratch_.reference, call_.head_dim, scratch_.anchor, kRows,
@@ -243,9 +264,10 @@ private:
 
     // sums[m][*] += sum over the tile's rows of tile[m][row] * rows[row][*]
     template <int J>
-    void accumulate(int64_t count, const float* tile, const float* rows, float* sums) {
+    void accumulate(int64_t count, const float* tile, const Rows& rows, float* sums) {
         if (!sums) return;
-        accumulate_product(keys_.count, tile, J * kLanes, rows, scratch_.width / kLanes, count, sums);
+        accumulate_product(keys_.count, tile, J * kLanes, rows.data, rows.stride,
+                           scratch_.width / kLanes, count, sums);
     }
 
     // The sums of all keys, zeros for the masked ones.

@@ -22,12 +22,13 @@ size_t forward(const ForwardCall& call, int threads) {
     const Block block = allocate(scratch * size_t(threads));
     std::vector<double> shares(size_t(call.batch * call.heads * chunks));
     parallel_for(units, threads, [&](int64_t unit, int thread) {
-        const int64_t chunk = unit % chunks, group = unit / chunks;
+        // Heads run fastest: their rows lie side by side in memory.
+        const int64_t groups = call.heads / heads;
+        const int64_t chunk = unit / groups % chunks, b = unit / groups / chunks;
         const int64_t end = std::min(call.queries, (chunk + 1) * kRows);
-        for (int64_t row = group * heads; row < (group + 1) * heads; ++row) {
-            shares[size_t(row * chunks + chunk)] =
-                isa.forward(call, row / call.heads, row % call.heads, chunk * kRows, end,
-                            block.get() + scratch * size_t(thread));
+        for (int64_t h = unit % groups * heads, last = h + heads; h < last; ++h) {
+            shares[size_t((b * call.heads + h) * chunks + chunk)] = isa.forward(
+                call, b, h, chunk * kRows, end, block.get() + scratch * size_t(thread));
         }
     });
     const size_t each = size_t(call.heads * chunks);

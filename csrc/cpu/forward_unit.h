@@ -110,7 +110,7 @@ private:
                 const int64_t at = m * kRows + j * kLanes;
                 const Vec target = load(scratch_.target + at) * inverse[j];
                 const Vec difference = target - load(scratch_.anchor + at) * inverse_anchor[j];
-                total[j] += weights_[m] * difference * difference;
+                total[j] = fma(weights_[m] * difference, difference, total[j]);
             }
         }
         double alignment = 0.0;

@@ -33,7 +33,7 @@ SEFI_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b
         for (int i = 0; i < I; ++i) {
             const float s = kScalars == Scalars::along_rows ? a[i * a_stride + k] : a[k * a_stride + i];
 #pragma GCC unroll 8
-            for (int j = 0; j < J; ++j) acc[i][j] += s * v[j];
+            for (int j = 0; j < J; ++j) acc[i][j] = fma(broadcast(s), v[j], acc[i][j]);
         }
     }
 }
@@ -83,34 +83,35 @@ inline void product(int64_t rows, const float* a, int64_t a_stride, const float*
 
 template <int J>
 SEFI_INLINE void accumulate_columns(int64_t rows, const float* a, int64_t a_stride, const float* b,
-                                    int64_t b_stride, int64_t depth, float* c) {
+                                    int64_t b_stride, int64_t depth, float* c, int64_t c_stride) {
     product<J, Scalars::along_rows>(
         rows, a, a_stride, b, b_stride, depth,
         [=](int64_t i, const Vec (&sums)[J]) __attribute__((always_inline)) {
-            float* to = c + i * b_stride;
+            float* to = c + i * c_stride;
             for (int j = 0; j < J; ++j) store(to + j * kLanes, load(to + j * kLanes) + sums[j]);
         });
 }
 
-// c[i][*] += sum over k < depth of a[i][k] * b[k][*]; b and c have rows of `vectors` vectors.
+// c[i][*] += sum over k < depth of a[i][k] * b[k][*]; rows of b and c have `vectors` vectors, those
+// of c lie close together.
 inline void accumulate_product(int64_t rows, const float* a, int64_t a_stride, const float* b,
-                               int64_t vectors, int64_t depth, float* c) {
-    const int64_t stride = vectors * kLanes;
+                               int64_t stride, int64_t vectors, int64_t depth, float* c) {
+    const int64_t c_stride = vectors * kLanes;
     const int64_t blocks = (vectors + kWidestBlock - 1) / kWidestBlock;
     for (int64_t block = 0, j = 0; block < blocks; ++block) {
         const int64_t width = (vectors - j + blocks - block - 1) / (blocks - block);
         const float* from = b + j * kLanes;
         float* to = c + j * kLanes;
         switch (width) {
-            case 1: accumulate_columns<1>(rows, a, a_stride, from, stride, depth, to); break;
-            case 2: accumulate_columns<2>(rows, a, a_stride, from, stride, depth, to); break;
-            case 3: accumulate_columns<3>(rows, a, a_stride, from, stride, depth, to); break;
+            case 1: accumulate_columns<1>(rows, a, a_stride, from, stride, depth, to, c_stride); break;
+            case 2: accumulate_columns<2>(rows, a, a_stride, from, stride, depth, to, c_stride); break;
+            case 3: accumulate_columns<3>(rows, a, a_stride, from, stride, depth, to, c_stride); break;
             default:
                 if constexpr (kWidestBlock > 3) {
                     if (width == 4) {
-                        accumulate_columns<4>(rows, a, a_stride, from, stride, depth, to);
+                        accumulate_columns<4>(rows, a, a_stride, from, stride, depth, to, c_stride);
                     } else {
-                        accumulate_columns<5>(rows, a, a_stride, from, stride, depth, to);
+                        accumulate_columns<5>(rows, a, a_stride, from, stride, depth, to, c_stride);
                     }
                 }
         }

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define SEFI_INLINE inline __attribute__((always_inline))
@@ -56,6 +58,20 @@ SEFI_INLINE void store_part(float* p, Vec v, int count) {
 
 SEFI_INLINE Vec broadcast(float s) { return s - Vec{}; }
 
+// a * b + c, rounded once where the processor can. The compiler fuses nothing by itself: that would
+// make a * b - c * d differ from zero for equal products.
+SEFI_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 // The second operand where either is NaN, as the x86 instruction does.
 SEFI_INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -74,18 +90,26 @@ SEFI_INLINE float sum(Vec v) {
 }
 
 // 2**(factor * x) for 0 >= x >= -126 / factor, exactly 1 at zero, relative error below 1.5 ulp.
-// The product with the factor is never rounded.
+// The product with the factor is never rounded as a whole: it may be large.
 SEFI_INLINE Vec exp2_of_product(Vec x, float factor) {
     // Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits of the sum.
     const Vec magic = broadcast(12582912.0f);
-    const Vec shifted = x * factor + magic;
-    const Vec f = x * factor - (shifted - magic);
-    Vec p = f * 1.5353362e-4f + 1.3398875e-3f;
-    p = f * p + 9.6184369e-3f;
-    p = f * p + 5.5503324e-2f;
-    p = f * p + 2.4022648e-1f;
-    p = f * p + 6.9314718e-1f;
-    p = f * p + 1.0f;
+    const Vec shifted = fma(x, broadcast(factor), magic);
+#if defined(__FMA__) || defined(__aarch64__)
+    const Vec f = fma(x, broadcast(factor), magic - shifted);
+#else
+    // Halves of both factors, so that the large part of the product is exact.
+    const IntVec upper = IntVec{} + int32_t(0xfffff000);
+    const Vec x_high = (Vec)((IntVec)x & upper), all = broadcast(factor);
+    const Vec high = (Vec)((IntVec)all & upper);
+    const Vec f = (x_high * high + (magic - shifted)) + (x_high * (all - high) + (x - x_high) * all);
+#endif
+    Vec p = fma(f, broadcast(1.5353362e-4f), broadcast(1.3398875e-3f));
+    p = fma(f, p, broadcast(9.6184369e-3f));
+    p = fma(f, p, broadcast(5.5503324e-2f));
+    p = fma(f, p, broadcast(2.4022648e-1f));
+    p = fma(f, p, broadcast(6.9314718e-1f));
+    p = fma(f, p, broadcast(1.0f));
     return (Vec)((IntVec)p + ((IntVec)shifted << 23));
 }
 

@@ -105,8 +105,9 @@ Pool& own_pool() {
     return *pool;
 }
 
+const pid_t loader = getpid();
+
 GompParallel openmp() {
-    static const pid_t loader = getpid();
     static const GompParallel found = find_openmp();
     return loader == getpid() ? found : nullptr;
 }

@@ -143,7 +143,7 @@ def backward(
 
 
 class _Inputs:
-    """The operator's inputs in the layouts the native core reads; holds copies alive if it made any."""
+    """The operator's inputs in layouts the native core reads; keeps copies it made alive."""
 
     def __init__(
         self,
@@ -192,7 +192,8 @@ def _like(tensor: Tensor) -> Tensor:
 def _view(tensor: Tensor | None) -> _View:
     if tensor is None:
         return _ABSENT_VIEW
-    return (tensor.data_ptr(), tensor.shape[0], *tensor.stride()[:3])
+    batch, head, row, _ = tensor.stride()
+    return (tensor.data_ptr(), tensor.shape[0], batch, head, row)
 
 
 def _address(tensor: Tensor | None) -> int:

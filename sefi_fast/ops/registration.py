@@ -41,16 +41,12 @@ def cast_for_autocast(
     if not torch.is_autocast_enabled(device):
         return query, key, value, reference_key
     wanted = torch.get_autocast_dtype(device)
-    return tuple(  # type: ignore[return-value]
-        tensor.to(wanted) if _follows_autocast(tensor) else tensor
-        for tensor in (query, key, value, reference_key)
-    )
 
+    def cast(tensor: Any) -> Any:
+        follows = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return tensor.to(wanted) if follows and tensor.dtype != torch.float64 else tensor
 
-def _follows_autocast(tensor: Tensor | None) -> bool:
-    return (
-        isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-    )
+    return cast(query), cast(key), cast(value), cast(reference_key)
 
 
 def _run_forward(

@@ -92,6 +92,16 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _reachable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with a dense last axis and rows near enough for 32-bit offsets inside a tile."""
+    from sefi_fast.kernels import MAX_ROW_STRIDE
+
+    dense = _dense(tensor)
+    if dense is None or dense.shape[2] == 1 or dense.stride(2) <= MAX_ROW_STRIDE:
+        return dense
+    return dense.contiguous()
+
+
 def _mask_bytes(key_mask: Tensor | None) -> Tensor | None:
     dense = _dense(key_mask)
     return None if dense is None else dense.view(torch.uint8)
@@ -129,10 +139,10 @@ def forward(
     alignment = None
     if output.numel() > 0:
         inputs = Inputs(
-            query,
-            key,
-            value,
-            reference_key,
+            _reachable(query),
+            _reachable(key),
+            _reachable(value),
+            _reachable(reference_key),
             None if reference_key is None else _dense(token_weights),
             _mask_bytes(key_mask),
             _dense(map_tokens) if tokens else None,
@@ -180,12 +190,12 @@ def backward(
         grad_maps = None
     if grad_maps is not None:
         grad_maps = grad_maps.to(torch.float32).contiguous()
-    gradients = Gradients(_dense(grad_output), grad_alignment, grad_maps)
+    gradients = Gradients(_reachable(grad_output), grad_alignment, grad_maps)
     inputs = Inputs(
-        query,
-        key,
-        None if grad_output is None else value,
-        None if grad_alignment is None else reference_key,
+        _reachable(query),
+        _reachable(key),
+        None if grad_output is None else _reachable(value),
+        None if grad_alignment is None else _reachable(reference_key),
         None if grad_alignment is None else _dense(token_weights),
         _mask_bytes(key_mask),
         None if grad_maps is None else _dense(map_tokens),

@@ -13,10 +13,14 @@ SUBJECT_SCENE = "desert"
 SUBJECT_IDENTITY: Identity
 """The creature of the bundled picture: held out, so the bundled model has never seen it."""
 
+SAMPLING: dict[str, Any] = {"steps": 20, "guidance": 3.0}
+"""Denoising steps and guidance that suit the bundled model, for `sefi_fast.generate`."""
+
 _FOLDER = Path(__file__).parent
 
 __all__ = [
     "CLASS_WORD",
+    "SAMPLING",
     "SUBJECT_IDENTITY",
     "SUBJECT_SCENE",
     "bundled_model_path",

@@ -128,7 +128,7 @@ def test_random_shapes_keep_the_accuracy_rule(name, calls_of):
     calls = calls_of(*AVAILABLE)
 
     @settings(
-        max_examples=10 if interpreted else 60,
+        max_examples=6 if interpreted else 40,
         deadline=None,
         derandomize=True,
         phases=[Phase.generate] if interpreted else list(Phase),

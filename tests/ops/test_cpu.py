@@ -39,7 +39,8 @@ def test_numbers_of_keys_and_queries(instruction_set, queries, keys):
     # One query is few numbers to take a largest error of, so there are more heads of it.
     heads = 12 if queries == 1 else 2
     inputs = make_inputs(3, heads, queries, keys, 40, **ALL, mask=keys > 5, seed=keys)
-    check_backend("cpu", inputs)
+    # On x86 the plain code has no fused multiply-add: each step of a dot product rounds twice.
+    check_backend("cpu", inputs, factor=3.0 if instruction_set == "generic" else 2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

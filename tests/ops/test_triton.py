@@ -174,8 +174,9 @@ def test_gradient_of_the_output_may_have_any_strides() -> None:
 def test_the_operator_runs_this_backend_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     for name in ("forward", "backward"):
+        run = getattr(backend, name)
 
-        def spy(*arguments: Any, _run: Any = getattr(backend, name), _name: str = name, **options):
+        def spy(*arguments: Any, _run: Any = run, _name: str = name, **options: Any) -> Any:
             ran.append(_name)
             return _run(*arguments, **options)
 

@@ -33,6 +33,8 @@ def test_two_steps_of_every_stage_give_a_pipeline_that_draws(made):
     assert image.size == (48, 48)
     weights = next((made / "unet").glob("*.safetensors"))
     assert 8e6 < weights.stat().st_size < 16e6
+    assert not any(str(made.parent) in path.read_text() for path in made.rglob("*.json"))
+    assert all(path.stat().st_mode & 0o044 for path in made.rglob("*") if path.is_file())
 
 
 def test_latents_have_unit_variance_and_decode_to_the_right_shape(made):

@@ -120,7 +120,8 @@ def replace_folder(source: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}-old-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, beside)
+    # copyfile leaves the modes out: weights are saved for their owner alone.
+    shutil.copytree(source, beside, copy_function=shutil.copyfile)
     if target.exists():
         os.replace(target, old)
     os.replace(beside, target)

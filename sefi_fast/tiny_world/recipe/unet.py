@@ -165,6 +165,9 @@ def assemble(
 ) -> StableDiffusionPipeline:
     """A pipeline of float16 copies on the CPU."""
     models = [copy.deepcopy(model).to("cpu", torch.float16).eval() for model in (vae, unet)]
+    for model in models:
+        # A model that was loaded would carry the folder's path into the saved configuration.
+        model.register_to_config(_name_or_path="")
     return StableDiffusionPipeline(
         vae=models[0],
         text_encoder=copy.deepcopy(text_encoder).to("cpu", torch.float16).eval(),

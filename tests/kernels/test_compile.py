@@ -1,0 +1,103 @@
+"""Every default configuration compiles for sm_80 and sm_90: spills, matrix units, wide loads."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Spilled bytes (stores and loads together) that were reached. A change may lower them, not raise
+# them; what is not listed spills nothing.
+SPILLS: dict[tuple[int, int, str], int] = {
+    (90, 160, "backward_key_value"): 48,
+    (80, 40, "backward_key_value"): 588,
+    (80, 64, "backward_key_value"): 556,
+    (80, 80, "backward_query"): 160,
+    (80, 80, "backward_key_value"): 1256,
+    (80, 160, "backward_key_value"): 27204,
+    (80, 160, "backward_key_value (grad_value)"): 804,
+}
+
+# The tests around this one run in Triton's interpreter, which is chosen when it is imported: the
+# compiler needs a process of its own.
+SCRIPT = """
+import json, sys, torch
+from sefi_fast.kernels.compile import HEAD_DIMS, compile_launch, example_launches
+capability = int(sys.argv[1])
+for head_dim in HEAD_DIMS:
+    for name, launch in example_launches(capability, torch.bfloat16, head_dim, 4096).items():
+        report = compile_launch(launch, capability)
+        print(json.dumps([head_dim, name, report._asdict()]))
+launch = example_launches(capability, torch.float32, 40, 64)["forward"]
+print(json.dumps([40, "float32", compile_launch(launch, capability)._asdict()]))
+"""
+
+
+@functools.cache
+def reports(capability: int) -> dict[tuple[int, str], dict[str, Any]]:
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    return {(head_dim, name): report for head_dim, name, report in lines}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_configuration_spills_more_than_was_reached(capability: int) -> None:
+    worse = [
+        f"{name} at head width {head_dim}: {report['spill_bytes']} bytes"
+        for (head_dim, name), report in reports(capability).items()
+        if report["spill_bytes"] > SPILLS.get((capability, head_dim, name), 0)
+    ]
+    assert not worse, "\n".join(worse)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_all_kernels_of_all_widths_were_compiled(capability: int) -> None:
+    kernels = {"forward", "backward_query", "backward_key_value", "sum_partials"}
+    for head_dim in (40, 64, 80, 160):
+        assert kernels <= {name for width, name in reports(capability) if width == head_dim}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_half_precision_uses_the_matrix_units_and_wide_loads(capability: int) -> None:
+    for (head_dim, name), report in reports(capability).items():
+        if name in ("float32", "sum_partials"):
+            continue
+        assert report["matrix_instructions"] > 0, (head_dim, name)
+        assert report["loads"].get("128", 0) > 0, (head_dim, name, report["loads"])
+        if capability == 90:
+            assert report["warp_group_instructions"] > 0, (head_dim, name)
+
+
+def test_float32_keeps_its_precision_off_the_matrix_units() -> None:
+    assert reports(80)[40, "float32"]["matrix_instructions"] == 0
+
+
+def test_compiling_in_the_interpreter_is_refused() -> None:
+    from triton import knobs
+
+    if not knobs.runtime.interpret:
+        pytest.skip("the kernels are compiled in this process")
+    import torch
+    from sefi_fast.kernels.compile import compile_launch, example_launches
+
+    launch = example_launches(90, torch.bfloat16, 40, 64)["forward"]
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_launch(launch, 90)

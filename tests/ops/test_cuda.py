@@ -1,0 +1,73 @@
+"""The operator on a CUDA device: nothing waits for the device, and a graph captures it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops.oracle import make_inputs
+
+from sefi_fast.ops import available_backends, choose_backend, fused_cross_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+BACKENDS = [name for name in ("triton", "eager") if available_backends()[name] is None]
+
+
+def _step(inputs, backend):
+    outputs = fused_cross_attention(
+        inputs.query, inputs.key, inputs.value, **inputs.keywords(), backend=backend
+    )
+    leaves = (inputs.query, inputs.key, inputs.value, inputs.reference_key)
+    return (*outputs, *torch.autograd.grad(outputs, leaves, inputs.grads))
+
+
+def _inputs():
+    return make_inputs(
+        2, 2, 70, 77, 40, tokens=2, mask=True, weights=True, reference_grad=True, device="cuda"
+    ).trainable()
+
+
+def test_cuda_tensors_go_to_triton():
+    if available_backends()["triton"] is None:
+        assert choose_backend(*_inputs().tensors[:4]) == "triton"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_waits_for_the_device(backend):
+    inputs = _inputs()
+    _step(inputs, backend)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _step(inputs, backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graph_replays_on_changed_inputs(backend):
+    inputs = _inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _step(inputs, backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _step(inputs, backend)
+    with torch.no_grad():
+        inputs.query.mul_(-0.5)
+        inputs.reference_key.add_(0.1)
+    graph.replay()
+    for one, other in zip(captured, _step(inputs, backend), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_column_past_the_end_is_a_map_of_zeros(backend):
+    inputs = _inputs()
+    inputs.map_tokens.fill_(77)
+    found = fused_cross_attention(
+        inputs.query, inputs.key, inputs.value, **inputs.keywords(), backend=backend
+    )
+    assert not found.maps.any()
