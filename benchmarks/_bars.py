@@ -88,8 +88,10 @@ def cuda_bars(record: ProblemRecord) -> list[Bar]:
 
 
 def bars_of(records: list[ProblemRecord]) -> list[Bar]:
-    """Every bar that the records can answer."""
+    """Every bar that the records can answer; those of noisy problems are left out."""
     found: list[Bar] = []
     for record in records:
+        if record.noisy:
+            continue
         found += cuda_bars(record) if record.device_type == "cuda" else cpu_bars(record)
     return found

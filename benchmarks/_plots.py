@@ -180,6 +180,7 @@ def plot_roofline(records: Sequence[ProblemRecord], rates: Rates, title: str, pa
     _save(figure, path)
 
 
+FEW_ROWS = 256
 _SHORT_KERNEL = {
     "backward_query": "dQ",
     "backward_key_value": "dK dV",
@@ -215,7 +216,7 @@ def plot_units(facts: Sequence[Facts], path: Path) -> None:
                 label=unit,
             )
         axes.set_xticks(range(len(shown)))
-        axes.set_xticklabels([_case(one) for one in shown], fontsize=7)
+        axes.set_xticklabels([_case(one, shown) for one in shown], fontsize=7)
         axes.set_ylabel(f"{device}: ps a row")
         _style(axes)
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -223,8 +224,15 @@ def plot_units(facts: Sequence[Facts], path: Path) -> None:
     _save(figure, path)
 
 
-def _case(facts: Facts) -> str:
+def _case(facts: Facts, shown: Sequence[Facts]) -> str:
     choice = facts.choice
+    apart = any(
+        other.choice.kernel.endswith("(grad_value)") and other.choice.head_dim == choice.head_dim
+        for other in shown
+    )
     short = _SHORT_KERNEL.get(choice.kernel, choice.kernel)
+    if apart and short == "dK dV":
+        short = "dK"
+    rows = "" if choice.rows > FEW_ROWS else f"\n{choice.rows} rows"
     spills = "\nspills" if facts.spill_bytes else ""
-    return f"{short}\n{choice.head_dim}, {choice.rows} rows{spills}"
+    return f"{short}\nwidth {choice.head_dim}{rows}{spills}"

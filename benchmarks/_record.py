@@ -9,6 +9,9 @@ from _measure import Memory, Timing
 from _roofline import DIRECTIONS, Bound, Direction, Rates, Work, direction_bound, products, work
 from _shapes import Problem
 
+MOST_SPREAD = 0.3
+"""Half the quartile distance over the median beyond which a machine was too busy to measure on."""
+
 
 @dataclass
 class Entry:
@@ -60,6 +63,12 @@ class ProblemRecord:
     entries: list[Entry] = field(default_factory=list)
     matrix_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of the nine products at the machine's own matrix rate, CPU only."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether some contender's times scatter too widely for a bar to be told by them."""
+        timings = [entry.timing("both") for entry in self.entries]
+        return any(timing is not None and timing.spread > MOST_SPREAD for timing in timings)
 
     def entry(self, contender: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.contender == contender), None)

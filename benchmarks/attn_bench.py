@@ -199,6 +199,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     report = content(records, rates, absent, device, settings)
     print(bars_table(bars_of(records)))
+    noisy = [record.problem.name for record in records if record.noisy]
+    if noisy:
+        print(f"too noisy for a bar, the machine was busy: {', '.join(noisy)}")
     for name, why in absent.items():
         print(f"absent: {name}: {why}")
     folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)

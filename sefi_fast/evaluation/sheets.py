@@ -48,7 +48,7 @@ def contact_sheet(
     text_font, heading_font, title_font = (ImageFont.load_default(size) for size in (11, 14, 18))
     columns = max(len(panels) for _, panels in rows)
     wrap = max(8, panel_size // 6)
-    captions = [[textwrap.wrap(p.caption, wrap)[:4] for p in panels] for _, panels in rows]
+    captions = [[textwrap.wrap(p.caption, wrap) for p in panels] for _, panels in rows]
     caption_heights = [13 * max((len(c) for c in row), default=0) + 8 for row in captions]
     heading_heights = [24 if heading else 4 for heading, _ in rows]
     width = max(

@@ -19,7 +19,7 @@ _TENSORS = 7
 _ARGUMENTS = 11
 
 # A compiler may lay out what it passes to an operator anew; these rely on a dense last axis.
-# PyTorch before 2.7 only knows how to keep the order of the strides.
+# Older releases only know how to keep the order of the strides.
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 
 _library = torch.library.Library("sefi_fast", "DEF")

@@ -31,9 +31,9 @@ class TrainConfig:
         ValueError: a value out of range; the message names the field, the value and the range.
     """
 
-    steps: int = _setting(500, "optimiser steps")
+    steps: int = _setting(600, "optimiser steps")
     batch_size: int = _setting(8, "noised copies of the picture a step")
-    learning_rate: float = _setting(5e-3, "AdamW's rate for the embedding rows")
+    learning_rate: float = _setting(2e-3, "AdamW's rate for the embedding rows")
     schedule: Schedule = _setting("cosine", "the rate over the run: constant, or cosine to zero")
     weight_lambda: float = _setting(0.003, "weight λ of the subject-wise attention loss")
     stages: int = _setting(5, "stages of denoising, each with tokens of its own")

