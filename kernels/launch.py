@@ -46,11 +46,14 @@ class Launch(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The operator's inputs as a backend gets them; key and the like may be batch 1."""
+    """The operator's inputs as a backend gets them; key and the like may be batch 1.
+
+    The backward pass leaves out what no gradient needs, value among it.
+    """
 
     query: Tensor
     key: Tensor
-    value: Tensor
+    value: Tensor | None
     reference_key: Tensor | None
     token_weights: Tensor | None
     key_mask: Tensor | None

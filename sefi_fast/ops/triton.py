@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -92,6 +92,10 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+@overload
+def _reachable(tensor: Tensor) -> Tensor: ...
+@overload
+def _reachable(tensor: None) -> None: ...
 def _reachable(tensor: Tensor | None) -> Tensor | None:
     """The tensor with a dense last axis and rows near enough for 32-bit offsets inside a tile."""
     from sefi_fast.kernels import MAX_ROW_STRIDE
