@@ -86,6 +86,19 @@ class Judgement:
         return sum(found) / len(found)
 
 
+def right_answers(
+    specs: Sequence[PictureSpec], judgements: Sequence[Judgement]
+) -> dict[str, float]:
+    """Share of right answers for each attribute, over the pictures that show it."""
+    right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
+    for spec, judgement in zip(specs, judgements, strict=True):
+        labels = judgement.labels
+        for name, value in true_values(spec).items():
+            if value is not None:
+                right[name].append(labels[name] == value)
+    return {name: sum(hits) / len(hits) for name, hits in right.items() if hits}
+
+
 class JudgeNetwork(nn.Module):
     """A plain convolutional classifier of 48×48 pictures with one linear head an attribute."""
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sefi_fast.tiny_world.drawing import PictureSpec, draw, held_out_identities, random_spec
-from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, JudgeNetwork, true_values
+from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, JudgeNetwork, right_answers, true_values
 from sefi_fast.tiny_world.recipe.progress import Budget
 
 _UNSEEN = -100
@@ -98,13 +98,7 @@ def accuracy(judge: Judge, count: int, seed: int) -> dict[str, float]:
     """Share of right answers for each attribute on drawn pictures of held-out identities."""
     rng, held_out = random.Random(seed), held_out_identities()
     specs = [random_spec(rng, rng.choice(held_out), grey_share=0.1) for _ in range(count)]
-    right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    for spec, judgement in zip(specs, judge([draw(spec)[0] for spec in specs]), strict=True):
-        labels = judgement.labels
-        for name, value in true_values(spec).items():
-            if value is not None:
-                right[name].append(labels[name] == value)
-    return {name: sum(hits) / len(hits) for name, hits in right.items() if hits}
+    return right_answers(specs, judge([draw(spec)[0] for spec in specs]))
 
 
 def spoil(pictures: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sefi_fast.evaluation import Panel, contact_sheet
-from sefi_fast.tiny_world import CLASS_WORD, bundled_model_path
+from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, bundled_model_path
 from sefi_fast.tiny_world.captions import PATTERN_NOUNS, POSITION_PHRASES, SCENE_PHRASES
 from sefi_fast.tiny_world.drawing import (
     ACCESSORIES,
@@ -28,10 +28,7 @@ from sefi_fast.tiny_world.drawing import (
     random_identity,
     random_spec,
 )
-from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, Judgement, true_values
-
-STEPS = 20
-GUIDANCE = 3.0
+from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, Judgement, right_answers
 
 
 class Asked(NamedTuple):
@@ -108,8 +105,8 @@ def draw_prompts(
     prompts: Sequence[str],
     *,
     seed: int = 0,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    steps: int = SAMPLING["steps"],
+    guidance: float = SAMPLING["guidance"],
     batch_size: int = 16,
 ) -> list[Image.Image]:
     """One picture a prompt, in batches; picture k's noise depends on the seed and k alone."""
@@ -156,16 +153,13 @@ def ceiling(pipe: StableDiffusionPipeline, judge: Judge, count: int, seed: int) 
     """
     rng, held_out = random.Random(seed), held_out_identities()
     specs = [random_spec(rng, rng.choice(held_out)) for _ in range(count)]
-    right: dict[str, list[bool]] = {}
+    decoded = []
     for spec in specs:
         pixels = pipe.image_processor.preprocess(draw(spec)[0])
         with torch.inference_mode():
-            decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample
-        labels = judge(pipe.image_processor.postprocess(decoded))[0].labels
-        for name, value in true_values(spec).items():
-            if value is not None:
-                right.setdefault(name, []).append(labels[name] == value)
-    return {name: round(sum(marks) / len(marks), 3) for name, marks in right.items()}
+            latents = pipe.vae.encode(pixels).latent_dist.mean
+            decoded += pipe.image_processor.postprocess(pipe.vae.decode(latents).sample)
+    return {name: round(share, 3) for name, share in right_answers(specs, judge(decoded)).items()}
 
 
 def measure(
@@ -174,8 +168,8 @@ def measure(
     model: Path | None = None,
     count: int = 66,
     seed: int = 0,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    steps: int = SAMPLING["steps"],
+    guidance: float = SAMPLING["guidance"],
 ) -> dict[str, Any]:
     """Draw the prompt sets, judge them, and write rates.json and sheet.png into a folder.
 
@@ -228,8 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for rates.json, sheet.png")
     parser.add_argument("--model", type=Path, help="pipeline folder (default: the bundled one)")
     parser.add_argument("--count", type=int, default=66, help="prompts a set (default: 66)")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--steps", type=int, default=SAMPLING["steps"])
+    parser.add_argument("--guidance", type=float, default=SAMPLING["guidance"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of PyTorch (default: its own)")
     options = vars(parser.parse_args(arguments))
