@@ -17,7 +17,8 @@ class Bar(NamedTuple):
     met: bool
 
 
-def _at_least(problem: str, what: str, measured: float, wanted: float) -> Bar:
+def at_least(problem: str, what: str, measured: float, wanted: float) -> Bar:
+    """A bar that is met from `wanted` upwards."""
     return Bar(problem, what, measured, wanted, measured >= wanted)
 
 
@@ -38,14 +39,14 @@ def cpu_bars(record: ProblemRecord) -> list[Bar]:
     largest = largest and record.problem.head_dim == 40
     bars: list[Bar] = []
     for what, seconds in record.matrix_seconds.items():
-        bars.append(_at_least(name, f"share of sgemm, {what}", seconds / ours, 0.65))
+        bars.append(at_least(name, f"share of sgemm, {what}", seconds / ours, 0.65))
     eager = _best(record.of_family("eager"))
     if eager is not None:
-        bars.append(_at_least(name, "times eager maps' speed", eager / ours, 1.6 if largest else 1))
+        bars.append(at_least(name, "times eager maps' speed", eager / ours, 1.6 if largest else 1))
     plain = _best(record.of_family("sdpa"))
     if plain is not None:
         wanted = 1.0 if largest else 1 / 1.1
-        bars.append(_at_least(name, "times SDPA's speed without a loss", plain / ours, wanted))
+        bars.append(at_least(name, "times SDPA's speed without a loss", plain / ours, wanted))
     bars += _memory_bar(record, fused, 10.0)
     return bars
 
@@ -55,7 +56,7 @@ def _memory_bar(record: ProblemRecord, fused: Entry, factor: float) -> list[Bar]
     if eager is None or eager.memory is None or fused.memory is None:
         return []
     less = eager.memory.extra / max(fused.memory.extra, 1)
-    return [_at_least(record.problem.name, "times less extra memory than eager", less, factor)]
+    return [at_least(record.problem.name, "times less extra memory than eager", less, factor)]
 
 
 def cuda_bars(record: ProblemRecord) -> list[Bar]:
@@ -74,15 +75,15 @@ def cuda_bars(record: ProblemRecord) -> list[Bar]:
     bars: list[Bar] = []
     plain = _best(record.of_family("sdpa"))
     if plain is not None:
-        bars.append(_at_least(problem.name, "times SDPA's speed without a loss", plain / ours, 1.0))
+        bars.append(at_least(problem.name, "times SDPA's speed without a loss", plain / ours, 1.0))
     if problem.batch >= 16:
         wanted = 0.8 if problem.head_dim >= 80 else 0.6
         share = record.bound_of(fused, "both").seconds / ours
-        bars.append(_at_least(problem.name, "share of the roofline", share, wanted))
+        bars.append(at_least(problem.name, "share of the roofline", share, wanted))
     eager = _best(record.of_family("eager"))
     if problem.layer == "sd15 4096x40" and problem.batch == 8:
         if eager is not None:
-            bars.append(_at_least(problem.name, "times eager maps' speed", eager / ours, 8.0))
+            bars.append(at_least(problem.name, "times eager maps' speed", eager / ours, 8.0))
         bars += _memory_bar(record, fused, 20.0)
     return bars
 

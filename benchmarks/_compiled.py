@@ -28,6 +28,7 @@ class Choice:
     dtype: str
     head_dim: int
     rows: int
+    backend: str = "triton"
 
 
 @dataclass
@@ -90,7 +91,19 @@ def _row_bound(facts: Facts, device: str) -> Bound:
     return Bound(parts[unit], unit, parts)
 
 
-def _per_row(turn: Turn, warps: int, block: int) -> dict[str, Any]:
+def add_bounds(facts: Facts, devices: tuple[str, ...]) -> None:
+    """Put in the least time a row on each device; float32 has no rate to hold it to."""
+    for device in devices if facts.choice.dtype != "float32" else ():
+        bound = _row_bound(facts, device)
+        facts.bounds[device] = {
+            "picoseconds": bound.seconds * 1e12,
+            "unit": bound.unit,
+            "parts": {name: seconds * 1e12 for name, seconds in bound.parts.items()},
+        }
+
+
+def per_row(turn: Turn, warps: int, block: int) -> dict[str, Any]:
+    """What a turn of `warps` warps on `block` rows comes to for one row, by field of Facts."""
     factor = warps / block
     accesses: dict[int, float] = {}
     for table in (turn.load_bytes, turn.store_bytes):
@@ -145,14 +158,7 @@ def compile_case(choice: Choice) -> Facts:
         local_accesses_a_turn=turn.local_accesses,
         load_widths=dict(report.loads),
         bytes_a_row=kernel_work(a_row, dtype.itemsize, choice.kernel).row_bytes,
-        **_per_row(turn, report.warps, report.block),
+        **per_row(turn, report.warps, report.block),
     )
-    if choice.dtype != "float32":
-        for device in DEVICES_OF.get(choice.capability, ()):
-            bound = _row_bound(facts, device)
-            facts.bounds[device] = {
-                "picoseconds": bound.seconds * 1e12,
-                "unit": bound.unit,
-                "parts": {name: seconds * 1e12 for name, seconds in bound.parts.items()},
-            }
+    add_bounds(facts, DEVICES_OF.get(choice.capability, ()))
     return facts

@@ -154,6 +154,8 @@ def contenders(
         name = f"sefi-{backend}"
         if backend == "triton" and device.type != "cuda":
             reason = "timed on CUDA only; on a CPU Triton's interpreter runs the kernels"
+        if backend == "cuda" and device.type != "cuda":
+            reason = "takes CUDA tensors only"
         if backend == "cpu" and device.type != "cpu":
             reason = "takes CPU tensors only"
         if reason is None:

@@ -23,7 +23,7 @@ LIMITS: dict[int, Multiprocessor] = {
     120: Multiprocessor(48, 24, 100 * 1024),
 }
 _WARP_REGISTER_UNIT = 256
-_RESERVED_SHARED = 1024
+RESERVED_SHARED = 1024
 
 
 class Occupancy(NamedTuple):
@@ -49,7 +49,7 @@ def occupancy(capability: int, registers: int, warps: int, shared_bytes: int) ->
         "warps": limits.warps // warps,
         "blocks": limits.blocks,
         "registers": limits.registers // (a_warp * warps),
-        "shared memory": limits.shared_bytes // (shared_bytes + _RESERVED_SHARED),
+        "shared memory": limits.shared_bytes // (shared_bytes + RESERVED_SHARED),
     }
     limit = min(fits, key=lambda name: fits[name])
     blocks = fits[limit]

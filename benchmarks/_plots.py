@@ -35,7 +35,7 @@ _COLOURS = {
 _OTHER = "#444444"
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -69,7 +69,7 @@ def _grouped(
     axes.set_xticks(range(len(records)))
     labels = [f"{record.problem.model}\n{_size(record)}" for record in records]
     axes.set_xticklabels(labels, fontsize=8)
-    _style(axes)
+    style(axes)
 
 
 def _label(records: Sequence[ProblemRecord], name: str) -> str:
@@ -89,7 +89,7 @@ def _size(record: ProblemRecord) -> str:
     return f"{record.problem.queries}x{record.problem.head_dim}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     write_whole(path, lambda beside: figure.savefig(beside, dpi=130))
 
 
@@ -129,7 +129,7 @@ def plot_bars(records: Sequence[ProblemRecord], title: str, path: Path) -> None:
         right.set_ylabel("MiB beyond the results")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_roofline(records: Sequence[ProblemRecord], rates: Rates, title: str, path: Path) -> None:
@@ -175,9 +175,9 @@ def plot_roofline(records: Sequence[ProblemRecord], rates: Rates, title: str, pa
     axes.set_title(
         f"{title}\nforward and backward; circles carry the loss, triangles do not", fontsize=11
     )
-    _style(axes)
+    style(axes)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 FEW_ROWS = 256
@@ -218,10 +218,10 @@ def plot_units(facts: Sequence[Facts], path: Path) -> None:
         axes.set_xticks(range(len(shown)))
         axes.set_xticklabels([_case(one, shown) for one in shown], fontsize=7)
         axes.set_ylabel(f"{device}: ps a row")
-        _style(axes)
+        style(axes)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _case(facts: Facts, shown: Sequence[Facts]) -> str:

@@ -155,7 +155,7 @@ def problem_table(record: ProblemRecord) -> str:
     return f"{title}\n{table(_HEAD, rows)}"
 
 
-def bars_table(bars: Sequence[Bar]) -> str:
+def bars_table(bars: Sequence[Bar], of_what: str = "forward and backward") -> str:
     """Each bar with what was measured, what was wanted and whether it is met."""
     if not bars:
         return "\nNo bar applies to what was measured."
@@ -166,4 +166,4 @@ def bars_table(bars: Sequence[Bar]) -> str:
     ]
     met = sum(bar.met for bar in bars)
     body = table(["problem", "bar", "measured", "wanted", "answer"], rows)
-    return f"\nBars, forward and backward: {met} of {len(bars)} met\n{body}"
+    return f"\nBars, {of_what}: {met} of {len(bars)} met\n{body}"

@@ -20,7 +20,7 @@ SGEMM_SAME = "same shapes"
 SGEMM_LARGE = "large square"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line of an error, without anything of this machine's paths."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
@@ -36,7 +36,7 @@ def _check(
         with contender.context():
             results = workload.results()
     except Exception as error:  # noqa: BLE001 - whatever a library raises is why it has no figure
-        entry.unavailable = _reason(error)
+        entry.unavailable = reason(error)
         return entry
     entry.errors = errors(results, wanted)
     strict = contender.family == "sefi" and eager is not None
@@ -70,7 +70,7 @@ def _graph_times(sound: list[tuple[Workload, Entry]], direction: str, effort: Ef
             replays[entry.contender] = captured(workload.call(direction))
         except RuntimeError as error:
             torch.cuda.synchronize()
-            entry.no_graph = _reason(error)
+            entry.no_graph = reason(error)
     if replays:
         for name, timing in interleaved_cuda(replays, effort).items():
             by_name[name].graph_times[direction] = timing

@@ -59,7 +59,7 @@ def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
     return instructions, labels
 
 
-def _is_matrix(instruction: Instruction) -> bool:
+def is_matrix(instruction: Instruction) -> bool:
     return "MMA" in instruction.opcode
 
 
@@ -75,7 +75,7 @@ def hot_loop(instructions: list[Instruction], labels: dict[str, int]) -> tuple[i
         if first is None or first >= place:
             continue
         weight = sum(
-            _is_matrix(inside) or inside.opcode == "MUFU.EX2"
+            is_matrix(inside) or inside.opcode == "MUFU.EX2"
             for inside in instructions[first : place + 1]
         )
         if weight > most:
@@ -83,7 +83,7 @@ def hot_loop(instructions: list[Instruction], labels: dict[str, int]) -> tuple[i
     return best
 
 
-def _flops(instruction: Instruction) -> float:
+def matrix_flops(instruction: Instruction) -> float:
     group = _GROUP_MMA.match(instruction.opcode)
     if group:
         rows, columns, depth = (int(number) for number in group.groups())
@@ -119,13 +119,13 @@ def read_turn(sass: str) -> Turn:
             loads[bits] += bits // 8 * _LANES
         elif kind == "STG":
             stores[bits] += bits // 8 * _LANES
-    matrix = [instruction for instruction in body if _is_matrix(instruction)]
+    matrix = [instruction for instruction in body if is_matrix(instruction)]
     return Turn(
         instructions=len(body),
         special=sum(i.opcode.startswith("MUFU") for i in body),
         exponentials=sum(i.opcode.startswith("MUFU.EX2") for i in body),
         matrix_instructions=len(matrix),
-        matrix_flops=sum(map(_flops, matrix)),
+        matrix_flops=sum(map(matrix_flops, matrix)),
         load_bytes=dict(sorted(loads.items())),
         store_bytes=dict(sorted(stores.items())),
         local_accesses=sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in body),

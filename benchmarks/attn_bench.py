@@ -53,7 +53,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _device(word: str | None) -> torch.device:
+def choose_device(word: str | None) -> torch.device:
+    """The device of a word, CUDA where there is one by default; ValueError if it is not there."""
     word = word or ("cuda" if torch.cuda.is_available() else "cpu")
     if word.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device {word}: wanted cpu or cuda")
@@ -177,7 +178,7 @@ def write_results(
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark; returns what the JSON holds."""
-    device = _device(options.device)
+    device = choose_device(options.device)
     dtypes = options.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])
     effort = QUICK if options.quick else FULL
     if options.seconds is not None:

@@ -21,6 +21,8 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
         sys.path.append(_place)
 
 import attn_bench  # noqa: E402
+import step_bench  # noqa: E402
+import subjects_bench  # noqa: E402
 import torch  # noqa: E402
 from _bars import bars_of  # noqa: E402
 from _contenders import COMPILED, contenders  # noqa: E402
@@ -29,11 +31,13 @@ from _measure import FULL  # noqa: E402
 from _rates import device_name  # noqa: E402
 from _record import ProblemRecord  # noqa: E402
 from _report import bars_table, environment, table, write_json  # noqa: E402
+from _run import reason  # noqa: E402
 from _shapes import problems  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 NO_GPU = "no CUDA device on this machine: nothing here was measured on a GPU"
 _BUILD_SECONDS = 150
+_TRAINING_SECONDS = 150
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,12 +51,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(skip: bool) -> str:
-    """Build the native core in place where it is missing; what was done, in words."""
+    """Build the native modules in place where one is missing; what was done, in words."""
     from sefi_fast import available_backends
+    from sefi_fast.ops import cuda
 
     missing = available_backends().get("cpu")
-    if missing is None:
-        return "native core present"
+    built = cuda.architectures()
+    kernels = f"CUDA kernels for {', '.join(built)}" if built else "no CUDA C++ kernels"
+    if missing is None and (built or skip or not torch.cuda.is_available()):
+        return f"native core present, {kernels}"
     if skip:
         return f"native core not built: {missing}"
     if not (_ROOT / "setup.py").exists():
@@ -123,6 +130,30 @@ def measure_gpu(device: torch.device, deadline: float, small: bool, folder: Path
     return report
 
 
+def measure_training(device: torch.device, deadline: float, folder: Path) -> dict[str, Any]:
+    """The short forms of the training benchmarks; none is begun after `deadline`.
+
+    One that fails is named with its reason, and the others are measured all the same.
+    """
+    found: dict[str, Any] = {}
+    for name, bench in (("step_bench", step_bench), ("subjects_bench", subjects_bench)):
+        if time.monotonic() > deadline:
+            found[name] = "left out for time"
+            continue
+        arguments = ["--quick", "--device", device.type, "--output", str(folder)]
+        try:
+            report = bench.run(bench.parse(arguments))
+        except Exception as error:  # noqa: BLE001 - the operator's figures must not be lost with it
+            found[name] = f"failed: {type(error).__name__}: {reason(error)}"
+            print(f"{name} {found[name]}")
+            continue
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        found[name] = {key: report[key] for key in ("bars", "results") if key in report}
+    return found
+
+
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Build, check, and on a GPU with nothing red measure; the report and where it was written."""
     started = time.monotonic()
@@ -152,9 +183,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         report["note"] = "checks are red: nothing was timed"
     else:
         deadline = started + 60.0 * options.minutes
-        bench = measure_gpu(device, deadline, options.small, folder)
-        report["note"] = "all checks passed; figures in attn_bench.json"
+        bench = measure_gpu(device, deadline - _TRAINING_SECONDS, options.small, folder)
+        report["note"] = "all checks passed; figures in attn_bench.json and beside it"
         report["bars"] = bench["bars"]
+        report["training"] = measure_training(device, deadline, folder)
     report["seconds"] = round(time.monotonic() - started, 1)
     write_json(folder / "gpu_suite.json", report)
     return report, folder

@@ -1,6 +1,7 @@
-"""What the compiler made of every Triton kernel, and the time a row that follows; needs no GPU.
+"""What the compilers made of every kernel, and the time a row that follows; needs no GPU.
 
 python benchmarks/kernel_report.py --arch 80 90 --check
+python benchmarks/kernel_report.py --backends cuda --arch 80 86 89 90 100
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from _roofline import KERNELS  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 ARCHITECTURES = (80, 90)
+BACKENDS = ("triton", "cuda")
 HEAD_DIMS = (40, 64, 80, 160)
 ROWS = {"many": 4096, "few": 256}
 # How much of a row's bytes may go by accesses under 16 bytes: a tail tile of 16 or 32 columns has
 # fewer bytes than a block's lanes could take 16 of.
 NARROW_ALLOWED = {40: 0.50, 64: 0.0, 80: 0.35, 160: 0.35}
+
+# The C++ kernels read the 8 or 16 columns behind whole 32s by 4 or 8 bytes a lane.
+NARROW_ALLOWED_CUDA = {40: 0.25, 64: 0.0, 80: 0.25, 160: 0.0}
 
 # Defaults known to miss the line, each with why; --check holds all others to it.
 _REGISTERS = (
@@ -47,11 +52,20 @@ EXCEPTIONS: dict[tuple[str, int, str, int], str] = {
     ),
 }
 
+_ONE_MORE_BLOCK = "the compiler holds registers down for one more block and spills two words"
+CUDA_EXCEPTIONS: dict[tuple[str, int, str, int], str] = {
+    (kernel, capability, dtype, head_dim): _ONE_MORE_BLOCK
+    for kernel, head_dim in (("forward", 40), ("backward_key_value", 80))
+    for capability in (86, 89)
+    for dtype in ("bfloat16", "float16")
+}
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line of the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), metavar="SM")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), metavar="D")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
@@ -98,14 +112,33 @@ def compile_all(cases: list[Choice], jobs: int) -> list[Facts]:
     return [found[case] for case in cases]
 
 
+def compile_cuda(options: argparse.Namespace) -> list[Facts]:
+    """The CUDA C++ kernels of the matrix units, where the tools to compile and read them are."""
+    import _cuda_compiled
+
+    reason = _cuda_compiled.why_not()
+    if reason is not None:
+        print(f"the CUDA C++ kernels are not in this report: {reason}")
+        return []
+    found: list[Facts] = []
+    for capability in tqdm(options.arch, unit="architecture"):
+        found += _cuda_compiled.compile_capability(
+            capability, options.dtype, options.head_dims, options.jobs
+        )
+    return found
+
+
 def failures(facts: Facts) -> list[str]:
     """What a default configuration has lost: registers to spills, matrix units, wide accesses."""
     choice, lost = facts.choice, []
     if facts.spill_bytes:
         lost.append(f"{facts.spill_bytes} bytes of spills")
+    if not facts.blocks_resident:
+        lost.append(f"{facts.shared_bytes} bytes of shared memory fit on no multiprocessor")
     if choice.dtype != "float32" and not facts.matrix_instructions:
         lost.append("no matrix instruction")
-    allowed = NARROW_ALLOWED.get(choice.head_dim, 0.5)
+    table_ = NARROW_ALLOWED_CUDA if choice.backend == "cuda" else NARROW_ALLOWED
+    allowed = table_.get(choice.head_dim, 0.5)
     if facts.narrow_share > allowed:
         lost.append(
             f"{facts.narrow_share:.0%} of the row bytes move by under 16 bytes, "
@@ -116,17 +149,38 @@ def failures(facts: Facts) -> list[str]:
 
 def exception_for(choice: Choice) -> str | None:
     """Why this default is known to miss the line, or None."""
-    return EXCEPTIONS.get((choice.kernel, choice.capability, choice.dtype, choice.head_dim))
+    known = CUDA_EXCEPTIONS if choice.backend == "cuda" else EXCEPTIONS
+    return known.get((choice.kernel, choice.capability, choice.dtype, choice.head_dim))
 
 
-_HEAD = ["kernel", "dtype", "width", "rows", "block", "warps", "stages", "regs", "spill", "shared"]
+_HEAD = [
+    "backend",
+    "kernel",
+    "dtype",
+    "width",
+    "rows",
+    "block",
+    "warps",
+    "stages",
+    "regs",
+    "spill",
+    "shared",
+]
 _HEAD += ["blocks/SM", "warps/SM", "limit", "mma", "wgmma", "16B", "exp/row", "kFLOP/row"]
 _HEAD += ["B/row", "instr/row"]
 
 
 def _cells(facts: Facts, devices: tuple[str, ...]) -> list[str]:
     choice = facts.choice
-    cells = [choice.kernel, choice.dtype, choice.head_dim, choice.rows, facts.block, facts.warps]
+    cells = [
+        choice.backend,
+        choice.kernel,
+        choice.dtype,
+        choice.head_dim,
+        choice.rows,
+        facts.block,
+        facts.warps,
+    ]
     cells += [facts.stages, facts.registers, facts.spill_bytes, facts.shared_bytes]
     cells += [facts.blocks_resident, facts.warps_resident, facts.occupancy_limit]
     cells += [facts.matrix_instructions, facts.warp_group_instructions]
@@ -147,10 +201,13 @@ def report_table(facts: list[Facts], capability: int) -> str:
 
 
 def plot(facts: list[Facts], path: Path) -> None:
-    """For each device a row of bars: what every unit takes a row, for each kernel and width."""
+    """A picture for each backend: what every unit takes a row, for each kernel and width."""
     from _plots import plot_units
 
-    plot_units([one for one in facts if one.bounds], path)
+    for backend in BACKENDS:
+        shown = [one for one in facts if one.bounds and one.choice.backend == backend]
+        if shown:
+            plot_units(shown, path.with_stem(path.stem + ("" if backend == "triton" else "_cuda")))
 
 
 def content(facts: list[Facts]) -> dict[str, Any]:
@@ -168,10 +225,14 @@ def content(facts: list[Facts]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 1 with --check when a default misses the line and no exception covers it."""
     options = parse(arguments)
-    # The interpreter's mode would prevent compiling, in the workers too; Triton reads both late.
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    facts = compile_all(choices(options), options.jobs)
+    facts = []
+    if "triton" in options.backends:
+        # Interpreting would prevent compiling, in the workers too; Triton reads both late.
+        os.environ.pop("TRITON_INTERPRET", None)
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+        facts += compile_all(choices(options), options.jobs)
+    if "cuda" in options.backends:
+        facts += compile_cuda(options)
     for capability in options.arch:
         print(f"\nsm_{capability}, 77 keys, with alignment\n{report_table(facts, capability)}")
     if options.json:
@@ -184,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not lost:
             continue
         case = one.choice
-        what = f"sm_{case.capability} {case.kernel} {case.dtype} width {case.head_dim}"
+        what = (
+            f"sm_{case.capability} {case.backend} {case.kernel} {case.dtype} width {case.head_dim}"
+        )
         print(f"{'known' if excuse else 'MISSES THE LINE'}: {what}: {'; '.join(lost)}")
         if excuse:
             print(f"  {excuse}")

@@ -128,7 +128,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
         int(registers.group(1)),
         sum(map(int, spills)),
         compiled.metadata.shared,
-        warp_group + len(re.findall(r"\bmma\.sync", ptx)),
+        warp_group + len(re.findall(r"\b(?:mma\.sync|tcgen05\.mma)", ptx)),
         warp_group,
         _load_widths(ptx),
     )

@@ -23,11 +23,12 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """The processor, the instruction set the native core chose, threads and CUDA devices."""
+    """The processor and its threads, what the native modules were built for, CUDA devices."""
     import torch
 
-    from sefi_fast.ops import cpu
+    from sefi_fast.ops import cpu, cuda
 
+    built = cuda.architectures()
     devices = [
         f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"
         for index in range(torch.cuda.device_count())
@@ -37,6 +38,7 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "native core": cpu.instruction_set() or "not built",
+        "cuda kernels": "not built" if built is None else f"built for {', '.join(built)}",
         "cuda devices": ", ".join(devices) or "none",
     }
 

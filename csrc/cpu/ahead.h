@@ -4,7 +4,7 @@
 // prefetching does not follow; and asked for all at once they would queue up in front of the work.
 #pragma once
 
-#include "cpu/problem.h"
+#include "problem.h"
 #include "cpu/simd.h"
 
 namespace sefi {

@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "cpu/problem.h"
+#include "problem.h"
 
 namespace sefi {
 

@@ -1,7 +1,7 @@
 // Rows of float32, float16 or bfloat16 in the caller's memory from and to float32 rows of scratch.
 #pragma once
 
-#include "cpu/problem.h"
+#include "problem.h"
 #include "cpu/simd.h"
 
 namespace sefi {
@@ -15,6 +15,9 @@ SEFI_INLINE Vec from_bfloat16(HalfVec h) {
     return (Vec)(__builtin_convertvector(h, UIntVec) << 16);
 }
 
+#if defined(__AVX512BF16__)
+SEFI_INLINE HalfVec to_bfloat16(Vec v) { return (HalfVec)_mm512_cvtneps_pbh((__m512)v); }
+#else
 SEFI_INLINE HalfVec to_bfloat16(Vec v) {
     const UIntVec bits = (UIntVec)v;
     // Round to nearest even; a NaN's payload must not round up into infinity.
@@ -22,6 +25,7 @@ SEFI_INLINE HalfVec to_bfloat16(Vec v) {
     const UIntVec is_nan = (UIntVec)(v != v);
     return __builtin_convertvector((rounded & ~is_nan) | (((bits >> 16) | 0x40u) & is_nan), HalfVec);
 }
+#endif
 
 #if defined(__AVX512F__)
 SEFI_INLINE Vec from_float16(HalfVec h) { return (Vec)_mm512_cvtph_ps((__m256i)h); }
@@ -86,6 +90,14 @@ SEFI_INLINE HalfVec to_half(Vec v, DType dtype) {
     return dtype == DType::float16 ? to_float16(v) : to_bfloat16(v);
 }
 
+SEFI_INLINE void store_part(uint16_t* p, HalfVec v, int count) {
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1u), (__m256i)v);
+#else
+    __builtin_memcpy(p, &v, 2 * size_t(count));
+#endif
+}
+
 // count elements to float32, and zeros up to a whole vector.
 inline void load_row(const char* source, DType dtype, int64_t count, float* row) {
     const int64_t whole = count / kLanes * kLanes;
@@ -123,7 +135,7 @@ inline void store_row(const float* row, int64_t count, float factor, char* targe
     }
     if (rest) {
         const HalfVec last = to_half(factor * load(row + whole), dtype);
-        __builtin_memcpy(to + whole, &last, 2 * size_t(rest));
+        store_part(to + whole, last, rest);
     }
 }
 

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "cpu/problem.h"
+#include "problem.h"
 
 namespace sefi {
 
@@ -25,6 +25,8 @@ extern const Kernels generic_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
+extern const Kernels avx512_bf16_kernels;
+extern const Kernels amx_kernels;
 #endif
 
 }  // namespace sefi

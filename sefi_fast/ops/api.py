@@ -56,7 +56,7 @@ def fused_cross_attention(
         map_heads: "mean" over heads, or "all".
         scale: factor of the scores; default D ** -0.5.
         reference_grad: let gradients run through the reference map into query and reference_key.
-        backend: "triton", "cpu" or "eager"; default: the fastest that takes the input.
+        backend: "triton", "cuda", "cpu" or "eager"; default: the fastest that takes the input.
 
     Raises:
         TypeError: an argument of another type or dtype than above, or tensors of several dtypes.

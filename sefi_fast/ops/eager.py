@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -139,6 +141,10 @@ def backward(
 def _probabilities(query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     """softmax(Q Kᵀ · scale), [B, H, N, M] float32 or float64; rows without any key are zero."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if query.dtype == torch.float16 and 0 < abs(scale) < 1:
+        # The products before the scale may lie beyond 65504; a power of two costs no rounding.
+        power = 2.0 ** round(math.log2(abs(scale)))
+        query, scale = query * power, scale / power
     scores = (query @ key.transpose(2, 3)) * scale
     if key_mask is None:
         return scores.softmax(-1, dtype=wide)

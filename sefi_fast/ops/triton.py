@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
+
+from sefi_fast.ops.devices import cuda_device, on_device, why_not_cuda
 
 if TYPE_CHECKING:
     from sefi_fast.kernels import Device
@@ -37,9 +38,8 @@ def interpreted() -> bool:
 def _device(index: int) -> Device:
     from sefi_fast.kernels import Device
 
-    properties = torch.cuda.get_device_properties(index)
-    capability = properties.major * 10 + properties.minor
-    return Device(capability, properties.multi_processor_count, False)
+    found = cuda_device(index)
+    return Device(found.capability, found.multiprocessors, False)
 
 
 def _device_of(query: Tensor) -> Device:
@@ -66,10 +66,8 @@ def why_not(
                 "the tensors are on the CPU, which Triton only reaches through its interpreter: "
                 "move them to a CUDA device, or set TRITON_INTERPRET=1 before Python starts to test"
             )
-    elif query.device.type != "cuda":
-        return f"the tensors are on {query.device.type}, and the kernels run on CUDA devices"
-    elif torch.version.hip is not None:
-        return "this PyTorch is built for ROCm, and the kernels are made for NVIDIA devices"
+    elif (reason := why_not_cuda(query)) is not None:
+        return reason
     else:
         capability = _device_of(query).capability
         if capability < LOWEST_CAPABILITY:
@@ -80,12 +78,6 @@ def why_not(
     if query.dtype not in DTYPES:
         return f"the dtype is {query.dtype}, and the kernels take float32, float16 and bfloat16"
     return None
-
-
-def _on_device(query: Tensor) -> AbstractContextManager[object]:
-    if query.device.type == "cuda" and query.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(query.device)
-    return nullcontext()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -152,7 +144,7 @@ def forward(
             _dense(map_tokens) if tokens else None,
         )
         launch, partials = plan_forward(inputs, output, maps if tokens else None, scale, device)
-        with _on_device(query):
+        with on_device(query):
             launch.run()
         if partials is not None:
             alignment = partials.sum((1, 2)) / heads
@@ -239,7 +231,7 @@ def backward(
             launches += plan_backward_key_value(
                 inputs, gradients, statistics, totals, scale, device
             )
-        with _on_device(query):
+        with on_device(query):
             for launch in launches:
                 launch.run()
     grads = [

@@ -124,7 +124,7 @@ def test_absent_contenders_have_a_reason() -> None:
     found, absent = contenders(CPU)
     names = {contender.name for contender in found}
     assert {"eager-maps", "eager-compiled", "sdpa", "sefi-eager", "flex"} <= names
-    assert "CUDA" in absent["sefi-triton"]
+    assert "CUDA" in absent["sefi-triton"] and "CUDA" in absent["sefi-cuda"]
     assert not names & absent.keys()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from _compiled import Choice, Facts
+from _listing import kernels, load_widths, read_row_loop, row_loop
 from _sass import access_bits, read_turn
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -58,6 +59,50 @@ def test_access_widths(opcode: str, bits: int) -> None:
     assert access_bits(opcode) == bits
 
 
+RAW = """
+		Function : kernel_of_rows
+	.headerflags	@"EF_CUDA_SM80"
+        /*0000*/                   LDG.E.128 R4, [R16.64] ;          /* 0x0000000000000000 */
+                                                                      /* 0x0000000000000000 */
+        /*0010*/                   LDG.E.64 R4, [R16.64] ;           /* 0x0000000000000000 */
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R129], [R10.64] ;  /* 0x0000000000000000 */
+        /*0030*/               @P1 BRA 0x20 ;                        /* 0x0000000000000000 */
+        /*0040*/                   LDG.E.64 R36, [R20.64] ;          /* 0x0000000000000000 */
+        /*0050*/               @P2 BRA 0x40 ;                        /* 0x0000000000000000 */
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R28, R24, R4 ; /* 0x0000000000000000 */
+        /*0070*/                   MUFU.EX2 R56, R56 ;               /* 0x0000000000000000 */
+        /*0080*/              @!P0 BRA 0x60 ;                        /* 0x0000000000000000 */
+        /*0090*/                   STG.E.128 [R4.64], R56 ;          /* 0x0000000000000000 */
+        /*00a0*/               @P3 BRA.DIV ~URZ, 0xd0 ;              /* 0x0000000000000000 */
+        /*00b0*/                   BRA 0x10 ;                        /* 0x0000000000000000 */
+        /*00c0*/                   EXIT ;                            /* 0x0000000000000000 */
+        /*00d0*/                   MUFU.EX2 R56, R56 ;               /* 0x0000000000000000 */
+        /*00e0*/                   BRA 0x60 ;                        /* 0x0000000000000000 */
+"""
+
+
+def test_the_row_loop_of_a_raw_listing_is_counted_with_its_inner_loops() -> None:
+    (kernel,) = kernels(RAW).values()
+    # What lies behind the loop and jumps back into it was moved out of the way, and is no loop.
+    assert row_loop(kernel) == (1, 11)
+    turn = read_row_loop(kernel, lambda exponentials: 4 if exponentials else 1)
+    assert (turn.matrix_instructions, turn.exponentials) == (4, 4)
+    assert turn.matrix_flops == 4 * 2 * 16 * 8 * 16
+    # The copies count once, the loop over the columns of maps not at all.
+    assert turn.load_bytes == {64: 8 * 32, 128: 16 * 32}
+    assert turn.store_bytes == {128: 16 * 32}
+    assert turn.instructions == 1 + 2 + 4 * 3 + 3
+    assert load_widths(kernel) == {64: 2, 128: 2}
+
+
+def test_a_raw_listing_without_kernels_or_loops_is_refused() -> None:
+    with pytest.raises(ValueError, match="no machine instruction"):
+        kernels("nothing here")
+    (kernel,) = kernels(RAW.replace("BRA", "NOP")).values()
+    with pytest.raises(ValueError, match="no loop"):
+        read_row_loop(kernel, lambda exponentials: 1)
+
+
 def _facts(spill_bytes: int = 0, mma: int = 4, wide: float = 160.0, narrow: float = 0.0) -> Facts:
     return Facts(
         choice=Choice("forward", 90, "bfloat16", 64, 4096),
@@ -90,6 +135,30 @@ def test_the_line_that_defaults_are_held_to() -> None:
     assert "spills" in kernel_report.failures(_facts(spill_bytes=8))[0]
     assert "no matrix" in kernel_report.failures(_facts(mma=0))[0]
     assert "under 16 bytes" in kernel_report.failures(_facts(wide=80.0, narrow=80.0))[0]
+
+
+def test_the_cuda_kernels_have_a_line_of_their_own() -> None:
+    import dataclasses
+
+    import kernel_report
+
+    facts = _facts(wide=160.0, narrow=16.0)
+    facts.choice = dataclasses.replace(facts.choice, backend="cuda")
+    assert "allowed are 0%" in kernel_report.failures(facts)[0]
+    facts.choice = dataclasses.replace(facts.choice, head_dim=40)
+    assert kernel_report.failures(facts) == []
+    table = kernel_report.report_table([facts], 90)
+    assert table.splitlines()[1].startswith("cuda")
+
+
+def test_without_nvcc_the_report_says_what_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import kernel_report
+
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert kernel_report.main(["--backends", "cuda", "--arch", "80"]) == 0
+    assert "not in this report: no nvcc" in capsys.readouterr().out
 
 
 def test_the_forward_kernel_compiles_and_its_counts_are_the_roofline_s(tmp_path: Path) -> None:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sefi_fast.ops import backends
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA sources compiled for the host, once for all tests that run them."""
+    from cuda_emulation.library import build
+
+    return build(tmp_path_factory.mktemp("cuda_emulated"))
 
 
 @pytest.fixture

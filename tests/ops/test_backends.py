@@ -12,7 +12,7 @@ from sefi_fast.errors import BackendError
 from sefi_fast.ops import available_backends, backends, choose_backend, fused_cross_attention
 
 AVAILABLE = [name for name, reason in available_backends().items() if reason is None]
-DEVICE = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
+DEVICE = {"triton": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda"}
 
 
 def _call(inputs, **options):
@@ -23,7 +23,7 @@ def _call(inputs, **options):
 
 def test_every_backend_is_available_or_says_why_not():
     found = available_backends()
-    assert list(found) == ["triton", "cpu", "eager"]
+    assert list(found) == ["triton", "cuda", "cpu", "eager"]
     assert found["eager"] is None
     assert all(reason is None or len(reason) > 20 for reason in found.values())
 
@@ -60,13 +60,15 @@ def test_without_the_fastest_eager_runs(monkeypatch, calls_of):
     calls = calls_of("eager")
     whole = backends._import
     monkeypatch.setattr(
-        backends, "_import", lambda name: "gone" if name in ("cpu", "triton") else whole(name)
+        backends, "_import", lambda name: "gone" if name != "eager" else whole(name)
     )
     inputs = make_inputs()
     assert choose_backend(*inputs.tensors[:4]) == "eager"
     _call(inputs)
     assert [call.backend for call in calls] == ["eager"]
-    assert available_backends() == {"triton": "gone", "cpu": "gone", "eager": None}
+    assert available_backends() == dict.fromkeys(("triton", "cuda", "cpu"), "gone") | {
+        "eager": None
+    }
     with pytest.raises(BackendError, match="gone"):
         backends.load("cpu")
 
@@ -88,14 +90,14 @@ def test_module_that_cannot_be_imported_is_a_reason(monkeypatch):
 def test_backend_asked_for_never_falls_back(calls_of):
     calls = calls_of(*AVAILABLE)
     inputs = make_inputs(dtype=torch.float64)
-    for name in ("cpu", "triton"):
+    for name in ("cpu", "cuda", "triton"):
         with pytest.raises(BackendError, match=f"backend '{name}' cannot take this input: .+"):
             _call(inputs, backend=name)
     assert not calls
 
 
 def test_unknown_backend_is_told_the_known_ones():
-    with pytest.raises(BackendError, match="unknown backend 'cutlass'.*triton, cpu, eager"):
+    with pytest.raises(BackendError, match="unknown backend 'cutlass'.*triton, cuda, cpu, eager"):
         _call(make_inputs(), backend="cutlass")
 
 

@@ -13,7 +13,7 @@ from sefi_fast.ops import available_backends, fused_cross_attention
 
 AVAILABLE = [name for name, reason in available_backends().items() if reason is None]
 BACKENDS = [name for name in AVAILABLE if name != "triton" or torch.cuda.is_available()]
-DEVICE = {"triton": "cuda"}
+DEVICE = {"triton": "cuda", "cuda": "cuda"}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"reference": False},
     "reference": {"weights": True, "broadcast_reference": True, "mask": True},

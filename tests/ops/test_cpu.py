@@ -33,12 +33,13 @@ def test_head_widths(instruction_set, head_dim, dtype):
     check_backend("cpu", make_inputs(1, 2, 70, 77, head_dim, dtype, **ALL, seed=head_dim))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", (1, 5, 64, 65, 77, 128, 256))
 @pytest.mark.parametrize("queries", (1, 37))
-def test_numbers_of_keys_and_queries(instruction_set, queries, keys):
+def test_numbers_of_keys_and_queries(instruction_set, queries, keys, dtype):
     # One query is few numbers to take a largest error of, so there are more heads of it.
     heads = 12 if queries == 1 else 2
-    inputs = make_inputs(3, heads, queries, keys, 40, **ALL, mask=keys > 5, seed=keys)
+    inputs = make_inputs(3, heads, queries, keys, 40, dtype, **ALL, mask=keys > 5, seed=keys)
     # On x86 the plain code has no fused multiply-add: each step of a dot product rounds twice.
     check_backend("cpu", inputs, factor=3.0 if instruction_set == "generic" else 2.0)
 

@@ -20,6 +20,9 @@ from sefi_fast.ops import cpu, eager
 
 _C = pytest.importorskip("sefi_fast._C", reason="the native core is not built")
 
+# Products of another kind where the processor multiplies these types by itself.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def everything(inputs: Any) -> list[Tensor]:
     """Every output and every gradient."""
@@ -41,13 +44,10 @@ def run_apart(script: str) -> str:
     return f"exit {run.returncode}: {run.stderr}" if run.returncode else ""
 
 
-@pytest.fixture(scope="module")
-def inputs() -> Any:
-    return make_inputs(2, 3, 1100, 77, 40, weights=True, tokens=2, broadcast_kv=True)
-
-
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", (2, 3))
-def test_any_number_of_threads_gives_the_same_bits(inputs, threads):
+def test_any_number_of_threads_gives_the_same_bits(threads, dtype):
+    inputs = make_inputs(2, 3, 1100, 77, 40, dtype, weights=True, tokens=2, broadcast_kv=True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -60,15 +60,17 @@ def test_any_number_of_threads_gives_the_same_bits(inputs, threads):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_fifty_repeats_give_the_same_bits():
-    inputs = make_inputs(2, 2, 300, 77, 40, weights=True, tokens=2, broadcast_reference=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fifty_repeats_give_the_same_bits(dtype):
+    inputs = make_inputs(2, 2, 300, 77, 40, dtype, weights=True, tokens=2, broadcast_reference=True)
     first = everything(inputs)
     for _ in range(50):
         assert all(torch.equal(a, b) for a, b in zip(first, everything(inputs), strict=True))
 
 
-def test_calls_from_several_threads_do_not_mix():
-    cases = [make_inputs(1, 2, 300, 77, 40, tokens=1, seed=seed) for seed in range(4)]
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_calls_from_several_threads_do_not_mix(dtype):
+    cases = [make_inputs(1, 2, 300, 77, 40, dtype, tokens=1, seed=seed) for seed in range(4)]
     wanted = [everything(case) for case in cases]
     found: dict[int, list[Tensor]] = {}
 
@@ -130,8 +132,12 @@ import os, sys, torch
 torch.set_num_threads(2)
 from sefi_fast.ops import cpu
 query = torch.randn(1, 4, 600, 40); key = torch.randn(1, 4, 77, 40)
+narrow, narrow_key = query.bfloat16(), key.bfloat16()
 absent, options = (None,) * 4, {"map_all_heads": False, "scale": 0.2}
-run = lambda: cpu.forward(query, key, key, *absent, **options)[0].numpy().tobytes()
+def run():  # and no operator of PyTorch's, whose own threads are gone in the child
+    wide = cpu.forward(query, key, key, *absent, **options)[0]
+    half = cpu.forward(narrow, narrow_key, narrow_key, *absent, **options)[0]
+    return wide.numpy().tobytes(), half.view(torch.int16).numpy().tobytes()
 before = run()
 child = os.fork()
 if child == 0:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.oracle import make_inputs
+from ops.oracle import check_backend, make_inputs
 
 from sefi_fast.ops import available_backends, choose_backend, fused_cross_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-BACKENDS = [name for name in ("triton", "eager") if available_backends()[name] is None]
+BACKENDS = [name for name in ("triton", "cuda", "eager") if available_backends()[name] is None]
 
 
 def _step(inputs, backend):
@@ -27,9 +27,21 @@ def _inputs():
     ).trainable()
 
 
-def test_cuda_tensors_go_to_triton():
-    if available_backends()["triton"] is None:
-        assert choose_backend(*_inputs().tensors[:4]) == "triton"
+def test_cuda_tensors_go_to_triton_or_to_the_kernels_in_its_place():
+    assert choose_backend(*_inputs().tensors[:4]) == BACKENDS[0]
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [33, 40, 64, 80, 160])
+def test_every_option_keeps_the_accuracy_rule(backend, head_dim, dtype):
+    check_backend(
+        backend,
+        make_inputs(
+            2, 2, 130, 77, head_dim, dtype, tokens=2, mask=True, weights=True,
+            reference_grad=True, device="cuda",
+        ),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

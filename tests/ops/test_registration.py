@@ -23,7 +23,7 @@ BACKWARD = torch.ops.sefi_fast.fused_cross_attention_backward.default
 AVAILABLE = [name for name, reason in available_backends().items() if reason is None]
 # Triton's interpreter is slow, and the kernels have their own tests.
 BACKENDS = [name for name in AVAILABLE if name != "triton" or torch.cuda.is_available()]
-DEVICE = {"triton": "cuda"}
+DEVICE = {"triton": "cuda", "cuda": "cuda"}
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"reference": False},

@@ -1,0 +1,141 @@
+"""Reads cuobjdump's listings: the row loop of each kernel, and what one turn of it does."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from _sass import Instruction, Turn, access_bits, is_matrix, matrix_flops
+
+_FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
+_LINE = re.compile(
+    r"^\s*/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*"
+    r"(?P<op>[A-Z][\w.]*)\s*(?P<rest>[^;]*);",
+    re.M,
+)
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+_LANES = 32
+
+
+class Loop(NamedTuple):
+    """Places of the first and the last instruction of a loop."""
+
+    first: int
+    last: int
+
+    def holds(self, other: Loop) -> bool:
+        return self != other and self.first <= other.first and other.last <= self.last
+
+
+class Kernel(NamedTuple):
+    """The instructions of one kernel and its loops."""
+
+    instructions: list[Instruction]
+    loops: list[Loop]
+
+
+Trips = Callable[[bool], int]
+"""How often an inner loop with products runs in a turn of the row loop: (has exponentials)."""
+
+
+def kernels(listing: str) -> dict[str, Kernel]:
+    """Mangled name → kernel, of everything that `cuobjdump -sass` printed.
+
+    Raises ValueError for text that holds no kernel of the known format.
+    """
+    parts = _FUNCTION.split(listing)[1:]
+    found = {name: _kernel(text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    if not found or not all(kernel.instructions for kernel in found.values()):
+        raise ValueError("no machine instruction was found in the listing")
+    return found
+
+
+def _kernel(text: str) -> Kernel:
+    lines = list(_LINE.finditer(text))
+    place_of = {int(line["at"], 16): place for place, line in enumerate(lines)}
+    loops: list[Loop] = []
+    for place, line in enumerate(lines):
+        target = _TARGET.search(line["rest"]) if line["op"].startswith("BRA") else None
+        first = place_of.get(int(target[1], 16)) if target else None
+        if first is None or first >= place:
+            continue
+        # A jump from behind a loop into it returns from code that was moved out of the way.
+        if not any(loop.first < first <= loop.last for loop in loops):
+            loops.append(Loop(first, place))
+    return Kernel([Instruction(line["op"], line["rest"]) for line in lines], loops)
+
+
+def _turns(body: list[Instruction], trips: Trips) -> int:
+    """How often an inner loop runs in a turn of the row loop, for a call without maps."""
+    if any(map(is_matrix, body)):
+        return trips(any(i.opcode == "MUFU.EX2" for i in body))
+    # A loop that copies rows ahead is counted once, the loop over the columns of maps never runs.
+    return int(any(i.opcode.startswith("LDGSTS") for i in body))
+
+
+def row_loop(kernel: Kernel) -> Loop | None:
+    """The outermost of the loops with the most matrix instructions and exponentials."""
+
+    def weight(loop: Loop) -> tuple[int, int]:
+        body = kernel.instructions[loop.first : loop.last + 1]
+        return sum(is_matrix(i) or i.opcode == "MUFU.EX2" for i in body), len(body)
+
+    best = max(kernel.loops, key=weight, default=None)
+    return best if best is not None and weight(best)[0] else None
+
+
+def read_row_loop(kernel: Kernel, trips: Trips) -> Turn:
+    """Count one turn of the row loop for a call without maps, its other branches as taken.
+
+    Raises ValueError where the kernel has no loop with products in it.
+    """
+    loop = row_loop(kernel)
+    if loop is None:
+        raise ValueError("the kernel has no loop with products or exponentials in it")
+    times = [1] * len(kernel.instructions)
+    for inner in kernel.loops:
+        if loop.holds(inner):
+            turns = _turns(kernel.instructions[inner.first : inner.last + 1], trips)
+            for place in range(inner.first, inner.last + 1):
+                times[place] *= turns
+    counts: Counter[str] = Counter()
+    flops = 0.0
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
+    for place in range(loop.first, loop.last + 1):
+        instruction, often = kernel.instructions[place], times[place]
+        kind = instruction.opcode.split(".")[0]
+        size = access_bits(instruction.opcode)
+        counts["all"] += often
+        counts["special"] += often * (kind == "MUFU")
+        counts["exponentials"] += often * (instruction.opcode == "MUFU.EX2")
+        counts["matrix"] += often * is_matrix(instruction)
+        counts["local"] += often * (kind in ("LDL", "STL"))
+        flops += often * matrix_flops(instruction) if is_matrix(instruction) else 0.0
+        if kind in ("LDG", "LDGSTS"):
+            loads[size] += often * size // 8 * _LANES
+        elif kind == "STG":
+            stores[size] += often * size // 8 * _LANES
+    return Turn(
+        instructions=counts["all"],
+        special=counts["special"],
+        exponentials=counts["exponentials"],
+        matrix_instructions=counts["matrix"],
+        matrix_flops=flops,
+        load_bytes=dict(sorted(loads.items())),
+        store_bytes=dict(sorted(stores.items())),
+        local_accesses=counts["local"],
+        is_loop=True,
+    )
+
+
+def load_widths(kernel: Kernel) -> dict[int, int]:
+    """Global loads of the whole kernel by width in bits, asynchronous copies included."""
+    widths = Counter(
+        access_bits(instruction.opcode)
+        for instruction in kernel.instructions
+        if instruction.opcode.split(".")[0] in ("LDG", "LDGSTS")
+    )
+    return dict(sorted(widths.items()))

@@ -1,0 +1,199 @@
+// The entry points: cuts the rows, lays out the scratch memory, picks and starts the kernels.
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/calls.h"
+#include "cuda/kernels.h"
+#include "cuda/tensor.h"
+
+namespace sefi::cuda {
+namespace {
+
+constexpr int kSimpleBlocks = 4;
+constexpr int64_t kSimpleRows = 16;
+
+// Hands out 256-byte aligned pieces of one block; from a null block it only counts the bytes.
+class Arena {
+public:
+    explicit Arena(void* block) : block_(static_cast<char*>(block)) {}
+
+    float* floats(int64_t count) {
+        char* piece = block_ ? block_ + used_ : nullptr;
+        used_ += (4 * count + 255) / 256 * 256;
+        return reinterpret_cast<float*>(piece);
+    }
+    int64_t used() const { return used_; }
+
+private:
+    char* block_;
+    int64_t used_ = 0;
+};
+
+// About `blocks` blocks a multiprocessor over all heads, each of a multiple of `unit` rows.
+Cut cut_rows(const Problem& p, int multiprocessors, int blocks, int64_t unit) {
+    constexpr float kLog2e = 1.44269504088896341f, kSmallest = 1e-30f;
+    const int64_t units = (p.queries + unit - 1) / unit;
+    const int64_t wanted = int64_t(blocks) * std::max(multiprocessors, 1) / (p.batch * p.heads);
+    const int64_t most = std::min<int64_t>(std::clamp<int64_t>(wanted, 1, units), 65535);
+    Cut cut;
+    cut.rows_a_block = (units + most - 1) / most * unit;
+    cut.splits = (p.queries + cut.rows_a_block - 1) / cut.rows_a_block;
+    // Hidden scores are -inf, and -inf times 0 would be NaN.
+    cut.scale_log2 = std::max(std::fabs(p.scale) * kLog2e, kSmallest);
+    cut.sign = p.scale < 0 ? -1.0f : 1.0f;
+    return cut;
+}
+
+struct ForwardPlan {
+    bool tensor;
+    ForwardArguments arguments;
+    int64_t bytes;
+
+    ForwardPlan(const ForwardCall& call, void* scratch, int multiprocessors)
+        : tensor(tensor::takes(call)) {
+        Arena arena(scratch);
+        arguments.call = call;
+        arguments.cut =
+            tensor ? cut_rows(call, multiprocessors, tensor::forward_blocks(call.head_dim),
+                              tensor::kBlockRows)
+                   : cut_rows(call, multiprocessors, kSimpleBlocks, kSimpleRows);
+        const int64_t heads = call.batch * call.heads;
+        if (call.reference_key.data) {
+            arguments.partials = arena.floats(heads * arguments.cut.splits);
+        }
+        if (call.map_count) {
+            arguments.maps = call.map_all_heads
+                                 ? call.maps
+                                 : arena.floats(heads * call.map_count * call.queries);
+        }
+        bytes = arena.used();
+    }
+};
+
+struct BackwardPlan {
+    bool tensor;
+    BackwardArguments query, key_value;
+    int64_t bytes;
+
+    BackwardPlan(const BackwardCall& call, void* scratch, int multiprocessors)
+        : tensor(tensor::takes(call)) {
+        Arena arena(scratch);
+        query.call = call;
+        query.with_reference = call.with_reference();
+        query.reference_grad = call.reference_grad && call.with_reference();
+        query.map_share = call.map_all_heads ? 1.0f : 1.0f / float(call.heads);
+        // Whole tiles, so that a tile's statistics are read without a look at the end.
+        query.padded_rows = (call.queries + tensor::kBlockRows - 1) / tensor::kBlockRows;
+        query.padded_rows *= tensor::kBlockRows;
+        query.statistics =
+            arena.floats(call.batch * call.heads * kStatistics * query.padded_rows);
+        key_value = query;
+        if (tensor) {
+            query.cut = cut_rows(call, multiprocessors, tensor::query_blocks(call.head_dim),
+                                 tensor::kBlockRows);
+            key_value.cut = cut_rows(call, multiprocessors, tensor::key_blocks(call.head_dim),
+                                     tensor::kBlockRows);
+        } else {
+            query.cut = cut_rows(call, multiprocessors, kSimpleBlocks, kSimpleRows);
+            // Each tile of 16 keys is another block, and each split another partial sum.
+            key_value.cut = cut_rows(call, multiprocessors, 1, kSimpleRows);
+        }
+        const int64_t partial =
+            call.batch * call.heads * key_value.cut.splits * call.keys * call.head_dim;
+        if (call.grad_key.data) key_value.key = arena.floats(partial);
+        if (call.grad_value.data) key_value.value = arena.floats(partial);
+        if (call.grad_reference_key.data) key_value.reference = arena.floats(partial);
+        bytes = arena.used();
+    }
+
+    bool with_keys() const { return key_value.key || key_value.value || key_value.reference; }
+};
+
+View like(View result, const View& input) {
+    result.shared = input.shared;
+    return result;
+}
+
+const char* sentence(cudaError_t error) {
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* refusal(const Problem& p) {
+    if (p.batch < 1 || p.heads < 1 || p.queries < 1) {
+        return "batch, heads and queries must be positive";
+    }
+    if (p.keys < 1 || p.keys > 256) return "the kernels take 1 to 256 keys";
+    if (p.head_dim < 1 || p.head_dim > 256) return "the kernels take head widths 1 to 256";
+    if (p.batch * p.heads > 2147483647) return "batch times heads must stay below 2**31";
+    return nullptr;
+}
+
+}  // namespace
+
+int64_t forward_scratch(const ForwardCall& call, int multiprocessors) {
+    return refusal(call) ? 0 : ForwardPlan(call, nullptr, multiprocessors).bytes;
+}
+
+int64_t backward_scratch(const BackwardCall& call, int multiprocessors) {
+    return refusal(call) ? 0 : BackwardPlan(call, nullptr, multiprocessors).bytes;
+}
+
+const char* forward(const ForwardCall& call, void* scratch, int multiprocessors, void* stream) {
+    if (const char* why = refusal(call)) return why;
+    const ForwardPlan plan(call, scratch, multiprocessors);
+    if (plan.bytes && !scratch) return "the forward pass needs its scratch memory";
+    const cudaStream_t on = static_cast<cudaStream_t>(stream);
+    const ForwardArguments& a = plan.arguments;
+    cudaError_t error = plan.tensor ? tensor::forward(a, on) : simple::forward(a, on);
+    if (error == cudaSuccess && call.alignment) {
+        AlignmentArguments sums;
+        sums.partials = a.partials;
+        sums.alignment = call.alignment;
+        sums.heads = call.heads;
+        sums.batch = call.batch;
+        sums.splits = a.cut.splits;
+        error = sum_alignment(sums, on);
+    }
+    if (error == cudaSuccess && call.map_count && !call.map_all_heads) {
+        MapArguments maps;
+        maps.all = a.maps;
+        maps.mean = call.maps;
+        maps.heads = call.heads;
+        maps.entries = call.map_count * call.queries;
+        maps.count = call.batch * maps.entries;
+        error = mean_maps(maps, on);
+    }
+    return sentence(error);
+}
+
+const char* backward(const BackwardCall& call, void* scratch, int multiprocessors, void* stream) {
+    if (const char* why = refusal(call)) return why;
+    const BackwardPlan plan(call, scratch, multiprocessors);
+    if (!scratch) return "the backward pass needs its scratch memory";
+    const bool through_reference = call.reference_grad && call.with_reference();
+    if (call.grad_reference_key.data && !through_reference) {
+        return "no gradient reaches the reference key";
+    }
+    if (call.grad_value.data && !call.grad_output.data) return "no gradient reaches the value";
+    const cudaStream_t on = static_cast<cudaStream_t>(stream);
+    if (!plan.with_keys() && !call.grad_query.data) return nullptr;
+    cudaError_t error = plan.tensor ? tensor::backward_query(plan.query, on)
+                                    : simple::backward_query(plan.query, on);
+    if (error != cudaSuccess || !plan.with_keys()) return sentence(error);
+    const BackwardArguments& a = plan.key_value;
+    error = plan.tensor ? tensor::backward_key_value(a, on) : simple::backward_key_value(a, on);
+    if (error != cudaSuccess) return sentence(error);
+    TotalArguments totals;
+    totals.totals[0] = {a.key, like(call.grad_key, call.key)};
+    totals.totals[1] = {a.value, like(call.grad_value, call.value)};
+    totals.totals[2] = {a.reference, like(call.grad_reference_key, call.reference_key)};
+    totals.batch = call.batch;
+    totals.heads = call.heads;
+    totals.splits = a.cut.splits;
+    totals.keys = call.keys;
+    totals.head_dim = call.head_dim;
+    totals.dtype = call.dtype;
+    return sentence(sum_totals(totals, on));
+}
+
+}  // namespace sefi::cuda

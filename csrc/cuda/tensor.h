@@ -1,0 +1,25 @@
+// The kernels of the matrix units: which calls they take, and how their rows are cut.
+#pragma once
+
+#include "cuda/arguments.h"
+
+namespace sefi::cuda::tensor {
+
+// The rows that a block's share is a multiple of, for all three kernels.
+constexpr int kBlockRows = 64;
+
+// Blocks that are resident on a multiprocessor at a time, by their registers and shared memory.
+inline int resident(int narrow, int64_t head_dim) { return head_dim > 80 ? 1 : narrow; }
+inline int forward_blocks(int64_t head_dim) { return resident(3, head_dim); }
+inline int query_blocks(int64_t head_dim) { return resident(3, head_dim); }
+inline int key_blocks(int64_t head_dim) { return resident(2, head_dim); }
+
+// float16 and bfloat16, usual head widths, up to 80 keys, rows at multiples of 16 bytes.
+bool takes(const ForwardCall& call);
+bool takes(const BackwardCall& call);
+
+cudaError_t forward(const ForwardArguments&, cudaStream_t);
+cudaError_t backward_query(const BackwardArguments&, cudaStream_t);
+cudaError_t backward_key_value(const BackwardArguments&, cudaStream_t);
+
+}  // namespace sefi::cuda::tensor

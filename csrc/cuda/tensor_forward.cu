@@ -1,0 +1,149 @@
+// Forward kernel of the matrix units: equations 4 and 5 of docs/method.md, 16 rows a warp.
+#include "cuda/kernels.h"
+#include "cuda/softmax.h"
+#include "cuda/start.h"
+#include "cuda/tensor.h"
+
+namespace sefi::cuda::tensor {
+namespace {
+
+// Wide heads fill shared memory: more warps share it.
+template <int D>
+constexpr int kWarps = D > 80 ? 8 : 4;
+
+template <int D>
+size_t shared_bytes(const ForwardCall& call) {
+    const size_t tiles = call.reference_key.data ? 3 : 2;
+    return tiles * Layout<D>::kTile + 4 * (2 * kKeys + kWarps<D>);
+}
+
+template <int D, int kFirst, class E>
+SEFI_DEVICE void write_output(const uint32_t (&weights)[kKeySteps][4], uint32_t tile, E* head,
+                              int64_t stride, int64_t first, int64_t end) {
+    if constexpr (kFirst < D / 8) {
+        float sums[kGroup<D, kFirst>][4] = {};
+        weigh_keys<D, kFirst, E>(weights, tile, sums);
+        store_group<D, kFirst>(head, stride, first, end, 1.0f, sums);
+        write_output<D, kFirst + kGroup<D, kFirst>>(weights, tile, head, stride, first, end);
+    }
+}
+
+// One number a row, of the column that a map asks for; zeros for one that does not exist.
+SEFI_DEVICE void write_map(const float (&map)[kKeyEights][4], int64_t token, int64_t first,
+                           int64_t end, float* to) {
+    const int t = lane() % 4;
+    const bool exists = token >= 0 && token < kKeys;
+    const int column = exists ? int(token) : 0;
+    if (column % 8 / 2 != t) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        float picked = 0.0f;
+#pragma unroll
+        for (int e = 0; e < kKeyEights; ++e) {
+            const float number = column % 2 ? map[e][2 * r + 1] : map[e][2 * r];
+            picked = exists && column / 8 == e ? number : picked;
+        }
+        const int64_t row = first + lane() / 4 + 8 * r;
+        if (row < end) to[row] = picked;
+    }
+}
+
+template <int D, class E>
+__global__ void __launch_bounds__(32 * kWarps<D>) forward_kernel(const ForwardArguments a) {
+    constexpr int kThreads = 32 * kWarps<D>, kTile = Layout<D>::kTile;
+    const ForwardCall& call = a.call;
+    const unsigned heads = unsigned(call.heads);
+    const int64_t b = blockIdx.x / heads, h = blockIdx.x % heads;
+    const bool with_reference = call.reference_key.data != nullptr;
+    char* const key = shared_memory();
+    char* const value = key + kTile;
+    char* const reference = value + kTile;
+    float* const bias = reinterpret_cast<float*>(with_reference ? reference + kTile : reference);
+    float* const weights = bias + kKeys;
+    float* const shares = weights + kKeys;
+    load_bias<kThreads>(call, b, bias);
+    load_weights<kThreads>(call, b, 1.0f, weights);
+    __syncthreads();
+    load_keys<D, kThreads>(head_of<E>(call.key, b, h), call.key.row, bias, key);
+    load_keys<D, kThreads>(head_of<E>(call.value, b, h), call.value.row, bias, value);
+    if (with_reference) {
+        load_keys<D, kThreads>(head_of<E>(call.reference_key, b, h), call.reference_key.row, bias,
+                               reference);
+    }
+    __syncthreads();
+
+    const E* const query = head_of<E>(call.query, b, h);
+    E* const output = head_of<E>(call.output, b, h);
+    const uint32_t key_scores = shared_address(key) + score_offset<D>();
+    const uint32_t reference_scores = shared_address(reference) + score_offset<D>();
+    const uint32_t value_sums = shared_address(value) + sum_offset<D>();
+    const int64_t begin = blockIdx.y * a.cut.rows_a_block;
+    const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
+    const int warp = int(threadIdx.x) / 32;
+    float distance = 0.0f;
+    for (int64_t first = begin + 16 * warp; first < end; first += 16 * kWarps<D>) {
+        uint32_t rows[D / 8][2];
+        load_rows<D>(query, call.query.row, first, end, rows);
+        float target[kKeyEights][4], log_sum[2];
+        probabilities<D, E>(rows, key_scores, bias, a.cut.scale_log2, target, log_sum);
+        for (int64_t t = 0; a.maps && t < call.map_count; ++t) {
+            const int64_t token = call.map_tokens[b * call.map_tokens_batch + t];
+            write_map(target, token < call.keys ? token : -1, first, end,
+                      a.maps + (blockIdx.x * call.map_count + t) * call.queries);
+        }
+        if (with_reference) {
+            float anchor[kKeyEights][4];
+            probabilities<D, E>(rows, reference_scores, bias, a.cut.scale_log2, anchor, log_sum);
+            // Rows past the end are zeros in both maps' scores: their difference is exactly 0.
+#pragma unroll
+            for (int e = 0; e < kKeyEights; ++e) {
+                const float2 weight = of_columns(weights, e);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float difference = target[e][i] - anchor[e][i];
+                    const float own = i % 2 ? weight.y : weight.x;
+                    distance = fmaf(own * difference, difference, distance);
+                }
+            }
+        }
+        uint32_t packed[kKeySteps][4];
+        pack_weights<E>(target, packed);
+        write_output<D, 0>(packed, value_sums, output, call.output.row, first, end);
+    }
+    if (!a.partials) return;
+    for (int step = 1; step < 32; step *= 2) distance += __shfl_xor_sync(kAllLanes, distance, step);
+    if (lane() == 0) shares[warp] = distance;
+    __syncthreads();
+    if (threadIdx.x) return;
+    float total = 0.0f;
+    for (int w = 0; w < kWarps<D>; ++w) total += shares[w];
+    a.partials[blockIdx.x * a.cut.splits + blockIdx.y] = total;
+}
+
+template <int D, class E>
+cudaError_t run(const ForwardArguments& a, cudaStream_t stream) {
+    const dim3 grid(unsigned(a.call.batch * a.call.heads), unsigned(a.cut.splits));
+    return start(forward_kernel<D, E>, grid, 32 * kWarps<D>, shared_bytes<D>(a.call), stream, a);
+}
+
+template <int D>
+cudaError_t run(const ForwardArguments& a, cudaStream_t stream) {
+    return a.call.dtype == DType::float16 ? run<D, Half>(a, stream) : run<D, BFloat16>(a, stream);
+}
+
+}  // namespace
+
+cudaError_t forward(const ForwardArguments& a, cudaStream_t stream) {
+    switch (a.call.head_dim) {
+        case 40:
+            return run<40>(a, stream);
+        case 64:
+            return run<64>(a, stream);
+        case 80:
+            return run<80>(a, stream);
+        default:
+            return run<160>(a, stream);
+    }
+}
+
+}  // namespace sefi::cuda::tensor

@@ -1,0 +1,221 @@
+// Tiles of the matrix units: 16 rows a warp in registers, up to 80 keys in shared memory.
+//
+// A lane has columns 2t, 2t + 1 of every eight columns (t = lane % 4) of rows g and g + 8
+// (g = lane / 4). So that it can still read and write 16 bytes of a row at once, the columns of a
+// head are taken in another order, the same for both factors of a product: of each 32 columns lane
+// t has columns 8t to 8t + 7, two in each eight; of a rest of 16 columns 4t to 4t + 3.
+#pragma once
+
+#include "cuda/arguments.h"
+
+namespace sefi::cuda::tensor {
+
+constexpr int kKeys = 80, kKeyEights = kKeys / 8, kKeySteps = kKeys / 16;
+constexpr uint32_t kAllLanes = ~0u;
+
+// Rows of D two-byte elements in shared memory. An odd number of 16-byte chunks from row to row
+// spreads the eight rows of a matrix over all banks.
+template <int D>
+struct Layout {
+    static_assert(D % 8 == 0 && D % 32 != 24, "head widths in groups of 32, 16 and 8 columns");
+    static constexpr int kEights = D / 8;
+    static constexpr int kStride = 16 * (kEights | 1);
+    static constexpr int kTile = kKeys * kStride;
+};
+
+// Eights in the group of columns that begins at eight kFirst.
+template <int D, int kFirst>
+constexpr int kGroup = D / 8 - kFirst >= 4 ? 4 : D / 8 - kFirst >= 2 ? 2 : 1;
+
+SEFI_DEVICE int lane() { return int(threadIdx.x) % 32; }
+
+// Where a lane's row of the matrices lies in a tile: for scores, whose tile's rows are columns of
+// the product, and for sums over the tile's rows.
+template <int D>
+SEFI_DEVICE uint32_t score_offset() {
+    return uint32_t((lane() / 16 * 8 + lane() % 8) * Layout<D>::kStride + lane() / 8 % 2 * 16);
+}
+template <int D>
+SEFI_DEVICE uint32_t sum_offset() {
+    return uint32_t(lane() % 16 * Layout<D>::kStride + lane() / 16 * 16);
+}
+
+// Fragments of rows first + g and first + g + 8: rows[eight][which]; zeros from row `end` on.
+template <int D, class E>
+SEFI_DEVICE void load_rows(const E* head, int64_t stride, int64_t first, int64_t end,
+                           uint32_t (&rows)[D / 8][2]) {
+    const int t = lane() % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int64_t row = first + lane() / 4 + 8 * r;
+        const char* from = reinterpret_cast<const char*>(head + row * stride);
+        const bool inside = row < end;
+#pragma unroll
+        for (int e = 0; e + 4 <= D / 8; e += 4) {
+            uint4 four = make_uint4(0, 0, 0, 0);
+            if (inside) four = *reinterpret_cast<const uint4*>(from + 16 * e + 16 * t);
+            rows[e][r] = four.x;
+            rows[e + 1][r] = four.y;
+            rows[e + 2][r] = four.z;
+            rows[e + 3][r] = four.w;
+        }
+        constexpr int kWhole = D / 32 * 4;
+        if constexpr (D % 32 == 16) {
+            uint2 two = make_uint2(0, 0);
+            if (inside) two = *reinterpret_cast<const uint2*>(from + 16 * kWhole + 8 * t);
+            rows[kWhole][r] = two.x;
+            rows[kWhole + 1][r] = two.y;
+        }
+        if constexpr (D % 32 == 8) {
+            uint32_t one = 0;
+            if (inside) one = *reinterpret_cast<const uint32_t*>(from + 16 * kWhole + 4 * t);
+            rows[kWhole][r] = one;
+        }
+    }
+}
+
+// The same way back for one group of columns, times a factor.
+template <int D, int kFirst, class E>
+SEFI_DEVICE void store_group(E* head, int64_t stride, int64_t first, int64_t end, float factor,
+                             const float (&sums)[kGroup<D, kFirst>][4]) {
+    constexpr int kCount = kGroup<D, kFirst>;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int64_t row = first + lane() / 4 + 8 * r;
+        if (row >= end) continue;
+        uint32_t pairs[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            pairs[i] = pack<E>(factor * sums[i][2 * r], factor * sums[i][2 * r + 1]);
+        }
+        char* to = reinterpret_cast<char*>(head + row * stride);
+        to += 16 * kFirst + 4 * kCount * (lane() % 4);
+        if constexpr (kCount == 4) {
+            *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        } else if constexpr (kCount == 2) {
+            *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
+        } else {
+            *reinterpret_cast<uint32_t*>(to) = pairs[0];
+        }
+    }
+}
+
+// All keys of one head into shared memory in the fragments' order of columns; hidden and missing
+// ones become zeros, so that nothing in them reaches a product.
+template <int D, int kThreads, class E>
+SEFI_DEVICE void load_keys(const E* head, int64_t stride, const float* bias, char* tile) {
+    constexpr int kEights = Layout<D>::kEights, kWhole = D / 32 * 4;
+#pragma unroll 4
+    for (int i = int(threadIdx.x); i < kKeys * kEights; i += kThreads) {
+        const int key = i / kEights, eight = i % kEights;
+        uint4 chunk = make_uint4(0, 0, 0, 0);
+        if (bias[key] == 0.0f) {
+            chunk = *reinterpret_cast<const uint4*>(head + key * stride + 8 * eight);
+        }
+        uint32_t* to = reinterpret_cast<uint32_t*>(tile + key * Layout<D>::kStride);
+        if (eight < kWhole) {
+            to += eight / 4 * 16 + eight % 4;
+            to[0] = chunk.x;
+            to[4] = chunk.y;
+            to[8] = chunk.z;
+            to[12] = chunk.w;
+        } else if (D % 32 == 16) {
+            to += 4 * kWhole + 2 * (eight - kWhole);
+            to[0] = chunk.x;
+            to[4] = chunk.y;
+            to[1] = chunk.z;
+            to[5] = chunk.w;
+        } else {
+            *reinterpret_cast<uint4*>(to + 4 * kWhole) = chunk;
+        }
+    }
+}
+
+// 0 for the keys a sample may attend to, -inf for the others.
+template <int kThreads>
+SEFI_DEVICE void load_bias(const Problem& p, int64_t b, float* bias) {
+    const uint8_t* mask = p.key_mask ? p.key_mask + b * p.key_mask_batch : nullptr;
+    for (int k = int(threadIdx.x); k < kKeys; k += kThreads) {
+        const bool visible = k < p.keys && (!mask || mask[k]);
+        bias[k] = visible ? 0.0f : -INFINITY;
+    }
+}
+
+// `factor` times the weights of the keys; 0 where a key does not exist.
+template <int kThreads>
+SEFI_DEVICE void load_weights(const Problem& p, int64_t b, float factor, float* weights) {
+    const float* given = p.token_weights ? p.token_weights + b * p.token_weights_batch : nullptr;
+    for (int k = int(threadIdx.x); k < kKeys; k += kThreads) {
+        weights[k] = k >= p.keys ? 0.0f : given ? factor * given[k] : factor;
+    }
+}
+
+// products += rows * tile^T: 16 rows by 80 keys. `tile` is the tile's address with score_offset.
+template <int D, class E>
+SEFI_DEVICE void multiply_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile,
+                               float (&products)[kKeyEights][4]) {
+    constexpr int kStride = Layout<D>::kStride;
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const uint32_t a[4] = {rows[2 * step][0], rows[2 * step][1], rows[2 * step + 1][0],
+                               rows[2 * step + 1][1]};
+#pragma unroll
+        for (int k = 0; k < kKeySteps; ++k) {
+            uint32_t b[4];
+            load_matrices(b, tile + uint32_t(16 * k * kStride + 32 * step));
+            multiply_add<E>(products[2 * k], a, b[0], b[1]);
+            multiply_add<E>(products[2 * k + 1], a, b[2], b[3]);
+        }
+    }
+    if constexpr (D % 16 == 8) {
+        const uint32_t a[2] = {rows[D / 8 - 1][0], rows[D / 8 - 1][1]};
+        const uint32_t last = tile - score_offset<D>() + uint32_t(lane() % 16 * kStride);
+#pragma unroll
+        for (int k = 0; k < kKeySteps; ++k) {
+            uint32_t b[2];
+            load_matrices(b, last + uint32_t(16 * k * kStride + 2 * D - 16));
+            multiply_add<E>(products[2 * k], a, b[0]);
+            multiply_add<E>(products[2 * k + 1], a, b[1]);
+        }
+    }
+}
+
+// sums += weights * tile for one group of columns. `tile` is the tile's address with sum_offset.
+template <int D, int kFirst, class E>
+SEFI_DEVICE void weigh_keys(const uint32_t (&weights)[kKeySteps][4], uint32_t tile,
+                            float (&sums)[kGroup<D, kFirst>][4]) {
+    constexpr int kCount = kGroup<D, kFirst>, kStride = Layout<D>::kStride;
+#pragma unroll
+    for (int k = 0; k < kKeySteps; ++k) {
+        const uint32_t from = tile + uint32_t(16 * k * kStride + 16 * kFirst);
+        if constexpr (kCount == 1) {
+            uint32_t b[2];
+            load_transposed(b, from);
+            multiply_add<E>(sums[0], weights[k], b[0], b[1]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kCount; i += 2) {
+                uint32_t b[4];
+                load_transposed(b, from + uint32_t(16 * i));
+                multiply_add<E>(sums[i], weights[k], b[0], b[1]);
+                multiply_add<E>(sums[i + 1], weights[k], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Maps or their gradients as the left factor of weigh_keys.
+template <class E>
+SEFI_DEVICE void pack_weights(const float (&map)[kKeyEights][4],
+                              uint32_t (&weights)[kKeySteps][4]) {
+#pragma unroll
+    for (int k = 0; k < kKeySteps; ++k) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float(&pairs)[4] = map[2 * k + i / 2];
+            weights[k][i] = pack<E>(pairs[2 * (i % 2)], pairs[2 * (i % 2) + 1]);
+        }
+    }
+}
+
+}  // namespace sefi::cuda::tensor

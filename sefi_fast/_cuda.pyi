@@ -1,0 +1,60 @@
+from collections.abc import Sequence
+
+def forward(
+    sizes: Sequence[int],
+    dtype: int,
+    scale: float,
+    inputs: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
+    map_all_heads: bool,
+    output: Sequence[int],
+    alignment: int,
+    maps: int,
+    scratch: int,
+    multiprocessors: int,
+    stream: int,
+) -> None: ...
+def backward(
+    sizes: Sequence[int],
+    dtype: int,
+    scale: float,
+    inputs: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
+    map_all_heads: bool,
+    grad_output: Sequence[int],
+    grad_alignment: int,
+    grad_maps: int,
+    reference_grad: bool,
+    gradients: Sequence[Sequence[int]],
+    scratch: int,
+    multiprocessors: int,
+    stream: int,
+) -> None: ...
+def forward_scratch(
+    sizes: Sequence[int],
+    dtype: int,
+    scale: float,
+    inputs: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
+    map_all_heads: bool,
+    output: Sequence[int],
+    alignment: int,
+    maps: int,
+    multiprocessors: int,
+) -> int: ...
+def backward_scratch(
+    sizes: Sequence[int],
+    dtype: int,
+    scale: float,
+    inputs: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
+    map_all_heads: bool,
+    grad_output: Sequence[int],
+    grad_alignment: int,
+    grad_maps: int,
+    reference_grad: bool,
+    gradients: Sequence[Sequence[int]],
+    multiprocessors: int,
+) -> int: ...
+def architectures() -> list[str]: ...
+def runtime_version() -> int: ...

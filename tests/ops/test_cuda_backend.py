@@ -1,0 +1,202 @@
+"""The backend "cuda" end to end on CPU tensors: its binding and kernels, compiled for the host.
+
+Only the questions to a device are answered by the tests: there is none here.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from cuda_emulation.module import TARGETS, VERSION, build_module
+from ops.oracle import check_backend, check_results, make_inputs, operator_results
+
+from sefi_fast.errors import BackendError
+from sefi_fast.ops import backends, choose_backend, cuda, fused_cross_attention
+from sefi_fast.ops.devices import CudaDevice
+
+FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
+ALL = {"weights": True, "mask": True, "tokens": 3, "reference_grad": True}
+
+
+@pytest.fixture(scope="session")
+def module(emulated_library: Path) -> ModuleType:
+    return build_module(emulated_library)
+
+
+@pytest.fixture
+def emulated(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(cuda, "_why_not_device", lambda query: None)
+    monkeypatch.setattr(cuda, "_place", lambda query: (2, 0))
+    return module
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head_dim": 40, "dtype": BFLOAT16, **ALL},
+        {"head_dim": 64, "dtype": FLOAT16, **ALL, "map_all_heads": True},
+        {"head_dim": 80, "dtype": BFLOAT16, "reference": False, "tokens": 2},
+        {"head_dim": 17, **ALL, "strided": False, "map_all_heads": True},
+        {"head_dim": 40, **ALL, "broadcast_kv": True, "broadcast_reference": True},
+        {"head_dim": 40, "dtype": FLOAT16, "broadcast_reference": True, "scale": -0.2},
+        {"head_dim": 24, "keys": 100, "queries": 19, "scale": 0.0, **ALL},
+        {"head_dim": 40, "keys": 1, "dtype": BFLOAT16, **ALL},
+        {"head_dim": 40, "queries": 0, "tokens": 1},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_option_keeps_the_accuracy_rule(emulated: ModuleType, options: dict) -> None:
+    check_backend("cuda", make_inputs(**options))
+
+
+def test_the_operator_and_autograd_reach_the_kernels(emulated: ModuleType, calls_of) -> None:
+    calls = calls_of("cuda", "cpu", "eager")
+    inputs = make_inputs(dtype=BFLOAT16, **ALL)
+    results = operator_results(inputs, "cuda")
+    assert {call.backend for call in calls} == {"cuda"}
+    assert {call.direction for call in calls} == {"forward", "backward"}
+    check_results(results, inputs)
+
+
+def test_only_the_wanted_gradients_are_made(emulated: ModuleType) -> None:
+    inputs = make_inputs(head_dim=40, dtype=BFLOAT16)
+    grads = cuda.backward(
+        None, inputs.grad_alignment, None, *inputs.tensors, **inputs.options,
+        reference_grad=False, needs=(False, True, True, True),
+    )  # fmt: skip
+    assert grads[0] is None and grads[1] is not None and grads[1].any()
+    # Nothing reaches the value through the alignment, nor the reference key without asking.
+    assert not grads[2].any() and not grads[3].any()
+
+
+def test_a_call_takes_the_scratch_it_asks_for(
+    emulated: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    make = cuda._scratch
+
+    def scratch(query: torch.Tensor, size: int) -> torch.Tensor:
+        sizes.append(size)
+        return make(query, size)
+
+    monkeypatch.setattr(cuda, "_scratch", scratch)
+    inputs = make_inputs(2, 2, 33, 77, 40)
+    cuda.forward(*inputs.tensors, **inputs.options)
+    cuda.backward(
+        *inputs.grads, *inputs.tensors, **inputs.options, reference_grad=False,
+        needs=(True, True, True, False),
+    )  # fmt: skip
+    forward, backward = sizes
+    assert 0 < forward < backward
+    # dK and dV in float32 of two heads of two samples, at least once each.
+    assert backward > 2 * 4 * (2 * 2 * 77 * 40)
+
+
+def test_failures_of_the_kernels_are_one_sentence(module: ModuleType) -> None:
+    absent = (0, 0, 0, 0, 0)
+    problem = ((1, 1, 1, 1, 8), 0, 1.0, [absent] * 4, [(0, 0, 0)] * 3, False)
+    with pytest.raises(RuntimeError, match="scratch memory"):
+        module.backward(*problem, absent, 0, 0, False, [absent] * 4, 0, 2, 0)
+    with pytest.raises(ValueError, match="no gradient reaches the reference key"):
+        module.backward(*problem, absent, 0, 0, False, [absent] * 3 + [(8, 1, 8, 8, 8)], 8, 2, 0)
+    with pytest.raises(ValueError, match="dtype code"):
+        module.forward((1, 1, 1, 1, 8), 7, *problem[2:], absent, 0, 0, 0, 2, 0)
+
+
+def test_the_binding_tells_what_was_built(module: ModuleType) -> None:
+    assert module.architectures() == TARGETS.split(",")
+    assert module.runtime_version() == VERSION
+
+
+def test_without_the_module_the_reason_says_how_to_have_it(monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr(cuda, "_missing", "not built", raising=False)
+    inputs = make_inputs()
+    with pytest.raises(BackendError, match="sefi_fast._cuda is not there.*SEFI_CUDA=1"):
+        choose_backend(*inputs.tensors[:4], backend="cuda")
+    assert cuda.architectures() is None
+
+
+def test_cpu_tensors_are_refused_by_name(module: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_cuda", module)
+    inputs = make_inputs()
+    with pytest.raises(BackendError, match="on cpu, and the kernels run on CUDA devices"):
+        fused_cross_attention(inputs.query, inputs.key, inputs.value, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("target", "runs", "does_not"),
+    [
+        ("sm_80", (80, 86, 89), (75, 90, 100)),
+        ("sm_90a", (90,), (80, 100)),
+        ("compute_80", (80, 89, 90, 120), (75,)),
+        ("compute_90a", (90,), (89, 100)),
+        ("sm_100f", (100, 103), (90, 110, 120)),
+    ],
+)
+def test_what_code_for_a_target_runs_on(target: str, runs: tuple, does_not: tuple) -> None:
+    assert all(cuda.covers(target, capability) for capability in runs)
+    assert not any(cuda.covers(target, capability) for capability in does_not)
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "said"),
+    [
+        (90, 13000, None),
+        (86, 13000, None),
+        (120, 13010, None),
+        (75, 13000, "capability 7.5.*need 8.0"),
+        (90, 12080, "built with CUDA 13.0 and the driver is of CUDA 12.8: update the driver"),
+    ],
+)
+def test_devices_are_refused_in_words(
+    module: ModuleType, monkeypatch, capability: int, driver: int, said: str | None
+) -> None:
+    monkeypatch.setattr(cuda, "_cuda", module)
+    _pretend(monkeypatch, capability, driver)
+    reason = cuda._why_not_device(_OnCuda())
+    if said is None:
+        assert reason is None
+    else:
+        assert reason is not None
+        with pytest.raises(ValueError, match=said):
+            raise ValueError(reason)
+
+
+def test_a_device_without_code_of_its_own_is_told_what_to_build(monkeypatch) -> None:
+    built = types.SimpleNamespace(architectures=lambda: ["sm_80"], runtime_version=lambda: 13000)
+    monkeypatch.setattr(cuda, "_cuda", built)
+    _pretend(monkeypatch, 90, 13000)
+    assert "SEFI_CUDA_ARCHS=90a" in cuda._why_not_device(_OnCuda())
+
+
+class _OnCuda:
+    device = torch.device("cuda", 0)
+    dtype = BFLOAT16
+
+    def get_device(self) -> int:
+        return 0
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, capability: int, driver: int) -> None:
+    monkeypatch.setattr(cuda, "cuda_device", lambda index: CudaDevice(capability, 108))
+    monkeypatch.setattr(cuda, "_driver_version", lambda: driver)
+
+
+@pytest.mark.parametrize(
+    ("refusing", "chosen"),
+    [((), "triton"), (("triton",), "cuda"), (("triton", "cuda"), "eager")],
+)
+def test_cuda_tensors_go_to_triton_then_to_these_kernels(
+    monkeypatch, refusing: tuple[str, ...], chosen: str
+) -> None:
+    monkeypatch.setattr(
+        backends, "_why_not", lambda name, tensors: "not here" if name in refusing else None
+    )
+    query = _OnCuda()
+    assert choose_backend(query, query, query) == chosen

@@ -1,0 +1,296 @@
+"""Random calls of every backend that runs here, held to float64.
+
+The default suite tries a few dozen calls a backend; the full count of 2,000 a backend is
+
+    pytest tests/ops/test_fuzz.py -m long
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from ops.cases import Case, cases
+from ops.oracle import (
+    GRADIENTS,
+    GRADIENTS_OF,
+    OUTPUTS,
+    Inputs,
+    Results,
+    backend_results,
+    check_results,
+    make_inputs,
+    reference64,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sefi_fast.ops import available_backends
+from sefi_fast.ops.backends import load
+
+try:
+    from sefi_fast import _C
+except ImportError:
+    _C = None
+
+FULL = 2000
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Largest errors of many calls spread further than one call's: twice the factor of the other tests.
+FACTOR = 4.0
+
+# The interpreter is a thousand times slower than the others.
+BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+# The interpreter is a thousand times slower than compiled code.
+CALLS = {name: 6 if name == "triton" and DEVICE == "cpu" else 60 for name in BACKENDS}
+SETS = _C.instruction_sets() if _C is not None else [""]
+
+
+def _device(backend: str) -> str:
+    return "cpu" if backend == "cpu" else DEVICE
+
+
+@contextlib.contextmanager
+def _forced(instruction_set: str) -> Iterator[None]:
+    if not instruction_set:
+        yield
+        return
+    before = _C.instruction_set()
+    _C.set_instruction_set(instruction_set)
+    try:
+        yield
+    finally:
+        _C.set_instruction_set(before)
+
+
+def _fuzz(backend: str, count: int, largest: int, check: Callable[[Case], None], **kinds) -> None:
+    """`check` on `count` random calls, each with one of the CPU core's instruction sets."""
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        # Explaining a failure would take hundreds of calls more.
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(cases(largest=largest, **kinds), st.sampled_from(SETS if backend == "cpu" else [""]))
+    def run(case: Case, instruction_set: str) -> None:
+        with _forced(instruction_set):
+            check(case)
+
+    run()
+
+
+def _check(found: Results, inputs: Inputs) -> None:
+    """The accuracy rule with what random calls need beside it, worked out for each call.
+
+    The eager path may hit zero by luck where terms cancel, and a single number's error by luck.
+    """
+    near = [_rounded_anew(inputs, seed) for seed in range(2)]
+    truth, share = reference64(inputs), _of_large_scores(inputs)
+
+    def beside(tensors: Mapping[str, Tensor | None]) -> dict[str, float]:
+        present = {name: x for name, x in tensors.items() if x is not None and x.numel()}
+        return {name: share * x.abs().max().item() for name, x in present.items()}
+
+    allowed = {"outputs": beside(truth.outputs)}
+    for which in GRADIENTS_OF:
+        allowed[which] = beside(truth.gradients[which])
+        for name, cancelled in _cancelled(inputs, which).items():
+            allowed[which][name] = allowed[which].get(name, 0.0) + cancelled
+    check_results(found, inputs, factor=FACTOR, near=near, beside=allowed)
+
+
+def _rounded_anew(inputs: Inputs, seed: int) -> Results:
+    """The truth for inputs that differ by about one rounding.
+
+    A sum of D products taken one by one errs √D times as much as one rounding of each; a quarter
+    is granted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.finfo(inputs.query.dtype).eps * max(1.0, inputs.query.shape[3] ** 0.5 / 4)
+
+    def nudge(tensor: Tensor) -> Tensor:
+        noise = 2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 1
+        return tensor.double() * (1 + eps * noise.to(tensor.device))
+
+    names = ("query", "key", "value", "reference_key", "grad_output")
+    nudged = {name: nudge(x) for name in names if (x := getattr(inputs, name)) is not None}
+    return reference64(dataclasses.replace(inputs, **nudged))
+
+
+def _cancelled(inputs: Inputs, which: str) -> dict[str, float]:
+    """What rounding each dA and its mean leaves in the gradients where equation 8 takes them apart.
+
+    Sixteen units of float32 in every dA − rowsum(A ∘ dA), carried on to the gradients.
+    """
+    wide = inputs.double()
+    largest = 0.0
+    if which in ("output", "all"):
+        largest += (wide.grad_output @ wide.value.transpose(2, 3)).abs().max().item()
+    if which in ("alignment", "all") and wide.reference_key is not None:
+        weight = 1.0 if wide.token_weights is None else wide.token_weights.abs().max().item()
+        maps = [_probabilities(wide, key) for key in (wide.key, wide.reference_key)]
+        sharpest = max(probabilities.max().item() for probabilities in maps)
+        pull = 2 * weight * wide.grad_alignment.abs().max().item() / wide.query.shape[1]
+        largest += pull * sharpest
+    if which in ("maps", "all") and wide.grad_maps.numel():
+        largest += wide.grad_maps.abs().max().item()
+    unit = 16 * torch.finfo(torch.float32).eps * abs(wide.scale) * largest
+    streams = [x for x in (wide.key, wide.reference_key) if x is not None]
+    rows = unit * wide.query.abs().max().item() * wide.query.shape[2] ** 0.5
+    return {
+        "grad_query": unit * max(x.abs().max().item() for x in streams),
+        "grad_key": rows,
+        "grad_reference_key": rows,
+    }
+
+
+def _hold_to_float64(backend: str, count: int, largest: int) -> None:
+    def check(case: Case) -> None:
+        inputs = case.inputs(_device(backend))
+        _check(backend_results(backend, inputs), inputs)
+
+    _fuzz(backend, count, largest, check)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_few_random_calls(backend: str) -> None:
+    _hold_to_float64(backend, CALLS[backend], 80 if CALLS[backend] < 10 else 256)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_thousands_of_random_calls(backend: str) -> None:
+    _hold_to_float64(backend, FULL, 256)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_identical_streams_have_no_loss_and_no_gradient_of_it(backend: str) -> None:
+    def check(case: Case) -> None:
+        inputs = case.inputs(_device(backend))
+        assert inputs.reference_key is not None
+        inputs = dataclasses.replace(inputs, key=inputs.reference_key)
+        found = backend_results(backend, inputs)
+        assert not found.outputs["alignment"].any()
+        for name, gradient in found.gradients["alignment"].items():
+            assert gradient is None or not gradient.any(), name
+
+    _fuzz(backend, CALLS[backend], 80, check, numbers=("identical",))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_order_of_the_keys_does_not_matter(backend: str) -> None:
+    def check(case: Case) -> None:
+        inputs = case.inputs(_device(backend))
+        keys = inputs.key.shape[2]
+        generator = torch.Generator().manual_seed(case.options["seed"])
+        order = torch.randperm(keys, generator=generator).to(inputs.key.device)
+        found = backend_results(backend, _reordered(inputs, order))
+        back = order.argsort()
+        for gradients in found.gradients.values():
+            for name in ("grad_key", "grad_value", "grad_reference_key"):
+                gradient = gradients[name]
+                if gradient is not None:
+                    # Laid out as the operator promises it again after the indexing.
+                    rows = gradient.transpose(1, 2)[:, back].contiguous()
+                    gradients[name] = rows.transpose(1, 2)
+        _check(found, inputs)
+
+    _fuzz(backend, CALLS[backend] // 2, 80, check)
+
+
+def _probabilities(inputs: Inputs, key: Tensor) -> Tensor:
+    return ((inputs.query @ key.transpose(2, 3)) * inputs.scale).softmax(-1)
+
+
+def _of_large_scores(inputs: Inputs) -> float:
+    """The share by which rounding the scores changes a probability: exp(x) errs as much as x."""
+    wide = inputs.double()
+    streams = [key for key in (wide.key, wide.reference_key) if key is not None]
+    scores = [(wide.query @ key.transpose(2, 3)).abs().max().item() for key in streams]
+    return 4 * torch.finfo(torch.float32).eps * max(scores) * abs(wide.scale)
+
+
+def _reordered(inputs: Inputs, order: Tensor) -> Inputs:
+    """The same call with its keys in another order."""
+
+    def move(tensor: Tensor | None, axis: int) -> Tensor | None:
+        return None if tensor is None else tensor.index_select(axis, order)
+
+    tokens = inputs.map_tokens
+    if tokens is not None:
+        back = order.argsort()
+        tokens = torch.where(tokens < 0, tokens, back[tokens.clamp_min(0)])
+    moved = {name: move(getattr(inputs, name), 2) for name in ("key", "value", "reference_key")}
+    rows = {name: move(getattr(inputs, name), 1) for name in ("token_weights", "key_mask")}
+    return dataclasses.replace(inputs, **moved, **rows, map_tokens=tokens)
+
+
+@pytest.mark.parametrize("name", [*OUTPUTS, *GRADIENTS])
+def test_a_result_wrong_by_a_hundredth_is_caught(name: str) -> None:
+    """What is allowed for rounding must not let a mistake through."""
+    inputs = make_inputs(weights=True, tokens=2, reference_grad=True, seed=len(name))
+    found = backend_results("eager", inputs)
+    _check(found, inputs)
+    wrong = found.outputs[name] if name in OUTPUTS else found.gradients["alignment"][name]
+    if name == "grad_value":
+        wrong = found.gradients["output"][name]
+    assert wrong is not None
+    wrong *= 1.01
+    with pytest.raises(AssertionError, match=name):
+        _check(found, inputs)
+
+
+class _Allocated(TorchDispatchMode):
+    """Adds up the bytes of every tensor that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                self.bytes += tensor.numel() * tensor.element_size()
+        return made
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("grown", ["batch", "heads", "queries", "keys"])
+def test_extra_memory_does_not_grow_with_the_map(backend: str, grown: str) -> None:
+    """Beside its results a call may keep rows and keys, and never a number a row and key."""
+    sizes = {"batch": 1, "heads": 2, "queries": 128, "keys": 32}
+
+    def extra(**larger: int) -> tuple[int, int]:
+        inputs = make_inputs(
+            **{**sizes, **larger}, head_dim=8, reference_grad=True, strided=False,
+            device=_device(backend),
+        )  # fmt: skip
+        with torch.no_grad(), _Allocated() as allocated:
+            _call(backend, inputs)
+        rows, keys = inputs.query.numel(), inputs.key.numel()
+        return allocated.bytes, rows + 3 * keys
+
+    before, own = extra()
+    after, grown_own = extra(**{grown: 4 * sizes[grown]})
+    # A map of float32 a stream would add 8 bytes a row and key; allow a quarter of one map.
+    product = 1 * 2 * 128 * 32
+    per_number = before / own
+    assert after - before <= per_number * (grown_own - own) + 4 * 3 * product / 4
+
+
+def _call(backend: str, inputs: Inputs) -> None:
+    module = load(backend)
+    module.forward(*inputs.tensors, **inputs.options)
+    needs = (True, True, True, True)
+    module.backward(
+        *inputs.grads[:2], None, *inputs.tensors, **inputs.options,
+        reference_grad=inputs.reference_grad, needs=needs,
+    )  # fmt: skip
