@@ -71,6 +71,8 @@ def run_demo(
     if image is None:
         # Naming the scene keeps it out of the subject.
         overrides = {"scene": SCENE_PHRASES[SUBJECT_SCENE], **overrides}
+    # A minute's work is begun anew rather than resumed.
+    overrides = {"checkpoint_every": 0, **overrides}
     paths = {
         name: folder / file
         for name, file in (

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sefi_fast import bundled_subject_image
 from sefi_fast.cli import main
 from sefi_fast.subject import Subject
+from sefi_fast.training import engine as engine_module
+
+PICTURE = str(bundled_subject_image())
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory):
     """A subject file trained for two steps by the command."""
-    from sefi_fast import bundled_subject_image
-
     folder = tmp_path_factory.mktemp("trained")
     file = folder / "me.safetensors"
     status = main(
-        ["train", str(bundled_subject_image()), "-o", str(file), "--placeholder", "<me>", "--quiet",
+        ["train", PICTURE, "-o", str(file), "--placeholder", "<me>", "--quiet",
          "--steps", "2", "--batch-size", "2", "--no-flip", "--stages", "3",
          "--validation-prompts", "a photo of a {} in the snow", "--validation-every", "2"]
     )  # fmt: skip
@@ -34,6 +39,64 @@ def test_train_leaves_the_subject_its_curves_and_its_validation(trained):
     assert subject.settings["flip"] is False and subject.settings["steps"] == 2
     for name in ("me.png", "me-validation.png"):
         assert np.asarray(Image.open(trained.with_name(name))).std() > 5
+
+
+def test_train_leaves_a_run_file_that_starts_the_same_run(trained, tmp_path, capsys):
+    run_file = trained.with_name("me.run.yaml")
+    again = tmp_path / "again.safetensors"
+    saved = tmp_path / "saved.json"
+    command = ["train", "--config", str(run_file), "-o", str(again), "--quiet"]
+    assert main([*command, "--save-config", str(saved), "--validation-every", "50"]) == 0
+    first, second = Subject.load(trained), Subject.load(again)
+    assert torch.equal(first.tokens[0], second.tokens[0])
+    assert second.settings["validation_every"] == 50 and second.placeholder == "<me>"
+    settings = json.loads(saved.read_text())
+    assert settings["output"] == str(again) and settings["stages"] == 3
+    assert settings["image"].endswith("subject.png")
+    assert not again.with_name("again.run.yaml").exists()
+
+
+def test_train_takes_a_preset_and_options_before_it(tmp_path):
+    file = tmp_path / "me.safetensors"
+    command = ["train", PICTURE, "-o", str(file), "--quiet", "--steps", "1"]
+    assert main([*command, "--preset", "prospect", "--stages", "2"]) == 0
+    subject = Subject.load(file)
+    assert (subject.stages, subject.split, subject.settings["weight_lambda"]) == (2, False, 0.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_train_ended_by_a_signal_exits_with_its_number_and_is_resumed(
+    tmp_path, capsys, monkeypatch, number
+):
+    file = tmp_path / "me.safetensors"
+    command = ["train", PICTURE, "-o", str(file), "--quiet", "--steps", "4",
+               "--batch-size", "1", "--stages", "2"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    honest = engine_module.Engine.step
+
+    def step(engine, *arguments):
+        result = honest(engine, *arguments)
+        if engine.steps_done() == 2:
+            os.kill(os.getpid(), number)
+        return result
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine_module.Engine, "step", step)
+            assert main(command) == 128 + number
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    assert "after 2 of 4 steps" in capsys.readouterr().err
+    assert main(command) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert Subject.load(file).summary["steps"] == 4
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["me.png", "me.run.yaml", "me.safetensors"]
 
 
 def test_generate_writes_one_file_a_picture_and_seeds_decide(trained, tmp_path, capsys):
@@ -58,7 +121,7 @@ def test_maps_draws_every_word(trained, tmp_path):
 def test_info_names_every_backend(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for name in ("triton", "cpu", "eager", "torch", "diffusers"):
+    for name in ("triton", "cuda", "cpu", "eager", "torch", "diffusers"):
         assert name in printed
 
 
@@ -75,6 +138,13 @@ def test_demo_leaves_its_pictures(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["train", "missing.png"], "missing.png"),
+        (["train"], "the picture is missing"),
+        (["train", "--config", "missing.yaml"], "no config file at missing.yaml"),
+        (["train", PICTURE, "--preset", "best"], "'textual-inversion'"),
+        (["train", PICTURE, "--resume"], "no checkpoint to go on from"),
+        (["train", PICTURE, "--resume", "--resume-from", "auto"], "give one of them"),
+        (["train", PICTURE, "--trackers", "tensorbord"], "no tracker 'tensorbord'"),
+        (["train", PICTURE, "--schedule", "steep"], "'linear'"),
         (["generate", "a photo", "-s", "missing.safetensors"], "missing.safetensors"),
         (["generate", "a photo of a creature", "-n", "0"], "--number"),
         (["generate", "a photo", "-m", "no/such-folder-here/at-all"], "no/such-folder-here/at-all"),

@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Module = Literal["attention", "free"]
-Schedule = Literal["constant", "cosine"]
+Schedule = Literal["constant", "cosine", "linear"]
 Crop = Literal["center", "top", "bottom", "left", "right"]
 SelfAttention = Literal["sdpa", "xformers"]
+AttentionLoss = Literal["subject", "mask", "class", "none"]
+Capture = Literal["auto", "always", "never"]
 
 _LARGEST_SEED = 2**63 - 1
+_COUNTS = (
+    "steps",
+    "batch_size",
+    "gradient_accumulation",
+    "stages",
+    "keep_checkpoints",
+    "validation_every",
+    "validation_steps",
+)
+_FLAGS = (
+    "split",
+    "train_base",
+    "reference_grad",
+    "flip",
+    "gradient_checkpointing",
+    "compile",
+    "low_memory",
+)
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def named_with_nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Unknown names, each with the known one that it resembles."""
+    choices = list(known)
+    named = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, choices, n=1)
+        named.append(f"{name} (did you mean {near[0]}?)" if near else name)
+    return ", ".join(named)
+
+
+def _setting(default: Any, text: str, *, free: bool = False) -> Any:
+    """A field; `free` if a run may be resumed with another value of it."""
+    return field(default=default, metadata={"help": text, "free": free})
 
 
 @dataclass(frozen=True)
@@ -33,9 +66,23 @@ class TrainConfig:
 
     steps: int = _setting(600, "optimiser steps")
     batch_size: int = _setting(8, "noised copies of the picture a step")
+    gradient_accumulation: int = _setting(1, "batches whose mean gradient makes a step")
     learning_rate: float = _setting(2e-3, "AdamW's rate for the embedding rows")
-    schedule: Schedule = _setting("cosine", "the rate over the run: constant, or cosine to zero")
-    weight_lambda: float = _setting(0.003, "weight λ of the subject-wise attention loss")
+    schedule: Schedule = _setting(
+        "cosine", "the rate over the run: constant, or to zero along a cosine or a line"
+    )
+    warmup_steps: int = _setting(0, "steps over which the rate rises at the start")
+    ema_decay: float | None = _setting(
+        None, "keep a moving average of the tokens with this decay, as 0.99, and save that"
+    )
+    patience: int | None = _setting(
+        None, "end when the smoothed loss has not fallen for so many steps"
+    )
+    max_seconds: float | None = _setting(None, "end after so many seconds of training", free=True)
+    weight_lambda: float = _setting(0.003, "weight λ of the attention loss")
+    attention_loss: AttentionLoss = _setting(
+        "subject", "subject: maps like the class word's; class: its column only; mask; none"
+    )
     stages: int = _setting(5, "stages of denoising, each with tokens of its own")
     split: bool = _setting(True, "separate K and V tokens; tied otherwise")
     module: Module = _setting("attention", "tokens from self-attention over slots, or free rows")
@@ -54,27 +101,59 @@ class TrainConfig:
     resolution: int | None = _setting(None, "side length in pixels; the model's own")
     crop: Crop = _setting("center", "which square of the picture is kept")
     seed: int = _setting(0, "of everything drawn at random")
-    device: str | None = _setting(None, "cpu, cuda, cuda:1 …; CUDA if there is one")
+    device: str | None = _setting(None, "cpu, cuda, cuda:1 …; CUDA if there is one", free=True)
     precision: Precision = _setting("auto", "auto: bf16 or fp16 on CUDA, fp32 on a CPU")
-    attention_backend: str | None = _setting(None, "backend of the fused operator, by name")
-    self_attention: SelfAttention = _setting("sdpa", "how self-attention is computed")
-    gradient_checkpointing: bool = _setting(False, "trade a third of the speed for memory")
-    validation_prompts: tuple[str, ...] = _setting(
-        (), "prompts drawn during training, {} where the subject stands"
+    attention_backend: str | None = _setting(
+        None, "backend of the fused operator, by name", free=True
     )
-    validation_every: int = _setting(100, "training steps between validation pictures")
-    validation_steps: int = _setting(30, "denoising steps of a validation picture")
+    self_attention: SelfAttention = _setting("sdpa", "how self-attention is computed", free=True)
+    gradient_checkpointing: bool = _setting(
+        False, "trade a third of the speed for memory", free=True
+    )
+    capture: Capture = _setting("auto", "replay the step as one captured CUDA graph", free=True)
+    compile: bool = _setting(False, "torch.compile the U-Net", free=True)
+    low_memory: bool = _setting(
+        False, "checkpointing, and on the CPU what is not in use", free=True
+    )
+    checkpoint_every: int | None = _setting(
+        None, "steps between checkpoints beside the output, 0 for none; about one a minute",
+        free=True,
+    )  # fmt: skip
+    keep_checkpoints: int = _setting(2, "newest checkpoints that are kept", free=True)
+    trackers: tuple[str, ...] = _setting(
+        (), "where the numbers go too: tensorboard, wandb, or another of accelerate's", free=True
+    )
+    log_dir: str | None = _setting(
+        None, "folder of the trackers; logs beside the output", free=True
+    )
+    validation_prompts: tuple[str, ...] = _setting(
+        (), "prompts drawn during training, {} where the subject stands", free=True
+    )
+    validation_every: int = _setting(100, "training steps between validation pictures", free=True)
+    validation_steps: int = _setting(30, "denoising steps of a validation picture", free=True)
+    validation_guidance: float | None = _setting(
+        None, "guidance of a validation picture; what suits the model", free=True
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "stages", "validation_every", "validation_steps"):
+        for name in _COUNTS:
             self._check_integer(name, 1)
+        self._check_integer("warmup_steps", 0)
+        if self.checkpoint_every is not None:
+            self._check_integer("checkpoint_every", 0)
         self._check_integer("seed", 0, _LARGEST_SEED)
-        if self.resolution is not None:
-            self._check_integer("resolution", 1)
+        for name in ("resolution", "patience"):
+            if getattr(self, name) is not None:
+                self._check_integer(name, 1)
         self._check_number("learning_rate", "above 0", lambda rate: rate > 0)
         self._check_number("weight_lambda", "0 or above", lambda weight: weight >= 0)
-        flags = ("split", "train_base", "reference_grad", "flip", "gradient_checkpointing")
-        for name in flags:
+        if self.ema_decay is not None:
+            self._check_number("ema_decay", "in (0, 1)", lambda decay: 0 < decay < 1)
+        if self.max_seconds is not None:
+            self._check_number("max_seconds", "above 0", lambda seconds: seconds > 0)
+        if self.validation_guidance is not None:
+            self._check_number("validation_guidance", "0 or above", lambda scale: scale >= 0)
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, choices in (
@@ -83,17 +162,20 @@ class TrainConfig:
             ("crop", Crop),
             ("precision", Precision),
             ("self_attention", SelfAttention),
+            ("attention_loss", AttentionLoss),
+            ("capture", Capture),
         ):
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(choice) for choice in get_args(choices))
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("attention_backend", "device"):
+        for name in ("attention_backend", "device", "log_dir"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
         self._check_sentences("templates", at_least=1)
         self._check_sentences("validation_prompts", at_least=0)
         self._check_scene()
         self._check_loss_resolutions()
+        self._check_trackers()
 
     @classmethod
     def from_overrides(
@@ -111,9 +193,53 @@ class TrainConfig:
         unknown = sorted(set(overrides or {}) - set(known))
         if unknown:
             raise TypeError(
-                f"there is no setting {', '.join(unknown)}; the settings are {', '.join(known)}"
+                f"there is no setting {named_with_nearest(unknown, known)}; the settings are "
+                f"{', '.join(known)}"
             )
         return replace(config or cls(), **dict(overrides or {}))
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TrainConfig:
+        """The settings of a preset, with some fields replaced.
+
+        Args:
+            name: "sefi" (the defaults), "textual-inversion" or "prospect"; `presets.PRESETS` says
+                what each sets.
+            **overrides: fields by name; they win over the preset.
+
+        Raises:
+            ValueError: there is no such preset, or a value is out of range.
+            TypeError: a field of that name does not exist, or has a value of the wrong type.
+        """
+        from sefi_fast.training.presets import preset_settings
+
+        return cls.from_overrides(None, {**preset_settings(name), **overrides})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all fields to a YAML file, or JSON if the name ends in .json.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from sefi_fast.training.config_file import write_settings
+
+        write_settings(path, self.as_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrainConfig:
+        """Read a YAML or JSON file of settings; fields that it leaves out have their defaults.
+
+        The image, model, words and output that a run's file may name are left aside.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no flat YAML mapping, or holds an unknown name or a value out of
+                range.
+            TypeError: a value has the wrong type.
+        """
+        from sefi_fast.training.config_file import read_settings
+
+        return cls.from_overrides(None, read_settings(path).fields)
 
     def sentences(self) -> tuple[str, ...]:
         """The templates with the scene behind each."""
@@ -168,6 +294,15 @@ class TrainConfig:
             raise ValueError(
                 f"scene must be a phrase without {{}}, such as 'in the forest', got {self.scene!r}"
             )
+
+    def _check_trackers(self) -> None:
+        names = self.trackers
+        if isinstance(names, str) or not isinstance(names, (list, tuple)):
+            raise TypeError(f"trackers must be a tuple of names, got {names!r}")
+        for name in names:
+            if not isinstance(name, str) or not name.strip():
+                raise TypeError(f"trackers must be names such as 'tensorboard', got {name!r}")
+        object.__setattr__(self, "trackers", tuple(names))
 
     def _check_loss_resolutions(self) -> None:
         sides = self.loss_resolutions

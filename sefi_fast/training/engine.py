@@ -1,37 +1,34 @@
-"""One training step: the loss of drawn samples, its gradient in the tokens, the update."""
+"""Trains the tokens of one or many subjects against frozen models, one step a call."""
 
 from __future__ import annotations
 
-import math
-from contextlib import nullcontext
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sefi_fast.attention_record import AttentionRecord
-from sefi_fast.conditioning import stage_of
-from sefi_fast.layers import cross_attention_layers, layer_resolutions
 from sefi_fast.pipelines.families import unwrap
-from sefi_fast.subject import SubjectTokens
+from sefi_fast.training.attention_term import AttentionTerm
 from sefi_fast.training.borrow import TrainingProcessors
+from sefi_fast.training.capture import Replay, wants_capture
 from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.lane_state import LaneState
+from sefi_fast.training.lanes import Lane, check_lanes
 from sefi_fast.training.latents import LatentDistribution
-from sefi_fast.training.losses import alignment_loss, noise_loss
-from sefi_fast.training.noise import Draw, NoiseSchedule, draw
+from sefi_fast.training.noise import LaneDraws, NoiseSchedule, empty_buffers
 from sefi_fast.training.precision import autocast
-from sefi_fast.training.prompts import TrainingPrompts
+from sefi_fast.training.prompts import LanePrompts
+from sefi_fast.training.schedule import rate_factor
+from sefi_fast.training.step import FrozenModels, TrainingStep
 
-
-class StepLoss(NamedTuple):
-    """Scalars on the device: the noise loss, and the alignment (None when λ is 0)."""
-
-    noise: Tensor
-    alignment: Tensor | None
+logger = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
-    """One step's numbers; `finite` is False when it changed nothing."""
+    """One lane's numbers of one step; `finite` is False when it changed nothing."""
 
     noise: float
     alignment: float
@@ -39,21 +36,24 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """Trains a subject's tokens against frozen models, one step a call.
+    """Trains the tokens of L subjects side by side; each as if it were alone, up to rounding.
+
+    The lanes share one batch and nothing else: each has its own random numbers, mean loss,
+    optimiser state and loss scale. Lanes are named by their place in `lanes` throughout, whoever
+    has left the batch.
 
     Args:
         unet: frozen, on its device.
         text_encoder: frozen, on its device.
         scheduler: of the pipeline, for its noise schedule and prediction type.
-        tokens: the trained module.
-        latents: of the picture.
-        prompts: the training sentences.
-        config: the settings.
+        lanes: the subjects.
+        config: the settings; seeds are the lanes' own.
         dtype: what the frozen models compute in.
 
     Raises:
         ModelError: the scheduler's configuration cannot be trained on.
-        ValueError: `loss_resolutions` names a side that no layer has.
+        ValueError: `loss_resolutions` names a side that no layer has, the lanes do not fit one
+            another or the attention loss, or a capture was asked for where there is no CUDA.
     """
 
     def __init__(
@@ -62,172 +62,214 @@ class Engine:
         unet: Any,
         text_encoder: Any,
         scheduler: Any,
-        tokens: SubjectTokens,
-        latents: LatentDistribution,
-        prompts: TrainingPrompts,
+        lanes: Sequence[Lane],
         config: TrainConfig,
         dtype: torch.dtype,
     ) -> None:
-        self._unet = unwrap(unet)
-        self._text_encoder = text_encoder
-        self._tokens = tokens
-        self._latents = latents
-        self._prompts = prompts
+        check_lanes(lanes, config.attention_loss)
+        own = unwrap(unet)
         self._config = config
-        self._device = latents.mean.device
-        self._dtype = dtype
-        self._schedule = NoiseSchedule(scheduler, self._device)
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._device = lanes[0].latents.mean.device
+        self._capture = wants_capture(config.capture, self._device)
         self._record = AttentionRecord()
-        self._references = self._project_references() if config.weight_lambda > 0 else {}
         self.processors = TrainingProcessors(
             unet, self._record, config.attention_backend, config.self_attention
         )
-        self._optimizer = torch.optim.AdamW(
-            tokens.parameter_groups(config.learning_rate), weight_decay=0.0
-        )
-        self._rates = [group["lr"] for group in self._optimizer.param_groups]
-        scales = dtype == torch.float16
-        self._scaler = torch.amp.GradScaler(self._device.type, init_scale=2.0**12, enabled=scales)
-        self._started = 0
-        self._evaluated = self.last_good = tokens().detach().clone()
+        # forward, not a call: a stage hook of attached subjects must not see the training streams.
+        forward = torch.compile(own.forward, dynamic=False) if config.compile else own.forward
+        schedule = NoiseSchedule(scheduler, self._device)
+        self._models = FrozenModels(own, forward, text_encoder, schedule, dtype)
+        self._replay: Replay | None = None
+        self._step: TrainingStep
+        self._draws: LaneDraws
+        self._begin(lanes)
 
-    def draw(self) -> Draw:
-        """The next step's random numbers."""
-        return draw(
-            self._generator,
-            batch_size=self._config.batch_size,
-            num_train_timesteps=self._schedule.num_train_timesteps,
-            views=self._latents.views,
-            templates=len(self._prompts),
-            latent_shape=tuple(self._latents.mean.shape[1:]),
-        )
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The lanes still in training."""
+        return tuple(self._rows)
 
-    def loss(self, drawn: Draw) -> StepLoss:
-        """Both terms of equation 6 for one draw, differentiable in the tokens.
+    def step(self, rate: float | None = None) -> list[StepResult | None]:
+        """One step of every lane still in training; None for the others.
 
-        To be called, and its gradient taken, with the processors in place.
+        Args:
+            rate: factor of the learning rate; default: the schedule's at the lane's own step.
         """
-        view, timesteps, latent_noise, noise = (
-            part.to(self._device, non_blocking=True)
-            for part in (drawn.view, drawn.timesteps, drawn.latent_noise, drawn.noise)
-        )
-        latents = self._latents.sample(view, latent_noise)
-        noised = self._schedule.add_noise(latents, noise, timesteps)
-        stages = stage_of(drawn.timesteps, self._tokens.stages, self._schedule.num_train_timesteps)
-        rows = self._tokens()
-        self._evaluated = rows.detach().clone()
-        with autocast(self._device, self._dtype):
-            streams = self._prompts.streams(self._text_encoder, rows, stages, drawn.template)
-        self._hand_out_references(drawn.template)
-        own_dtype = self._unet.dtype
-        # Weights that are in half precision already need no autocast, which would only run the
-        # normalisations in float32.
-        casting = autocast(self._device, self._dtype) if own_dtype != self._dtype else nullcontext()
-        with casting:
-            # forward, not a call: a stage hook of attached subjects must not see these streams.
-            prediction = self._unet.forward(
-                noised.to(own_dtype), timesteps, encoder_hidden_states=streams.to(own_dtype)
-            ).sample
-        rebuilt = noise_loss(prediction, self._schedule.target(latents, noise, timesteps))
-        if not self._references:
-            return StepLoss(rebuilt, None)
-        alignments = []
-        for name in self._references:
-            layer = self._record.layer(name)
-            assert layer.alignment is not None
-            alignments.append(layer.alignment)
-            # The record must not keep the step's graph alive until the next one.
-            layer.alignment = None
-        return StepLoss(rebuilt, alignment_loss(alignments))
+        if not self._rows:
+            return [None] * len(self._started)
+        factors = [
+            rate_factor(self._config, self._started[lane]) if rate is None else rate
+            for lane in self._rows
+        ]
+        self._step.state.rate.copy_(torch.tensor(factors, dtype=torch.float64))
+        self._draws.load()
+        if self._capture:
+            self._run_captured()
+        else:
+            with self.processors.in_place():
+                self._step()
+        for lane in self._rows:
+            self._started[lane] += 1
+        if self._device.type != "cpu":
+            # While the device computes, the host has time for the next step's numbers.
+            self._draws.ahead()
+        # One transfer, and so one wait for the device, a step.
+        noise, alignment, good = self._step.results.tolist()
+        results: list[StepResult | None] = [None] * len(self._started)
+        for row, lane in enumerate(self._rows):
+            results[lane] = StepResult(noise[row], alignment[row], bool(good[row]))
+        return results
 
-    def step(self) -> StepResult:
-        """Draw, compute the loss and its gradient, and update the tokens if all is finite."""
-        self._set_rates()
-        self._started += 1
-        self._optimizer.zero_grad(set_to_none=True)
-        with self.processors.in_place():
-            result = self._backward(self.loss(self.draw()))
-        if result.finite:
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-        return result
+    def drop(self, lane: int) -> None:
+        """Take a lane out of the batch; what it has learned is forgotten, the others go on.
 
-    def current(self) -> Tensor:
-        """The tokens as they are now, float32 [S, 2 or 1, C] on the CPU.
+        Raises:
+            KeyError: the lane is not in training.
+        """
+        row = self._row(lane)
+        kept = [place for place in range(len(self._rows)) if place != row]
+        self._rows.remove(lane)
+        self._draws.keep(kept)
+        index = torch.tensor(kept, dtype=torch.int64, device=self._device)
+        self._step.keep(index, self._draws.buffers)
+        self._replay = None
+
+    def refill(self, lanes: Sequence[Lane]) -> None:
+        """Begin anew with other lanes on the same models.
+
+        As many lanes of the same shapes as are in training now keep the captured graph.
+        """
+        check_lanes(lanes, self._config.attention_loss)
+        before, replay = self._step, self._replay
+        self._begin(lanes)
+        if replay is None or not before.take_over(self._step):
+            self._replay = None
+            return
+        # The graph reads and writes the tensors it was captured with.
+        self._step, self._replay = before, replay
+        self._draws.move(before.draws)
+
+    def steps_done(self, lane: int = 0) -> int:
+        """Steps a lane has started so far, those that changed nothing included."""
+        return self._started[lane]
+
+    def rows(self) -> Tensor:
+        """Copies of the tokens of the lanes in training, [active, S, 2 or 1, C], on the device."""
+        with torch.no_grad():
+            return self._step.state.rows().detach().clone()
+
+    def current(self, lane: int = 0) -> Tensor:
+        """A lane's tokens as they are now, float32 [S, 2 or 1, C] on the CPU.
 
         If the latest update took them out of the numbers, the last ones that gave a finite loss.
         """
-        rows = self._tokens().detach().clone()
-        return (rows if bool(torch.isfinite(rows).all()) else self.last_good).cpu()
+        rows = self.rows()[self._row(lane)].cpu()
+        return rows if bool(torch.isfinite(rows).all()) else self.last_good(lane)
 
-    def _backward(self, terms: StepLoss) -> StepResult:
-        total = terms.noise
-        if terms.alignment is not None:
-            total = total + self._config.weight_lambda * terms.alignment
-        # One transfer, and so one wait for the device, a step.
-        noise, alignment = torch.stack(
-            [terms.noise, total if terms.alignment is None else terms.alignment]
-        ).tolist()
-        if terms.alignment is None:
-            alignment = 0.0
-        if not (math.isfinite(noise) and math.isfinite(alignment)):
-            return StepResult(noise, alignment, False)
-        self.last_good = self._evaluated
-        self._scaler.scale(total).backward()
-        for _, layer in self._record.items():
-            # Under checkpointing the backward pass has filled it once more.
-            layer.alignment = None
-        # An overflow of scaled gradients is the scaler's affair: it skips the update itself.
-        finite = self._scaler.is_enabled() or self._gradients_are_finite()
-        return StepResult(noise, alignment, finite)
+    def last_good(self, lane: int = 0) -> Tensor:
+        """The newest of a lane's tokens that gave a finite loss, float32 on the CPU."""
+        return self._step.state.last_good[self._row(lane)].to("cpu", copy=True)
 
-    def _set_rates(self) -> None:
-        factor = 1.0
-        if self._config.schedule == "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * self._started / self._config.steps))
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+    def state_dict(self, lane: int = 0) -> dict[str, Tensor]:
+        """All of a lane that changes in training, as tensors on the CPU.
 
-    def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for p in self._tokens.parameters() if p.grad is not None]
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-
-    def _project_references(self) -> dict[str, Tensor]:
-        """W^k c_r of every layer that carries the attention loss, [P, M, inner]."""
-        layers = cross_attention_layers(self._unet)
-        chosen = self._chosen_layers()
-        references = {}
-        with torch.no_grad(), autocast(self._device, self._dtype):
-            reference = self._prompts.reference(self._text_encoder)
-            for name in chosen:
-                attn = layers[name]
-                prompt = reference.to(self._unet.dtype)
-                if attn.norm_cross is not None:
-                    prompt = attn.norm_encoder_hidden_states(prompt)
-                references[name] = attn.to_k(prompt)
-        return references
-
-    def _chosen_layers(self) -> list[str]:
-        wanted = self._config.loss_resolutions
-        factors = layer_resolutions(self._unet)
-        if wanted is None:
-            return list(factors)
-        sides = {
-            name: math.ceil(max(self._latents.mean.shape[-2:]) / factor)
-            for name, factor in factors.items()
+        A lane that `load_state_dict` is given it goes on as this one would, bit for bit on a CPU,
+        in whatever company.
+        """
+        row = self._row(lane)
+        return {
+            **self._step.state.state_dict(row),
+            "generator": self._draws.states()[row].clone(),
+            "step": torch.tensor(self._started[lane]),
         }
-        missing = sorted(set(wanted) - set(sides.values()))
-        if missing:
-            present = ", ".join(str(side) for side in sorted(set(sides.values())))
-            raise ValueError(
-                f"loss_resolutions names {', '.join(map(str, missing))}, but at this resolution "
-                f"the attention maps have the sides {present}"
-            )
-        return [name for name, side in sides.items() if side in wanted]
 
-    def _hand_out_references(self, templates: Tensor) -> None:
-        for name, keys in self._references.items():
-            layer = self._record.layer(name)
-            layer.reference_grad = self._config.reference_grad
-            layer.reference_key = keys if len(keys) == 1 else keys[templates.to(keys.device)]
+    def load_state_dict(self, lane: int, state: Mapping[str, Any]) -> None:
+        """Put a lane back to a state of `state_dict`.
+
+        Raises:
+            ValueError: something is missing in it or of another shape; nothing is changed then.
+        """
+        row = self._row(lane)
+        for name, own in self.state_dict(lane).items():
+            _check_saved(name, state.get(name), own)
+        self._step.state.load_state_dict(row, state)
+        self._draws.set_state(row, state["generator"])
+        self._started[lane] = int(state["step"])
+
+    def _row(self, lane: int) -> int:
+        if lane not in self._rows:
+            raise KeyError(f"lane {lane} is not in training; these are: {self._rows}")
+        return self._rows.index(lane)
+
+    def _begin(self, lanes: Sequence[Lane]) -> None:
+        self._rows = list(range(len(lanes)))
+        self._started = [0] * len(lanes)
+        config = self._config
+        latents = LatentDistribution(
+            torch.stack([lane.latents.mean for lane in lanes]),
+            torch.stack([lane.latents.std for lane in lanes]),
+        )
+        views, shape = latents.mean.shape[1], latents.mean.shape[2:]
+        attention = AttentionTerm(self._models.unet, self._record, config, (shape[1], shape[2]))
+        prompts = LanePrompts([lane.prompts for lane in lanes])
+        with autocast(self._device, self._models.dtype):
+            wanted = attention.needs_reference()
+            reference = prompts.reference(self._models.text_encoder) if wanted else None
+            masks = [lane.mask for lane in lanes if lane.mask is not None]
+            attention.prepare(prompts, reference, torch.stack(masks) if masks else None)
+        state = LaneState(
+            [lane.tokens for lane in lanes],
+            config.learning_rate,
+            self._device,
+            scaling=self._models.dtype == torch.float16,
+        )
+        buffers = empty_buffers(
+            config.gradient_accumulation, len(lanes), config.batch_size, shape, self._device
+        )
+        generators = [torch.Generator().manual_seed(lane.seed) for lane in lanes]
+        self._step = TrainingStep(
+            self._models, state, latents, prompts, attention, config.weight_lambda, buffers
+        )
+        self._draws = LaneDraws(
+            generators,
+            buffers,
+            {
+                "batch_size": config.batch_size,
+                "num_train_timesteps": self._models.schedule.num_train_timesteps,
+                "views": views,
+                "templates": prompts.sentences,
+                "latent_shape": tuple(shape),
+            },
+        )
+
+    def _run_captured(self) -> None:
+        if self._replay is None:
+            changed = [*self._step.state.tensors().values(), self._step.results]
+            try:
+                with self.processors.in_place():
+                    self._replay = Replay(self._step, changed, self._device)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                if self._config.capture == "always":
+                    raise
+                logger.warning(
+                    "the training step cannot be captured as a CUDA graph here (%s); it runs "
+                    "operation by operation instead, which is slower",
+                    error,
+                )
+                self._capture = False
+                with self.processors.in_place():
+                    self._step()
+                return
+        self._replay()
+
+
+def _check_saved(name: str, given: Any, own: Tensor) -> None:
+    if not isinstance(given, Tensor):
+        raise ValueError(f"the saved state has no {name}: it is not one of a run like this")
+    if given.shape != own.shape or given.dtype != own.dtype:
+        raise ValueError(
+            f"{name} of the saved state is {given.dtype} {tuple(given.shape)}, and here it is "
+            f"{own.dtype} {tuple(own.shape)}: resume with the model and the settings it began with"
+        )

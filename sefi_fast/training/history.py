@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -14,7 +18,8 @@ class History:
     Attributes:
         loss: noise loss (the first term of equation 6) of each step.
         alignment: attention term of each step, before λ; 0 in runs with λ = 0, which skip it.
-        seconds: time since training began, at the end of each step.
+        seconds: time since training began, at the end of each step; a resumed run goes on from
+            the time of its checkpoint.
         validation: (steps done, one picture a validation prompt).
         skipped: numbers of the steps, counted from 0, that were left out because the loss or a
             gradient was not finite.
@@ -31,3 +36,41 @@ class History:
         self.loss.append(loss)
         self.alignment.append(alignment)
         self.seconds.append(seconds)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything as tensors: float64 and int64 [steps], pictures as the bytes of a PNG."""
+        state = {
+            name: torch.tensor(getattr(self, name), dtype=torch.float64)
+            for name in ("loss", "alignment", "seconds")
+        }
+        state["skipped"] = torch.tensor(self.skipped, dtype=torch.int64)
+        for step, pictures in self.validation:
+            for number, picture in enumerate(pictures):
+                state[f"validation.{step:09d}.{number:04d}"] = _png(picture)
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> History:
+        """The history that `state_dict` was taken of."""
+        drawn: dict[int, list[Image.Image]] = {}
+        for name in sorted(name for name in state if name.startswith("validation.")):
+            drawn.setdefault(int(name.split(".")[1]), []).append(_picture(state[name]))
+        return cls(
+            loss=state["loss"].tolist(),
+            alignment=state["alignment"].tolist(),
+            seconds=state["seconds"].tolist(),
+            validation=list(drawn.items()),
+            skipped=state["skipped"].tolist(),
+        )
+
+
+def _png(picture: Image.Image) -> Tensor:
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
+
+
+def _picture(png: Tensor) -> Image.Image:
+    picture = Image.open(io.BytesIO(bytes(png.tolist())))
+    picture.load()
+    return picture

@@ -1,18 +1,31 @@
-"""The two terms of the training loss (docs/method.md, equation 6)."""
+"""The terms of the training loss (docs/method.md, equations 6, 13 and 14), one number a sample."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def noise_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over everything, in float32 whatever the prediction's dtype."""
-    return torch.nn.functional.mse_loss(prediction.float(), target.float())
+    """Mean squared error of each sample, float32 [B] whatever the prediction's dtype."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-def alignment_loss(alignments: Iterable[Tensor]) -> Tensor:
-    """Mean over layers of the mean over samples of equation 5; each entry is [B] float32."""
-    return torch.stack([alignment.mean() for alignment in alignments]).mean()
+def mask_loss(maps: Tensor, present: Tensor, mask: Tensor) -> Tensor:
+    """Equation 13 of docs/method.md: [B].
+
+    Args:
+        maps: [B, T, N], head-mean attention of the image tokens to the placeholder's T places.
+        present: bool [B, T], False for the places that a sentence lacks.
+        mask: [B, N] in [0, 1], the share of the subject in each image token.
+    """
+    peak = maps.amax(2, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    distance = (maps / peak - mask.unsqueeze(1)).square().mean(2)
+    return (distance * present).sum(1) / present.sum(1)
+
+
+def layer_mean(terms: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of terms [B] each: [B]."""
+    return torch.stack(list(terms)).mean(0)

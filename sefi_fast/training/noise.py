@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,105 @@ def draw(
         torch.randn(shape, generator=generator),
         torch.randn(shape, generator=generator),
     )
+
+
+class LaneDraws:
+    """Random numbers of the coming step of L lanes, each from a generator of its own.
+
+    `ahead` may draw while a device still computes; the generators' states that `states` gives are
+    those before the coming step all the same.
+
+    Args:
+        generators: one a lane, on the CPU.
+        buffers: where the numbers of a step go: each part of a `Draw` as [k, L, B, …] for k draws
+            a step.
+        settings: what `draw` takes besides the generator.
+    """
+
+    def __init__(
+        self, generators: Sequence[torch.Generator], buffers: Draw, settings: Mapping[str, Any]
+    ) -> None:
+        self._generators = list(generators)
+        self._settings = dict(settings)
+        self.buffers = buffers
+        self._before: list[Tensor] | None = None
+        self._turn: int
+        self._host_sets: list[Draw]
+        self._make_host_sets()
+
+    def ahead(self) -> None:
+        """Draws the coming step, if that is not done yet."""
+        if self._before is not None:
+            return
+        self._before = [generator.get_state() for generator in self._generators]
+        # The set before the latest may still be on its way to the device.
+        self._turn = (self._turn + 1) % len(self._host_sets)
+        host = self._host_sets[self._turn]
+        for number in range(len(self.buffers.timesteps)):
+            for lane, generator in enumerate(self._generators):
+                for place, part in zip(host, draw(generator, **self._settings), strict=True):
+                    place[number, lane].copy_(part)
+
+    def load(self) -> None:
+        """Puts the coming step's numbers into the buffers; the one after it is the coming one."""
+        self.ahead()
+        self._before = None
+        host = self._host_sets[self._turn]
+        for buffer, place in zip(self.buffers, host, strict=True):
+            if buffer is not place:
+                buffer.copy_(place, non_blocking=True)
+
+    def states(self) -> list[Tensor]:
+        """The generators' states before the coming step."""
+        return self._before or [generator.get_state() for generator in self._generators]
+
+    def set_state(self, lane: int, state: Tensor) -> None:
+        """Puts one lane's generator to a state of `states`."""
+        self._forget()
+        self._generators[lane].set_state(state)
+
+    def keep(self, index: Sequence[int]) -> None:
+        """Keeps the lanes of `index` only, in its order, with new buffers."""
+        self._forget()
+        self._generators = [self._generators[lane] for lane in index]
+        self.buffers = Draw(*(buffer[:, : len(index)].clone() for buffer in self.buffers))
+        self._make_host_sets()
+
+    def move(self, buffers: Draw) -> None:
+        """Goes on in other buffers of the same shapes."""
+        self._forget()
+        self.buffers = buffers
+        self._make_host_sets()
+
+    def _forget(self) -> None:
+        if self._before is not None:
+            for generator, state in zip(self._generators, self._before, strict=True):
+                generator.set_state(state)
+            self._before = None
+
+    def _make_host_sets(self) -> None:
+        self._turn = 0
+        self._host_sets = [self.buffers]
+        if self.buffers.noise.device.type != "cpu":
+            self._host_sets = [
+                Draw(*(torch.empty_like(x, device="cpu", pin_memory=True) for x in self.buffers))
+                for _ in range(2)
+            ]
+
+
+def empty_buffers(
+    draws: int, lanes: int, batch_size: int, latent_shape: tuple[int, ...], device: torch.device
+) -> Draw:
+    """Buffers for `LaneDraws`, on the device that computes."""
+    shape = (draws, lanes, batch_size)
+
+    def whole() -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def real() -> Tensor:
+        return torch.zeros(*shape, *latent_shape, device=device)
+
+    return Draw(whole(), whole(), whole(), real(), real())
 
 
 class NoiseSchedule:

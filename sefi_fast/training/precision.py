@@ -32,6 +32,10 @@ def choose_dtype(precision: str, device: torch.device, model_dtype: torch.dtype)
     """The compute dtype. "auto": float32 on a CPU; on CUDA a half-precision model's own, else
     bfloat16 where the device has it and float16 where it lacks it.
 
+    On a CPU with bfloat16 matrix units "bf16" was measured to gain nothing on the bundled model and
+    on U-Nets up to 320 channels, and 1.6 times the speed at 640: worth asking for on large models,
+    no default, since the numbers would change from one processor to the next.
+
     Raises:
         ValueError: float16 was asked for on a CPU, which has no gradient scaler for it.
     """

@@ -8,10 +8,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines import load_pipeline
-from sefi_fast.pipelines.families import check_pipeline, unwrap
+from sefi_fast.pipelines.families import check_pipeline, is_sdxl, unwrap
 from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.precision import choose_device, choose_dtype
@@ -44,6 +45,7 @@ def find_source(model: Any, config: TrainConfig) -> Source:
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
         check_pipeline(model)
+        check_trainable(model)
         check_latent_channels(model)
         device = choose_device(config.device, unwrap(model.unet).device)
         dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
@@ -55,6 +57,7 @@ def find_source(model: Any, config: TrainConfig) -> Source:
     # In float32 first: the text encoder and the VAE keep it, since they are small and the learned
     # rows enter there.
     pipe = load_pipeline(name, dtype=torch.float32, device="cpu")
+    check_trainable(pipe)
     if device.type != "cpu":
         pipe.unet.to(device, dtype)
         pipe.text_encoder.to(device)
@@ -71,10 +74,51 @@ def frozen(source: Source, config: TrainConfig) -> Iterator[None]:
         channels_last = source.device.type == "cuda"
         stack.enter_context(borrowed(unet, source.device, widen, channels_last))
         stack.enter_context(borrowed(unwrap(source.pipe.text_encoder), source.device, widen))
-        if config.gradient_checkpointing and not unet.is_gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-            stack.callback(unet.disable_gradient_checkpointing)
+        stack.enter_context(checkpointed(unet, config.gradient_checkpointing or config.low_memory))
+        if config.low_memory and source.pipe.vae is not None:
+            # Whoever needs it borrows it. The text encoder stays: every step needs it.
+            stack.enter_context(borrowed(source.pipe.vae, torch.device("cpu"), None))
         yield
+
+
+@contextmanager
+def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing on if `wanted`, in a form that a CUDA graph can capture.
+
+    One that the U-Net has already stays on, in that form as well.
+    """
+    function = "_gradient_checkpointing_func"
+    before = [
+        (part, part.gradient_checkpointing, vars(part).get(function))
+        for part in unet.modules()
+        if hasattr(part, "gradient_checkpointing")
+    ]
+    if wanted or unet.is_gradient_checkpointing:
+        unet.enable_gradient_checkpointing(_recompute)
+    try:
+        yield
+    finally:
+        for part, checkpointing, own in before:
+            part.gradient_checkpointing = checkpointing
+            if own is not None:
+                setattr(part, function, own)
+            else:
+                vars(part).pop(function, None)
+
+
+def _recompute(module: torch.nn.Module, *inputs: Any) -> Any:
+    # A frozen model in eval mode draws nothing at random, and the state of CUDA's generator cannot
+    # be read in a capture.
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def check_trainable(pipe: Any) -> None:
+    """Raise ModelError for SDXL, whose second text encoder training does not serve."""
+    if is_sdxl(pipe):
+        raise ModelError(
+            f"training takes one text encoder, and {type(pipe).__name__} has two: train on a "
+            "Stable Diffusion 1.x or 2.x model (subjects for SDXL are for drawing only)"
+        )
 
 
 def check_latent_channels(pipe: Any) -> None:

@@ -36,9 +36,7 @@ class PlainProcessor:
             reference = scores.softmax(-1)
             if not step["reference_grad"]:
                 reference = reference.detach()
-            squared = (target - reference).square()
-            step["alignment"][self.name] = squared.sum((2, 3)).mean(1)
-            step["side"][self.name] = round(query.shape[2] ** 0.5)
+            step["maps"][self.name] = target, reference
         output = (target @ value).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](output))
 
@@ -46,8 +44,8 @@ class PlainProcessor:
 class PlainTraining:
     """Equations 3 to 6 of docs/method.md for one picture, in the pipeline's own dtype."""
 
-    def __init__(self, pipe, image, config, class_word: str, rows) -> None:
-        self.pipe, self.config, self.rows = pipe, config, rows
+    def __init__(self, pipe, image, config, class_word: str, rows, mask=None) -> None:
+        self.pipe, self.config, self.rows, self.mask = pipe, config, rows, mask
         self.step_data: dict[str, Any] = {"reference_grad": config.reference_grad}
         for name, processor in pipe.unet.attn_processors.items():
             assert type(processor).__name__ == "AttnProcessor2_0", name
@@ -72,6 +70,7 @@ class PlainTraining:
         texts = [text.replace("{}", self.class_word) for text in self.config.sentences()]
         tokenizer, text_encoder = self.pipe.tokenizer, self.pipe.text_encoder
         ids = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        self.ids = ids
         if row is None:
             return text_encoder(ids)[0]
         table = text_encoder.get_input_embeddings().weight
@@ -104,14 +103,37 @@ class PlainTraining:
             key=picked[:, 0],
             value=picked[:, -1],
             reference=self.encode(None)[drawn.template],
-            alignment={},
-            side={},
+            maps={},
         )
         prediction = self.pipe.unet(noised, drawn.timesteps, picked[:, 0]).sample
         wanted = config.loss_resolutions
-        alignments = [
-            alignment.mean()
-            for name, alignment in step["alignment"].items()
-            if wanted is None or step["side"][name] in wanted
+        columns = [self.ids[template] == self.class_id for template in drawn.template]
+        terms = [
+            self.attention(maps, reference, columns, drawn.view.tolist())
+            for maps, reference in step["maps"].values()
+            if wanted is None or round(maps.shape[2] ** 0.5) in wanted
         ]
-        return (prediction - target).square().mean(), torch.stack(alignments).mean()
+        return (prediction - target).square().mean(), torch.stack(terms).mean()
+
+    def attention(self, maps, reference, columns, views) -> Tensor:
+        """Equation 5, 13 or 14 of one layer, mean over samples, from whole maps [B, H, N, M]."""
+        kind = self.config.attention_loss
+        if kind == "subject":
+            return (maps - reference).square().sum((2, 3)).mean()
+        samples = []
+        for sample, column in enumerate(columns):
+            own, other = maps[sample][..., column], reference[sample][..., column]
+            if kind == "class":
+                samples.append((own - other).square().sum((1, 2)).mean())
+                continue
+            side = round(own.shape[1] ** 0.5)
+            mask = self.mask.flip(1) if views[sample] else self.mask
+            # Sides that divide one another: the area's mean is a mean over whole blocks.
+            blocks = mask.unflatten(0, (side, -1)).unflatten(2, (side, -1)).mean((1, 3)).flatten()
+            heads = own.mean(0)
+            places = [
+                (heads[:, place] / heads[:, place].max() - blocks).square().mean()
+                for place in range(heads.shape[1])
+            ]
+            samples.append(torch.stack(places).mean())
+        return torch.stack(samples).mean()

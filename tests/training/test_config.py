@@ -36,7 +36,7 @@ def test_defaults_are_valid_and_frozen():
         ("learning_rate", float("inf")),
         ("weight_lambda", -0.1),
         ("weight_lambda", float("nan")),
-        ("schedule", "linear"),
+        ("schedule", "polynomial"),
         ("module", "mlp"),
         ("crop", "middle"),
         ("precision", "fp8"),

@@ -13,10 +13,11 @@ from diffusers import DDPMScheduler
 
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
-from sefi_fast.training import engine as engine_module
 from sefi_fast.training.engine import Engine
 from sefi_fast.training.image import load_image, prepare
+from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.noise import Draw
 from sefi_fast.training.prompts import TrainingPrompts
 
 
@@ -32,6 +33,7 @@ PlainTraining = _plain_module().PlainTraining
 CPU = torch.device("cpu")
 # The random model's alignment is minute: without a large weight it would not be tested.
 BASE = {"batch_size": 4, "weight_lambda": 200.0, "schedule": "constant", "resolution": 64}
+SENTENCES = ("a photo of a {}", "{} in the snow", "the {} and a {}")
 """Each case differs from BASE in what it names."""
 CASES = {
     "default": {},
@@ -40,13 +42,23 @@ CASES = {
     "reference gradient": {"reference_grad": True},
     "some resolutions": {"loss_resolutions": (4, 2)},
     "one resolution": {"loss_resolutions": (8,)},
-    "several templates": {"templates": ("a photo of a {}", "{} in the snow", "the {} and a {}")},
+    "several templates": {"templates": SENTENCES},
     "scene": {"scene": "on the beach"},
     "tied": {"split": False},
     "one stage": {"stages": 1},
     "ten stages": {"stages": 10, "batch_size": 6},
     "one sample": {"batch_size": 1},
     "no flip": {"flip": False},
+    "class": {"attention_loss": "class"},
+    "class, reference gradient": {"attention_loss": "class", "reference_grad": True},
+    "class, several templates": {"attention_loss": "class", "templates": SENTENCES},
+    "mask": {"attention_loss": "mask", "weight_lambda": 1.0},
+    "mask, several templates": {
+        "attention_loss": "mask",
+        "weight_lambda": 1.0,
+        "templates": SENTENCES,
+        "loss_resolutions": (8, 2),
+    },
 }
 
 
@@ -75,21 +87,45 @@ def make_tokens(pipe, config, disturb=0.2):
     return tokens
 
 
+def make_mask(config):
+    if config.attention_loss != "mask":
+        return None
+    return torch.rand(64, 64, generator=torch.Generator().manual_seed(6))
+
+
 def make_engine(pipe, picture, config, tokens):
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.requires_grad_(False).eval()
     size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     class_id = pipe.tokenizer("cat", add_special_tokens=False).input_ids[0]
+    latents = encode_picture(pipe.vae, prepare(picture, size), config.flip)
+    prompts = TrainingPrompts(pipe.tokenizer, config.sentences(), "<it>", class_id, CPU)
     return Engine(
         unet=pipe.unet,
         text_encoder=pipe.text_encoder,
         scheduler=pipe.scheduler,
-        tokens=tokens,
-        latents=encode_picture(pipe.vae, prepare(picture, size), config.flip),
-        prompts=TrainingPrompts(pipe.tokenizer, config.sentences(), "<it>", class_id, CPU),
+        lanes=[Lane(tokens, latents, prompts, config.seed, make_mask(config))],
         config=config,
         dtype=torch.float32,
     )
+
+
+def terms_of(engine):
+    """Both terms of the next draw, for the one lane there is."""
+    engine._draws.load()
+    step = engine._step
+    with engine.processors.in_place():
+        return step.terms(step.state.rows(), Draw(*(part[0] for part in step.draws)))
+
+
+def gradients(engine, total, tokens):
+    """The gradient of a loss in each parameter of `tokens`, by name."""
+    (flat,) = torch.autograd.grad(total, engine._step.state.parameters, retain_graph=True)
+    named = engine._step.state.state_dict(0)
+    order = [name.partition(".")[2] for name in named if name.startswith("parameters.")]
+    own = dict(tokens.named_parameters())
+    parts = flat[0].split([own[name].numel() for name in order])
+    return {name: part.view_as(own[name]) for name, part in zip(order, parts, strict=True)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -99,24 +135,25 @@ def test_loss_and_gradient_are_those_of_the_plain_step(sd15_pipeline, picture, c
     plain_tokens = copy.deepcopy(tokens).double()
     plain_pipe = copy.deepcopy(sd15_pipeline)
     engine = make_engine(sd15_pipeline, picture, config, tokens)
-    with engine.processors.in_place():
-        terms = engine.loss(engine.draw())
-        (terms.noise + config.weight_lambda * terms.alignment).backward()
+    terms = terms_of(engine)
+    found = gradients(engine, terms.noise + config.weight_lambda * terms.attention, tokens)
 
     for part in (plain_pipe.unet, plain_pipe.text_encoder, plain_pipe.vae):
         part.double()
-    plain = PlainTraining(plain_pipe, picture, config, "cat", plain_tokens)
+    mask = None if make_mask(config) is None else make_mask(config).double()
+    plain = PlainTraining(plain_pipe, picture, config, "cat", plain_tokens, mask)
     noise, alignment = plain.terms()
     (noise + config.weight_lambda * alignment).backward()
 
     assert alignment > 1e-7
-    torch.testing.assert_close(terms.noise.double(), noise, rtol=1e-4, atol=0)
-    torch.testing.assert_close(terms.alignment.double(), alignment, rtol=1e-3, atol=0)
+    torch.testing.assert_close(terms.noise[0].double(), noise, rtol=1e-4, atol=0)
+    torch.testing.assert_close(terms.attention[0].double(), alignment, rtol=1e-3, atol=0)
     wanted = dict(plain_tokens.named_parameters())
-    for name, parameter in tokens.named_parameters():
+    assert set(found) == set(wanted)
+    for name, gradient in found.items():
         grad = wanted[name].grad
         assert grad.abs().max() > 0, name
-        error = (parameter.grad.double() - grad).abs().max() / grad.abs().max()
+        error = (gradient.double() - grad).abs().max() / grad.abs().max()
         assert error < 2e-3, (name, error)
 
 
@@ -124,10 +161,9 @@ def test_the_alignment_carries_weight_in_these_tests(sd15_pipeline, picture):
     config = TrainConfig(**BASE, module="free")
     tokens = make_tokens(sd15_pipeline, config)
     engine = make_engine(sd15_pipeline, picture, config, tokens)
-    with engine.processors.in_place():
-        terms = engine.loss(engine.draw())
-    (noise,) = torch.autograd.grad(terms.noise, tokens.rows, retain_graph=True)
-    (alignment,) = torch.autograd.grad(config.weight_lambda * terms.alignment, tokens.rows)
+    terms = terms_of(engine)
+    noise = gradients(engine, terms.noise, tokens)["rows"]
+    alignment = gradients(engine, config.weight_lambda * terms.attention, tokens)["rows"]
     assert 0.05 < alignment.norm() / noise.norm() < 20
 
 
@@ -141,7 +177,7 @@ def test_three_updates_are_those_of_the_plain_step(sd15_pipeline, picture, predi
     plain_tokens = copy.deepcopy(tokens)
     plain_pipe = copy.deepcopy(sd15_pipeline)
     engine = make_engine(sd15_pipeline, picture, config, tokens)
-    results = [engine.step() for _ in range(3)]
+    results = [engine.step()[0] for _ in range(3)]
 
     plain = PlainTraining(plain_pipe, picture, config, "cat", plain_tokens)
     start = plain_tokens().detach()
@@ -160,13 +196,14 @@ def test_three_updates_are_those_of_the_plain_step(sd15_pipeline, picture, predi
     torch.testing.assert_close(engine.current(), plain_tokens().detach(), rtol=0, atol=0.02 * moved)
 
 
-def test_without_weight_no_reference_is_projected_and_no_alignment_computed(
-    sd15_pipeline, picture, monkeypatch
+@pytest.mark.parametrize("off", [{"weight_lambda": 0.0}, {"attention_loss": "none"}])
+def test_without_attention_loss_no_reference_is_projected_and_nothing_asked(
+    sd15_pipeline, picture, monkeypatch, off
 ):
-    monkeypatch.setattr(engine_module, "alignment_loss", None)
-    config = TrainConfig(**{**BASE, "weight_lambda": 0.0})
+    monkeypatch.setattr("sefi_fast.processor.fused_cross_attention", None)
+    config = TrainConfig(**{**BASE, **off})
     engine = make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
-    result = engine.step()
+    (result,) = engine.step()
     assert result.alignment == 0.0
     assert result.finite
 
@@ -212,11 +249,31 @@ def test_nothing_of_a_step_stays_in_memory(sd15_pipeline, picture):
         assert layer.maps is None
 
 
-def test_cosine_schedule_ends_near_zero(sd15_pipeline, picture):
+def test_the_rate_follows_the_schedule_unless_one_is_given(sd15_pipeline, picture):
     config = TrainConfig(**{**BASE, "schedule": "cosine", "steps": 4})
     engine = make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
     rates = []
-    for _ in range(4):
-        engine.step()
-        rates.append(engine._optimizer.param_groups[0]["lr"] / config.learning_rate)
-    assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-5)
+    for given in (None, None, None, None, 0.3):
+        engine.step(given)
+        rates.append(engine._step.state.rate.item())
+    assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447, 0.3], abs=1e-5)
+
+
+def test_accumulated_draws_are_averaged(sd15_pipeline, picture):
+    config = TrainConfig(**BASE, gradient_accumulation=3, learning_rate=1e-2)
+    tokens = make_tokens(sd15_pipeline, config)
+    single = TrainConfig(**BASE, learning_rate=1e-2)
+    one_by_one = make_engine(sd15_pipeline, picture, single, tokens)
+    terms = [terms_of(one_by_one) for _ in range(3)]
+    totals = [each.noise + config.weight_lambda * each.attention for each in terms]
+    wanted = gradients(one_by_one, sum(totals) / 3, tokens)
+    engine = make_engine(sd15_pipeline, picture, config, tokens)
+    (result,) = engine.step()
+    assert result.noise == pytest.approx(sum(each.noise.item() for each in terms) / 3, rel=1e-6)
+    mean = sum(each.attention.item() for each in terms) / 3
+    assert result.alignment == pytest.approx(mean, rel=1e-5)
+    state = engine.state_dict()
+    for name, gradient in wanted.items():
+        # Adam's first moment after one step is a tenth of the gradient.
+        atol = 1e-5 * float(gradient.abs().max())
+        torch.testing.assert_close(10 * state[f"exp_avg.{name}"], gradient, rtol=1e-4, atol=atol)

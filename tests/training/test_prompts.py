@@ -8,59 +8,86 @@ import torch
 from sefi_fast.conditioning import encode_text
 from sefi_fast.errors import PromptError
 from sefi_fast.training.latents import encode_picture
-from sefi_fast.training.prompts import TrainingPrompts
+from sefi_fast.training.prompts import LanePrompts, TrainingPrompts, take
 
 CPU = torch.device("cpu")
 SENTENCES = ("a photo of a {}", "{} in the snow")
 
 
-@pytest.fixture
-def prompts(sd15_pipeline):
-    class_id = sd15_pipeline.tokenizer("dog", add_special_tokens=False).input_ids[0]
-    return TrainingPrompts(sd15_pipeline.tokenizer, SENTENCES, "<it>", class_id, CPU)
+def prompts_for(pipe, word):
+    class_id = pipe.tokenizer(word, add_special_tokens=False).input_ids[0]
+    return TrainingPrompts(pipe.tokenizer, SENTENCES, "<it>", class_id, CPU)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize(
     ("stages", "templates"),
-    [([0, 1, 2, 3], [0, 0, 0, 0]), ([3, 3, 0, 3, 0], [1, 0, 1, 1, 1]), ([2], [1])],
+    [
+        ([[0, 1, 2, 3]], [[0, 0, 0, 0]]),
+        ([[3, 3, 0, 3, 0], [2, 0, 0, 1, 2]], [[1, 0, 1, 1, 1], [0, 0, 1, 0, 0]]),
+        ([[2], [2], [0]], [[1], [0], [1]]),
+        # As many samples as pairs of a stage and a sentence: each pair is encoded once.
+        ([[3, 3, 0, 3, 0, 1, 1, 1], [0, 3, 3, 2, 2, 2, 2, 3]], [[1, 0, 1, 1, 1, 0, 0, 1]] * 2),
+    ],
 )
-def test_streams_are_those_of_each_sample(sd15_pipeline, prompts, streams, stages, templates):
+def test_streams_are_those_of_each_sample(sd15_pipeline, streams, stages, templates):
     text_encoder = sd15_pipeline.text_encoder
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(4, streams, 48, generator=generator, requires_grad=True)
-    got = prompts.streams(text_encoder, tokens, torch.tensor(stages), torch.tensor(templates))
-    assert got.shape == (len(stages), 2 * 77, 48)
-    for sample, (stage, template) in enumerate(zip(stages, templates, strict=True)):
-        for stream in range(2):
-            row = tokens[stage, min(stream, streams - 1)].view(1, 1, -1)
-            ids, slots = prompts.input_ids[[template]], prompts.slots[[template]]
-            alone = encode_text(text_encoder, ids, slots, row)[0]
-            part = got[sample, stream * 77 : (stream + 1) * 77]
-            torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
+    words = ("dog", "cat", "bear")[: len(stages)]
+    lanes = [prompts_for(sd15_pipeline, word) for word in words]
+    tokens = torch.randn(len(stages), 4, streams, 48, generator=generator, requires_grad=True)
+    stages, templates = torch.tensor(stages), torch.tensor(templates)
+    got = LanePrompts(lanes).streams(text_encoder, tokens, stages, templates)
+    assert got.shape == (stages.numel(), 2 * 77, 48)
+    got = got.unflatten(0, stages.shape).unflatten(2, (2, 77))
+    for lane, prompts in enumerate(lanes):
+        for sample, (stage, template) in enumerate(zip(stages[lane], templates[lane], strict=True)):
+            for stream in range(2):
+                row = tokens[lane, stage, min(stream, streams - 1)].view(1, 1, -1)
+                ids, slots = prompts.input_ids[template], prompts.slots[template]
+                alone = encode_text(text_encoder, ids[None], slots[None], row)[0]
+                part = got[lane, sample, stream]
+                torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
     (gradient,) = torch.autograd.grad(got.square().sum(), tokens)
-    unused = [stage for stage in range(4) if stage not in stages]
-    assert not gradient[unused].any()
-    assert all(gradient[stage].abs().sum() > 0 for stage in stages)
+    for lane in range(len(lanes)):
+        for stage in range(4):
+            used = stage in stages[lane]
+            assert bool(gradient[lane, stage].any()) == used
 
 
-def test_the_class_words_row_gives_the_reference(sd15_pipeline, prompts):
+def test_the_class_words_row_gives_the_reference(sd15_pipeline):
     text_encoder = sd15_pipeline.text_encoder
     table = text_encoder.get_input_embeddings().weight
-    class_id = sd15_pipeline.tokenizer("dog", add_special_tokens=False).input_ids[0]
-    tokens = table[class_id].detach().expand(1, 2, -1)
-    templates = torch.tensor([0, 1])
-    streams = prompts.streams(text_encoder, tokens, torch.zeros(2, dtype=torch.long), templates)
-    reference = prompts.reference(text_encoder)
-    plain = sd15_pipeline.tokenizer(
-        [sentence.replace("{}", "dog") for sentence in SENTENCES],
-        padding="max_length",
-        return_tensors="pt",
-    )
-    assert torch.equal(prompts.input_ids, plain.input_ids)
+    words = ("dog", "cat")
+    lanes = LanePrompts([prompts_for(sd15_pipeline, word) for word in words])
+    ids = [sd15_pipeline.tokenizer(w, add_special_tokens=False).input_ids[0] for w in words]
+    tokens = table[ids].detach()[:, None, None].expand(-1, 1, 2, -1)
+    templates = torch.tensor([[0, 1]] * 2)
+    streams = lanes.streams(text_encoder, tokens, torch.zeros(2, 2, dtype=torch.long), templates)
+    reference = lanes.reference(text_encoder)
     assert not reference.requires_grad
-    torch.testing.assert_close(streams.unflatten(1, (2, 77))[:, 0], reference)
-    torch.testing.assert_close(streams.unflatten(1, (2, 77))[:, 1], reference)
+    for lane, word in enumerate(words):
+        plain = sd15_pipeline.tokenizer(
+            [sentence.replace("{}", word) for sentence in SENTENCES],
+            padding="max_length",
+            return_tensors="pt",
+        )
+        assert torch.equal(lanes.input_ids[lane], plain.input_ids)
+    streams = streams.unflatten(0, (2, 2)).unflatten(2, (2, 77))
+    torch.testing.assert_close(streams[:, :, 0], reference)
+    torch.testing.assert_close(streams[:, :, 1], reference)
+
+
+def test_take_is_an_indexing_with_a_gradient_in_float64():
+    generator = torch.Generator().manual_seed(3)
+    source = torch.randn(3, 4, 2, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(4, (3, 6), generator=generator)
+    wanted = torch.stack([source[lane, index[lane]] for lane in range(3)])
+    assert torch.equal(take(source, index), wanted)
+    weight = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((take(source, index) * weight).sum(), source)
+    (plain,) = torch.autograd.grad((wanted * weight).sum(), source)
+    torch.testing.assert_close(gradient, plain)
 
 
 def test_a_placeholder_behind_the_cut_is_refused(sd15_pipeline):

@@ -14,7 +14,7 @@ import sefi_fast
 from sefi_fast.errors import ImageError, ModelError, PromptError, TrainingError
 from sefi_fast.subject import Subject
 from sefi_fast.training import NonFiniteLossError, train
-from sefi_fast.training import engine as engine_module
+from sefi_fast.training import step as step_module
 from sefi_fast.training.image import load_image
 
 # It ships inside the scikit-image package.
@@ -29,13 +29,13 @@ def photo() -> Image.Image:
 
 def poison(monkeypatch, bad_steps, value=float("nan")):
     calls = iter(range(1000))
-    honest = engine_module.noise_loss
+    honest = step_module.noise_loss
 
     def noise_loss(prediction, target):
         loss = honest(prediction, target)
         return loss * value if next(calls) in bad_steps else loss
 
-    monkeypatch.setattr(engine_module, "noise_loss", noise_loss)
+    monkeypatch.setattr(step_module, "noise_loss", noise_loss)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,0 +1,56 @@
+"""sefi_fast's own training step on a ready pipeline, set up as `sefi_fast.train` does it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from _plain_steps import CLASS_WORD, PLACEHOLDER
+from torch import Tensor
+
+from sefi_fast.conditioning import class_token_id
+from sefi_fast.subject import SubjectTokens
+from sefi_fast.training import TrainConfig
+from sefi_fast.training.engine import Engine
+from sefi_fast.training.lanes import Lane
+from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.prompts import TrainingPrompts
+from sefi_fast.training.source import Source, frozen
+
+
+class SefiStep:
+    """One step of the engine; the picture's encoder is released once its latents are known."""
+
+    def __init__(self, pipe: Any, config: TrainConfig, pixels: Tensor, dtype: torch.dtype) -> None:
+        device = pipe.unet.device
+        latents = encode_picture(pipe.vae, pixels, config.flip)
+        pipe.vae = None
+        # Entered for good: the models are this step's own.
+        self._models = ExitStack()
+        source = Source(pipe, "random weights", None, device, dtype, True)
+        self._models.enter_context(frozen(source, config))
+        class_id = class_token_id(pipe.tokenizer, CLASS_WORD)
+        row = pipe.text_encoder.get_input_embeddings().weight[class_id].detach().float()
+        tokens = SubjectTokens(
+            row,
+            stages=config.stages,
+            split=config.split,
+            train_base=config.train_base,
+            module=config.module,
+            generator=torch.Generator().manual_seed(config.seed),
+        ).to(device)
+        prompts = TrainingPrompts(pipe.tokenizer, config.sentences(), PLACEHOLDER, class_id, device)
+        self.engine = Engine(
+            unet=pipe.unet,
+            text_encoder=pipe.text_encoder,
+            scheduler=pipe.scheduler,
+            lanes=[Lane(tokens, latents, prompts, config.seed)],
+            config=config,
+            dtype=dtype,
+        )
+
+    def __call__(self) -> tuple[float, float]:
+        (result,) = self.engine.step()
+        assert result is not None
+        return result.noise, result.alignment

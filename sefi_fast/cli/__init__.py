@@ -1,0 +1,43 @@
+"""The command `sefi-fast`: train, train-many, generate, maps, info and demo, a module each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from sefi_fast import __version__
+from sefi_fast.errors import SefiError
+
+_COMMANDS = ("train", "train-many", "generate", "maps", "info", "demo")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        The exit status: 0, 1 for an expected error, 128 and the signal's number when a signal
+        ended it (130: SIGINT, 143: SIGTERM).
+    """
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except (SefiError, ValueError, TypeError, OSError) as error:
+        print(f"sefi-fast {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"sefi-fast {options.command}: {error or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(error, "signal", 2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sefi-fast", description="Personalise a diffusion model from one picture (SeFi-IDE)."
+    )
+    parser.add_argument("--version", action="version", version=f"sefi_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in _COMMANDS:
+        importlib.import_module(f"sefi_fast.cli.{name.replace('-', '_')}").add(commands)
+    return parser

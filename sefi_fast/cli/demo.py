@@ -1,0 +1,34 @@
+"""`sefi-fast demo`: personalise the bundled model; no download, no GPU."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "demo", help="personalise the bundled model on a bundled picture; no download, no GPU"
+    )
+    parser.add_argument("--image", type=Path, help="another picture than the bundled one")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("sefi_fast_demo"), help="folder for the pictures"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="training steps (default: the library's)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from sefi_fast.demo import run_demo
+
+    overrides = {} if options.steps is None else {"steps": options.steps}
+    result = run_demo(options.output, image=options.image, seed=options.seed, **overrides)
+    print(f"{result.sheet}: the subject in new scenes and with accessories")
+    print(f"{result.maps}: where the words looked")
+    print(f"{result.curves}: the training curves")
+    print(f"{result.subject}: the subject, to attach to the bundled model")
+    print(f"done in {result.seconds:.0f} s")
+    return 0

@@ -1,0 +1,112 @@
+"""Options that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The option --model."""
+    parser.add_argument(
+        "-m", "--model",
+        help="diffusers folder, hub id or .safetensors file (default: the bundled tiny model)",
+    )  # fmt: skip
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The prompt, the subjects, and how to draw."""
+    parser.add_argument("prompt", help="what to draw; a subject stands in it by its placeholder")
+    parser.add_argument(
+        "-s", "--subject", type=Path, action="append", default=[], metavar="FILE",
+        help="a subject file; may be given several times",
+    )  # fmt: skip
+    add_model(parser)
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_config_fields(parser: argparse.ArgumentParser) -> None:
+    """One option a field of TrainConfig, so that a new field is a new option by itself."""
+    from sefi_fast.training import TrainConfig
+
+    group = parser.add_argument_group("training settings")
+    hints = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        name = "--" + field.name.replace("_", "-")
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f"config_{field.name}"}
+        description = field.metadata.get("help", "")
+        kind, repeated = _option_type(hints[field.name])
+        default = "" if field.default is None else f"(default: {_shown(field)})"
+        keywords["help"] = f"{description} {default}".strip().replace("%", "%%")
+        if kind is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords["type"] = kind
+            keywords["metavar"] = field.name.split("_")[-1].upper()
+            if repeated:
+                keywords["nargs"] = "+"
+        group.add_argument(name, **keywords)
+
+
+def config_overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TrainConfig that the command line names."""
+    return {
+        name.removeprefix("config_"): tuple(value) if isinstance(value, list) else value
+        for name, value in vars(options).items()
+        if name.startswith("config_")
+    }
+
+
+def attached_pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The pipeline with the subjects attached, and the sampling settings to call it with."""
+    from sefi_fast.errors import PromptError
+    from sefi_fast.pipelines import attach, load_pipeline
+    from sefi_fast.subject import Subject
+    from sefi_fast.tiny_world import SAMPLING
+
+    subjects = [Subject.load(path) for path in options.subject]
+    if subjects and not any(subject.placeholder in options.prompt for subject in subjects):
+        names = ", ".join(subject.placeholder for subject in subjects)
+        raise PromptError(
+            f"the prompt {options.prompt!r} names none of its subjects: write {names} where the "
+            "subject shall stand"
+        )
+    model = options.model
+    if model is None and subjects:
+        model = subjects[0].settings.get("model")
+    pipe = load_pipeline(model)
+    if subjects:
+        attach(pipe, subjects)
+    given = {
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "negative_prompt": options.negative_prompt,
+        "seed": options.seed,
+    }
+    usual = dict(SAMPLING) if model is None else {}
+    return pipe, usual | {name: value for name, value in given.items() if value is not None}
+
+
+def _shown(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    assert field.default_factory is not dataclasses.MISSING
+    return field.default_factory()
+
+
+def _option_type(hint: Any) -> tuple[type, bool]:
+    """The type of one value of a field, and whether it takes several."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return str, False
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False

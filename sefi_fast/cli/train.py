@@ -1,0 +1,149 @@
+"""`sefi-fast train`: learn a subject from one picture."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sefi_fast.cli.options import add_config_fields, add_model, config_overrides
+
+if TYPE_CHECKING:
+    from sefi_fast.training import Callbacks, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def add(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser("train", help="learn a subject from one picture")
+    parser.add_argument(
+        "image", type=Path, nargs="?", help="the picture; may stand in the config file instead"
+    )
+    add_model(parser)
+    parser.add_argument("--class-word", help="what the subject is, one token: person, cat, car …")
+    parser.add_argument("--placeholder", help="its name in prompts (default: <it>)")
+    parser.add_argument(
+        "--mask", type=Path, help="picture, white where the subject is, for --attention-loss mask"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, help="the subject file (default: subject.safetensors)"
+    )
+    parser.add_argument(
+        "-c", "--config", type=Path, metavar="FILE",
+        help="YAML or JSON with any of these options; those on the command line win",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save-config", type=Path, metavar="FILE",
+        help="where to leave all options of this run (default: beside the output, as me.run.yaml)",
+    )  # fmt: skip
+    parser.add_argument("--preset", help="settings by name: sefi, textual-inversion or prospect")
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=None,
+        help="go on from the newest checkpoint; --no-resume removes it and begins anew",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume-from", metavar="WHERE",
+        help="a checkpoint, a folder of them, or auto: go on where there is one, else begin",
+    )  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_config_fields(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from sefi_fast.training import train
+
+    config, given = _settings(options)
+    if given["image"] is None:
+        raise ValueError("the picture is missing: name its file, here or as image in the config")
+    if options.resume is not None and options.resume_from is not None:
+        raise ValueError("--resume-from says all that --resume does: give one of them")
+    output = Path(given["output"] or "subject.safetensors")
+    given["output"] = str(output)
+    placeholder = given["placeholder"] or "<it>"
+    subject = train(
+        image=given["image"],
+        model=given["model"],
+        class_word=given["class_word"],
+        placeholder=placeholder,
+        mask=given["mask"],
+        config=config,
+        output=output,
+        resume=options.resume if options.resume_from is None else options.resume_from,
+        progress=not options.quiet,
+        callback=_run_file_writer(options, config, given, output),
+    )
+    if subject.history is not None and subject.history.loss:
+        from sefi_fast.evaluation import training_curves
+
+        curves = output.with_suffix(".png")
+        training_curves(subject.history, title=Path(given["image"]).name).save(curves)
+        print(f"{curves}: the loss")
+        if subject.history.validation:
+            prompts = [x.replace("{}", placeholder) for x in config.validation_prompts]
+            _save_validation(output, prompts, subject.history.validation)
+    print(f"{output}: use it as {placeholder} in a prompt")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> tuple[TrainConfig, dict[str, str | None]]:
+    """The run's settings, and what it is given: the command line before the file."""
+    from sefi_fast.training import TrainConfig
+    from sefi_fast.training.config_file import RunFile, read_settings
+
+    names = ("image", "mask", "model", "class_word", "placeholder", "output")
+    file = RunFile({}, {}) if options.config is None else read_settings(options.config)
+    given: dict[str, str | None] = {}
+    for name in names:
+        value = getattr(options, name)
+        given[name] = file.run.get(name) if value is None else str(value)
+    overrides = {**file.fields, **config_overrides(options)}
+    if options.preset is None:
+        return TrainConfig.from_overrides(None, overrides), given
+    if options.config is not None:
+        raise ValueError(
+            "--preset and --config were both given: write the preset into the config file, as "
+            f"'preset: {options.preset}'"
+        )
+    return TrainConfig.preset(options.preset, **overrides), given
+
+
+def _run_file_writer(
+    options: argparse.Namespace, config: TrainConfig, given: dict[str, str | None], output: Path
+) -> Callbacks:
+    """Leaves the run's options in a file once training works."""
+    from sefi_fast.training import Callbacks, History
+    from sefi_fast.training.config_file import write_settings
+
+    path = options.save_config or output.with_suffix(".run.yaml")
+
+    class WriteOnce(Callbacks):
+        written = False
+
+        def on_step(self, step: int, history: History) -> None:
+            if self.written:
+                return
+            self.written = True
+            if options.config is not None and options.config.resolve() == path.resolve():
+                return
+            named = {name: value for name, value in given.items() if value is not None}
+            try:
+                write_settings(path, {**named, **config.as_dict()})
+            except OSError as error:
+                logger.warning("the run's options could not be written to %s: %s", path, error)
+
+    return WriteOnce()
+
+
+def _save_validation(
+    output: Path, prompts: Sequence[str], drawn: Sequence[tuple[int, list[Any]]]
+) -> None:
+    from sefi_fast.evaluation import Panel, contact_sheet
+
+    rows = [(f"step {step}", list(map(Panel, pictures, prompts))) for step, pictures in drawn]
+    path = output.with_name(output.stem + "-validation.png")
+    contact_sheet(rows).save(path)
+    print(f"{path}: the validation prompts as training went on")

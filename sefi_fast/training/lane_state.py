@@ -1,0 +1,201 @@
+"""Trained parameters and optimiser state of all lanes, a row of one matrix each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sefi_fast.subject import SubjectTokens
+from sefi_fast.subject.tokens import mixed_rows
+
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+_FIRST_SCALE = 2.0**12
+_GROWTH_INTERVAL = 2000
+# A loss that still overflows when it is not scaled up at all is no matter of the scale.
+_LOWEST_SCALE = 1.0
+
+
+class _Parameter(NamedTuple):
+    name: str
+    shape: torch.Size
+
+
+class LaneState:
+    """Parameters of L lanes, Adam's moments, loss scales and the last good tokens.
+
+    Every lane is a row: a row never depends on another one, and one call of a few elementwise
+    operations updates all of them, without waiting for the device. The update is AdamW's without
+    weight decay, that of `torch.optim.AdamW` up to rounding.
+
+    Attributes:
+        parameters: float32 [L, P], the leaf that gradients are taken in.
+        rate: float64 [L], factor of the learning rate in the next update.
+        scale: float32 [L], what a lane's loss is multiplied by before its gradient is taken.
+        last_good: float32 [L, S, 2 or 1, C], the newest tokens that gave a finite loss.
+
+    Args:
+        modules: one a lane, all of one kind; copied.
+        learning_rate: for the embedding rows.
+        device: where to compute.
+        scaling: whether losses are scaled, for float16.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[SubjectTokens],
+        learning_rate: float,
+        device: torch.device,
+        scaling: bool,
+    ) -> None:
+        first = modules[0]
+        names = {id(parameter): name for name, parameter in first.named_parameters()}
+        groups = first.parameter_groups(learning_rate)
+        members = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+        own = [dict(module.named_parameters()) for module in modules]
+        self._layout = [_Parameter(name, own[0][name].shape) for part in members for name in part]
+        self._group_sizes = [sum(own[0][name].numel() for name in part) for part in members]
+        self._heads, self._module = first.heads, first.module
+        self._shape = (first.stages, first.streams, first.width)
+        self.scaling = scaling
+        rows = [torch.cat([mine[p.name].detach().flatten() for p in self._layout]) for mine in own]
+        rates = [[g["lr"] for g in module.parameter_groups(learning_rate)] for module in modules]
+        fixed = [dict(module.named_buffers()) for module in modules]
+        self._fixed = {
+            name: torch.stack([mine[name] for mine in fixed]).to(device) for name in fixed[0]
+        }
+        count = len(modules)
+        self.parameters = torch.stack(rows).to(device, torch.float32).requires_grad_(True)
+        self._group_rates = torch.tensor(rates, dtype=torch.float64, device=device)
+        self.exp_avg = torch.zeros_like(self.parameters, requires_grad=False)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self.updates = torch.zeros(count, dtype=torch.float64, device=device)
+        self.rate = torch.ones(count, dtype=torch.float64, device=device)
+        self.scale = torch.full((count,), _FIRST_SCALE if scaling else 1.0, device=device)
+        self.growth = torch.zeros(count, device=device)
+        self.last_good = self.rows().detach().clone()
+
+    def __len__(self) -> int:
+        return self.parameters.shape[0]
+
+    def rows(self) -> Tensor:
+        """The tokens of all lanes, float32 [L, S, 2 or 1, C], differentiable in `parameters`."""
+        # One split, whose backward is one concatenation; slices would add up a matrix each.
+        parts = self.parameters.split([parameter.shape.numel() for parameter in self._layout], 1)
+        own = {
+            parameter.name: part.unflatten(1, parameter.shape)
+            for parameter, part in zip(self._layout, parts, strict=True)
+        }
+        rows = own["rows"] if self._module == "free" else mixed_rows(own | self._fixed, self._heads)
+        return rows.unflatten(1, self._shape[:2])
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor, evaluated: Tensor, loss_is_finite: Tensor) -> Tensor:
+        """One step of every lane whose loss and gradient are finite; the others keep their state.
+
+        Args:
+            gradient: [L, P], of the scaled losses.
+            evaluated: [L, S, 2 or 1, C], the tokens the losses were computed with.
+            loss_is_finite: bool [L].
+
+        Returns:
+            Bool [L], False where nothing was to be had from this step. An overflow that a smaller
+            loss scale cures counts as True, though only the scale changes.
+        """
+        self.last_good.copy_(
+            torch.where(_like(loss_is_finite, evaluated), evaluated, self.last_good)
+        )
+        if self.scaling:
+            gradient = gradient / self.scale[:, None]
+        largest = torch.linalg.vector_norm(gradient, float("inf"), dim=1)
+        gradient_is_finite = torch.isfinite(largest)
+        good = loss_is_finite & gradient_is_finite
+        self._adam(torch.where(good[:, None], gradient, 0.0), good)
+        if not self.scaling:
+            return good
+        curable = loss_is_finite & (self.scale > _LOWEST_SCALE)
+        self._rescale(good, loss_is_finite)
+        return good | curable
+
+    def _adam(self, gradient: Tensor, good: Tensor) -> None:
+        # A weight of 0 leaves a lane's moments and parameters exactly as they are.
+        weight = good.to(gradient.dtype)[:, None]
+        self.updates += good
+        self.exp_avg.lerp_(gradient, weight * (1 - _BETAS[0]))
+        self.exp_avg_sq.lerp_(gradient.square_(), weight * (1 - _BETAS[1]))
+        count = self.updates.clamp(min=1)
+        first_correction = 1 - _BETAS[0] ** count
+        second_correction = (1 - _BETAS[1] ** count).sqrt().float()[:, None]
+        steps = self._group_rates * (self.rate * good / first_correction)[:, None]
+        parts = zip(
+            self.parameters.detach().split(self._group_sizes, 1),
+            self.exp_avg.split(self._group_sizes, 1),
+            self.exp_avg_sq.split(self._group_sizes, 1),
+            steps.float().split(1, 1),
+            strict=True,
+        )
+        for parameters, exp_avg, exp_avg_sq, step in parts:
+            spread = exp_avg_sq.sqrt().div_(second_correction).add_(_EPSILON)
+            parameters.sub_((exp_avg / spread).mul_(step))
+
+    def _rescale(self, good: Tensor, loss_is_finite: Tensor) -> None:
+        """Halves the scale after an overflow, doubles it after many steps without one."""
+        overflow = loss_is_finite & ~good
+        self.growth.copy_(torch.where(overflow, 0.0, self.growth + good))
+        grown = self.growth >= _GROWTH_INTERVAL
+        self.growth.masked_fill_(grown, 0.0)
+        self.scale.mul_(torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything an update changes, by name, each with one entry a lane: no copies."""
+        return {
+            "parameters": self.parameters.detach(),
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            "updates": self.updates,
+            "scale": self.scale,
+            "growth": self.growth,
+            "last_good": self.last_good,
+        }
+
+    def fixed_tensors(self) -> dict[str, Tensor]:
+        """What belongs to the lanes and no update changes: no copies."""
+        fixed = {f"fixed.{name}": tensor for name, tensor in self._fixed.items()}
+        return {**fixed, "group_rates": self._group_rates, "rate": self.rate}
+
+    def keep(self, index: Tensor) -> None:
+        """Keeps the lanes of `index` only, in its order."""
+        self.parameters = self.parameters.detach()[index].requires_grad_(True)
+        for name in ("exp_avg", "exp_avg_sq", "updates", "scale", "growth", "last_good", "rate"):
+            setattr(self, name, getattr(self, name)[index])
+        self._group_rates = self._group_rates[index]
+        self._fixed = {name: tensor[index] for name, tensor in self._fixed.items()}
+
+    def state_dict(self, row: int) -> dict[str, Tensor]:
+        """One lane's state on the CPU; the parameters and their moments by their names."""
+        state = {}
+        for kind, tensor in self.tensors().items():
+            mine = tensor[row].detach().to("cpu", copy=True)
+            if kind in ("parameters", "exp_avg", "exp_avg_sq"):
+                parts = mine.split([parameter.shape.numel() for parameter in self._layout])
+                for parameter, part in zip(self._layout, parts, strict=True):
+                    state[f"{kind}.{parameter.name}"] = part.reshape(parameter.shape).clone()
+            else:
+                state[kind] = mine
+        return state
+
+    def load_state_dict(self, row: int, state: Mapping[str, Tensor]) -> None:
+        """Puts one lane back to a state that `state_dict` gave for such a lane."""
+        for kind, tensor in self.tensors().items():
+            if kind in ("parameters", "exp_avg", "exp_avg_sq"):
+                mine = torch.cat([state[f"{kind}.{p.name}"].flatten() for p in self._layout])
+            else:
+                mine = state[kind]
+            tensor[row].copy_(mine)
+
+
+def _like(flags: Tensor, tensor: Tensor) -> Tensor:
+    return flags.view(-1, *(1,) * (tensor.ndim - 1))

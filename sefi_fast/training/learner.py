@@ -1,0 +1,229 @@
+"""One subject of a run: prepared for the engine, and everything of it that the engine lacks."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sefi_fast.conditioning import class_token_id
+from sefi_fast.pipelines.families import unwrap
+from sefi_fast.subject import Subject, SubjectTokens
+from sefi_fast.training.checkpoint import Checkpoint, CheckpointFolder, folder_of
+from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.engine import StepResult
+from sefi_fast.training.history import History
+from sefi_fast.training.image import load_image, prepare
+from sefi_fast.training.job import Callbacks, Job, UnsavedSubjectError
+from sefi_fast.training.lanes import Lane
+from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.output import check_output, remove_partials
+from sefi_fast.training.plateau import Plateau
+from sefi_fast.training.prompts import TrainingPrompts
+from sefi_fast.training.resume import Unfinished
+from sefi_fast.training.schedule import MovingAverage
+from sefi_fast.training.source import Source, resolution_of
+
+logger = logging.getLogger(__name__)
+
+NON_FINITE_LIMIT = 3
+
+
+class Learner:
+    """One job in training.
+
+    To be made with the VAE on the source's device in float32.
+
+    Args:
+        job: what is learnt.
+        source: the model.
+        config: settings of the run; the job's seed and scene go before them.
+
+    Attributes:
+        job, config: of this subject.
+        done: steps so far, skipped ones included.
+        saved: step of the newest checkpoint; 0 if there is none.
+        history: what its training saw.
+        lane: what the engine needs.
+        folder: of its checkpoints; None without an output, or where none are wanted.
+
+    Raises:
+        ImageError, PromptError, ValueError, TypeError, OSError: the job cannot be done.
+    """
+
+    def __init__(self, job: Job, source: Source, config: TrainConfig) -> None:
+        given = {"seed": job.seed, "scene": job.scene}
+        own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        self.job, self.config = job, replace(config, **own)
+        picture = load_image(job.image)
+        self.folder: CheckpointFolder | None = None
+        if job.output is not None:
+            check_output(job.output)
+            remove_partials(job.output)
+            self.folder = CheckpointFolder(folder_of(job.output), config.keep_checkpoints)
+            self.folder.check()
+        pipe = source.pipe
+        self._source, self.size = source, resolution_of(pipe, config.resolution)
+        class_id = class_token_id(pipe.tokenizer, job.class_word)
+        prompts = TrainingPrompts(
+            pipe.tokenizer, self.config.sentences(), job.placeholder, class_id, source.device
+        )
+        pixels = prepare(picture, self.size, config.crop)
+        table = unwrap(pipe.text_encoder).get_input_embeddings()
+        with torch.no_grad():
+            row = table(torch.tensor([class_id], device=source.device))[0].float()
+        self._class_embedding = row
+        tokens = SubjectTokens(
+            row,
+            stages=config.stages,
+            split=config.split,
+            train_base=config.train_base,
+            module=config.module,
+            generator=torch.Generator().manual_seed(self.config.seed),
+        ).to(source.device)
+        mask = self._mask(picture)
+        self.lane = Lane(
+            tokens, encode_picture(pipe.vae, pixels, config.flip), prompts, self.config.seed, mask
+        )
+        self.average: MovingAverage | None = None
+        if config.ema_decay is not None:
+            self.average = MovingAverage(config.ema_decay, tokens().detach())
+        self._identity = {
+            "placeholder": job.placeholder,
+            "class_word": job.class_word,
+            "model": source.name,
+            "the picture": _checksum(pixels),
+            "the model's class word": _checksum(row),
+            "mask": "none" if mask is None else _checksum(mask),
+        }
+        self.history = History()
+        self.done = self.saved = 0
+        self._failures = 0
+        self._plateau = Plateau(config.patience)
+        self._seconds_before = 0.0
+
+    def unfinished(self) -> Unfinished:
+        """What it takes to find this subject's checkpoints."""
+        return Unfinished(self.folder, self._identity, self.config)
+
+    def take(self, result: StepResult, seconds: float) -> bool:
+        """Notes the result of one more step.
+
+        Args:
+            result: of this lane.
+            seconds: since this process began to train.
+
+        Returns:
+            Whether the subject has failed, by too many steps in a row without a finite loss.
+        """
+        self.done += 1
+        if not result.finite:
+            self.history.skipped.append(self.done - 1)
+            self._failures += 1
+            return self._failures >= NON_FINITE_LIMIT
+        self._failures = 0
+        self.history.record(result.noise, result.alignment, self._seconds_before + seconds)
+        return False
+
+    def ends_early(self) -> bool:
+        """Whether the subject is to end after the latest step, which gave a finite loss.
+
+        To be asked once after each such step, since a callback is called and a plateau watched.
+        """
+        history, config = self.history, self.config
+        callback = self.job.callback
+        called = callback.on_step if isinstance(callback, Callbacks) else callback
+        ended = called is not None and bool(called(self.done, history))
+        if self._plateau.reached(self._total(len(history.loss) - 1)):
+            logger.warning(
+                "%s: the loss has not fallen for %d steps, training ends after %d",
+                self.job.title, config.patience, self.done,
+            )  # fmt: skip
+            ended = True
+        return ended or (
+            config.max_seconds is not None and history.seconds[-1] >= config.max_seconds
+        )
+
+    def subject(self, tokens: Tensor) -> Subject:
+        """The subject with these tokens."""
+        return Subject(
+            placeholder=self.job.placeholder,
+            class_word=self.job.class_word,
+            tokens=[tokens.cpu()],
+            class_embeddings=[self._class_embedding.cpu()],
+            base_model=self._source.name,
+            settings={**self.config.as_dict(), "model": self._source.model},
+            history=self.history,
+        )
+
+    def checkpoint(self, engine_state: Mapping[str, Tensor]) -> Checkpoint:
+        """The whole state; `engine_state` is the engine's part of it."""
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "engine": engine_state,
+            "history": self.history.state_dict(),
+            "run": {"failures": torch.tensor(self._failures)},
+        }
+        if self.average is not None:
+            parts["average"] = self.average.state_dict()
+        tensors = {
+            f"{part}.{name}": tensor
+            for part, state in parts.items()
+            for name, tensor in state.items()
+        }
+        return Checkpoint(self.done, self.config.as_dict(), self._identity, tensors)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint; the engine loads its own part."""
+        self.done = self.saved = checkpoint.step
+        self.history = History.from_state_dict(checkpoint.part("history"))
+        self._failures = int(checkpoint.part("run")["failures"])
+        self._seconds_before = self.history.seconds[-1] if self.history.seconds else 0.0
+        for index in range(len(self.history.loss)):
+            self._plateau.reached(self._total(index))
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.part("average"))
+
+    def _total(self, index: int) -> float:
+        history = self.history
+        return history.loss[index] + self.config.weight_lambda * history.alignment[index]
+
+    def _mask(self, picture: Any) -> Tensor | None:
+        if self.job.mask is None:
+            return None
+        from sefi_fast.training.masks import load_mask
+
+        return load_mask(self.job.mask, picture, self.size, self.config.crop)
+
+
+def save_partial(learner: Learner, subject: Subject) -> bool:
+    """Saves an unfinished subject where its job wants one; a full disk hides no other error."""
+    path = learner.job.partial
+    if path is None or not learner.history.loss:
+        return False
+    try:
+        subject.save(path)
+    except (OSError, ValueError) as error:
+        logger.warning("the subject as it is could not be saved to %s: %s", path, error)
+        return False
+    return True
+
+
+def unsaved_error(learner: Learner, subject: Subject, error: Exception) -> UnsavedSubjectError:
+    """The error of a subject that is learnt but could not be written."""
+    kept = f"the checkpoint of step {learner.saved} stays, resume goes on from it"
+    outcome = UnsavedSubjectError(
+        f"the subject is learnt, but {learner.job.output} could not be written: {error}; "
+        + (kept if learner.saved else "it is in this error's `subject`"),
+        subject,
+    )
+    outcome.__cause__ = error
+    return outcome
+
+
+def _checksum(tensor: Tensor) -> str:
+    return f"{zlib.crc32(tensor.detach().cpu().contiguous().numpy().tobytes()):08x}"

@@ -1,0 +1,323 @@
+"""Which subjects to learn: read from a list, a folder, a CSV or a JSONL file, and checked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sefi_fast.errors import SefiError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_MOST_PROBLEMS = 10
+_LONGEST_NAME = 120
+_JSON_EXAMPLE = '{"image": "rex.jpg", "class_word": "dog"}'
+_UNFIT = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
+
+
+class ManifestError(SefiError, ValueError):
+    """The subjects to learn cannot be read, or contradict one another; nothing was begun."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One subject to learn: what a line of a manifest says.
+
+    Attributes:
+        image: a picture file, a PIL image or an array [h, w, 3].
+        class_word: what it is, in one token; default: what `train_many` was told.
+        name: of its file; default: the picture's file name.
+        placeholder: its word in prompts; default: its name in angle brackets.
+        seed: default: the configuration's.
+        scene: where the picture was taken; default: the configuration's.
+        mask: where the subject is in the picture, for `attention_loss="mask"`.
+        model: the base model; all entries that name one must name the same.
+        where: where this was said, for messages.
+    """
+
+    image: Picture
+    class_word: str | None = None
+    name: str = ""
+    placeholder: str = ""
+    seed: int | None = None
+    scene: str | None = None
+    mask: Any = None
+    model: str | None = None
+    where: str = ""
+
+
+COLUMNS = tuple(field.name for field in fields(Entry) if field.name != "where")
+
+
+def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
+    """All subjects, each with a name and a placeholder of its own.
+
+    Args:
+        subjects: a folder of pictures (a text file beside a picture, `rex.txt` for `rex.jpg`, holds
+            its class word); a .csv, .tsv or .jsonl file with the columns COLUMNS, of which `image`
+            is needed, pictures relative to the file; or a list of pictures, of dictionaries with
+            those keys, or of `Entry`.
+        model: the base model of the run.
+
+    Raises:
+        ManifestError: there is no subject, a column or a value is unknown, two have one name, a
+            picture is missing, or they name several base models. All problems are told at once,
+            up to ten, each with its line.
+        TypeError: `subjects` is nothing of this.
+    """
+    problems: list[str] = []
+    if isinstance(subjects, (str, os.PathLike)):
+        path = Path(subjects)
+        entries = _read_path(path, problems)
+        what = str(path)
+    elif isinstance(subjects, Iterable) and not isinstance(subjects, Mapping):
+        entries = _read_list(subjects, problems)
+        what = "the list of subjects"
+    else:
+        raise TypeError(
+            "subjects must be a folder, a .csv or .jsonl file, or a list of pictures or "
+            f"dictionaries, got {type(subjects).__name__}"
+        )
+    if not entries and not problems:
+        raise ManifestError(f"{what} is empty: give at least one subject")
+    _check_together(entries, model, problems)
+    if problems:
+        shown = problems[:_MOST_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise ManifestError(f"{what} cannot be used; nothing was begun:\n  " + "\n  ".join(shown))
+    return entries
+
+
+def model_of(entries: Iterable[Entry]) -> str | None:
+    """The base model that the entries name, if any does."""
+    return next((entry.model for entry in entries if entry.model is not None), None)
+
+
+def _read_path(path: Path, problems: list[str]) -> list[Entry]:
+    if path.is_dir():
+        return _read_folder(path, problems)
+    if not path.exists():
+        raise ManifestError(
+            f"there is no manifest at {path}: give a folder of pictures, or a .csv or .jsonl file"
+        )
+    suffix = path.suffix.lower()
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
+    if suffix not in readers:
+        hint = ""
+        if suffix in PICTURE_SUFFIXES:
+            hint = ": it is a picture; give the folder it is in, or a list"
+        raise ManifestError(f"{path} is no manifest (.csv, .tsv, .jsonl or a folder){hint}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    entries = []
+    for where, row in readers[suffix](text, suffix, problems):
+        entry = _entry(row, f"{path.name} {where}", path.parent, problems)
+        if entry is not None:
+            entries.append(entry)
+    return entries
+
+
+def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
+    pictures = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+    )
+    if not pictures:
+        raise ManifestError(
+            f"the folder {folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}): give at least "
+            "one"
+        )
+    entries = []
+    for picture in pictures:
+        row: dict[str, Any] = {"image": picture}
+        beside = picture.with_suffix(".txt")
+        if beside.is_file():
+            try:
+                row["class_word"] = beside.read_text(encoding="utf-8-sig").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{beside.name} cannot be read as UTF-8 text: {error}")
+                continue
+            if not row["class_word"] or "\n" in row["class_word"]:
+                problems.append(f"{beside.name} must hold one line, the class word of the subject")
+                continue
+        entry = _entry(row, picture.name, Path(), problems)
+        if entry is not None:
+            entries.append(entry)
+    return entries
+
+
+def _read_list(subjects: Iterable[Any], problems: list[str]) -> list[Entry]:
+    entries = []
+    for number, given in enumerate(subjects, 1):
+        where = f"subject {number}"
+        if isinstance(given, Entry):
+            row = {name: getattr(given, name) for name in COLUMNS}
+            where = given.where or where
+        else:
+            row = dict(given) if isinstance(given, Mapping) else {"image": given}
+        if not isinstance(row.get("image"), (str, os.PathLike)):
+            row["name"] = row.get("name") or f"subject-{number:06d}"
+        entry = _entry(row, where, Path(), problems)
+        if entry is not None:
+            entries.append(entry)
+    return entries
+
+
+def _csv_rows(text: str, suffix: str, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = csv.reader(
+        io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",", strict=True
+    )
+    header: list[str] | None = None
+    try:
+        for cells in lines:
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"line {lines.line_num}"
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                if not _good_header(header, where, problems):
+                    return
+            elif len(cells) > len(header):
+                problems.append(
+                    f"{where} has {len(cells)} values for {len(header)} columns: put quotes round "
+                    "a value that holds a comma"
+                )
+            else:
+                named = zip(header, (cell.strip() for cell in cells), strict=False)
+                yield where, {name: cell for name, cell in named if cell}
+    except csv.Error as error:
+        problems.append(f"line {lines.line_num} is no CSV: {error}")
+
+
+def _good_header(header: list[str], where: str, problems: list[str]) -> bool:
+    before = len(problems)
+    if unknown := [name for name in header if name not in COLUMNS]:
+        problems.append(
+            f"{where}: unknown column {', '.join(map(repr, unknown))}; the first line names the "
+            f"columns, which are {', '.join(COLUMNS)}"
+        )
+    elif "image" not in header:
+        problems.append(f"{where}: there is no column 'image'")
+    if len(set(header)) < len(header):
+        problems.append(f"{where}: a column is named twice")
+    return len(problems) == before
+
+
+def _json_rows(text: str, suffix: str, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number} is no JSON: {error}")
+            continue
+        if isinstance(row, dict):
+            yield f"line {number}", row
+        else:
+            problems.append(f"line {number} must be a JSON object, as {_JSON_EXAMPLE}")
+
+
+def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -> Entry | None:
+    """The entry of one row; None, and what is wrong with it in `problems`, if there is none."""
+    found: list[str] = []
+    if unknown := [str(name) for name in row if name not in COLUMNS]:
+        found.append(
+            f"unknown column {', '.join(map(repr, unknown))}; there are {', '.join(COLUMNS)}"
+        )
+    values = {name: value for name, value in row.items() if name in COLUMNS and value is not None}
+    for name in ("class_word", "name", "placeholder", "scene", "model"):
+        if name in values and not isinstance(values[name], str):
+            found.append(f"{name} must be text, got {values[name]!r}")
+    if "seed" in values:
+        values["seed"] = _seed(values["seed"], found)
+    for name in ("image", "mask"):
+        if isinstance(values.get(name), (str, os.PathLike)):
+            values[name] = folder / values[name]
+            if not values[name].is_file():
+                found.append(f"there is no picture at {values[name]}")
+    if "image" not in values:
+        found.append("it has no image")
+    if found:
+        problems.extend(f"{where}: {problem}" for problem in found)
+        return None
+    if not values.get("name"):
+        values["name"] = Path(values["image"]).stem
+    if not values.get("placeholder"):
+        values["placeholder"] = "<" + re.sub(r"[^\w-]+", "-", values["name"]) + ">"
+    if problem := _bad_name(values["name"]) or _bad_placeholder(values["placeholder"]):
+        problems.append(f"{where}: {problem}")
+        return None
+    return Entry(**values, where=where)
+
+
+def _seed(value: Any, found: list[str]) -> int | None:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,19}", value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        found.append(f"seed must be a whole number from 0 to 2**63 - 1, got {value!r}")
+        return None
+    return value
+
+
+def _bad_name(name: str) -> str | None:
+    if _UNFIT.search(name) or name.startswith(".") or name != name.strip():
+        return (
+            f'the name {name!r} is no file name: leave out / \\ : * ? " < > |, a leading point '
+            "and spaces at the ends"
+        )
+    if len(name.encode()) > _LONGEST_NAME:
+        return f"the name {name!r} is longer than {_LONGEST_NAME} bytes: give a shorter one"
+    return None
+
+
+def _bad_placeholder(placeholder: str) -> str | None:
+    if placeholder.split() != [placeholder]:
+        return f"placeholder must be one word without spaces, such as '<it>', got {placeholder!r}"
+    return None
+
+
+def _check_together(entries: list[Entry], model: Any, problems: list[str]) -> None:
+    names: dict[str, Entry] = {}
+    for entry in entries:
+        # Two names that differ in case are one file on some systems.
+        first = names.setdefault(entry.name.casefold(), entry)
+        if first is not entry:
+            problems.append(
+                f"{entry.where}: the name {entry.name!r} is that of {first.where} already; give "
+                "each subject a name of its own"
+            )
+    _check_models(entries, model, problems)
+
+
+def _check_models(entries: list[Entry], model: Any, problems: list[str]) -> None:
+    named = [(entry.where, entry.model) for entry in entries if entry.model is not None]
+    if not named:
+        return
+    where, first = named[0]
+    if model is not None:
+        path = isinstance(model, (str, os.PathLike))
+        where = "the run"
+        first = os.fspath(model) if path else f"a ready {type(model).__name__}"
+    problems.extend(
+        f"{place} names the base model {name!r}, {where} {first!r}: one run trains on one model, "
+        "so make a manifest for each"
+        for place, name in named
+        if name != first
+    )

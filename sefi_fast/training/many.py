@@ -1,0 +1,285 @@
+"""Learn many subjects: side by side in batches, each with its own file, none lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from sefi_fast.errors import TrainingError
+from sefi_fast.training.checkpoint import discard
+from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.engine import Engine
+from sefi_fast.training.job import Job, Outcome, class_word_for
+from sefi_fast.training.manifest import Entry, model_of, read_subjects
+from sefi_fast.training.many_checks import (
+    check_device,
+    check_entries,
+    check_folder,
+    finished_subject,
+)
+from sefi_fast.training.run import Run, running
+from sefi_fast.training.shard import current_shard
+from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
+from sefi_fast.training.source import Source
+from sefi_fast.training.summary import ManyResult, Summary, row_of
+from sefi_fast.training.trackers import check_trackers
+
+logger = logging.getLogger(__name__)
+
+BATCH_SUBJECTS = 8
+_SECONDS_BETWEEN_SUMMARIES = 10.0
+
+
+def train_many(
+    subjects: Any,
+    *,
+    model: Any = None,
+    output: str | os.PathLike[str],
+    class_word: str | None = None,
+    batch_subjects: int = BATCH_SUBJECTS,
+    preset: str | None = None,
+    config: TrainConfig | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+    **overrides: Any,
+) -> list[ManyResult]:
+    """Learn independent subjects side by side over one frozen model, each as if it were alone.
+
+    A subject that fails is reported and left out, the others go on. Run again, it skips those whose
+    file is there with the same settings and goes on from the checkpoints of the others. Under
+    `accelerate launch` or `torchrun` each process takes its share of the batches. On a CPU a
+    subject's tokens are the same bit for bit however many processes there are, as long as
+    `batch_subjects` is.
+
+    Args:
+        subjects: a folder of pictures, a .csv or .jsonl manifest, or a list
+            (`manifest.read_subjects` says what each may hold).
+        model: as for `train`; default: what the manifest names, else the bundled tiny model.
+        output: folder for a file `<name>.safetensors` a subject, and `summary.jsonl`.
+        class_word: of the subjects that have none of their own.
+        batch_subjects: how many train side by side; halved, with a word, when memory runs out.
+        preset: "sefi", "textual-inversion" or "prospect" in place of `config`.
+        config: settings that all subjects share; default: TrainConfig().
+        resume: go on from checkpoints; False removes what an unfinished run left and begins anew.
+        overwrite: learn those anew too whose file is there.
+        progress: show progress bars.
+        **overrides: fields of TrainConfig, by name; they win over `config` and `preset`.
+
+    Returns:
+        One result a subject of this process, in the order given.
+
+    Raises:
+        ManifestError: the subjects cannot be read or contradict one another; nothing was begun.
+        ModelError: there is no such model, or the method does not fit its family.
+        ValueError, TypeError: a setting is out of range or of the wrong type.
+        OSError: the folder cannot be written; told before training begins.
+        TrainingInterrupted: SIGTERM or SIGINT came. Every subject in training has a checkpoint.
+    """
+    if preset is not None and config is not None:
+        raise ValueError(f"preset {preset!r} and config were both given: give one of them")
+    settings = (
+        TrainConfig.from_overrides(config, overrides)
+        if preset is None
+        else TrainConfig.preset(preset, **overrides)
+    )
+    if isinstance(batch_subjects, bool) or not isinstance(batch_subjects, int):
+        raise TypeError(f"batch_subjects must be a whole number, got {batch_subjects!r}")
+    if batch_subjects < 1:
+        raise ValueError(f"batch_subjects must be at least 1, got {batch_subjects}")
+    check_trackers(settings.trackers)
+    entries = read_subjects(subjects, model)
+    model = model_of(entries) if model is None else model
+    check_entries(entries, settings, class_word, model)
+    folder = check_folder(output)
+    shard = current_shard()
+    check_device(settings, shard)
+    numbered = [
+        _Numbered(number, entry, _job(entry, folder, class_word, model))
+        for number, entry in enumerate(entries)
+    ]
+    groups = [
+        numbered[start : start + batch_subjects]
+        for start in range(0, len(numbered), batch_subjects)
+    ]
+    many = _Many(shard.share(groups), model, settings, resume, Summary(folder, shard), overwrite)
+    shard.wait()
+    return many(progress and shard.index == 0)
+
+
+class _Numbered(NamedTuple):
+    number: int
+    entry: Entry
+    job: Job
+
+
+class _Many:
+    """The groups of one process, one after another through one engine."""
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[_Numbered]],
+        model: Any,
+        config: TrainConfig,
+        resume: bool,
+        summary: Summary,
+        overwrite: bool,
+    ) -> None:
+        self._all = [one for group in groups for one in group]
+        self._model, self._config, self._resume = model, config, resume
+        self._summary, self._overwrite = summary, overwrite
+        self._results: dict[int, ManyResult] = {}
+        self._limit = max((len(group) for group in groups), default=1)
+        self._groups = deque(groups)
+        self._engine: Engine | None = None
+        self._written = time.monotonic()
+
+    def __call__(self, progress: bool) -> list[ManyResult]:
+        if not self._overwrite:
+            self._take_finished()
+        for one in self._open():
+            if not self._resume and one.job.output is not None:
+                discard(one.job.output)
+        try:
+            with tqdm(
+                total=len(self._all), initial=len(self._results), unit="subject",
+                disable=not progress,
+            ) as bar:  # fmt: skip
+                self._train(bar, progress)
+        finally:
+            self._summary.write(self._rows())
+        self._summary.join()
+        return [self._results[one.number] for one in self._all]
+
+    def _train(self, bar: Any, progress: bool) -> None:
+        if not self._open():
+            return
+        with graceful() as stop, running(self._model, self._config) as source:
+            while self._groups:
+                group = self._open(self._groups.popleft())
+                if len(group) > self._limit:
+                    self._groups.appendleft(group[self._limit :])
+                    group = group[: self._limit]
+                if not group:
+                    continue
+                self._check_stop(stop)
+                if not self._train_group(group, source, bar, progress):
+                    self._groups.appendleft(group)
+                if time.monotonic() - self._written > _SECONDS_BETWEEN_SUMMARIES:
+                    self._summary.write(self._rows())
+                    self._written = time.monotonic()
+
+    def _train_group(
+        self, group: Sequence[_Numbered], source: Source, bar: Any, progress: bool
+    ) -> bool:
+        """Trains a group to its end; False if it is to be tried again in halves."""
+
+        def take(index: int, outcome: Outcome) -> None:
+            self._take(group[index], outcome)
+            bar.update()
+
+        try:
+            run = Run(
+                source,
+                self._config,
+                [one.job for one in group],
+                resume="auto",
+                engine=self._engine,
+            )
+            self._engine = run.engine
+            run(progress=progress, on_outcome=take)
+        except KeyboardInterrupt as error:
+            error.args = (self._interrupted(),)
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            words = str(error).splitlines()[0] if str(error) else type(error).__name__
+        else:
+            return True
+        # Outside of the handler, whose traceback holds what filled the memory.
+        self._engine = None
+        if source.device.type == "cuda":
+            torch.cuda.empty_cache()
+        left = self._open(group)
+        if len(left) > 1:
+            self._limit = (len(left) + 1) // 2
+            logger.warning(
+                "%d subjects at once are too many for the memory (%s): from here on %d at once",
+                len(left), words, self._limit,
+            )  # fmt: skip
+            return False
+        for one in left:
+            outcome = TrainingError(
+                f"the memory is too small for even one subject ({words}): lower batch_size or "
+                "resolution, or use gradient_checkpointing=True or low_memory=True"
+            )
+            self._take(one, outcome)
+            bar.update()
+        return True
+
+    def _take(self, one: _Numbered, outcome: Outcome) -> None:
+        name, path = one.entry.name, one.job.output
+        if isinstance(outcome, Exception):
+            logger.warning("%s (%s) is left out: %s", name, one.entry.where, outcome)
+            self._results[one.number] = ManyResult(name, None, None, outcome)
+        else:
+            self._results[one.number] = ManyResult(name, path, outcome)
+
+    def _take_finished(self) -> None:
+        """Those whose file is there already; a file of other settings is an error, and stays."""
+        for one in self._all:
+            try:
+                subject = finished_subject(one.job, self._config, self._model)
+            except TrainingError as error:
+                self._take(one, error)
+                continue
+            if subject is not None:
+                result = ManyResult(one.entry.name, one.job.output, subject, before=True)
+                self._results[one.number] = result
+
+    def _open(self, among: Sequence[_Numbered] | None = None) -> list[_Numbered]:
+        """Those without a result yet."""
+        chosen = self._all if among is None else among
+        return [one for one in chosen if one.number not in self._results]
+
+    def _check_stop(self, stop: Stop) -> None:
+        if stop.received is not None:
+            raise TrainingInterrupted(self._interrupted(), stop.received, 0)
+
+    def _interrupted(self) -> str:
+        done = sum(result.error is None for result in self._results.values())
+        return (
+            f"training was interrupted with {done} of {len(self._all)} subjects learnt; the same "
+            "call again skips those and goes on with the others from their checkpoints"
+        )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [row_of(one.number, one.entry, self._results.get(one.number)) for one in self._all]
+
+
+def _job(entry: Entry, folder: Path, class_word: str | None, model: Any) -> Job:
+    return Job(
+        image=entry.image,
+        class_word=class_word_for(entry.class_word or class_word, model),
+        placeholder=entry.placeholder,
+        seed=entry.seed,
+        scene=entry.scene,
+        mask=entry.mask,
+        output=folder / f"{entry.name}.safetensors",
+        name=entry.name,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))

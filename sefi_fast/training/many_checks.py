@@ -1,0 +1,107 @@
+"""Find out before many subjects are trained what is wrong with them, or done already."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from sefi_fast.errors import SubjectFileError, TrainingError
+from sefi_fast.subject import Subject
+from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.job import Job
+from sefi_fast.training.manifest import Entry, ManifestError
+from sefi_fast.training.shard import Shard
+
+_MOST_PROBLEMS = 10
+
+
+def finished_subject(job: Job, config: TrainConfig, model: Any) -> Subject | None:
+    """The subject in a job's output file; None if there is no file.
+
+    Raises:
+        TrainingError: the file is no whole subject, or one of other settings, which are named.
+    """
+    path = job.output
+    if path is None or not path.exists():
+        return None
+    again = "remove the file, choose another output, or use overwrite"
+    try:
+        subject = Subject.load(path)
+    except SubjectFileError as error:
+        raise TrainingError(
+            f"something else is in this subject's place: {error}; {again}"
+        ) from error
+    if differing := _differing(subject, job, config, model):
+        raise TrainingError(f"{path} was learnt with other settings: {differing}; {again}")
+    return subject
+
+
+def _differing(subject: Subject, job: Job, config: TrainConfig, model: Any) -> str:
+    """What a finished subject was trained with that is not asked for now, in words."""
+    own = {name: value for name in ("seed", "scene") if (value := getattr(job, name)) is not None}
+    wanted = replace(config, **own).as_dict()
+    now: dict[str, Any] = {
+        field.name: wanted[field.name] for field in fields(config) if not field.metadata["free"]
+    }
+    usual = TrainConfig().as_dict()
+    then = {name: subject.settings.get(name, usual[name]) for name in now}
+    if model is None or isinstance(model, (str, os.PathLike)):
+        now["model"] = None if model is None else os.fspath(model)
+    else:
+        now["model"] = getattr(model.config, "_name_or_path", None) or None
+    then["model"] = subject.settings.get("model")
+    now |= {"class_word": job.class_word, "placeholder": job.placeholder}
+    then |= {"class_word": subject.class_word, "placeholder": subject.placeholder}
+    return "; ".join(
+        f"{name} was {then[name]!r}, is {value!r}"
+        for name, value in now.items()
+        if then[name] != value
+    )
+
+
+def check_entries(
+    entries: Iterable[Entry], config: TrainConfig, class_word: str | None, model: Any
+) -> None:
+    problems = []
+    for entry in entries:
+        if model is not None and not (entry.class_word or class_word):
+            problems.append(
+                f"{entry.where}: class_word is missing: say in one word what the subject is"
+            )
+        if (entry.mask is not None) != (config.attention_loss == "mask"):
+            has = "has no mask" if entry.mask is None else "has a mask"
+            problems.append(
+                f"{entry.where} {has}, but attention_loss is {config.attention_loss!r}: give every "
+                "subject a mask with attention_loss='mask', and with that only"
+            )
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ManifestError("nothing was begun:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def check_folder(output: str | os.PathLike[str]) -> Path:
+    """The folder, made if it is missing, if files can be made in it."""
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output {folder} is a file: give a folder for the subjects")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"output {folder} cannot be written ({error.strerror or error}): choose another folder"
+        ) from error
+    return folder
+
+
+def check_device(config: TrainConfig, shard: Shard) -> None:
+    if shard.count > 1 and config.device is not None and ":" in config.device:
+        raise ValueError(
+            f"device {config.device!r} would put all {shard.count} processes on one device: leave "
+            "it out, the launcher gives each its own"
+        )

@@ -1,0 +1,336 @@
+"""The training loop: one or several subjects in one engine, from their pictures to their files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sefi_fast.errors import SefiError
+from sefi_fast.pipelines.families import unwrap
+from sefi_fast.training.borrow import borrowed
+from sefi_fast.training.checkpoint import Checkpoint, Timetable, read_checkpoint
+from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.engine import Engine, StepResult
+from sefi_fast.training.job import Callbacks, Job, NonFiniteLossError, Outcome
+from sefi_fast.training.learner import NON_FINITE_LIMIT, Learner, save_partial, unsaved_error
+from sefi_fast.training.progress import Progress
+from sefi_fast.training.resume import Resume, check_resume, checkpoints_to_resume
+from sefi_fast.training.schedule import rate_factor
+from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
+from sefi_fast.training.source import Source, find_source, frozen
+from sefi_fast.training.trackers import Trackers
+from sefi_fast.training.validation import validate
+
+logger = logging.getLogger(__name__)
+
+OnOutcome = Callable[[int, Outcome], None]
+
+
+@contextmanager
+def running(model: Any, config: TrainConfig) -> Iterator[Source]:
+    """The model, frozen on its device, with gradients on whatever the caller has switched off.
+
+    Raises:
+        ModelError: there is no such model, or the method does not fit its family.
+        ValueError: the device or the precision asked for cannot be had.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        source = find_source(model, config)
+        with frozen(source, config):
+            yield source
+
+
+class Run:
+    """Subjects that train side by side, to be made and called inside `running`.
+
+    Args:
+        source: the model.
+        config: settings that all subjects share.
+        jobs: the subjects. One that cannot be done ends here, the others go on.
+        resume: whether to go on from checkpoints (`resume.Resume`).
+        engine: of an earlier run on the same source, to be used again.
+
+    Attributes:
+        engine: trains the subjects; None if there is none left to train.
+
+    Raises:
+        ValueError, TypeError: `resume` cannot be meant, or the subjects do not fit one engine.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: TrainConfig,
+        jobs: Sequence[Job],
+        *,
+        resume: Resume = None,
+        engine: Engine | None = None,
+    ) -> None:
+        check_resume(resume, len(jobs))
+        self._source, self._config = source, config
+        self._outcomes: list[Outcome | None] = [None] * len(jobs)
+        self._on_outcome: OnOutcome | None = None
+        self._learners: dict[int, Learner] = {}
+        begun: dict[int, Checkpoint] = {}
+        with borrowed(source.pipe.vae, source.device, torch.float32):
+            for number, job in enumerate(jobs):
+                try:
+                    learner = Learner(job, source, config)
+                    found = checkpoints_to_resume(learner.unfinished(), resume)
+                    if found:
+                        begun[number] = read_checkpoint(found[max(found)])
+                        learner.load(begun[number])
+                except (SefiError, ValueError, TypeError, OSError) as error:
+                    self._outcomes[number] = error
+                else:
+                    self._learners[number] = learner
+        self._lanes = {number: lane for lane, number in enumerate(self._learners)}
+        self.engine = self._start_engine(engine) if self._learners else engine
+        for number in begun.keys() & self._learners.keys():
+            assert self.engine is not None
+            self.engine.load_state_dict(self._lanes[number], begun[number].part("engine"))
+        self._timetable = Timetable(config.checkpoint_every)
+        self._whole = True
+
+    def __call__(
+        self, *, progress: bool = True, on_outcome: OnOutcome | None = None
+    ) -> list[Outcome]:
+        """Train until every subject is learnt or has failed.
+
+        Args:
+            progress: show a progress bar.
+            on_outcome: called with a job's number and outcome as soon as there is one; a
+                subject's file is on the disk by then.
+
+        Returns:
+            What became of each job: the subject, or the error that ended it.
+
+        Raises:
+            TrainingInterrupted: SIGTERM or SIGINT came; every subject that was still in training
+                has a checkpoint, if it has an output.
+        """
+        self._on_outcome = on_outcome
+        for number, outcome in enumerate(self._outcomes):
+            if outcome is not None and on_outcome is not None:
+                on_outcome(number, outcome)
+        titles = [learner.job.title for learner in self._learners.values()]
+        title = titles[0] if len(titles) == 1 else f"{len(titles)} subjects"
+        with ExitStack() as stack:
+            stop = stack.enter_context(graceful())
+            trackers = self._trackers(title) if self._learners else Trackers((), Path(), "", {})
+            stack.callback(trackers.close)
+            done = min((learner.done for learner in self._learners.values()), default=0)
+            bar = Progress(title, self._config.steps, done, progress and bool(titles))
+            stack.enter_context(bar)
+            try:
+                self._loop(bar, trackers, stop)
+            except KeyboardInterrupt as error:
+                self._leave(error)
+                raise
+        return [outcome for outcome in self._outcomes if outcome is not None]
+
+    def _loop(self, bar: Progress, trackers: Trackers, stop: Stop) -> None:
+        started = time.perf_counter()
+        self._finish(n for n, learner in self._learners.items() if self._is_last(learner))
+        while self._learners:
+            self._step(bar, trackers, started)
+            if self._learners and stop.received is not None:
+                raise TrainingInterrupted("", stop.received, self._steps_done())
+            self._write_checkpoints(
+                n for n, learner in self._learners.items() if self._timetable.due(learner.done)
+            )
+
+    def _step(self, bar: Progress, trackers: Trackers, started: float) -> None:
+        assert self.engine is not None
+        self._whole = False
+        results = self.engine.step()
+        learners = list(self._learners.items())
+        good, failed = [], []
+        for number, learner in learners:
+            result = results[self._lanes[number]]
+            assert result is not None
+            if learner.take(result, time.perf_counter() - started):
+                failed.append((number, result))
+            elif result.finite:
+                good.append(number)
+        self._average()
+        self._whole = True
+        bar.step([learner.history for _, learner in learners])
+        ended = []
+        for number in good:
+            learner = self._learners[number]
+            self._log(learner, trackers)
+            self._validate(number, bar, trackers)
+            if learner.ends_early():
+                ended.append(number)
+        self._fail(failed)
+        last = [n for n, learner in self._learners.items() if self._is_last(learner)]
+        self._finish(dict.fromkeys([*ended, *last]))
+
+    def _is_last(self, learner: Learner) -> bool:
+        return learner.done >= self._config.steps
+
+    def _steps_done(self) -> int:
+        return max((learner.done for learner in self._learners.values()), default=0)
+
+    def _start_engine(self, engine: Engine | None) -> Engine:
+        lanes = [learner.lane for learner in self._learners.values()]
+        if engine is not None:
+            engine.refill(lanes)
+            return engine
+        pipe = self._source.pipe
+        return Engine(
+            unet=pipe.unet,
+            text_encoder=unwrap(pipe.text_encoder),
+            scheduler=pipe.scheduler,
+            lanes=lanes,
+            config=self._config,
+            dtype=self._source.dtype,
+        )
+
+    def _average(self) -> None:
+        if self._config.ema_decay is None or not self._learners:
+            return
+        assert self.engine is not None
+        rows = dict(zip(self.engine.active, self.engine.rows(), strict=True))
+        for number, learner in self._learners.items():
+            assert learner.average is not None
+            learner.average.update(rows[self._lanes[number]])
+
+    def _tokens(self, number: int) -> Tensor:
+        """The tokens that a subject would have now."""
+        assert self.engine is not None
+        average = self._learners[number].average
+        return self.engine.current(self._lanes[number]) if average is None else average.current()
+
+    def _log(self, learner: Learner, trackers: Trackers) -> None:
+        if trackers:
+            history, start = learner.history, self._prefix(learner)
+            rate = rate_factor(self._config, learner.done - 1) * self._config.learning_rate
+            values = {
+                "loss": history.loss[-1],
+                "alignment": history.alignment[-1],
+                "learning_rate": rate,
+            }
+            trackers.log({start + name: value for name, value in values.items()}, learner.done)
+
+    def _validate(self, number: int, bar: Progress, trackers: Trackers) -> None:
+        config, learner = self._config, self._learners[number]
+        if not config.validation_prompts or learner.done % config.validation_every:
+            return
+        subject = learner.subject(self._tokens(number))
+        pictures = validate(self._source, subject, learner.config, learner.size)
+        learner.history.validation.append((learner.done, pictures))
+        bar.pictures(pictures)
+        trackers.log_images({self._prefix(learner) + "validation": pictures}, learner.done)
+
+    def _prefix(self, learner: Learner) -> str:
+        return "" if len(self._outcomes) == 1 else f"{learner.job.title}/"
+
+    def _finish(self, numbers: Iterable[int]) -> None:
+        outcomes: dict[int, Outcome] = {}
+        for number in list(numbers):
+            learner = self._learners[number]
+            subject = learner.subject(self._tokens(number))
+            try:
+                if learner.job.output is not None:
+                    subject.save(learner.job.output)
+            except (OSError, ValueError) as error:
+                outcomes[number] = unsaved_error(learner, subject, error)
+                continue
+            if learner.folder is not None:
+                learner.folder.clear()
+            if isinstance(learner.job.callback, Callbacks):
+                learner.job.callback.on_end(subject)
+            outcomes[number] = subject
+        self._end(outcomes)
+
+    def _fail(self, failed: Iterable[tuple[int, StepResult]]) -> None:
+        assert self.engine is not None
+        outcomes: dict[int, Outcome] = {}
+        for number, result in failed:
+            learner = self._learners[number]
+            subject = learner.subject(self.engine.last_good(self._lanes[number]))
+            outcomes[number] = NonFiniteLossError(
+                f"training stopped at step {learner.done}: {NON_FINITE_LIMIT} steps in a row the "
+                f"loss or its gradient was NaN or infinite (now: noise loss {result.noise:g}, "
+                f"alignment {result.alignment:g}); the last good state is kept. Lower "
+                "learning_rate, or use precision='fp32'",
+                subject,
+            )
+            save_partial(learner, subject)
+        self._end(outcomes)
+
+    def _end(self, outcomes: dict[int, Outcome]) -> None:
+        for number, outcome in outcomes.items():
+            del self._learners[number]
+            self._outcomes[number] = outcome
+        for number, outcome in outcomes.items():
+            # When all are done the engine is left as it is, with its captured graph, for reuse.
+            if self._learners and self.engine is not None:
+                self.engine.drop(self._lanes[number])
+            if self._on_outcome is not None:
+                self._on_outcome(number, outcome)
+
+    def _write_checkpoints(self, numbers: Iterable[int]) -> None:
+        chosen = [n for n in numbers if self._learners[n].folder is not None]
+        if self._config.checkpoint_every == 0 or not chosen:
+            return
+        assert self.engine is not None
+        started = time.perf_counter()
+        for number in chosen:
+            learner = self._learners[number]
+            assert learner.folder is not None
+            state = self.engine.state_dict(self._lanes[number])
+            try:
+                path = learner.folder.write(learner.checkpoint(state))
+            except OSError as error:
+                logger.warning(
+                    "the checkpoint of step %d could not be written to %s (%s): %s",
+                    learner.done,
+                    learner.folder.path,
+                    error.strerror or error,
+                    f"the one of step {learner.saved} stays" if learner.saved else "there is none",
+                )
+                continue
+            learner.saved = learner.done
+            learner.folder.prune(learner.done)
+            if isinstance(learner.job.callback, Callbacks):
+                learner.job.callback.on_checkpoint(learner.done, path)
+        self._timetable.written(time.perf_counter() - started)
+
+    def _leave(self, error: KeyboardInterrupt) -> None:
+        """What an interrupted run leaves, said in the error."""
+        # A second Ctrl-C may come in the middle of a step, whose state is neither old nor new.
+        if self._whole:
+            self._write_checkpoints(self._learners)
+        words = [
+            f"training was interrupted after {self._steps_done()} of {self._config.steps} steps"
+        ]
+        partial = [
+            str(learner.job.partial)
+            for number, learner in self._learners.items()
+            if save_partial(learner, learner.subject(self._tokens(number)))
+        ]
+        if partial:
+            words.append(f"the subject as it is now is in {', '.join(partial)}")
+        saved = [learner.saved for learner in self._learners.values() if learner.saved]
+        if saved:
+            words.append(f"resume=True (--resume) goes on from step {max(saved)}")
+        if not partial and not saved:
+            words.append("nothing of it is kept")
+        error.args = ("; ".join(words),)
+
+    def _trackers(self, title: str) -> Trackers:
+        first = next(iter(self._learners.values()))
+        output = first.job.output
+        folder = self._config.log_dir or (output.parent if output is not None else Path()) / "logs"
+        name = output.stem if output is not None and len(self._learners) == 1 else title
+        return Trackers(self._config.trackers, Path(folder), name, self._config.as_dict())

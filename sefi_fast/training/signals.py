@@ -1,0 +1,70 @@
+"""SIGTERM and SIGINT end a run between two steps instead of in the middle of one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal ended training after a whole step; a KeyboardInterrupt, so nothing swallows it.
+
+    Attributes:
+        signal: the number of the signal: 2 (SIGINT) or 15 (SIGTERM).
+        step: steps done.
+    """
+
+    def __init__(self, message: str, signal_number: int, step: int) -> None:
+        super().__init__(message)
+        self.signal = signal_number
+        self.step = step
+
+
+class Stop:
+    """Whether a signal asked the run to end, and which."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+
+_current: Stop | None = None
+
+
+@contextmanager
+def graceful() -> Iterator[Stop]:
+    """While inside, SIGTERM and SIGINT only set `received`; the handlers come back on the way out.
+
+    A second SIGINT raises KeyboardInterrupt at once. Handlers that the program set itself stay in
+    charge, and so does everything outside of the main thread, where Python has no signals. Inside
+    another `graceful` the outer one's `Stop` is shared.
+    """
+    global _current
+    if _current is not None or threading.current_thread() is not threading.main_thread():
+        yield _current or Stop()
+        return
+    stop = Stop()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.received = stop.received or number
+
+    before = {}
+    for number, usual in (
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGINT, signal.default_int_handler),
+    ):
+        if signal.getsignal(number) is usual:
+            before[number] = usual
+    _current = stop
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield stop
+    finally:
+        for number, usual in before.items():
+            signal.signal(number, usual)
+        _current = None

@@ -1,0 +1,100 @@
+"""What became of many subjects, as one line of JSON each, also when several processes write it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sefi_fast.subject import Subject
+from sefi_fast.subject.file import summarise
+from sefi_fast.training.manifest import Entry
+from sefi_fast.training.output import write_whole
+from sefi_fast.training.shard import Shard
+
+FILE = "summary.jsonl"
+
+
+class ManyResult(NamedTuple):
+    """What became of one subject of `train_many`.
+
+    name: the subject's. path: its file; None if there is none. subject: None if it failed. error:
+    why it failed; None if it did not. before: whether an earlier run had learnt it.
+    """
+
+    name: str
+    path: Path | None
+    subject: Subject | None
+    error: Exception | None = None
+    before: bool = False
+
+
+class Summary:
+    """The file `summary.jsonl`, a line a subject in the order of the manifest.
+
+    Each of several processes writes lines of its own beside it; the last one joins them.
+
+    Args:
+        folder: of the subjects' files.
+        shard: this process.
+    """
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._folder = folder
+        self._parts = [
+            folder / f".{FILE}.{index + 1}-of-{shard.count}" for index in range(shard.count)
+        ]
+        self._own = self._parts[shard.index]
+        self._alone = shard.count == 1
+        self._own.unlink(missing_ok=True)
+
+    def write(self, rows: Iterable[dict[str, Any]]) -> None:
+        """The lines of this process so far, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_whole(self._folder / FILE if self._alone else self._own, _lines(rows))
+
+    def join(self) -> None:
+        """Make one file of all processes' lines, if every process has ended."""
+        if self._alone:
+            return
+        try:
+            texts = [part.read_text(encoding="utf-8") for part in self._parts]
+        except FileNotFoundError:
+            # Another process is still at work, or has joined them all.
+            return
+        rows = [json.loads(line) for text in texts for line in text.splitlines()]
+        if all(row["state"] != "open" for row in rows):
+            write_whole(self._folder / FILE, _lines(rows))
+            for part in self._parts:
+                part.unlink(missing_ok=True)
+
+
+def row_of(number: int, entry: Entry, result: ManyResult | None) -> dict[str, Any]:
+    """The line of a subject; one without a result is still open."""
+    image = entry.image
+    row: dict[str, Any] = {
+        "number": number,
+        "name": entry.name,
+        "placeholder": entry.placeholder,
+        "image": str(image) if isinstance(image, (str, Path)) else type(image).__name__,
+        "state": "open",
+    }
+    if result is None:
+        return row
+    row["state"] = "failed" if result.error else "before" if result.before else "learnt"
+    if result.error is not None:
+        row["error"] = f"{type(result.error).__name__}: {result.error}"
+    if result.subject is not None and result.path is not None:
+        row["file"] = result.path.name
+        row["class_word"] = result.subject.class_word
+        row |= summarise(result.subject.history) or result.subject.summary
+    return row
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    ordered = sorted(rows, key=lambda row: row["number"])
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered).encode()

@@ -1,0 +1,37 @@
+"""sample_bench: a quick run on the bundled model, its bars, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import sample_bench
+from _measure import Timing
+
+
+def test_a_quick_run_writes_its_figures(tmp_path, capsys):
+    assert sample_bench.main(["--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "sample_bench.json").read_text())
+    assert len(report["sampling"]) == 4
+    assert all(timing["median"] > 0 for timing in report["sampling"].values())
+    assert set(report["attaching"]) == {"1", "10", "100"}
+    hundred, one = report["attaching"]["100"], report["attaching"]["1"]
+    assert hundred["load"] > one["load"] > 0
+    assert "bare pipeline" in capsys.readouterr().out
+
+
+def test_bars_compare_in_the_right_direction():
+    def timings(drawn: float, traced: float) -> dict[str, Timing]:
+        seconds = {
+            "bare pipeline": 1.0,
+            "attached, subject drawn": drawn,
+            "subject drawn and two words traced": traced,
+        }
+        return {name: Timing(value, value, 0.0, 3) for name, value in seconds.items()}
+
+    assert [bar.met for bar in sample_bench.bars_of(timings(1.0, 1.04))] == [True, True]
+    assert [bar.met for bar in sample_bench.bars_of(timings(1.1, 1.2))] == [False, False]
+
+
+def test_another_model_needs_a_class_word(capsys):
+    assert sample_bench.main(["--model", "somewhere"]) == 2
+    assert "--class-word" in capsys.readouterr().err

@@ -1,0 +1,199 @@
+"""step_bench on a very small model: its files, its bars, and a contender that is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import _step_run
+import gpu_suite
+import pytest
+import step_bench
+import torch
+from _measure import Effort, Timing
+from _step_bars import step_bars
+from _step_models import FULL_WIDTH, SD15, random_pipeline, reduced
+from _step_parts import PARTS, StepMemory, memory_of, profile_step
+from _step_run import (
+    CONTENDERS,
+    INVERSION,
+    NO_LOSS,
+    PLAIN,
+    SEFI,
+    StepEntry,
+    StepRecord,
+    config_of,
+    measure_steps,
+    picture,
+)
+
+CPU = torch.device("cpu")
+SMALL = replace(
+    reduced(SD15, quick=True),
+    widths=(16, 16, 32, 32),
+    heads=(1, 1, 1, 1),
+    text=(32, 2, 1),
+    latent=8,
+    vae_widths=(8, 8, 8, 8),
+)
+SHORT = Effort(seconds=0.01, block=0.0, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def record() -> StepRecord:
+    return measure_steps(SMALL, 2, CPU, torch.float32, SHORT)
+
+
+def test_every_contender_is_measured(record: StepRecord) -> None:
+    assert [entry.contender.name for entry in record.entries] == [SEFI, PLAIN, INVERSION, NO_LOSS]
+    for entry in record.entries:
+        assert entry.problem is None
+        assert entry.timing is not None and entry.timing.median > 0
+        assert set(entry.parts) == set(PARTS)
+        assert all(entry.parts[part] > 0 for part in ("draw", "text", "U-Net forward", "backward"))
+        encodes = entry.contender.name == INVERSION
+        assert (entry.parts["picture"] > 0) == encodes, "only the peer encodes the picture"
+        assert entry.memory is not None and 0 < entry.memory.held < entry.memory.peak
+    # The peer holds the table, its originals and two moments of it, which nobody else does.
+    table = 49_408 * 32 * 4
+    held = {entry.contender.name: entry.memory.held for entry in record.entries if entry.memory}
+    assert 2.5 * table < held[INVERSION] - held[SEFI] < 4 * table
+
+
+def test_sefi_and_the_plain_method_see_the_same(record: StepRecord) -> None:
+    ours, plain = record.entry(SEFI).numbers, record.entry(PLAIN).numbers
+    assert ours[0][1] == pytest.approx(0, abs=1e-6), "at step 0 the maps are the reference's"
+    assert ours[2][1] > 1e-5
+    assert [pair[0] for pair in ours] == pytest.approx([pair[0] for pair in plain], rel=1e-3)
+
+
+def test_a_wrong_step_gets_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = _step_run.SefiStep.__call__
+
+    def off(self: Any) -> tuple[float, float]:
+        noise, alignment = step(self)
+        return noise * 1.01, alignment
+
+    monkeypatch.setattr(_step_run.SefiStep, "__call__", off)
+    found = measure_steps(SMALL, 1, CPU, torch.float32, SHORT, contenders=CONTENDERS[:2])
+    wrong = found.entry(SEFI)
+    assert wrong.problem is not None and wrong.problem.startswith("wrong: noise loss")
+    assert wrong.timing is None and wrong.memory is None
+    assert found.entry(PLAIN).timing is not None
+    assert "wrong" in step_bench.record_table(found)
+
+
+def test_textual_inversion_changes_one_row() -> None:
+    pipe = random_pipeline(SMALL, CPU, torch.float32)
+    contender = next(one for one in CONTENDERS if one.name == INVERSION)
+    step = contender.make(pipe, config_of(contender, 1, torch.float32), picture(64), torch.float32)
+    before = step._table.detach().clone()
+    step()
+    changed = (step._table.detach() != before).any(1).nonzero().flatten().tolist()
+    assert changed == [step._row]
+    assert step._optimizer.state[step._table]["exp_avg"].shape == before.shape
+
+
+def test_parts_are_told_by_what_a_step_calls() -> None:
+    pipe = random_pipeline(SMALL, CPU, torch.float32)
+    contender = CONTENDERS[0]
+    pixels = picture(64)
+    step = contender.make(pipe, config_of(contender, 1, torch.float32), pixels, torch.float32)
+    backward = torch.autograd.backward
+    hooks = len(pipe.unet.conv_out._forward_hooks)
+    parts = profile_step(step, pipe, CPU, repeats=1)
+    assert torch.autograd.backward is backward and len(pipe.unet.conv_out._forward_hooks) == hooks
+    assert parts["backward"] > parts["loss"] and parts["U-Net forward"] > parts["loss"]
+
+
+def test_memory_counts_what_is_held_and_the_highest_point() -> None:
+    def build() -> Any:
+        weights = torch.ones(1_000_000)
+
+        def step() -> float:
+            return float((weights * 2).sum())
+
+        return step
+
+    memory = memory_of(build, CPU)
+    assert 4_000_000 <= memory.held < 4_010_000
+    assert 8_000_000 <= memory.peak < 8_020_000
+
+
+def made(device: str, seconds: dict[str, float], peaks: dict[str, int]) -> StepRecord:
+    entries = []
+    for contender in CONTENDERS:
+        entry = StepEntry(contender)
+        entry.timing = Timing(seconds[contender.name], 0.1, 0.01, 5)
+        entry.memory = StepMemory(1, peaks[contender.name])
+        entries.append(entry)
+    return StepRecord(SD15, 1, "float32", device, entries)
+
+
+def test_bars_by_hand() -> None:
+    seconds = {SEFI: 1.0, PLAIN: 2.0, INVERSION: 0.9, NO_LOSS: 0.5}
+    peaks = {SEFI: 10, PLAIN: 20, INVERSION: 15, NO_LOSS: 9}
+    on_cpu, on_cuda = (step_bars(made(device, seconds, peaks)) for device in ("cpu", "cuda"))
+    assert [bar.met for bar in on_cpu] == [True, False, True]
+    assert [bar.met for bar in on_cuda] == [False, False, True], "3 times is wanted on CUDA"
+    assert [bar.measured for bar in on_cpu] == [2.0, 0.9, 1.5]
+    noisy = made("cpu", seconds, peaks)
+    noisy.entries[1].timing = Timing(2.0, 0.1, 0.9, 5)
+    assert ["memory" in bar.what for bar in step_bars(noisy)] == [True], "noise tells no speed"
+
+
+def test_the_command_writes_json_csv_and_png(
+    tmp_path: Path,
+    record: StepRecord,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(step_bench, "measure_steps", lambda *_: record)
+    arguments = ["--device", "cpu", "--models", "sd15", "--seconds", "0.01", "--quick"]
+    assert step_bench.main([*arguments, "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "step_bench.json").read_text())
+    with (tmp_path / "step_bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report["results"]) == 4
+    assert {bar["what"] for bar in report["bars"]} <= {
+        "times the plain method's speed",
+        "times Textual Inversion's speed",
+        "times less peak memory than Textual Inversion",
+    }
+    assert (tmp_path / "step_bench.png").read_bytes().startswith(b"\x89PNG")
+    assert str(Path.home()) not in json.dumps(report)
+    printed = capsys.readouterr().out
+    assert "(c) textual-inversion" in printed and "Bars, a training step" in printed
+
+
+def test_sdxls_sizes_are_called_that() -> None:
+    built = FULL_WIDTH["sdxl"]
+    assert built.name == "sdxl-sized" and "does not train SDXL itself" in built.note
+    assert reduced(built, quick=True).heads == (1, 2, 4)
+
+
+def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        step_bench.parse(["--batches", "0"])
+    assert "each must be at least 1" in capsys.readouterr().err
+    assert step_bench.main(["--device", "tpu"]) == 2
+
+
+def test_the_suite_names_what_failed_or_had_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(options: Any) -> Any:
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(gpu_suite.step_bench, "run", fails)
+    monkeypatch.setattr(gpu_suite.subjects_bench, "run", lambda options: {"results": [1]})
+    found = gpu_suite.measure_training(CPU, float("inf"), tmp_path)
+    assert found == {
+        "step_bench": "failed: RuntimeError: out of registers",
+        "subjects_bench": {"results": [1]},
+    }
+    late = gpu_suite.measure_training(CPU, 0.0, tmp_path)
+    assert set(late.values()) == {"left out for time"}

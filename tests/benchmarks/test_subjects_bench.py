@@ -1,0 +1,103 @@
+"""subjects_bench and the sheet of subjects, on the bundled model at its smallest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import subjects_bench
+import subjects_sheet
+import torch
+from _training_flops import flop_counter
+from PIL import Image
+
+import sefi_fast
+from sefi_fast.tiny_world.drawing import SCENES, held_out_identities
+from sefi_fast.tiny_world.judge import Judge, Judgement
+from sefi_fast.training.manifest import read_subjects
+
+TINY = ["--device", "cpu", "--resolution", "32", "--batch-size", "2", "--quick"]
+TINY += ["--seconds", "0.01"]
+
+
+def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--lanes", "1", "2", "--steps", "50", "--output", str(tmp_path)]
+    assert subjects_bench.main(arguments) == 0
+    report = json.loads((tmp_path / "subjects_bench.json").read_text())
+    one, two = report["results"]
+    assert (one["lanes"], two["lanes"], one["efficiency"]) == (1, 2, 1.0)
+    assert two["flops_a_step"] == 2 * one["flops_a_step"] > 1e7
+    assert two["peak_bytes"] > one["peak_bytes"] > 0
+    hours = (50 * two["seconds_a_step"] / 2 + two["seconds_to_prepare"]) / 3600
+    assert two["subjects_an_hour"] == pytest.approx(1 / hours)
+    assert 0 < one["flops_share"] < 1.5
+    assert (tmp_path / "subjects_bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "subjects/h" in capsys.readouterr().out
+
+
+def test_too_many_lanes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = subjects_bench.Run
+
+    def narrow(source, config, jobs):  # type: ignore[no-untyped-def]
+        if len(jobs) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(source, config, jobs)
+
+    monkeypatch.setattr(subjects_bench, "Run", narrow)
+    options = [*TINY, "--lanes", "1", "2", "4", "--output", str(tmp_path), "--no-plots"]
+    report = subjects_bench.run(subjects_bench.parse(options))
+    assert [row["lanes"] for row in report["results"]] == [1]
+    assert report["not_measured"] == ["2 side by side: CUDA out of memory"]
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_flops_of_both_attentions_by_hand(reference: bool) -> None:
+    query = torch.randn(2, 3, 10, 8, requires_grad=True)
+    keys = [torch.randn(2, 3, 5, 8, requires_grad=not n) for n in range(3)]
+    one = 2 * 2 * 3 * 10 * 5 * 8
+    with flop_counter() as counter:
+        result = sefi_fast.fused_cross_attention(
+            query, *keys[:2], reference_key=keys[2] if reference else None
+        )
+        (result.output.sum() + result.alignment.sum()).backward()
+    assert counter.get_total_flops() == (9 if reference else 7) * one
+    with flop_counter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, *keys[:2]).sum().backward()
+    assert counter.get_total_flops() == 7 * one
+
+
+def test_the_sheets_creatures_are_unseen_and_in_other_scenes(tmp_path: Path) -> None:
+    creatures = subjects_sheet.chosen_creatures(32, 0)
+    identities = [identity for identity, _ in creatures]
+    assert len(set(identities)) == 32 and set(identities) <= set(held_out_identities())
+    assert creatures == subjects_sheet.chosen_creatures(32, 0)
+    for _, scene in creatures:
+        others = subjects_sheet.scenes_for(scene, 2)
+        assert len(set(others)) == 2 and scene not in others and set(others) <= set(SCENES)
+    entries = read_subjects(subjects_sheet.write_manifest(creatures[:3], tmp_path))
+    assert [entry.name for entry in entries] == [f"creature-{n:02d}" for n in range(3)]
+    assert entries[0].seed == 0 and entries[2].placeholder == "<c2>"
+    judged = Judge.load()([Image.open(entry.image) for entry in entries])
+    for (identity, _), judgement in zip(creatures, judged, strict=False):
+        assert subjects_sheet.marks_shown(identity, [judgement]) >= 4
+
+
+def test_marks_by_hand() -> None:
+    identity = held_out_identities()[0]
+    values = {name: getattr(identity, name) or "none" for name in subjects_sheet.IDENTITY_MARKS}
+    right = Judgement({name: {value: 0.9, "?": 0.1} for name, value in values.items()})
+    half = Judgement(
+        {name: {value: 0.9 if name == "ears" else 0.1, "?": 0.5} for name, value in values.items()}
+    )
+    assert subjects_sheet.marks_shown(identity, [right, half]) == 3.0
+
+
+def test_a_sheet_of_two(tmp_path: Path) -> None:
+    arguments = ["--subjects", "2", "--steps", "1", "--batch-size", "1", "--pictures", "1"]
+    assert subjects_sheet.main([*arguments, "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "sheet.json").read_text())
+    assert len(report["subjects"]) == 2 and 0 <= report["mean_marks_of_5"] <= 5
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 2 * 2 * 80
+    assert (tmp_path / "subjects" / "summary.jsonl").exists()

@@ -1,0 +1,44 @@
+"""Training killed with SIGKILL at random moments loses nothing: in the end the tokens are the same.
+
+The long one, a hundred kills: pytest -m long tests/training/test_kill.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("killing.py")
+
+
+def run_killing(folder, kills, seed):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    root = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder), "--kills", str(kills), "--seed", str(seed)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60 * 30,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
+@pytest.mark.parametrize(
+    "kills", [5, pytest.param(100, marks=pytest.mark.long)], ids=["five", "a hundred"]
+)
+def test_runs_killed_at_random_moments_end_as_uninterrupted_ones(tmp_path, kills):
+    result = run_killing(tmp_path, kills, seed=kills)
+    assert result["kills"] == kills
+    if kills >= 100:
+        # Kills hit all parts of a run, and runs really went on from many of its steps.
+        assert len(result["resumed"]) >= 5
+        assert result["stuck"] > 0

@@ -1,0 +1,109 @@
+"""The update of all lanes at once against torch's own optimiser, lane by lane."""
+
+from __future__ import annotations
+
+import torch
+
+from sefi_fast.subject import SubjectTokens
+from sefi_fast.training.lane_state import LaneState
+
+CPU = torch.device("cpu")
+
+
+def modules_of(count, scale=1.0):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        SubjectTokens(scale * (1 + lane) * torch.randn(16, generator=generator), stages=3)
+        for lane in range(count)
+    ]
+
+
+def test_rows_are_those_of_the_modules():
+    for kind in ("attention", "free"):
+        for train_base in (True, False):
+            modules = [
+                SubjectTokens(torch.randn(16), stages=3, train_base=train_base, module=kind)
+                for _ in range(3)
+            ]
+            with torch.no_grad():
+                for parameter in (p for module in modules for p in module.parameters()):
+                    parameter += 0.1 * torch.randn(parameter.shape)
+            state = LaneState(modules, 1e-3, CPU, scaling=False)
+            wanted = torch.stack([module().detach() for module in modules])
+            torch.testing.assert_close(state.rows().detach(), wanted)
+
+
+def test_updates_are_those_of_adamw_with_steps_left_out():
+    modules = modules_of(2)
+    state = LaneState(modules, 1e-2, CPU, scaling=False)
+    plain = [
+        torch.optim.AdamW(module.parameter_groups(1e-2), weight_decay=0.0) for module in modules
+    ]
+    generator = torch.Generator().manual_seed(2)
+    factors = (1.0, 0.5, 0.25, 2.0)
+    for number, factor in enumerate(factors):
+        target = torch.randn(2, 3, 2, 16, generator=generator)
+        rows = state.rows()
+        (gradient,) = torch.autograd.grad(((rows - target) ** 2).sum(), state.parameters)
+        good = torch.tensor([True, number != 1])
+        state.rate.fill_(factor)
+        if number == 2:
+            gradient[0, 5] = float("inf")
+            good[0] = False
+        found = state.update(gradient, rows.detach(), torch.tensor([True, number != 1]))
+        assert found.tolist() == good.tolist()
+        for lane, (module, optimizer) in enumerate(zip(modules, plain, strict=True)):
+            if not good[lane]:
+                continue
+            rates = module.parameter_groups(1e-2 * factor)
+            for group, wanted in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = wanted["lr"]
+            optimizer.zero_grad()
+            ((module() - target[lane]) ** 2).sum().backward()
+            optimizer.step()
+    wanted = torch.stack([module().detach() for module in modules])
+    torch.testing.assert_close(state.rows().detach(), wanted, rtol=1e-4, atol=1e-5)
+    assert state.updates.tolist() == [3, 3]
+
+
+def test_an_overflow_halves_that_lanes_scale_alone():
+    state = LaneState(modules_of(3), 1e-2, CPU, scaling=True)
+    first = state.scale.clone()
+    parameters = state.parameters.detach().clone()
+    gradient = torch.ones_like(parameters)
+    gradient[1, 3] = float("inf")
+    finite = torch.tensor([True, True, False])
+    found = state.update(gradient, state.rows().detach(), finite)
+    assert found.tolist() == [True, True, False]
+    assert (state.scale / first).tolist() == [1.0, 0.5, 1.0]
+    assert (state.parameters != parameters).any(1).tolist() == [True, False, False]
+    # Gradients are taken of scaled losses: the moment is that of the loss itself.
+    torch.testing.assert_close(state.exp_avg[0], torch.full_like(gradient[0], 0.1 / first[0]))
+
+
+def test_a_scale_that_can_fall_no_further_is_a_failure():
+    state = LaneState(modules_of(1), 1e-2, CPU, scaling=True)
+    bad = torch.full_like(state.parameters, float("nan")).detach()
+    found = []
+    while not found or found[-1]:
+        found.append(bool(state.update(bad, state.rows().detach(), torch.tensor([True]))))
+    assert len(found) == 13
+
+
+def test_scales_grow_after_many_good_steps():
+    state = LaneState(modules_of(1), 1e-9, CPU, scaling=True)
+    first = state.scale.item()
+    gradient = torch.ones_like(state.parameters).detach()
+    for _ in range(2000):
+        state.update(gradient, state.last_good, torch.tensor([True]))
+    assert state.scale.item() == 2 * first
+
+
+def test_the_last_good_tokens_are_those_of_the_last_finite_loss():
+    state = LaneState(modules_of(2), 1e-2, CPU, scaling=False)
+    gradient = torch.ones_like(state.parameters).detach()
+    evaluated = state.rows().detach() + 1
+    start = state.last_good.clone()
+    state.update(gradient, evaluated, torch.tensor([True, False]))
+    assert torch.equal(state.last_good[0], evaluated[0])
+    assert torch.equal(state.last_good[1], start[1])

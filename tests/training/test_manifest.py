@@ -1,0 +1,184 @@
+"""Manifests of every kind, and what is said of those that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sefi_fast.training.manifest import COLUMNS, Entry, ManifestError, model_of, read_subjects
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("rex.png", "mia two.jpg"):
+        Image.new("RGB", (32, 32)).save(folder / name)
+    return folder
+
+
+def problems_of(subjects: object, model: object = None) -> str:
+    with pytest.raises(ManifestError) as caught:
+        read_subjects(subjects, model)
+    return str(caught.value)
+
+
+def test_a_folder_with_class_words_beside_the_pictures(pictures: Path) -> None:
+    (pictures / "rex.txt").write_text("dog\n")
+    (pictures / ".hidden.png").write_bytes(b"")
+    (pictures / "notes.md").write_text("no picture")
+    mia, rex = read_subjects(pictures)
+    assert (rex.image, rex.class_word, rex.name, rex.placeholder) == (
+        pictures / "rex.png",
+        "dog",
+        "rex",
+        "<rex>",
+    )
+    assert (mia.name, mia.placeholder, mia.class_word) == ("mia two", "<mia-two>", None)
+
+
+def test_csv_and_jsonl_say_the_same(pictures: Path) -> None:
+    table = pictures / "all.csv"
+    table.write_text(
+        "\ufeffimage, class_word ,name,placeholder,seed,scene,mask,model\n"
+        "rex.png,dog,Rex,<r>,7,in the forest,rex.png,some/model\n"
+        "\n"
+        '"mia two.jpg",cat,,,,"at home, on a sofa",,\n',
+        encoding="utf-8",
+    )
+    lines = pictures / "all.jsonl"
+    rows = [
+        {
+            "image": "rex.png",
+            "class_word": "dog",
+            "name": "Rex",
+            "placeholder": "<r>",
+            "seed": 7,
+            "scene": "in the forest",
+            "mask": "rex.png",
+            "model": "some/model",
+        },
+        {"image": "mia two.jpg", "class_word": "cat", "scene": "at home, on a sofa", "seed": None},
+    ]
+    lines.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    tabs = pictures / "all.tsv"
+    tabs.write_text("image\tname\tseed\nrex.png\tRex\t7\n")
+    seen = [
+        [tuple(getattr(entry, name) for name in COLUMNS) for entry in read_subjects(path)]
+        for path in (table, lines)
+    ]
+    assert seen[0] == seen[1]
+    rex, mia = read_subjects(table)
+    assert (rex.seed, rex.mask, rex.where) == (7, pictures / "rex.png", "all.csv line 2")
+    assert (mia.seed, mia.scene, mia.where) == (None, "at home, on a sofa", "all.csv line 4")
+    assert model_of([mia, rex]) == "some/model"
+    assert read_subjects(tabs)[0].seed == 7
+
+
+def test_a_list_of_anything(pictures: Path) -> None:
+    given = [
+        str(pictures / "rex.png"),
+        {"image": pictures / "mia two.jpg", "class_word": "cat"},
+        Image.new("RGB", (32, 32)),
+        Entry(image=np.zeros((32, 32, 3), np.uint8), name="array", placeholder="<a>", seed=3),
+    ]
+    entries = read_subjects(given)
+    assert [entry.name for entry in entries] == ["rex", "mia two", "subject-000003", "array"]
+    assert (entries[3].placeholder, entries[3].seed) == ("<a>", 3)
+    with pytest.raises(TypeError, match="folder, a .csv"):
+        read_subjects({"image": "rex.png"})
+
+
+def test_every_problem_with_its_line(pictures: Path) -> None:
+    table = pictures / "bad.csv"
+    table.write_text(
+        "image,name,seed\n"
+        "rex.png,,-1\n"
+        "rex.png,a/b,\n"
+        "gone.png,,\n"
+        "rex.png,a,1,2\n"
+        ",x,\n"
+        "rex.png,one,\n"
+        "mia two.jpg,ONE,\n"
+    )
+    told = problems_of(table)
+    for words in (
+        "bad.csv line 2: seed must be a whole number",
+        "bad.csv line 3: the name 'a/b' is no file name",
+        f"bad.csv line 4: there is no picture at {pictures / 'gone.png'}",
+        "line 5 has 4 values for 3 columns",
+        "bad.csv line 6: it has no image",
+        "bad.csv line 8: the name 'ONE' is that of bad.csv line 7 already",
+        "nothing was begun",
+    ):
+        assert words in told
+    lines = pictures / "bad.jsonl"
+    lines.write_text('{"image": "rex.png", "colour": 1}\n[]\n{\n{"image": "rex.png", "name": 3}\n')
+    told = problems_of(lines)
+    for words in (
+        "bad.jsonl line 1: unknown column 'colour'",
+        "line 2 must be a JSON object",
+        "line 3 is no JSON",
+        "bad.jsonl line 4: name must be text, got 3",
+    ):
+        assert words in told
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("image,klass\nrex.png,dog\n", "line 1: unknown column 'klass'"),
+        ("name\nrex\n", "line 1: there is no column 'image'"),
+        ("image,image\nrex.png,dog\n", "line 1: a column is named twice"),
+        ('image\n"rex.png\n', "line 2 is no CSV"),
+    ],
+)
+def test_bad_headers(pictures: Path, header: str, words: str) -> None:
+    table = pictures / "bad.csv"
+    table.write_text(header)
+    assert words in problems_of(table)
+
+
+def test_nothing_to_learn(pictures: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.csv"
+    for text in ("", "image,name\n"):
+        empty.write_text(text)
+        assert "empty.csv is empty" in problems_of(empty)
+    assert "the list of subjects is empty" in problems_of([])
+    (tmp_path / "none").mkdir()
+    assert "holds no picture" in problems_of(tmp_path / "none")
+    assert "there is no manifest" in problems_of(tmp_path / "gone.csv")
+    assert "it is a picture; give the folder" in problems_of(pictures / "rex.png")
+    binary = tmp_path / "binary.csv"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read as UTF-8" in problems_of(binary)
+
+
+def test_many_problems_are_cut_short(pictures: Path) -> None:
+    table = pictures / "bad.csv"
+    table.write_text("image\n" + "gone.png\n" * 30)
+    told = problems_of(table)
+    assert told.count("gone.png") == 10 and "and 20 more" in told
+
+
+def test_mixed_base_models(pictures: Path) -> None:
+    lines = pictures / "mixed.jsonl"
+    rows = [
+        {"image": "rex.png", "name": name, "model": model}
+        for name, model in (("a", "one"), ("b", None), ("c", "two"))
+    ]
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    told = problems_of(lines)
+    assert "mixed.jsonl line 3 names the base model 'two', mixed.jsonl line 1 'one'" in told
+    told = problems_of(lines, model="two")
+    assert "mixed.jsonl line 1 names the base model 'one', the run 'two'" in told
+    assert "line 3" not in told
+
+
+def test_an_empty_class_word_beside_a_picture(pictures: Path) -> None:
+    (pictures / "rex.txt").write_text("\n")
+    assert "rex.txt must hold one line" in problems_of(pictures)

@@ -1,0 +1,282 @@
+"""Many subjects side by side: each as if alone, failures kept apart, nothing lost or done twice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sefi_fast
+from sefi_fast.subject import Subject
+from sefi_fast.training import ManifestError, NonFiniteLossError, TrainConfig, TrainingInterrupted
+from sefi_fast.training import many as many_module
+from sefi_fast.training.checkpoint import folder_of
+from sefi_fast.training.engine import Engine
+from sefi_fast.training.job import Job
+
+FAST: dict[str, Any] = {"steps": 4, "batch_size": 2, "resolution": 64, "progress": False}
+WORDS = ("cat", "dog", "car")
+
+
+def picture(number: int) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def subjects(count: int = 3) -> list[dict[str, Any]]:
+    return [
+        {"image": picture(n), "name": f"s{n}", "class_word": WORDS[n % 3], "seed": 10 + n}
+        for n in range(count)
+    ]
+
+
+def summary_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "summary.jsonl").read_text().splitlines()]
+
+
+def assert_close(found: Subject, wanted: Subject) -> None:
+    """Equal up to rounding: a hundredth of what training changed."""
+    start = wanted.class_embeddings[0]
+    changed = (wanted.tokens[0] - start).norm()
+    assert (found.tokens[0] - wanted.tokens[0]).norm() < 0.01 * changed
+    assert changed > 0.01 * start.norm()
+
+
+def assert_as_if_alone(found: Subject, alone: Subject) -> None:
+    assert_close(found, alone)
+    assert found.history.loss == pytest.approx(alone.history.loss, rel=1e-4)
+
+
+def test_each_is_as_if_alone(sd15_pipeline, tmp_path):
+    results = sefi_fast.train_many(
+        subjects(), model=sd15_pipeline, output=tmp_path, batch_subjects=2, scene="at night", **FAST
+    )
+    assert [result.name for result in results] == ["s0", "s1", "s2"]
+    for number, (result, given) in enumerate(zip(results, subjects(), strict=True)):
+        alone = sefi_fast.train(
+            given["image"],
+            model=sd15_pipeline,
+            class_word=given["class_word"],
+            placeholder=f"<s{number}>",
+            seed=given["seed"],
+            scene="at night",
+            **FAST,
+        )
+        assert result.error is None and not result.before
+        assert_as_if_alone(result.subject, alone)
+        loaded = Subject.load(tmp_path / f"s{number}.safetensors")
+        assert torch.equal(loaded.tokens[0], result.subject.tokens[0])
+        assert (loaded.placeholder, loaded.class_word) == (f"<s{number}>", given["class_word"])
+        assert loaded.settings["seed"] == given["seed"]
+    rows = summary_of(tmp_path)
+    assert [(row["name"], row["state"], row["steps"]) for row in rows] == [
+        (f"s{n}", "learnt", 4) for n in range(3)
+    ]
+    assert sorted(os.listdir(tmp_path)) == [f"s{n}.safetensors" for n in range(3)] + [
+        "summary.jsonl"
+    ]
+
+
+def test_the_bundled_model(tmp_path):
+    settings = {"steps": 3, "batch_size": 2, "resolution": 32, "progress": False}
+    given = [picture(0), picture(1)]
+    results = sefi_fast.train_many(given, output=tmp_path, **settings)
+    for image, result in zip(given, results, strict=True):
+        assert_as_if_alone(result.subject, sefi_fast.train(image, **settings))
+
+
+def test_failures_are_kept_apart(sd15_pipeline, tmp_path, monkeypatch, caplog):
+    damaged = tmp_path / "damaged.png"
+    picture(0).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    step = Engine.step
+
+    def poisoned(self: Engine, rate: float | None = None) -> list[Any]:
+        results = step(self, rate)
+        # The second lane of the three that are left is the subject "s1".
+        if len(results) > 1 and results[1] is not None:
+            results[1] = results[1]._replace(noise=float("nan"), finite=False)
+        return results
+
+    monkeypatch.setattr(Engine, "step", poisoned)
+    given = subjects()
+    given.insert(0, {"image": damaged, "class_word": "cat"})
+    given.append({"image": picture(9), "class_word": "supercalifragilistic", "name": "long"})
+    with caplog.at_level(logging.WARNING):
+        results = sefi_fast.train_many(given, model=sd15_pipeline, output=tmp_path / "out", **FAST)
+    states = {result.name: result.error for result in results}
+    assert isinstance(states["damaged"], sefi_fast.errors.ImageError)
+    assert isinstance(states["s1"], NonFiniteLossError)
+    assert isinstance(states["long"], sefi_fast.errors.PromptError)
+    assert states["s0"] is None and states["s2"] is None
+    monkeypatch.undo()
+    for result in (results[1], results[3]):
+        row = given[[one.get("name") for one in given].index(result.name)]
+        alone = sefi_fast.train(
+            row["image"],
+            model=sd15_pipeline,
+            class_word=row["class_word"],
+            seed=row["seed"],
+            **FAST,
+        )
+        assert_as_if_alone(result.subject, alone)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == [
+        "s0.safetensors",
+        "s2.safetensors",
+    ]
+    rows = {row["name"]: row for row in summary_of(tmp_path / "out")}
+    assert rows["s1"]["state"] == "failed" and "NonFiniteLossError" in rows["s1"]["error"]
+    assert "damaged (subject 1) is left out" in caplog.text
+
+
+def test_finished_ones_are_skipped_and_the_missing_made_good(sd15_pipeline, tmp_path, monkeypatch):
+    first = sefi_fast.train_many(subjects(), model=sd15_pipeline, output=tmp_path, **FAST)
+    (tmp_path / "s1.safetensors").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    trained: list[str] = []
+    job_run = many_module.Run
+
+    def noting(source: Any, config: TrainConfig, jobs: list[Job], **more: Any) -> Any:
+        trained.extend(job.name for job in jobs)
+        return job_run(source, config, jobs, **more)
+
+    monkeypatch.setattr(many_module, "Run", noting)
+    again = sefi_fast.train_many(subjects(), model=sd15_pipeline, output=tmp_path, **FAST)
+    assert trained == ["s1"]
+    assert [result.before for result in again] == [True, False, True]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert torch.equal(again[0].subject.tokens[0], first[0].subject.tokens[0])
+    assert_as_if_alone(again[1].subject, first[1].subject)
+    assert [row["state"] for row in summary_of(tmp_path)] == ["before", "learnt", "before"]
+
+
+def test_files_of_other_settings_stay(sd15_pipeline, tmp_path):
+    sefi_fast.train_many(subjects(2), model=sd15_pipeline, output=tmp_path, **FAST)
+    (tmp_path / "s1.safetensors").write_bytes(b"something else")
+    content = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    other = {**FAST, "steps": 2}
+    results = sefi_fast.train_many(subjects(2), model=sd15_pipeline, output=tmp_path, **other)
+    assert "steps was 4, is 2" in str(results[0].error)
+    assert "s1.safetensors is damaged" in str(results[1].error)
+    assert {path: path.read_bytes() for path in content} == content
+    results = sefi_fast.train_many(
+        subjects(2), model=sd15_pipeline, output=tmp_path, overwrite=True, **other
+    )
+    assert [len(result.subject.history.loss) for result in results] == [2, 2]
+
+
+def test_an_interrupted_group_goes_on_from_its_checkpoints(sd15_pipeline, tmp_path, monkeypatch):
+    whole = sefi_fast.train_many(subjects(), model=sd15_pipeline, output=tmp_path / "whole", **FAST)
+    folder = tmp_path / "parts"
+    step = Engine.step
+    calls: list[None] = []
+
+    def interrupted(self: Engine, rate: float | None = None) -> list[Any]:
+        calls.append(None)
+        if len(calls) == 7:
+            os.kill(os.getpid(), 15)
+        return step(self, rate)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    settings = {**FAST, "batch_subjects": 2}
+    with pytest.raises(TrainingInterrupted, match="2 of 3 subjects learnt") as caught:
+        sefi_fast.train_many(subjects(), model=sd15_pipeline, output=folder, **settings)
+    assert caught.value.signal == 15
+    assert [row["state"] for row in summary_of(folder)] == ["learnt", "learnt", "open"]
+    assert folder_of(folder / "s2.safetensors").is_dir()
+    results = sefi_fast.train_many(subjects(), model=sd15_pipeline, output=folder, **settings)
+    assert [result.before for result in results] == [True, True, False]
+    assert len(calls) == 8, "the last subject went on from step 3 of 4"
+    assert not folder_of(folder / "s2.safetensors").exists()
+    for result, wanted in zip(results, whole, strict=True):
+        assert_close(result.subject, wanted.subject)
+
+
+def test_too_many_for_the_memory(sd15_pipeline, tmp_path, monkeypatch, caplog):
+    step = Engine.step
+    sizes: list[int] = []
+
+    def narrow(self: Engine, rate: float | None = None) -> list[Any]:
+        sizes.append(len(self.active))
+        if len(self.active) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(self, rate)
+
+    monkeypatch.setattr(Engine, "step", narrow)
+    settings = {**FAST, "steps": 1}
+    with caplog.at_level(logging.WARNING):
+        results = sefi_fast.train_many(
+            subjects(4), model=sd15_pipeline, output=tmp_path, batch_subjects=3, **settings
+        )
+    assert sizes == [3, 2, 1, 1, 1, 1]
+    assert all(result.error is None for result in results)
+    assert "3 subjects at once are too many for the memory" in caplog.text
+    assert "from here on 2 at once" in caplog.text
+
+
+def test_too_large_even_alone(sd15_pipeline, tmp_path, monkeypatch):
+    def full(self: Engine, rate: float | None = None) -> list[Any]:
+        raise MemoryError
+
+    monkeypatch.setattr(Engine, "step", full)
+    results = sefi_fast.train_many(subjects(2), model=sd15_pipeline, output=tmp_path, **FAST)
+    assert all("too small for even one subject" in str(result.error) for result in results)
+    assert [row["state"] for row in summary_of(tmp_path)] == ["failed", "failed"]
+
+
+def test_other_errors_pass_through(sd15_pipeline, tmp_path, monkeypatch):
+    def broken(self: Engine, rate: float | None = None) -> list[Any]:
+        raise RuntimeError("a kernel is broken")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    with pytest.raises(RuntimeError, match="a kernel is broken"):
+        sefi_fast.train_many(subjects(2), model=sd15_pipeline, output=tmp_path, **FAST)
+    assert [row["state"] for row in summary_of(tmp_path)] == ["open", "open"]
+
+
+def test_bad_arguments_are_told_before_anything(tmp_path):
+    with pytest.raises(ManifestError, match="subject 1: class_word is missing"):
+        sefi_fast.train_many([picture(0)], model="some/model", output=tmp_path)
+    with pytest.raises(ManifestError, match="subject 1 has no mask"):
+        sefi_fast.train_many([picture(0)], output=tmp_path, attention_loss="mask")
+    with pytest.raises(ValueError, match="batch_subjects must be at least 1, got 0"):
+        sefi_fast.train_many([picture(0)], output=tmp_path, batch_subjects=0)
+    with pytest.raises(TypeError, match="batch_subjects must be a whole number"):
+        sefi_fast.train_many([picture(0)], output=tmp_path, batch_subjects=2.5)
+    with pytest.raises(TypeError, match="stepz"):
+        sefi_fast.train_many([picture(0)], output=tmp_path, stepz=2)
+    with pytest.raises(ValueError, match="give one of them"):
+        sefi_fast.train_many([picture(0)], output=tmp_path, preset="sefi", config=TrainConfig())
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        sefi_fast.train_many([picture(0)], output=file)
+    with pytest.raises(OSError, match="cannot be written"):
+        sefi_fast.train_many([picture(0)], output=file / "below")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_command(tmp_path, capsys):
+    from sefi_fast.cli import main
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    picture(0).save(folder / "one.png")
+    picture(1).save(folder / "two.png")
+    (folder / "two.png").write_bytes((folder / "two.png").read_bytes()[:300])
+    out = tmp_path / "out"
+    options = ["--steps", "1", "--batch-size", "1", "--resolution", "32", "--quiet"]
+    assert main(["train-many", str(folder), "--output", str(out), *options]) == 1
+    assert capsys.readouterr().out == f"{out}: 1 subjects learnt, 1 failed: two\n"
+    (folder / "two.png").unlink()
+    assert main(["train-many", str(folder), "--output", str(out), *options]) == 0
+    assert capsys.readouterr().out == f"{out}: 0 subjects learnt, 1 were there already\n"
+    assert main(["train-many", str(out), "--output", str(out)]) == 1
+    assert "holds no picture" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""Two processes under accelerate's launcher leave what one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sefi_fast.subject import Subject
+from sefi_fast.training.shard import Shard, current_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = ["--steps", "2", "--batch-size", "2", "--resolution", "32", "--batch-subjects", "2"]
+
+
+def test_every_item_is_one_processs() -> None:
+    items = list(range(7))
+    shares = [Shard(index, 3).share(items) for index in range(3)]
+    assert sorted(sum(shares, [])) == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert current_shard() == Shard(0, 1, None)
+
+
+def launch(command: list[str], folder: Path, output: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.run(
+        [sys.executable, *command, "-m", "sefi_fast.cli", "train-many", str(folder)]
+        + ["--output", str(output), "--quiet", *SETTINGS],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_processes_leave_what_one_does(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    names = [f"s{number}" for number in range(5)]
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{name}.png")
+    # With --cpu accelerate starts several processes through MPI only; this is its other launcher.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--main_process_port", str(free_port())]
+    both = launch(launcher, pictures, tmp_path / "two")
+    assert both.returncode == 0, both.stderr[-2000:]
+    # Three batches of at most two: the first and the third are the first process's.
+    assert sorted(line.split(": ")[1] for line in both.stdout.splitlines()) == [
+        "2 subjects learnt",
+        "3 subjects learnt",
+    ]
+    alone = launch([], pictures, tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
+    for name in names:
+        one, two = (Subject.load(tmp_path / n / f"{name}.safetensors") for n in ("one", "two"))
+        assert torch.equal(one.tokens[0], two.tokens[0])
+        assert (one.settings, one.placeholder) == (two.settings, two.placeholder)
+    rows = [
+        [json.loads(line) for line in (tmp_path / n / "summary.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
+    for row in rows[0] + rows[1]:
+        del row["seconds"]
+    assert rows[0] == rows[1] and [row["name"] for row in rows[0]] == names
