@@ -14,13 +14,17 @@ _HOME = {
     "available_backends": "sefi_fast.ops",
     "SeFiAttnProcessor": "sefi_fast.processor",
     "Subject": "sefi_fast.subject",
+    "export_embedding": "sefi_fast.subject",
+    "import_embedding": "sefi_fast.subject",
     "encode": "sefi_fast.conditioning",
     "attach": "sefi_fast.pipelines",
     "detach": "sefi_fast.pipelines",
+    "swap": "sefi_fast.pipelines",
     "trace": "sefi_fast.pipelines",
     "load_pipeline": "sefi_fast.pipelines",
     "generate": "sefi_fast.pipelines",
     "train": "sefi_fast.training",
+    "train_many": "sefi_fast.training",
     "TrainConfig": "sefi_fast.training",
     "bundled_model_path": "sefi_fast.tiny_world",
     "bundled_subject_image": "sefi_fast.tiny_world",
@@ -37,11 +41,15 @@ __all__ = [
     "bundled_subject_image",
     "detach",
     "encode",
+    "export_embedding",
     "fused_cross_attention",
     "generate",
+    "import_embedding",
     "load_pipeline",
+    "swap",
     "trace",
     "train",
+    "train_many",
 ]
 
 # An installed wheel carries the Triton kernels as sefi_fast/kernels. In a source checkout they
@@ -53,11 +61,11 @@ if not (_root / "sefi_fast" / "kernels").is_dir() and (_root / "csrc").is_dir():
 if TYPE_CHECKING:
     from sefi_fast.conditioning import encode
     from sefi_fast.ops import CrossAttentionOutput, available_backends, fused_cross_attention
-    from sefi_fast.pipelines import attach, detach, generate, load_pipeline, trace
+    from sefi_fast.pipelines import attach, detach, generate, load_pipeline, swap, trace
     from sefi_fast.processor import SeFiAttnProcessor
-    from sefi_fast.subject import Subject
+    from sefi_fast.subject import Subject, export_embedding, import_embedding
     from sefi_fast.tiny_world import bundled_model_path, bundled_subject_image
-    from sefi_fast.training import TrainConfig, train
+    from sefi_fast.training import TrainConfig, train, train_many
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,36 @@ def _sd15_session(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def sd15_pipeline(_sd15_session):
     """A fresh copy of the random-weight SD 1.5-architecture pipeline (float32, CPU)."""
-    pipe = copy.deepcopy(_sd15_session)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return _fresh(_sd15_session)
+
+
+@pytest.fixture(scope="session")
+def _sd21_session(tmp_path_factory: pytest.TempPathFactory):
+    from models import make_sd21
+
+    return make_sd21(tmp_path_factory.mktemp("sd21_vocabulary"))
+
+
+@pytest.fixture
+def sd21_pipeline(_sd21_session):
+    """A fresh copy of the random-weight SD 2.1-architecture pipeline (float32, CPU)."""
+    return _fresh(_sd21_session)
+
+
+@pytest.fixture(scope="session")
+def _sdxl_session(tmp_path_factory: pytest.TempPathFactory):
+    from models import make_sdxl
+
+    return make_sdxl(tmp_path_factory.mktemp("sdxl_vocabulary"))
+
+
+@pytest.fixture
+def sdxl_pipeline(_sdxl_session):
+    """A fresh copy of the random-weight SDXL-architecture pipeline (float32, CPU)."""
+    return _fresh(_sdxl_session)
+
+
+def _fresh(pipe):
+    copied = copy.deepcopy(pipe)
+    copied.set_progress_bar_config(disable=True)
+    return copied

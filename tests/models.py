@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 WORDS = (
     "a an the photo picture painting of in on at with and person people cat dog bear car chair "
@@ -23,7 +31,7 @@ WORDS = (
 )
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer (end-of-word suffix, 77 positions) learned on a few words.
 
     The words of WORDS are one token each; anything else falls apart into several.
@@ -49,11 +57,13 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, **options
     )
 
 
-def make_unet(cross_attention_dim: int, seed: int = 0) -> UNet2DConditionModel:
+def make_unet(
+    cross_attention_dim: int, seed: int = 0, heads: int | tuple[int, ...] = 4, **options: Any
+) -> UNet2DConditionModel:
     """Stable Diffusion 1.5's U-Net (four levels, cross-attention on three) at width 32/64/96/96."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(
@@ -64,36 +74,46 @@ def make_unet(cross_attention_dim: int, seed: int = 0) -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=4,
+        attention_head_dim=heads,
         cross_attention_dim=cross_attention_dim,
         norm_num_groups=8,
+        **options,
     ).eval()
 
 
-def make_sd15(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
-    """A StableDiffusionPipeline of SD 1.5's architecture: 128×128 pictures, 77 tokens, width 48."""
-    tokenizer = make_tokenizer(folder / "tokenizer")
+def make_text_encoder(
+    kind: type, tokenizer: CLIPTokenizer, seed: int = 0, **options: Any
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """CLIP's text transformer of two layers and width 48, or as the options say."""
     torch.manual_seed(seed)
     ids = tokenizer.convert_tokens_to_ids
-    text_encoder = CLIPTextModel(
+    settings: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": 48,
+        "pad_token_id": ids("<|endoftext|>"),
+    }
+    text_encoder = kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
             max_position_embeddings=77,
-            projection_dim=48,
             bos_token_id=ids("<|startoftext|>"),
             eos_token_id=ids("<|endoftext|>"),
-            pad_token_id=ids("<|endoftext|>"),
+            **(settings | options),
         )
     ).eval()
     with torch.no_grad():
         # CLIP's own initialisation (std 0.02) would make all prompts nearly alike.
         text_encoder.get_input_embeddings().weight.mul_(20)
-    torch.manual_seed(seed + 1)
-    vae = AutoencoderKL(
+    return text_encoder
+
+
+def make_vae(seed: int = 0, **options: Any) -> AutoencoderKL:
+    """Stable Diffusion's autoencoder (a factor of 8, four channels) at width 8 and 16."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -103,24 +123,119 @@ def make_sd15(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=128,
+        **options,
     ).eval()
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
+
+
+def make_sd15(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
+    """A StableDiffusionPipeline of SD 1.5's architecture: 128×128 pictures, 77 tokens, width 48."""
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    return _assemble(
+        tokenizer,
+        make_text_encoder(CLIPTextModel, tokenizer, seed),
+        make_unet(48, seed + 2),
+        make_vae(seed + 1),
     )
+
+
+def make_sd21(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
+    """SD 2.1's architecture: v-prediction, linear projections, a head count for each level."""
+    tokenizer = make_tokenizer(folder / "tokenizer", pad_token="!")
+    unet = make_unet(48, seed + 2, heads=(2, 4, 6, 6), use_linear_projection=True)
+    text_encoder = make_text_encoder(
+        CLIPTextModel, tokenizer, seed, hidden_act="gelu", pad_token_id=0, num_hidden_layers=3
+    )
+    return _assemble(
+        tokenizer, text_encoder, unet, make_vae(seed + 1), prediction_type="v_prediction"
+    )
+
+
+def _assemble(
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    **schedule: Any,
+) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=make_unet(48, seed + 2),
-        scheduler=scheduler,
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            **schedule,
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_sdxl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
+    """SDXL base's architecture: text encoders of width 48 and 64, 128×128 pictures, 77 tokens.
+
+    Three levels, attention on the lower two with one, two and three transformer blocks, heads by
+    level, linear projections, pooled embedding of width 32 and six time ids of width 8.
+    """
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    tokenizer_2 = make_tokenizer(folder / "tokenizer_2", pad_token="!")
+    text_encoder = make_text_encoder(CLIPTextModel, tokenizer, seed, num_hidden_layers=3)
+    text_encoder_2 = make_text_encoder(
+        CLIPTextModelWithProjection,
+        tokenizer_2,
+        seed + 3,
+        hidden_size=64,
+        num_hidden_layers=3,
+        hidden_act="gelu",
+        projection_dim=32,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed + 2)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 3),
+        attention_head_dim=(2, 4, 6),
+        cross_attention_dim=112,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+        norm_num_groups=8,
+    ).eval()
+    with torch.no_grad():
+        # Random weights hardly let the pooled embedding through to the picture.
+        unet.add_embedding.linear_1.weight.mul_(4)
+        unet.add_embedding.linear_2.weight.mul_(4)
+    pipe = StableDiffusionXLPipeline(
+        vae=make_vae(seed + 1, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -166,14 +166,23 @@ def test_nothing_is_kept_with_gradients_or_adapted_projections_or_inference_tens
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
 
 
-def test_large_batches_are_projected_at_each_step(split_unet, projections, monkeypatch):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_beyond_a_limit_layers_project_at_each_step(split_unet, projections, monkeypatch, share):
     sample, timestep = unet_inputs()
     packed = packed_prompt()
-    monkeypatch.setattr(projection_cache, "MOST_ROWS", BATCH * packed.shape[1] - 1)
+    with torch.no_grad():
+        split_unet(sample, timestep, packed)
+    entries = packed.sefi_projections.values()
+    size = sum(part.numel() * part.element_size() for _, *both in entries for part in both)
+    assert packed.sefi_projected_bytes == size
+    monkeypatch.setattr(projection_cache, "MOST_BYTES", int(size * share))
+    projections.update(dict.fromkeys(projections, 0))
+    again = packed_prompt()
     with torch.no_grad():
         for _ in range(3):
-            output = split_unet(sample, timestep, packed).sample
-    assert set(projections.values()) == {3}
+            output = split_unet(sample, timestep, again).sample
+    assert set(projections.values()) == ({3} if share == 0 else {1, 3})
+    assert getattr(again, "sefi_projected_bytes", 0) <= size * share
     expected = without_reuse(split_unet, sample, timestep, packed)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
 

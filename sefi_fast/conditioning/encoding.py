@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sefi_fast.conditioning.packing import pack
+from sefi_fast.conditioning.parts import TextPart, text_parts
 from sefi_fast.conditioning.prompt import class_token_id, tokenize_prompts
-from sefi_fast.conditioning.text import encode_text, token_table
-from sefi_fast.errors import ModelError, SubjectFileError
+from sefi_fast.conditioning.text import encode_text, encode_text_pooled, token_table
+from sefi_fast.errors import SubjectFileError
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
@@ -20,8 +21,20 @@ if TYPE_CHECKING:
 MOST_STAGES = 60
 
 
+class Encoded(NamedTuple):
+    """Conditioning of B prompts, named as the pipelines of diffusers name it.
+
+    prompt_embeds: [B, L, C], packed or plain.
+    pooled_prompt_embeds: [B, P] for one embedding a prompt, [B, S·P] for one a stage; None for
+        models that take none.
+    """
+
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor | None
+
+
 class _Plan(NamedTuple):
-    """What one prompt asks of the text encoder: its distinct sequences only.
+    """What one prompt asks of a text encoder: its distinct sequences only.
 
     stages, streams: of the subjects that stand in this prompt; 1, 1 without any.
     rows: [stages · streams, K, C], the subjects' rows of each sequence.
@@ -32,7 +45,6 @@ class _Plan(NamedTuple):
     rows: Tensor
 
 
-@torch.no_grad()
 def encode(
     pipe: Any,
     prompt: str | list[str],
@@ -45,9 +57,10 @@ def encode(
     Pass it to the pipeline as ``prompt_embeds``, and that of the negative prompt, encoded with the
     same subjects, as ``negative_prompt_embeds``. The text encoder sees each distinct sequence once:
     2·S for a prompt with a subject (S if its K and V are tied), one for a prompt without.
+    SDXL wants pooled embeddings beside it: `encode_with_pooled` gives both.
 
     Args:
-        pipe: a Stable Diffusion 1.x or 2.x pipeline.
+        pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline.
         prompt: one prompt or B of them.
         subjects: whose placeholders count; default: those attached to the pipeline. Subjects of
             different S are brought to the least common multiple of their stages.
@@ -55,56 +68,124 @@ def encode(
 
     Returns:
         [B, S·2·M + 1, C] on the pipeline's device, in the text encoder's dtype, with S = 1 if there
-        are no subjects.
+        are no subjects. For SDXL C is the sum of both encoders' widths.
 
     Raises:
         PromptError: a placeholder cannot be used where it stands.
-        SubjectFileError: a subject is of another width than the pipeline's text encoder.
-        ModelError: the pipeline has no text encoder and tokenizer, or several.
+        SubjectFileError: a subject is of another width than the pipeline's text encoders.
+        ModelError: the pipeline lacks a text encoder or a tokenizer.
         ValueError: two subjects share a placeholder, or need more than 60 stages together.
         TypeError: prompt is neither a string nor a list of strings.
     """
-    tokenizer, text_encoder = _text_parts(pipe)
+    return encode_with_pooled(pipe, prompt, subjects=subjects, clip_skip=clip_skip).prompt_embeds
+
+
+@torch.no_grad()
+def encode_with_pooled(
+    pipe: Any,
+    prompt: str | list[str],
+    prompt_2: str | list[str] | None = None,
+    *,
+    subjects: Subject | Iterable[Subject] | None = None,
+    clip_skip: int | None = None,
+) -> Encoded:
+    """`encode`, and for SDXL the pooled embeddings that belong to it.
+
+    ``pipe(**encode_with_pooled(pipe, "a <me>")._asdict())`` draws what ``pipe("a <me>")`` draws on
+    an attached SDXL pipeline.
+
+    Args:
+        pipe, prompt, subjects, clip_skip: as for `encode`.
+        prompt_2: for SDXL's second text encoder; default: the same as the first.
+
+    Returns:
+        prompt_embeds as `encode` gives it, and pooled_prompt_embeds [B, S·P], the second encoder's
+        projected embedding of each stage's V sequence (docs/method.md §4); None for Stable
+        Diffusion 1.x and 2.x.
+
+    Raises:
+        As `encode`.
+        ValueError: prompt_2 is of another number than prompt, or the pipeline has one encoder.
+    """
+    parts = text_parts(pipe)
     chosen = _subjects(pipe, subjects)
     prompts = _prompts(prompt)
-    placeholders = [(s.placeholder, class_token_id(tokenizer, s.class_word)) for s in chosen]
-    width = token_table(text_encoder).embedding_dim
+    second = prompts if prompt_2 is None else _prompts(prompt_2)
+    if prompt_2 is not None and len(parts) == 1:
+        raise ValueError(f"prompt_2 is for SDXL; {type(pipe).__name__} has one text encoder")
+    if len(second) != len(prompts):
+        raise ValueError(f"prompt_2 holds {len(second)} prompts, prompt {len(prompts)}")
+    widths = [token_table(part.text_encoder).embedding_dim for part in parts]
     for subject in chosen:
         found = [tokens.shape[-1] for tokens in subject.tokens]
-        if found != [width]:
+        if found != widths:
             raise SubjectFileError(
                 f"the subject {subject.placeholder!r}, trained on {subject.base_model!r}, has "
-                f"tokens of width {found}, this pipeline's text encoder takes [{width}]"
+                f"tokens of width {found}, the text encoders of this pipeline take {widths}"
             )
     stages = _common_stages([subject.stages for subject in chosen])
-    input_ids, slots = tokenize_prompts(tokenizer, prompts, placeholders)
+    device = getattr(pipe, "_execution_device", None) or parts[0].text_encoder.device
+    streams, pooled = [], None
+    for number, part in enumerate(parts):
+        texts = prompts if number == 0 else second
+        own, pooled = _encode_part(
+            part, number, texts, chosen, stages, device, clip_skip, penultimate=len(parts) > 1
+        )
+        streams.append(own)
+    dtype = parts[-1].text_encoder.dtype
+    packed = pack(torch.cat([own.to(device, dtype) for own in streams], -1))
+    return Encoded(packed, None if pooled is None else pooled.to(device, dtype))
 
-    plans = [_plan(chosen, row) for row in slots]
-    sequences = torch.tensor([plan.rows.shape[0] for plan in plans])
-    device = getattr(pipe, "_execution_device", None) or text_encoder.device
-    encoded = encode_text(
-        text_encoder,
-        input_ids.repeat_interleave(sequences, 0).to(device),
-        slots.repeat_interleave(sequences, 0) if chosen else None,
+
+def _encode_part(
+    part: TextPart,
+    number: int,
+    texts: list[str],
+    chosen: list[Subject],
+    stages: int,
+    device: Any,
+    clip_skip: int | None,
+    *,
+    penultimate: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Streams [B, stages, 2, M, C] and pooled [B, stages · P] of one text encoder."""
+    placeholders = [(s.placeholder, class_token_id(part.tokenizer, s.class_word)) for s in chosen]
+    input_ids, slots = tokenize_prompts(part.tokenizer, texts, placeholders)
+    plans = [_plan(chosen, row, number) for row in slots]
+    counts = torch.tensor([plan.rows.shape[0] for plan in plans])
+    arguments = (
+        part.text_encoder,
+        input_ids.repeat_interleave(counts, 0).to(device),
+        slots.repeat_interleave(counts, 0) if chosen else None,
         torch.cat([plan.rows for plan in plans]) if chosen else None,
         clip_skip,
     )
+    if penultimate:
+        encoded, pooled = encode_text_pooled(*arguments)
+    else:
+        encoded, pooled = encode_text(*arguments), None
+    sequences = encoded.split(counts.tolist())
     streams = []
-    for plan, part in zip(plans, encoded.split(sequences.tolist()), strict=True):
-        own = part.unflatten(0, (plan.stages, plan.streams))
-        own = own.expand(-1, 2, -1, -1).repeat_interleave(stages // plan.stages, 0)
-        streams.append(own)
-    return pack(torch.stack(streams)).to(device=device, dtype=text_encoder.dtype)
+    for plan, own in zip(plans, sequences, strict=True):
+        own = own.unflatten(0, (plan.stages, plan.streams)).expand(-1, 2, -1, -1)
+        streams.append(own.repeat_interleave(stages // plan.stages, 0))
+    if pooled is None:
+        return torch.stack(streams), None
+    by_stage = []
+    for plan, own in zip(plans, pooled.split(counts.tolist()), strict=True):
+        values = own.unflatten(0, (plan.stages, plan.streams))[:, -1]
+        by_stage.append(values.repeat_interleave(stages // plan.stages, 0).flatten())
+    return torch.stack(streams), torch.stack(by_stage)
 
 
-def _plan(subjects: Sequence[Subject], slots: Tensor) -> _Plan:
+def _plan(subjects: Sequence[Subject], slots: Tensor, encoder: int) -> _Plan:
     present = [bool((slots == number).any()) for number in range(1, len(subjects) + 1)]
     standing = [subject for subject, there in zip(subjects, present, strict=True) if there]
     stages = math.lcm(*(subject.stages for subject in standing))
     streams = 2 if any(subject.split for subject in standing) else 1
     rows = []
     for subject, there in zip(subjects, present, strict=True):
-        tokens = subject.tokens[0]
+        tokens = subject.tokens[encoder]
         if there:
             by_stage = tokens.repeat_interleave(stages // subject.stages, 0)
             rows.append(by_stage.expand(-1, streams, -1).flatten(0, 1))
@@ -122,23 +203,6 @@ def _common_stages(stages: Sequence[int]) -> int:
             f"{MOST_STAGES} at most are possible; train them with stages that divide one another"
         )
     return common
-
-
-def _text_parts(pipe: Any) -> tuple[Any, Any]:
-    tokenizer = getattr(pipe, "tokenizer", None)
-    text_encoder = getattr(pipe, "text_encoder", None)
-    name = type(pipe).__name__
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise ModelError(
-            f"{name} has several text encoders; this version encodes for Stable Diffusion 1.x and "
-            "2.x pipelines, which have one"
-        )
-    if tokenizer is None or text_encoder is None:
-        raise ModelError(
-            f"{name} needs a tokenizer and a text_encoder to encode prompts; load the pipeline "
-            "with both"
-        )
-    return tokenizer, text_encoder
 
 
 def _subjects(pipe: Any, subjects: Subject | Iterable[Subject] | None) -> list[Subject]:

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sefi_fast.conditioning.packing import packed_stages, stage_index, take_stage
+from sefi_fast.conditioning.stages import stage_of
+
+
+class _PooledInput(NamedTuple):
+    """The input of SDXL's added embedding: `width` numbers, `time_width` of them for a time id."""
+
+    width: int
+    time_width: int
 
 
 class StageHook:
     """Replaces encoder_hidden_states [B, L, C] by the K and V stream [B, 2·M, C] of one stage.
 
     A packed prompt gives the stage of the call's timestep; a plain prompt serves as both streams.
+    SDXL's pooled embeddings, added_cond_kwargs["text_embeds"] [B, S·P], give that stage's [B, P].
     It holds no state between calls, so that threads and pipelines may share the model.
     """
 
-    def __init__(self, tokens_per_stream: int, num_train_timesteps: int) -> None:
+    def __init__(
+        self,
+        tokens_per_stream: int,
+        num_train_timesteps: int,
+        pooled_input: _PooledInput | None = None,
+    ) -> None:
         self.tokens_per_stream = tokens_per_stream
         self.num_train_timesteps = num_train_timesteps
+        self.pooled_input = pooled_input
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -31,9 +46,36 @@ class StageHook:
             return None
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         selected = self.select(prompt, timestep)
+        if self.pooled_input is not None:
+            args = (*args[:3], *(self._with_stage(value, timestep) for value in args[3:]))
+            kwargs = {name: self._with_stage(value, timestep) for name, value in kwargs.items()}
         if positional:
             return (*args[:2], selected, *args[3:]), kwargs
         return args, {**kwargs, "encoder_hidden_states": selected}
+
+    def _with_stage(self, value: Any, timestep: Tensor | float) -> Any:
+        """added_cond_kwargs with the pooled embedding of one stage; anything else as it is."""
+        if not isinstance(value, dict) or "text_embeds" not in value or "time_ids" not in value:
+            return value
+        assert self.pooled_input is not None
+        pooled, time_ids = value["text_embeds"], value["time_ids"]
+        width = self.pooled_input.width - time_ids.shape[-1] * self.pooled_input.time_width
+        if pooled.shape[-1] == width:
+            return value
+        if pooled.shape[-1] % width:
+            raise ValueError(
+                f"pooled_prompt_embeds of {pooled.shape[-1]} numbers are neither one embedding of "
+                f"this model ({width}) nor one a stage (a multiple of that); make them with "
+                "sefi_fast.conditioning.encode_with_pooled for this pipeline"
+            )
+        stages = pooled.unflatten(-1, (-1, width))
+        stage = stage_of(timestep, stages.shape[1], self.num_train_timesteps).reshape(-1)
+        stage = stage.to(pooled.device)
+        if stage.shape[0] == 1:
+            chosen = stages.index_select(1, stage).squeeze(1)
+        else:
+            chosen = stages[torch.arange(pooled.shape[0], device=pooled.device), stage]
+        return {**value, "text_embeds": chosen}
 
     def select(self, prompt: Tensor, timestep: Tensor | float) -> Tensor:
         """The streams [B, 2·M, C] (plain prompts of L tokens: [B, 2·L, C]) for this timestep."""
@@ -79,5 +121,14 @@ def install_stage_hook(
             f"{type(model).__name__} has a stage hook already, and a second one would take the "
             "selected stage for a plain prompt; remove the first"
         )
-    hook = StageHook(tokens_per_stream, num_train_timesteps)
+    hook = StageHook(tokens_per_stream, num_train_timesteps, _pooled_input(model))
     return model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+
+
+def _pooled_input(model: nn.Module) -> _PooledInput | None:
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "addition_embed_type", None) != "text_time":
+        return None
+    return _PooledInput(
+        config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
+    )

@@ -34,6 +34,52 @@ def encode_text(
         ValueError: for slots without rows or rows without slots, shapes that do not fit one
             another or the text encoder, or a clip_skip beyond the encoder's layers.
     """
+    output = _run(text_encoder, input_ids, slots, rows, hidden=clip_skip is not None)
+    if clip_skip is None:
+        return output[0]
+    return _skipped(text_encoder, output.hidden_states, clip_skip)
+
+
+def encode_text_pooled(
+    text_encoder: nn.Module,
+    input_ids: Tensor,
+    slots: Tensor | None = None,
+    rows: Tensor | None = None,
+    clip_skip: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What SDXL takes of a text encoder: [P, M, C] and, of one with a projection, [P, D].
+
+    The first is the hidden state before the last layer, without the final layer norm, the second
+    the projected state of the end-of-text token.
+
+    Args:
+        text_encoder: a CLIPTextModel, or a CLIPTextModelWithProjection.
+        input_ids, slots, rows: as for `encode_text`.
+        clip_skip: layers to leave out before that one, as in diffusers.
+
+    Raises:
+        ValueError: as for `encode_text`.
+    """
+    output = _run(text_encoder, input_ids, slots, rows, hidden=True)
+    layers = len(output.hidden_states) - 1
+    skipped = clip_skip or 0
+    if not 0 <= skipped < layers:
+        raise ValueError(
+            f"clip_skip must lie between 0 and {layers - 1} for a text encoder of {layers} layers, "
+            f"of which SDXL leaves out the last anyway, got {clip_skip}"
+        )
+    pooled = output[0] if output[0].ndim == 2 else None
+    return output.hidden_states[-(skipped + 2)], pooled
+
+
+def _run(
+    text_encoder: nn.Module,
+    input_ids: Tensor,
+    slots: Tensor | None,
+    rows: Tensor | None,
+    *,
+    hidden: bool,
+) -> Any:
     # Compiled code would be compiled anew for the hook of every call, or pass over it.
     text_encoder = getattr(text_encoder, "_orig_mod", text_encoder)
     run = text_encoder
@@ -43,19 +89,15 @@ def encode_text(
     if device.type != "meta":
         input_ids = input_ids.to(device)
     keywords: dict[str, Any] = {"attention_mask": _attention_mask(text_encoder, input_ids)}
-    if clip_skip is not None:
+    if hidden:
         keywords["output_hidden_states"] = True
     if (slots is None) != (rows is None):
         raise ValueError("slots and rows go together; got only one of the two")
     if slots is None or rows is None:
-        output = run(input_ids, **keywords)
-    else:
-        _check(text_encoder, input_ids, slots, rows)
-        with _rows_in_place(text_encoder, slots, rows):
-            output = run(input_ids, **keywords)
-    if clip_skip is None:
-        return output[0]
-    return _skipped(text_encoder, output.hidden_states, clip_skip)
+        return run(input_ids, **keywords)
+    _check(text_encoder, input_ids, slots, rows)
+    with _rows_in_place(text_encoder, slots, rows):
+        return run(input_ids, **keywords)
 
 
 def token_table(text_encoder: Any) -> nn.Module:

@@ -1,10 +1,11 @@
-"""Use subjects in diffusers pipelines: load, attach, detach, generate, trace."""
+"""Use subjects in diffusers pipelines: load, attach, detach, generate, swap, trace."""
 
 from __future__ import annotations
 
 from sefi_fast.pipelines.attachment import attach, detach
 from sefi_fast.pipelines.generation import generate
 from sefi_fast.pipelines.loading import load_pipeline
+from sefi_fast.pipelines.swapping import swap
 from sefi_fast.pipelines.tracing import Trace, trace
 
-__all__ = ["Trace", "attach", "detach", "generate", "load_pipeline", "trace"]
+__all__ = ["Trace", "attach", "detach", "generate", "load_pipeline", "swap", "trace"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
+from sefi_fast.conditioning.parts import text_parts
 from sefi_fast.pipelines.families import check_pipeline
 from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 from sefi_fast.subject import Subject
@@ -23,22 +24,24 @@ def attach(
     bare pipeline gives. Attaching again replaces the set of subjects.
 
     Args:
-        pipe: a Stable Diffusion 1.x or 2.x pipeline (text to image, img2img, inpaint, ControlNet).
+        pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline (text to image, img2img, inpaint,
+            ControlNet and the others of docs/compatibility.md).
         subjects: one subject or several, each a Subject or the path of its file.
 
     Returns:
         The same pipeline.
 
     Raises:
-        ModelError: the pipeline is of another family, or its attention processors do more than
-            plain attention (IP-Adapter).
+        ModelError: the pipeline is of another family, or its attention processors do what a
+            subject cannot stand beside.
         SubjectFileError: a file cannot be read, or a subject was made for another base model.
         ValueError: no subject was given, or two have the same placeholder.
     """
     check_pipeline(pipe)
     loaded = _load(subjects)
+    tokenizers, text_encoders = zip(*text_parts(pipe), strict=True)
     for subject in loaded:
-        subject.check_fits([pipe.tokenizer], [pipe.text_encoder])  # type: ignore[attr-defined]
+        subject.check_fits(tokenizers, text_encoders)
     PromptEncoder.acquire(pipe).subjects = loaded
     return pipe
 

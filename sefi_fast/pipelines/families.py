@@ -6,17 +6,23 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
 from torch import nn
 
+from sefi_fast.conditioning.parts import text_parts
 from sefi_fast.errors import ModelError
 
 WORKS_WITH = (
-    "this version works with Stable Diffusion 1.x and 2.x pipelines of diffusers (text to image, "
-    "img2img, inpaint, ControlNet): one CLIP text encoder and a UNet2DConditionModel"
+    "sefi_fast works with pipelines of diffusers for Stable Diffusion 1.x, 2.x and SDXL: CLIP text "
+    "encoders and a UNet2DConditionModel, in whose cross-attention the subject lives"
 )
 
-_ENCODE_PROMPT_ARGUMENTS = (
+_SD_ARGUMENTS = (
     "prompt",
     "device",
     "num_images_per_prompt",
@@ -27,51 +33,69 @@ _ENCODE_PROMPT_ARGUMENTS = (
     "lora_scale",
     "clip_skip",
 )
+_SDXL_ARGUMENTS = (
+    "prompt",
+    "prompt_2",
+    "device",
+    "num_images_per_prompt",
+    "do_classifier_free_guidance",
+    "negative_prompt",
+    "negative_prompt_2",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+    "lora_scale",
+    "clip_skip",
+)
 
 
 def check_pipeline(pipe: Any) -> None:
-    """Raise ModelError unless `pipe` is a Stable Diffusion 1.x or 2.x pipeline."""
+    """Raise ModelError unless `pipe` is a Stable Diffusion 1.x, 2.x or SDXL pipeline."""
     name = type(pipe).__name__
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise ModelError(f"{name} is of the SDXL family (two text encoders); {WORKS_WITH}")
     if getattr(pipe, "transformer", None) is not None:
         raise ModelError(
             f"{name} denoises with a transformer ({type(pipe.transformer).__name__}), which has no "
             f"U-Net with cross-attention layers; {WORKS_WITH}"
         )
     unet = unwrap(getattr(pipe, "unet", None))
-    if not isinstance(unet, UNet2DConditionModel):
+    if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel)):
         raise ModelError(f"{name} has a U-Net of type {type(unet).__name__}; {WORKS_WITH}")
-    for part in ("text_encoder", "tokenizer"):
-        if getattr(pipe, part, None) is None:
-            raise ModelError(
-                f"{name} has no {part}, which is needed to encode prompts: load the pipeline with "
-                f"its {part}"
-            )
+    wanted = _SDXL_ARGUMENTS if len(text_parts(pipe)) == 2 else _SD_ARGUMENTS
     own = getattr(type(pipe), "encode_prompt", None)
     arguments = tuple(inspect.signature(own).parameters)[1:] if own is not None else ()
-    if arguments != _ENCODE_PROMPT_ARGUMENTS:
+    if tuple(name.replace("videos", "images") for name in arguments) != wanted:
         raise ModelError(
-            f"{name}.encode_prompt takes ({', '.join(arguments)}) and not what Stable Diffusion "
-            f"1.x and 2.x pipelines take; {WORKS_WITH}"
+            f"{name}.encode_prompt takes ({', '.join(arguments)}) and not what pipelines of its "
+            f"family take; {WORKS_WITH}"
         )
 
 
+def is_sdxl(pipe: Any) -> bool:
+    """Whether a pipeline is conditioned by two text encoders and a pooled embedding."""
+    return getattr(pipe, "text_encoder_2", None) is not None
+
+
 def check_model_index(index: Mapping[str, Any], source: str) -> None:
-    """Raise ModelError unless a model_index.json describes a Stable Diffusion 1.x or 2.x folder."""
+    """Raise ModelError unless a model_index.json describes a family that the method fits."""
     name = index.get("_class_name", "no pipeline class")
     if "transformer" in index:
         part = _component(index, "transformer") or "transformer"
         raise ModelError(
             f"{source} holds a {name}, which denoises with a {part}, not with a U-Net; {WORKS_WITH}"
         )
-    if _component(index, "text_encoder_2") is not None:
-        raise ModelError(f"{source} holds a {name}, of the SDXL family; {WORKS_WITH}")
     wanted = {
         "unet": "UNet2DConditionModel",
         "text_encoder": "CLIPTextModel",
         "vae": "AutoencoderKL",
     }
+    if is_sdxl_index(index):
+        wanted["text_encoder_2"] = "CLIPTextModelWithProjection"
+        if _component(index, "text_encoder") is None:
+            raise ModelError(
+                f"{source} holds a {name} with the second text encoder alone, as SDXL's refiner "
+                "has; load the base model, and run the refiner on its pictures without subjects"
+            )
     for part, kind in wanted.items():
         found = _component(index, part)
         if found != kind:
@@ -79,6 +103,11 @@ def check_model_index(index: Mapping[str, Any], source: str) -> None:
                 f"{source} holds a {name} whose {part} is {found or 'missing'} instead of "
                 f"{kind}; {WORKS_WITH}"
             )
+
+
+def is_sdxl_index(index: Mapping[str, Any]) -> bool:
+    """Whether a model_index.json describes a pipeline with a second text encoder."""
+    return _component(index, "text_encoder_2") is not None
 
 
 def conditioned_models(pipe: Any) -> Iterator[nn.Module]:
@@ -89,10 +118,10 @@ def conditioned_models(pipe: Any) -> Iterator[nn.Module]:
         if model is None:
             continue
         model = unwrap(model)
-        if not isinstance(model, ControlNetModel):
+        if not isinstance(model, (ControlNetModel, ControlNetUnionModel)):
             raise ModelError(
-                f"{type(pipe).__name__} has a ControlNet of type {type(model).__name__}; this "
-                "version works with ControlNetModel and MultiControlNetModel"
+                f"{type(pipe).__name__} has a ControlNet of type {type(model).__name__}; wanted a "
+                "ControlNetModel, a ControlNetUnionModel or several of them"
             )
         yield model
 

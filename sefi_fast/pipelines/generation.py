@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,32 @@ def generate(
     Raises:
         ValueError: `n`, `steps` or `batch_size` is below 1.
     """
+    return draw(
+        pipe,
+        lambda count: {"prompt": [prompt] * count},
+        n=n,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        batch_size=batch_size,
+        **call_arguments,
+    )
+
+
+def draw(
+    pipe: Any,
+    conditioning: Callable[[int], dict[str, Any]],
+    *,
+    n: int,
+    seed: int,
+    steps: int,
+    guidance: float,
+    negative_prompt: str | None,
+    batch_size: int,
+    **call_arguments: Any,
+) -> list[Image.Image]:
+    """`generate` for any conditioning: the pipeline's arguments for so many pictures at once."""
     for name, value in (("n", n), ("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"generate needs {name} of at least 1, but it is {value}")
@@ -47,7 +74,7 @@ def generate(
         seeds = range(seed + first, seed + min(first + batch_size, n))
         count = len(seeds)
         images += pipe(
-            [prompt] * count,
+            **conditioning(count),
             negative_prompt=None if negative_prompt is None else [negative_prompt] * count,
             num_inference_steps=steps,
             guidance_scale=guidance,

@@ -14,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from sefi_fast.conditioning.stage_hook import StageHook, install_stage_hook
 from sefi_fast.errors import ModelError
 from sefi_fast.layers import cross_attention_layers
+from sefi_fast.pipelines.split_adapter import is_ip_adapter, split_adapter
 from sefi_fast.processor import SeFiAttnProcessor
 
 _ATTRIBUTE = "_sefi_installation"
 _LOCK = threading.RLock()
 
 # These compute plain attention, so the split-stream processor can stand in for them. Any other
-# (IP-Adapter, perturbed-attention guidance) adds something that would be lost.
+# but IP-Adapter's (perturbed-attention guidance) adds something that would be lost.
 _PLAIN = (
     SeFiAttnProcessor,
     diffusers_processors.AttnProcessor,
@@ -41,7 +42,7 @@ class Installation:
         self._tokens = tokens
         self._num_train_timesteps = num_train_timesteps
         self._replaced: dict[str, Any] = {}
-        self._processors: dict[str, SeFiAttnProcessor] = {}
+        self._processors: dict[str, Any] = {}
         self._hook: RemovableHandle | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Installation:
@@ -76,12 +77,7 @@ class Installation:
             missing.append("the stage hook")
         for name in strangers:
             replaced = layers[name].processor
-            same_class = isinstance(replaced, SeFiAttnProcessor)
-            ours = SeFiAttnProcessor(
-                split_streams=True,
-                record=replaced.record if same_class else None,
-                backend=replaced.backend if same_class else None,
-            )
+            ours = _stand_in(replaced)
             self._replaced[name] = replaced
             self._processors[name] = ours
             layers[name].set_processor(ours)
@@ -133,10 +129,22 @@ def uninstall(model: nn.Module, user: Any) -> None:
 
 
 def check_replaceable(model: nn.Module, name: str, processor: Any) -> None:
-    """Raise ModelError when `processor` does more than plain attention."""
-    if type(processor) not in _PLAIN:
+    """Raise ModelError when `processor` does what no stand-in does."""
+    if type(processor) not in _PLAIN and not is_ip_adapter(processor):
         raise ModelError(
             f"layer {name} of {type(model).__name__} has the processor "
-            f"{type(processor).__name__}, whose work sefi_fast would undo by replacing it: unload "
-            "it first (IP-Adapter: pipe.unload_ip_adapter()) or sefi_fast.detach(pipe)"
+            f"{type(processor).__name__}, whose work sefi_fast would undo by replacing it: set a "
+            "plain one first (unet.set_default_attn_processor()) or call sefi_fast.detach(pipe)"
         )
+
+
+def _stand_in(processor: Any) -> Any:
+    """The split-stream processor to put in the place of this one."""
+    if is_ip_adapter(processor):
+        return split_adapter(processor)
+    same_class = isinstance(processor, SeFiAttnProcessor)
+    return SeFiAttnProcessor(
+        split_streams=True,
+        record=processor.record if same_class else None,
+        backend=processor.backend if same_class else None,
+    )

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-import math
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
-from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
-from sefi_fast.conditioning import encode
-from sefi_fast.conditioning.packing import pack, packed_stages, unpack
+from sefi_fast.conditioning import Encoded, encode_with_pooled, text_parts
 from sefi_fast.conditioning.prompt import TOKENIZING
-from sefi_fast.errors import PromptError
-from sefi_fast.pipelines.families import conditioned_models
+from sefi_fast.pipelines.families import conditioned_models, is_sdxl
 from sefi_fast.pipelines.installation import adopt, install, uninstall
+from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, own_arguments
+from sefi_fast.pipelines.same_packing import same_packing, stages_of
+from sefi_fast.pipelines.text_lora import text_lora
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
@@ -48,6 +47,8 @@ class PromptEncoder:
         self.tracers: list[Tracer] = []
         self._pipe = weakref.ref(pipe)
         self._replaced = pipe.__dict__.get("encode_prompt")
+        # What inspect.signature shows of this object: that of the function it stands in for.
+        self.__signature__ = inspect.signature(self._own(pipe))
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @classmethod
@@ -94,6 +95,7 @@ class PromptEncoder:
         copied.tracers = []
         copied._pipe = weakref.ref(copy.deepcopy(self._pipe(), memo))
         copied._replaced = copy.deepcopy(self._replaced, memo)
+        copied.__signature__ = self.__signature__
         copied._models = weakref.WeakSet()
         for model in self._models:
             model = copy.deepcopy(model, memo)
@@ -101,134 +103,126 @@ class PromptEncoder:
             copied._models.add(model)
         return copied
 
-    def __call__(
-        self,
-        prompt: str | list[str] | None,
-        device: torch.device,
-        num_images_per_prompt: int,
-        do_classifier_free_guidance: bool,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """The pipeline's own encode_prompt, with packed prompts where placeholders stand.
 
+        It takes what the pipeline's own takes; `inspect.signature` shows it.
+
         Returns:
-            (prompt_embeds, negative_prompt_embeds), both [B · num_images_per_prompt, L, C] of the
-            same length L; the second is None without guidance.
+            What the pipeline's own returns: (prompt_embeds, negative_prompt_embeds), for SDXL the
+            pooled embeddings of both too. Embeddings are [B · num_images_per_prompt, L, C] of one
+            length L for both, pooled ones [B · num_images_per_prompt, P], or S·P wide with one a
+            stage; those of the negative prompt are None without guidance.
 
         Raises:
             PromptError: a placeholder cannot be used where it stands, or a prompt given as a
                 tensor cannot be packed to go with one that is.
-            TypeError, ValueError: prompt and negative prompt differ in type or in number.
+            TypeError, ValueError: prompt and negative prompt differ in type or in number, or
+                pooled embeddings are missing.
         """
         pipe = self._pipe()
         if pipe is None:
             raise ReferenceError("the pipeline of this encode_prompt no longer exists")
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        request = PromptRequest.of(pipe, bound.arguments)
         self._restore_what_was_replaced(pipe)
-        guidance = do_classifier_free_guidance
         with TOKENIZING:
-            embeds = self._encode_both(
-                pipe,
-                prompt,
-                device,
-                num_images_per_prompt,
-                guidance,
-                negative_prompt,
-                prompt_embeds,
-                negative_prompt_embeds,
-                lora_scale,
-                clip_skip,
-            )
-            prompts = [prompt] if isinstance(prompt, str) else prompt
+            if self._is_plain(pipe, request):
+                result = self._own(pipe)(*args, **kwargs)
+            else:
+                result = self._encode_both(pipe, request)
+            prompts = request.prompts[0]
+            prompts = [prompts] if isinstance(prompts, str) else prompts
             for tracer in self.tracers:
-                tracer.begin(prompts, num_images_per_prompt, guidance)
-        return embeds
+                tracer.begin(prompts, request.images, request.guidance)
+        return result
 
-    def _encode_both(
-        self,
-        pipe: Any,
-        prompt: str | list[str] | None,
-        device: torch.device,
-        num_images_per_prompt: int,
-        guidance: bool,
-        negative_prompt: str | list[str] | None,
-        prompt_embeds: Tensor | None,
-        negative_prompt_embeds: Tensor | None,
-        lora_scale: float | None,
-        clip_skip: int | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        marked = prompt_embeds is None and self._has_placeholder(prompt)
-        marked_negative = (
-            guidance and negative_prompt_embeds is None and self._has_placeholder(negative_prompt)
-        )
+    def _is_plain(self, pipe: Any, request: PromptRequest) -> bool:
+        """Whether no subject stands in the prompts, so that the pipeline's own way is right."""
+        marked = request.embeds is None and self._has_placeholder(request.prompts)
+        if request.guidance and request.negative_embeds is None:
+            marked = marked or self._has_placeholder(request.negatives)
         tokens = pipe.tokenizer.model_max_length
-        given = (prompt_embeds, negative_prompt_embeds)
-        if not (marked or marked_negative or any(_stages(x, tokens) for x in given)):
-            return self._own(pipe)(
-                prompt,
-                device,
-                num_images_per_prompt,
-                guidance,
-                negative_prompt,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                lora_scale=lora_scale,
-                clip_skip=clip_skip,
-            )
-        positive, negative = prompt_embeds, negative_prompt_embeds if guidance else None
-        if positive is None:
-            assert prompt is not None
-            positive = self._encode(
-                pipe, prompt, device, marked, lora_scale=lora_scale, clip_skip=clip_skip
-            )
-        if guidance and negative is None:
-            texts = _negative_texts(prompt, negative_prompt, len(positive))
-            # diffusers applies clip_skip to the prompt alone.
-            negative = self._encode(
-                pipe, texts, device, marked_negative, lora_scale=lora_scale, clip_skip=None
-            )
-        if negative is not None and len(negative) != len(positive):
+        packed = any(stages_of(x, tokens) for x in (request.embeds, request.negative_embeds))
+        width = _pooled_width(pipe)
+        pooled = (x for x in (request.pooled, request.negative_pooled) if x is not None)
+        return not (marked or packed or any(x.shape[-1] != width for x in pooled))
+
+    def _encode_both(self, pipe: Any, request: PromptRequest) -> tuple[Tensor | None, ...]:
+        sdxl = is_sdxl(pipe)
+        if request.embeds is None:
+            texts = tuple(text for text in request.prompts if text is not None)
+            positive = self._encode(pipe, texts, request, clip_skip=request.clip_skip)
+            if request.pooled is not None:
+                positive = positive._replace(pooled_prompt_embeds=request.pooled)
+        else:
+            positive = checked(request.embeds, request.pooled, sdxl)
+        negative = self._negative(pipe, request, positive, sdxl) if request.guidance else None
+        if negative is not None and len(negative.prompt_embeds) != len(positive.prompt_embeds):
             raise ValueError(
-                f"negative_prompt_embeds is for {len(negative)} prompts, but there are "
-                f"{len(positive)}: give one a prompt"
+                f"negative_prompt_embeds is for {len(negative.prompt_embeds)} prompts, but there "
+                f"are {len(positive.prompt_embeds)}: give one a prompt"
             )
+        tokens = pipe.tokenizer.model_max_length
+        dtype = text_parts(pipe)[-1].text_encoder.dtype
+        matched = same_packing(positive, negative, tokens, _pooled_width(pipe))
+        placed = [
+            None
+            if embeds is None
+            else embeds.to(request.device, dtype).repeat_interleave(request.images, dim=0)
+            for field in range(2 if sdxl else 1)
+            for embeds in (None if one is None else one[field] for one in matched)
+        ]
+        return tuple(placed)
 
-        def placed(embeds: Tensor) -> Tensor:
-            embeds = embeds.to(device=device, dtype=pipe.text_encoder.dtype)
-            return embeds.repeat_interleave(num_images_per_prompt, dim=0)
-
-        positive, negative = _same_packing(positive, negative, tokens)
-        return placed(positive), None if negative is None else placed(negative)
+    def _negative(
+        self, pipe: Any, request: PromptRequest, positive: Encoded, sdxl: bool
+    ) -> Encoded:
+        if request.negative_embeds is not None:
+            return checked(request.negative_embeds, request.negative_pooled, sdxl)
+        if request.negatives[0] is None and pipe.config.get("force_zeros_for_empty_prompt"):
+            embeds, pooled = positive
+            return Encoded(
+                torch.zeros_like(embeds), None if pooled is None else torch.zeros_like(pooled)
+            )
+        texts = request.negative_texts(len(positive.prompt_embeds))
+        # diffusers applies clip_skip to the prompt alone.
+        negative = self._encode(pipe, texts, request, clip_skip=None)
+        if request.negative_pooled is not None:
+            negative = negative._replace(pooled_prompt_embeds=request.negative_pooled)
+        return negative
 
     def _encode(
         self,
         pipe: Any,
-        texts: str | list[str],
-        device: torch.device,
-        marked: bool,
+        texts: tuple[Texts, ...],
+        request: PromptRequest,
         *,
-        lora_scale: float | None,
         clip_skip: int | None,
-    ) -> Tensor:
-        """[B, L, C], packed if `marked`, as the pipeline encodes it otherwise."""
-        if not marked:
-            own = self._own(pipe)
-            return own(texts, device, 1, False, lora_scale=lora_scale, clip_skip=clip_skip)[0]
+    ) -> Encoded:
+        """[B, L, C], packed if a placeholder stands there, else as the pipeline encodes it."""
+        if not self._has_placeholder(texts):
+            arguments = own_arguments(self.__signature__, texts, request)
+            result = self._own(pipe)(**arguments, clip_skip=clip_skip)
+            return Encoded(result[0], result[2] if len(result) > 2 else None)
         if isinstance(pipe, TextualInversionLoaderMixin):
-            texts = pipe.maybe_convert_prompt(texts, pipe.tokenizer)
-        with _text_lora(pipe, lora_scale):
-            return encode(pipe, texts, subjects=list(self.subjects), clip_skip=clip_skip)
+            tokenizers = [part.tokenizer for part in text_parts(pipe)]
+            texts = tuple(map(pipe.maybe_convert_prompt, texts, tokenizers))
+        subjects = list(self.subjects)
+        with text_lora(pipe, request.lora_scale):
+            return encode_with_pooled(pipe, *texts, subjects=subjects, clip_skip=clip_skip)
 
     def _own(self, pipe: Any) -> Any:
         return self._replaced or type(pipe).encode_prompt.__get__(pipe)
 
-    def _has_placeholder(self, texts: str | Sequence[str] | None) -> bool:
-        if texts is None:
-            return False
-        texts = [texts] if isinstance(texts, str) else texts
+    def _has_placeholder(self, prompts: Sequence[Texts | None]) -> bool:
+        texts = [
+            text
+            for given in prompts
+            if given is not None
+            for text in ([given] if isinstance(given, str) else given)
+        ]
         return any(subject.placeholder in text for subject in self.subjects for text in texts)
 
     def _prepare_models(self, pipe: Any) -> list[str]:
@@ -262,69 +256,5 @@ class PromptEncoder:
         self._models.clear()
 
 
-def _negative_texts(
-    prompt: str | list[str] | None, negative: str | list[str] | None, batch: int
-) -> list[str]:
-    if negative is None:
-        return [""] * batch
-    if prompt is not None and type(prompt) is not type(negative):
-        raise TypeError(
-            f"negative_prompt must be of the type of prompt, {type(prompt).__name__}, but it is "
-            f"{type(negative).__name__}"
-        )
-    texts = [negative] * batch if isinstance(negative, str) else negative
-    if len(texts) != batch:
-        raise ValueError(
-            f"there are {len(texts)} negative prompts for {batch} prompts: give one a prompt"
-        )
-    return texts
-
-
-def _stages(prompt_embeds: Tensor | None, tokens: int) -> int | None:
-    """The stages of a packed prompt; None for a plain one."""
-    return None if prompt_embeds is None else packed_stages(prompt_embeds.shape[1], tokens)
-
-
-def _same_packing(
-    positive: Tensor, negative: Tensor | None, tokens: int
-) -> tuple[Tensor, Tensor | None]:
-    """Both prompts packed with the same number of stages; plain ones repeat in every stage."""
-    stages = [s for s in (_stages(positive, tokens), _stages(negative, tokens)) if s is not None]
-    if not stages:
-        return positive, negative
-    common = math.lcm(*stages)
-    return (
-        _repack(positive, common, tokens),
-        None if negative is None else _repack(negative, common, tokens),
-    )
-
-
-def _repack(prompt: Tensor, stages: int, tokens: int) -> Tensor:
-    own_stages = _stages(prompt, tokens)
-    if own_stages == stages:
-        return prompt
-    if own_stages is not None:
-        return pack(unpack(prompt, tokens).repeat_interleave(stages // own_stages, dim=1))
-    if prompt.shape[1] != tokens:
-        raise PromptError(
-            f"a prompt of {prompt.shape[1]} tokens was given as a tensor together with a prompt "
-            f"that holds a subject: only prompts of {tokens} tokens can be packed with it"
-        )
-    return pack(prompt[:, None, None].expand(-1, stages, 2, -1, -1))
-
-
-@contextmanager
-def _text_lora(pipe: Any, scale: float | None) -> Iterator[None]:
-    """LoRA layers of the text encoder at `scale`, as the pipeline's own encode_prompt sets them."""
-    if scale is None:
-        yield
-        return
-    pipe._lora_scale = scale
-    if not USE_PEFT_BACKEND:
-        yield
-        return
-    scale_lora_layers(pipe.text_encoder, scale)
-    try:
-        yield
-    finally:
-        unscale_lora_layers(pipe.text_encoder, scale)
+def _pooled_width(pipe: Any) -> int:
+    return text_parts(pipe)[-1].text_encoder.config.projection_dim

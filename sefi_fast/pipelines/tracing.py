@@ -202,7 +202,8 @@ class _Tracer:
             if maps is None or maps.shape[-1] != size[0] * size[1]:
                 raise ModelError(
                     f"layer {name} gave no map of {size[0]}×{size[1]}: its attention processor was "
-                    "replaced while tracing, or the U-Net scales its layers in an unknown way"
+                    "replaced while tracing or belongs to an IP-Adapter (pipe.unload_ip_adapter() "
+                    "takes it off), or the U-Net scales its layers in an unknown way"
                 )
             call.add(maps, size)
 
@@ -221,7 +222,8 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
     exit, also by an exception, everything is as it was; the maps stay.
 
     Args:
-        pipe: a Stable Diffusion 1.x or 2.x pipeline, whose U-Net is not compiled.
+        pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, whose U-Net is not compiled. Words are
+            looked up in the first text encoder's prompt.
         words: words of the prompt, attached placeholders among them.
 
     Raises:

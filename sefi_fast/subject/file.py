@@ -26,8 +26,12 @@ _TEXTS = ("placeholder", "class_word", "base_model", "library_version")
 
 
 def write(subject: Subject, path: Path) -> None:
-    """Writes the file beside its place and moves it there when it is complete."""
-    content = _content(subject)
+    """Writes the subject's file, whole or not at all."""
+    write_whole(_content(subject), path)
+
+
+def write_whole(content: bytes, path: Path) -> None:
+    """Writes a file beside its place and moves it there when it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

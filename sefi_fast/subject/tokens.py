@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,25 @@ from torch import Tensor, nn
 
 def _dividing_heads(width: int, heads: int) -> int:
     return next(count for count in range(min(heads, width), 0, -1) if width % count == 0)
+
+
+def mixed_rows(tensors: Mapping[str, Tensor], heads: int) -> Tensor:
+    """Equation 2 of docs/method.md: the rows [..., n, C] of one subject, or of many side by side.
+
+    Args:
+        tensors: parameters and buffers of `SubjectTokens` with ``module="attention"`` by name, all
+            with the same leading axes, one entry a subject, or none.
+        heads: attention heads.
+    """
+    base = tensors["base"].unsqueeze(-2)
+    normed = nn.functional.layer_norm(base + tensors["slots"], base.shape[-1:])
+    normed = normed * tensors["norm.weight"].unsqueeze(-2) + tensors["norm.bias"].unsqueeze(-2)
+    projected = normed @ tensors["in_weight"].mT + tensors["in_bias"].unsqueeze(-2)
+    # A few dozen rows: plain products are as fast as a fused kernel, and deterministic.
+    query, key, value = projected.unflatten(-1, (3, heads, -1)).transpose(-4, -2).unbind(-3)
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    mixed = (scores.softmax(-1) @ value).transpose(-3, -2).flatten(-2)
+    return base + mixed @ tensors["out_weight"].mT * tensors["scale"][..., None, None]
 
 
 class SubjectTokens(nn.Module):
@@ -117,18 +137,9 @@ class SubjectTokens(nn.Module):
         shape = (self.stages, self.streams, self.width)
         if self.module == "free":
             return self.rows.view(shape)
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
         with torch.autocast(self.class_embedding.device.type, enabled=False):
-            mixed = self._attention(self.norm(self.base + self.slots))
-            change = nn.functional.linear(mixed, self.out_weight) * self.scale
-            return (self.base + change).view(shape)
-
-    def _attention(self, slots: Tensor) -> Tensor:
-        # A few dozen rows: plain products are as fast as a fused kernel, and deterministic.
-        projected = nn.functional.linear(slots, self.in_weight, self.in_bias)
-        split_heads = projected.unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
-        query, key, value = split_heads.unbind(0)
-        scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-        return (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
+            return mixed_rows(own, self.heads).view(shape)
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Groups for ``torch.optim``: the embedding rows, and the attention's weights.

@@ -190,8 +190,15 @@ def test_wrong_calls_are_told(sd15_pipeline):
 
 def test_pipelines_of_other_kinds_are_told(sd15_pipeline):
     part = sd15_pipeline.text_encoder
-    two = SimpleNamespace(tokenizer=sd15_pipeline.tokenizer, text_encoder=part, text_encoder_2=part)
-    with pytest.raises(ModelError, match="several text encoders"):
+    tokenizer = sd15_pipeline.tokenizer
+    two = SimpleNamespace(tokenizer=tokenizer, text_encoder=part, text_encoder_2=part)
+    with pytest.raises(ModelError, match="has no tokenizer_2"):
         encode(two, "a")
-    with pytest.raises(ModelError, match="needs a tokenizer"):
+    two.tokenizer_2 = copy.copy(tokenizer)
+    two.tokenizer_2.model_max_length = 64
+    with pytest.raises(ModelError, match="take 77 and 64 tokens"):
+        encode(two, "a")
+    with pytest.raises(ModelError, match="second text encoder of SDXL alone"):
+        encode(SimpleNamespace(text_encoder=None, text_encoder_2=part), "a")
+    with pytest.raises(ModelError, match="has no tokenizer, which"):
         encode(SimpleNamespace(tokenizer=None, text_encoder=part), "a")

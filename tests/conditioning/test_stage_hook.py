@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,3 +225,53 @@ def test_real_models_run_on_the_selected_stage(kind):
     found = run(pack(streams))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (found - other).abs().max() > 1e-3
+
+
+class PooledSeer(nn.Module):
+    """Has the call of SDXL's U-Net and gives back the pooled embedding that reached it."""
+
+    config = SimpleNamespace(
+        addition_embed_type="text_time",
+        projection_class_embeddings_input_dim=7 + 6 * 2,
+        addition_time_embed_dim=2,
+    )
+
+    def forward(self, sample, timestep, prompt, class_labels=None, added_cond_kwargs=None):
+        return added_cond_kwargs["text_embeds"]
+
+
+@pytest.mark.parametrize("positional", [True, False])
+@pytest.mark.parametrize("timestep", [650.5, torch.tensor([650, 650])])
+def test_pooled_embeddings_follow_the_stage(timestep, positional):
+    model = PooledSeer()
+    install_stage_hook(model, 4)
+    prompt = pack(make_streams())
+    pooled = torch.randn(2, 5, 7)
+    added = {"text_embeds": pooled.flatten(1), "time_ids": torch.zeros(2, 6)}
+    if positional:
+        found = model(sample, timestep, prompt, None, added)
+    else:
+        found = model(sample, timestep, prompt, added_cond_kwargs=added)
+    assert torch.equal(found, pooled[:, 3])
+    assert added["text_embeds"].shape == (2, 35)
+
+
+def test_pooled_embeddings_of_other_stages_and_samples():
+    model = PooledSeer()
+    install_stage_hook(model, 4)
+    prompt, time_ids = pack(make_streams()), torch.zeros(2, 6)
+    pooled = torch.randn(2, 2, 7)
+    added = {"text_embeds": pooled.flatten(1), "time_ids": time_ids}
+    found = model(sample, torch.tensor([499, 500]), prompt, added_cond_kwargs=added)
+    assert torch.equal(found, torch.stack([pooled[0, 0], pooled[1, 1]]))
+    plain = {"text_embeds": pooled[:, 0], "time_ids": time_ids}
+    assert model(sample, 999, prompt, added_cond_kwargs=plain) is plain["text_embeds"]
+    # A model with fewer time ids has the wider pooled embedding.
+    wide = {"text_embeds": torch.randn(2, 18), "time_ids": time_ids[:, :5]}
+    assert torch.equal(
+        model(sample, 999, prompt, added_cond_kwargs=wide), wide["text_embeds"][:, 9:]
+    )
+    with pytest.raises(
+        ValueError, match=r"of 8 numbers are neither one embedding of this model \(7"
+    ):
+        model(sample, 999, prompt, added_cond_kwargs=plain | {"text_embeds": torch.zeros(2, 8)})

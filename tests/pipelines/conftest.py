@@ -1,11 +1,12 @@
-"""Subjects for the random-weight pipeline."""
+"""Subjects for the random-weight pipelines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
-import torch
+from pipelines.sampling import subject_for
 
 from sefi_fast.subject import Subject
 
@@ -13,14 +14,10 @@ from sefi_fast.subject import Subject
 @pytest.fixture
 def make_subject(sd15_pipeline) -> Callable[..., Subject]:
     """Makes a subject for the random-weight model: untrained, or as far from its class as asked."""
-    tokenizer = sd15_pipeline.tokenizer
-    table = sd15_pipeline.text_encoder.get_input_embeddings().weight.detach()
+    return partial(subject_for, sd15_pipeline)
 
-    def make(placeholder="<it>", class_word="cat", stages=5, split=True, distance=1.0):
-        row = table[tokenizer.convert_tokens_to_ids(class_word + "</w>")].clone()
-        generator = torch.Generator().manual_seed(len(placeholder) + stages)
-        noise = torch.randn(stages, 2 if split else 1, row.shape[0], generator=generator)
-        tokens = row + distance * row.std() * noise
-        return Subject(placeholder, class_word, [tokens], [row], base_model="random")
 
-    return make
+@pytest.fixture
+def make_sdxl_subject(sdxl_pipeline) -> Callable[..., Subject]:
+    """The same for the random-weight SDXL model."""
+    return partial(subject_for, sdxl_pipeline)

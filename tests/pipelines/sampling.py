@@ -20,17 +20,40 @@ def draw(pipe: Any, prompt: Any, seed: int = 0, **arguments: Any) -> torch.Tenso
     return pipe(prompt, generator=generators, output_type="latent", **settings).images
 
 
+def subject_for(
+    pipe: Any,
+    placeholder: str = "<it>",
+    class_word: str = "cat",
+    stages: int = 5,
+    split: bool = True,
+    distance: float = 1.0,
+) -> Subject:
+    """A subject whose tokens lie so far from its class word's rows: 0 for an untrained one."""
+    encoders = [pipe.text_encoder]
+    if hasattr(pipe, "text_encoder_2"):
+        encoders.append(pipe.text_encoder_2)
+    generator = torch.Generator().manual_seed(len(placeholder) + stages)
+    token_id = pipe.tokenizer.convert_tokens_to_ids(class_word + "</w>")
+    tokens, rows = [], []
+    for encoder in encoders:
+        row = encoder.get_input_embeddings().weight[token_id].detach().clone()
+        noise = torch.randn(stages, 2 if split else 1, row.shape[0], generator=generator)
+        tokens.append(row + distance * row.std() * noise)
+        rows.append(row)
+    return Subject(placeholder, class_word, tokens, rows, base_model="random")
+
+
 def state_of(pipe: Any) -> dict[str, Any]:
     """All that attaching may touch, by identity: to be equal after a detach."""
     state: dict[str, Any] = {"pipe": dict(vars(pipe))}
-    for part in ("unet", "controlnet", "text_encoder"):
+    for part in ("unet", "controlnet", "text_encoder", "text_encoder_2"):
         model = getattr(pipe, part, None)
         if model is None:
             continue
         for name, module in model.named_modules():
             attributes = dict(vars(module))
             for key, value in attributes.items():
-                if "hooks" in key:
+                if isinstance(value, dict) and "hooks" in key:
                     attributes[key] = dict(value)
             for key in ("_parameters", "_buffers", "_modules"):
                 attributes[key] = {n: id(v) for n, v in attributes[key].items()}
@@ -62,12 +85,15 @@ def sample_by_hand(
     prompt: str,
     subjects: list[Subject],
     *,
+    value_prompt: str | None = None,
     negative: str = "",
     steps: int = 4,
     guidance: float = 5.0,
     seed: int = 0,
 ) -> torch.Tensor:
     """Latents of `prompt` by a loop that shares no code with the library.
+
+    value_prompt: the sentence whose values are taken; `prompt` gives the keys alone then.
 
     The rows of each stage are written into the token table at the class words' places, so every
     subject needs a class word of its own that stands nowhere else in the prompt.
@@ -83,9 +109,9 @@ def sample_by_hand(
         table.weight.copy_(original)
         return encoded
 
-    text = prompt
+    texts = [prompt, prompt if value_prompt is None else value_prompt]
     for subject in subjects:
-        text = text.replace(subject.placeholder, subject.class_word)
+        texts = [text.replace(subject.placeholder, subject.class_word) for text in texts]
     attention = _OracleAttention()
     replaced = dict(pipe.unet.attn_processors)
     pipe.unet.set_attn_processor(attention)
@@ -103,7 +129,7 @@ def sample_by_hand(
                 tokens = subject.tokens[0]
                 stage = min(int(float(t) * len(tokens) / 1000), len(tokens) - 1)
                 rows[subject.class_word] = tokens[stage, min(stream, tokens.shape[1] - 1)]
-            prompts.append(torch.cat([empty, encode(text, rows)]))
+            prompts.append(torch.cat([empty, encode(texts[stream], rows)]))
         attention.key_prompt, attention.value_prompt = prompts
         model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
         without, with_prompt = pipe.unet(model_input, t, prompts[0]).sample.chunk(2)

@@ -139,15 +139,15 @@ def test_clip_skip_is_for_the_prompt_alone(attached):
 
 
 def test_a_lora_scale_reaches_the_text_encoder(attached, monkeypatch):
-    from sefi_fast.pipelines import prompt_encoder
+    from sefi_fast.pipelines import text_lora
 
     scales = []
-    monkeypatch.setattr(prompt_encoder, "USE_PEFT_BACKEND", True)
+    monkeypatch.setattr(text_lora, "USE_PEFT_BACKEND", True)
     monkeypatch.setattr(
-        prompt_encoder, "scale_lora_layers", lambda model, scale: scales.append(("on", scale))
+        text_lora, "scale_lora_layers", lambda model, scale: scales.append(("on", scale))
     )
     monkeypatch.setattr(
-        prompt_encoder, "unscale_lora_layers", lambda model, scale: scales.append(("off", scale))
+        text_lora, "unscale_lora_layers", lambda model, scale: scales.append(("off", scale))
     )
     run(attached, "a <it>", lora_scale=0.5, guidance=False)
     assert scales == [("on", 0.5), ("off", 0.5)]

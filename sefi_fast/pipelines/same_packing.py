@@ -1,0 +1,72 @@
+"""Bring a prompt and its negative prompt to one shape: the same stages, packed alike."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from sefi_fast.conditioning import Encoded, pack, packed_stages, unpack
+from sefi_fast.errors import PromptError
+
+
+def stages_of(prompt_embeds: Tensor | None, tokens: int) -> int | None:
+    """The stages of a packed prompt; None for a plain one, or for none."""
+    return None if prompt_embeds is None else packed_stages(prompt_embeds.shape[1], tokens)
+
+
+def same_packing(
+    positive: Encoded, negative: Encoded | None, tokens: int, pooled_width: int
+) -> tuple[Encoded, Encoded | None]:
+    """Both packed with the same number of stages; plain ones repeat in every stage.
+
+    Pooled embeddings meet on a number of stages of their own.
+
+    Args:
+        positive, negative: [B, …] each; negative None without guidance.
+        tokens: M, tokens of a plain prompt.
+        pooled_width: P, numbers of one pooled embedding.
+
+    Raises:
+        PromptError: a plain prompt of another length than M meets a packed one.
+        ValueError: pooled embeddings are no whole number of embeddings wide.
+    """
+    both = [positive] if negative is None else [positive, negative]
+    embeds = [one.prompt_embeds for one in both]
+    found = [s for s in (stages_of(one, tokens) for one in embeds) if s is not None]
+    if found:
+        common = math.lcm(*found)
+        embeds = [_repack(one, common, tokens) for one in embeds]
+    pooled = [one.pooled_prompt_embeds for one in both if one.pooled_prompt_embeds is not None]
+    widened = _same_width(pooled, pooled_width) if len(pooled) == len(both) else [None] * len(both)
+    matched = [Encoded(*pair) for pair in zip(embeds, widened, strict=True)]
+    return matched[0], None if negative is None else matched[1]
+
+
+def _repack(prompt: Tensor, stages: int, tokens: int) -> Tensor:
+    own_stages = stages_of(prompt, tokens)
+    if own_stages == stages:
+        return prompt
+    if own_stages is not None:
+        return pack(unpack(prompt, tokens).repeat_interleave(stages // own_stages, dim=1))
+    if prompt.shape[1] != tokens:
+        raise PromptError(
+            f"a prompt of {prompt.shape[1]} tokens was given as a tensor together with a prompt "
+            f"that holds a subject: only prompts of {tokens} tokens can be packed with it"
+        )
+    return pack(prompt[:, None, None].expand(-1, stages, 2, -1, -1))
+
+
+def _same_width(pooled: list[Tensor], width: int) -> list[Tensor]:
+    for one in pooled:
+        if one.shape[-1] % width:
+            raise ValueError(
+                f"pooled embeddings of {one.shape[-1]} numbers are neither one embedding of this "
+                f"pipeline ({width} numbers) nor one a stage (a multiple of that)"
+            )
+    stages = [one.shape[-1] // width for one in pooled]
+    common = math.lcm(*stages)
+    return [
+        one.unflatten(-1, (count, width)).repeat_interleave(common // count, 1).flatten(1)
+        for one, count in zip(pooled, stages, strict=True)
+    ]

@@ -1,0 +1,59 @@
+"""Subjects on every pipeline, and beside every feature, of each family.
+
+The whole table takes minutes: ``pytest -m long tests/pipelines/test_compatibility.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+from pipelines.compatibility import WORKS, check
+from pipelines.features import FAMILIES, FEATURES, KINDS, draw
+
+NOTHING_TO_CHECK = ("not in diffusers", "peft is missing", "the bare pipeline fails")
+
+
+def run(request, family: str, kind: str, feature: str) -> None:
+    found = check(request.getfixturevalue(FAMILIES[family]), family, kind, feature)
+    if found.startswith(NOTHING_TO_CHECK):
+        pytest.skip(found)
+    assert found == WORKS
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "text to image"])
+def test_every_pipeline_of_sdxl(request, kind):
+    run(request, "SDXL", kind, "plain")
+
+
+@pytest.mark.parametrize("kind", ["ControlNet inpaint", "T2I-Adapter", "AnimateDiff"])
+def test_pipelines_of_stable_diffusion_that_have_no_tests_of_their_own(request, kind):
+    run(request, "SD 1.5", kind, "plain")
+
+
+@pytest.mark.parametrize("feature", [name for name in FEATURES if name != "plain"])
+@pytest.mark.parametrize("family", ["SD 1.5", "SDXL"])
+def test_every_feature(request, family, feature):
+    run(request, family, "text to image", feature)
+
+
+@pytest.mark.parametrize("name", ["callback", "clip_skip", "IP-Adapter", "LoRA", "FreeU"])
+def test_features_act_at_all(sdxl_pipeline, name):
+    pipe, feature = sdxl_pipeline, FEATURES[name]
+    if feature.applies(pipe) is not None:
+        pytest.skip(feature.applies(pipe))
+    plain = draw(pipe, "a cat", num_inference_steps=4)
+    feature.on(pipe)
+    arguments = {"num_inference_steps": 4} | feature.arguments(pipe)
+    assert (draw(pipe, "a cat", **arguments) - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("feature", ["plain", "no guidance", "tensors"])
+def test_velocity_prediction(request, feature):
+    run(request, "SD 2.1", "text to image", feature)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything(request, family, kind, feature):
+    run(request, family, kind, feature)

@@ -1,0 +1,115 @@
+"""Textual Inversion files: what diffusers makes of ours, and what we make of others'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sefi_fast import Subject, attach, detach, export_embedding, import_embedding
+from sefi_fast.errors import PromptError, SubjectFileError
+
+
+def subject_of(pipe, stages: int = 1, split: bool = False, encoders: int = 1) -> Subject:
+    table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    row = table[pipe.tokenizer.convert_tokens_to_ids("cat</w>")].clone()
+    generator = torch.Generator().manual_seed(stages)
+    noise = torch.randn(stages, 2 if split else 1, len(row), generator=generator)
+    tokens = row + row.std() * noise
+    return Subject("<it>", "cat", [tokens] * encoders, [row] * encoders, base_model="random")
+
+
+def latents(pipe, prompt: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return pipe(prompt, num_inference_steps=3, generator=generator, output_type="latent").images
+
+
+def test_diffusers_draws_what_the_subject_draws(sd15_pipeline, tmp_path):
+    subject = subject_of(sd15_pipeline)
+    path = export_embedding(subject, tmp_path / "it.safetensors")
+    assert list(load_file(path)) == ["<it>"]
+    attach(sd15_pipeline, subject)
+    ours = latents(sd15_pipeline, "a photo of a <it>")
+    detach(sd15_pipeline)
+    sd15_pipeline.load_textual_inversion(str(tmp_path), weight_name="it.safetensors")
+    theirs = latents(sd15_pipeline, "a photo of a <it>")
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - latents(sd15_pipeline, "a photo of a cat")).abs().max() > 1e-2
+
+
+def test_what_was_exported_comes_back(sd15_pipeline, tmp_path):
+    subject = subject_of(sd15_pipeline)
+    path = export_embedding(subject, tmp_path / "it.safetensors")
+    back = import_embedding(path, sd15_pipeline, class_word="cat")
+    assert (back.placeholder, back.class_word, back.stages, back.split) == ("<it>", "cat", 1, False)
+    torch.testing.assert_close(back.tokens[0], subject.tokens[0], rtol=0, atol=0)
+    torch.testing.assert_close(back.class_embeddings[0], subject.class_embeddings[0])
+    attach(sd15_pipeline, back)
+
+
+@pytest.mark.parametrize(("stages", "split"), [(5, True), (1, True), (3, False)])
+def test_more_than_one_row_must_be_asked_to_be_averaged(sd15_pipeline, tmp_path, stages, split):
+    subject = subject_of(sd15_pipeline, stages, split)
+    path = tmp_path / "it.safetensors"
+    with pytest.raises(ValueError, match="lossy=True"):
+        export_embedding(subject, path)
+    assert not path.exists()
+    export_embedding(subject, path, lossy=True)
+    expected = subject.tokens[0].reshape(-1, subject.tokens[0].shape[-1]).mean(0)
+    torch.testing.assert_close(load_file(path)["<it>"], expected[None])
+
+
+def test_two_text_encoders_have_the_names_that_programs_know(sd15_pipeline, tmp_path):
+    path = export_embedding(subject_of(sd15_pipeline, encoders=2), tmp_path / "it.safetensors")
+    assert set(load_file(path)) == {"clip_l", "clip_g"}
+    with pytest.raises(SubjectFileError, match="2 tensors .* 1 text encoders"):
+        import_embedding(path, sd15_pipeline, class_word="cat")
+
+
+def test_the_name_comes_from_the_file_where_it_holds_none(sd15_pipeline, tmp_path):
+    width = sd15_pipeline.text_encoder.config.hidden_size
+    path = tmp_path / "my cat.safetensors"
+    save_file({"emb_params": torch.randn(1, width)}, path)
+    assert import_embedding(path, sd15_pipeline, class_word="cat").placeholder == "<my-cat>"
+    named = import_embedding(path, sd15_pipeline, class_word="cat", placeholder="<x>")
+    assert named.placeholder == "<x>"
+
+
+def bad_files(folder: Path, width: int) -> dict[str, Path]:
+    files = {name: folder / f"{name}.safetensors" for name in ("missing", "wide", "rows", "nan")}
+    save_file({"<it>": torch.randn(1, width + 8)}, files["wide"])
+    save_file({"<it>": torch.randn(4, width)}, files["rows"])
+    save_file({"<it>": torch.full((1, width), torch.nan)}, files["nan"])
+    files["pickle"] = folder / "it.pt"
+    torch.save({"<it>": torch.randn(1, width)}, files["pickle"])
+    files["text"] = folder / "text.safetensors"
+    files["text"].write_text("an embedding, honestly")
+    return files
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", "not there"),
+        ("wide", "another base model"),
+        ("rows", "4 rows"),
+        ("nan", "NaN"),
+        ("pickle", "can run code"),
+        ("text", "no readable safetensors"),
+    ],
+)
+def test_other_files_are_refused_in_words(sd15_pipeline, tmp_path, name, words):
+    path = bad_files(tmp_path, sd15_pipeline.text_encoder.config.hidden_size)[name]
+    with pytest.raises(SubjectFileError, match=words):
+        import_embedding(path, sd15_pipeline, class_word="cat")
+
+
+def test_bad_arguments(sd15_pipeline, tmp_path):
+    subject = subject_of(sd15_pipeline)
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        export_embedding(subject, tmp_path / "it.pt")
+    path = export_embedding(subject, tmp_path / "it.safetensors")
+    with pytest.raises(PromptError):
+        import_embedding(path, sd15_pipeline, class_word="a very special cat")
