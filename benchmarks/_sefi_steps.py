@@ -40,12 +40,14 @@ class SefiStep:
             module=config.module,
             generator=torch.Generator().manual_seed(config.seed),
         ).to(device)
-        prompts = TrainingPrompts(pipe.tokenizer, config.sentences(), PLACEHOLDER, class_id, device)
+        prompts = TrainingPrompts(
+            [pipe.tokenizer], config.sentences(), PLACEHOLDER, [class_id], device
+        )
         self.engine = Engine(
             unet=pipe.unet,
-            text_encoder=pipe.text_encoder,
+            text_encoders=[pipe.text_encoder],
             scheduler=pipe.scheduler,
-            lanes=[Lane(tokens, latents, prompts, config.seed)],
+            lanes=[Lane((tokens,), latents, prompts, config.seed)],
             config=config,
             dtype=dtype,
         )

@@ -8,21 +8,24 @@ from sefi_fast.conditioning.parts import TextPart, text_parts
 from sefi_fast.conditioning.prompt import (
     PromptTokens,
     class_token_id,
+    class_token_ids,
     tokenize_prompts,
     word_positions,
 )
 from sefi_fast.conditioning.stage_hook import install_stage_hook
 from sefi_fast.conditioning.stages import stage_of
-from sefi_fast.conditioning.text import encode_text, encode_text_pooled
+from sefi_fast.conditioning.text import encode_text, encode_text_pooled, encode_texts
 
 __all__ = [
     "Encoded",
     "PromptTokens",
     "TextPart",
     "class_token_id",
+    "class_token_ids",
     "encode",
     "encode_text",
     "encode_text_pooled",
+    "encode_texts",
     "encode_with_pooled",
     "install_stage_hook",
     "pack",

@@ -60,6 +60,25 @@ def class_token_id(tokenizer: Any, class_word: str) -> int:
     return ids[0]
 
 
+def class_token_ids(tokenizers: Sequence[Any], class_word: str) -> list[int]:
+    """The token id of a class word in each tokenizer of a pipeline.
+
+    Raises:
+        PromptError: it is no single known token in one of them, which is named.
+    """
+    found = []
+    for number, tokenizer in enumerate(tokenizers, 1):
+        try:
+            found.append(class_token_id(tokenizer, class_word))
+        except PromptError as error:
+            if len(tokenizers) == 1:
+                raise
+            raise PromptError(
+                f"for the tokenizer of text encoder {number} of {len(tokenizers)}, {error}"
+            ) from error
+    return found
+
+
 def tokenize_prompts(
     tokenizer: Any,
     prompts: Sequence[str],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +70,36 @@ def encode_text_pooled(
         )
     pooled = output[0] if output[0].ndim == 2 else None
     return output.hidden_states[-(skipped + 2)], pooled
+
+
+def encode_texts(
+    text_encoders: Sequence[nn.Module],
+    input_ids: Sequence[Tensor],
+    slots: Tensor | None = None,
+    rows: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What a U-Net takes of all text encoders of its pipeline: [P, M, C] and pooled [P, D].
+
+    One encoder gives its last state and nothing pooled, as Stable Diffusion 1.x and 2.x take it;
+    several give their states before the last layer side by side, C being the sum of their widths,
+    and the last one's pooled embedding, as SDXL takes them.
+
+    Args:
+        text_encoders: in the order of their joined outputs.
+        input_ids, rows: one for each encoder, as for `encode_text`.
+        slots: as for `encode_text`, the same for all.
+
+    Raises:
+        ValueError: as for `encode_text`.
+    """
+    given = [None] * len(text_encoders) if rows is None else rows
+    if len(text_encoders) == 1:
+        return encode_text(text_encoders[0], input_ids[0], slots, given[0]), None
+    outputs = [
+        encode_text_pooled(encoder, ids, slots, own)
+        for encoder, ids, own in zip(text_encoders, input_ids, given, strict=True)
+    ]
+    return torch.cat([hidden for hidden, _ in outputs], -1), outputs[-1][1]
 
 
 def _run(

@@ -40,11 +40,12 @@ class Engine:
 
     The lanes share one batch and nothing else: each has its own random numbers, mean loss,
     optimiser state and loss scale. Lanes are named by their place in `lanes` throughout, whoever
-    has left the batch.
+    has left the batch. Tokens are those of all text encoders side by side, C being the sum of their
+    widths.
 
     Args:
         unet: frozen, on its device.
-        text_encoder: frozen, on its device.
+        text_encoders: frozen, on their device; two for SDXL.
         scheduler: of the pipeline, for its noise schedule and prediction type.
         lanes: the subjects.
         config: the settings; seeds are the lanes' own.
@@ -60,13 +61,13 @@ class Engine:
         self,
         *,
         unet: Any,
-        text_encoder: Any,
+        text_encoders: Sequence[Any],
         scheduler: Any,
         lanes: Sequence[Lane],
         config: TrainConfig,
         dtype: torch.dtype,
     ) -> None:
-        check_lanes(lanes, config.attention_loss)
+        check_lanes(lanes, config.attention_loss, len(text_encoders))
         own = unwrap(unet)
         self._config = config
         self._device = lanes[0].latents.mean.device
@@ -78,7 +79,7 @@ class Engine:
         # forward, not a call: a stage hook of attached subjects must not see the training streams.
         forward = torch.compile(own.forward, dynamic=False) if config.compile else own.forward
         schedule = NoiseSchedule(scheduler, self._device)
-        self._models = FrozenModels(own, forward, text_encoder, schedule, dtype)
+        self._models = FrozenModels(own, forward, tuple(text_encoders), schedule, dtype)
         self._replay: Replay | None = None
         self._step: TrainingStep
         self._draws: LaneDraws
@@ -139,7 +140,7 @@ class Engine:
 
         As many lanes of the same shapes as are in training now keep the captured graph.
         """
-        check_lanes(lanes, self._config.attention_loss)
+        check_lanes(lanes, self._config.attention_loss, len(self._models.text_encoders))
         before, replay = self._step, self._replay
         self._begin(lanes)
         if replay is None or not before.take_over(self._step):
@@ -214,7 +215,7 @@ class Engine:
         prompts = LanePrompts([lane.prompts for lane in lanes])
         with autocast(self._device, self._models.dtype):
             wanted = attention.needs_reference()
-            reference = prompts.reference(self._models.text_encoder) if wanted else None
+            reference = prompts.reference(self._models.text_encoders) if wanted else None
             masks = [lane.mask for lane in lanes if lane.mask is not None]
             attention.prepare(prompts, reference, torch.stack(masks) if masks else None)
         state = LaneState(
@@ -227,8 +228,16 @@ class Engine:
             config.gradient_accumulation, len(lanes), config.batch_size, shape, self._device
         )
         generators = [torch.Generator().manual_seed(lane.seed) for lane in lanes]
+        ids = [lane.time_ids for lane in lanes if lane.time_ids is not None]
         self._step = TrainingStep(
-            self._models, state, latents, prompts, attention, config.weight_lambda, buffers
+            self._models,
+            state,
+            latents,
+            prompts,
+            attention,
+            config.weight_lambda,
+            buffers,
+            torch.stack(ids).to(self._device) if ids else None,
         )
         self._draws = LaneDraws(
             generators,

@@ -34,6 +34,9 @@ _ANCHORS = {
     "left": (0.0, 0.5),
     "right": (1.0, 0.5),
 }
+TIME_IDS = ("original height", "original width", "top", "left", "height", "width")
+"""What the numbers of `time_ids` are."""
+
 # What Pillow's decoders raise on damaged files, beside their own classes, which are OSErrors.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
 
@@ -82,14 +85,33 @@ def prepare(image: Image.Image, size: int, crop: str = "center") -> Tensor:
         crop: which square of a picture that is not square: "center", "top", "bottom", "left" or
             "right"; an anchor that does not lie on the longer axis means the centre.
     """
-    side = min(image.size)
-    across, down = _ANCHORS[crop]
-    left = round((image.width - side) * across)
-    top = round((image.height - side) * down)
+    left, top, side = _square(image, crop)
     box = (left, top, left + side, top + side)
     square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(np.array(square, dtype=np.float32))
     return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
+
+
+def time_ids(image: Image.Image, size: int, crop: str = "center") -> Tensor:
+    """What SDXL is told of a prepared picture's size and crop, float32 [6].
+
+    Height and width of the picture as it came; top and left of the kept square in pixels of the
+    resized picture, as in SDXL's own training; height and width of the square. The mirrored picture
+    has the same.
+
+    Args:
+        image, size, crop: as for `prepare`.
+    """
+    left, top, side = _square(image, crop)
+    corner = (round(top * size / side), round(left * size / side))
+    return torch.tensor([image.height, image.width, *corner, size, size], dtype=torch.float32)
+
+
+def _square(image: Image.Image, crop: str) -> tuple[int, int, int]:
+    """Left, top and side of the kept square, in pixels of the picture."""
+    side = min(image.size)
+    across, down = _ANCHORS[crop]
+    return round((image.width - side) * across), round((image.height - side) * down), side
 
 
 def _open(path: Path) -> Image.Image:

@@ -20,8 +20,15 @@ _LOWEST_SCALE = 1.0
 
 
 class _Parameter(NamedTuple):
+    """encoder: whose tokens it makes. name: in its module. shape: there."""
+
+    encoder: int
     name: str
     shape: torch.Size
+
+    @property
+    def label(self) -> str:
+        return _label(self.encoder, self.name)
 
 
 class LaneState:
@@ -35,10 +42,11 @@ class LaneState:
         parameters: float32 [L, P], the leaf that gradients are taken in.
         rate: float64 [L], factor of the learning rate in the next update.
         scale: float32 [L], what a lane's loss is multiplied by before its gradient is taken.
-        last_good: float32 [L, S, 2 or 1, C], the newest tokens that gave a finite loss.
+        last_good: float32 [L, S, 2 or 1, C], the newest tokens that gave a finite loss; those of
+            all text encoders side by side, C being the sum of their widths.
 
     Args:
-        modules: one a lane, all of one kind; copied.
+        modules: of each lane one for each text encoder, alike in all lanes; copied.
         learning_rate: for the embedding rows.
         device: where to compute.
         scaling: whether losses are scaled, for float16.
@@ -46,27 +54,34 @@ class LaneState:
 
     def __init__(
         self,
-        modules: Sequence[SubjectTokens],
+        modules: Sequence[Sequence[SubjectTokens]],
         learning_rate: float,
         device: torch.device,
         scaling: bool,
     ) -> None:
         first = modules[0]
-        names = {id(parameter): name for name, parameter in first.named_parameters()}
-        groups = first.parameter_groups(learning_rate)
-        members = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
-        own = [dict(module.named_parameters()) for module in modules]
-        self._layout = [_Parameter(name, own[0][name].shape) for part in members for name in part]
-        self._group_sizes = [sum(own[0][name].numel() for name in part) for part in members]
-        self._heads, self._module = first.heads, first.module
-        self._shape = (first.stages, first.streams, first.width)
+        members = [part for number, module in enumerate(first) for part in _groups(number, module)]
+        self._layout = [parameter for part in members for parameter in part]
+        self._group_sizes = [sum(p.shape.numel() for p in part) for part in members]
+        self._kinds = [(module.module, module.heads) for module in first]
+        self._tokens_shape = (first[0].stages, first[0].streams)
         self.scaling = scaling
-        rows = [torch.cat([mine[p.name].detach().flatten() for p in self._layout]) for mine in own]
-        rates = [[g["lr"] for g in module.parameter_groups(learning_rate)] for module in modules]
-        fixed = [dict(module.named_buffers()) for module in modules]
-        self._fixed = {
-            name: torch.stack([mine[name] for mine in fixed]).to(device) for name in fixed[0]
-        }
+        own = [[dict(module.named_parameters()) for module in lane] for lane in modules]
+        rows = [
+            torch.cat([mine[p.encoder][p.name].detach().flatten() for p in self._layout])
+            for mine in own
+        ]
+        rates = [
+            [group["lr"] for module in lane for group in module.parameter_groups(learning_rate)]
+            for lane in modules
+        ]
+        self._fixed = [
+            {
+                name: torch.stack([lane[number].get_buffer(name) for lane in modules]).to(device)
+                for name, _ in module.named_buffers()
+            }
+            for number, module in enumerate(first)
+        ]
         count = len(modules)
         self.parameters = torch.stack(rows).to(device, torch.float32).requires_grad_(True)
         self._group_rates = torch.tensor(rates, dtype=torch.float64, device=device)
@@ -85,12 +100,15 @@ class LaneState:
         """The tokens of all lanes, float32 [L, S, 2 or 1, C], differentiable in `parameters`."""
         # One split, whose backward is one concatenation; slices would add up a matrix each.
         parts = self.parameters.split([parameter.shape.numel() for parameter in self._layout], 1)
-        own = {
-            parameter.name: part.unflatten(1, parameter.shape)
-            for parameter, part in zip(self._layout, parts, strict=True)
-        }
-        rows = own["rows"] if self._module == "free" else mixed_rows(own | self._fixed, self._heads)
-        return rows.unflatten(1, self._shape[:2])
+        own: list[dict[str, Tensor]] = [{} for _ in self._kinds]
+        for parameter, part in zip(self._layout, parts, strict=True):
+            own[parameter.encoder][parameter.name] = part.unflatten(1, parameter.shape)
+        made = [
+            mine["rows"] if module == "free" else mixed_rows(mine | fixed, heads)
+            for mine, fixed, (module, heads) in zip(own, self._fixed, self._kinds, strict=True)
+        ]
+        rows = made[0] if len(made) == 1 else torch.cat(made, -1)
+        return rows.unflatten(1, self._tokens_shape)
 
     @torch.no_grad()
     def update(self, gradient: Tensor, evaluated: Tensor, loss_is_finite: Tensor) -> Tensor:
@@ -163,7 +181,11 @@ class LaneState:
 
     def fixed_tensors(self) -> dict[str, Tensor]:
         """What belongs to the lanes and no update changes: no copies."""
-        fixed = {f"fixed.{name}": tensor for name, tensor in self._fixed.items()}
+        fixed = {
+            f"fixed.{_label(number, name)}": tensor
+            for number, mine in enumerate(self._fixed)
+            for name, tensor in mine.items()
+        }
         return {**fixed, "group_rates": self._group_rates, "rate": self.rate}
 
     def keep(self, index: Tensor) -> None:
@@ -172,7 +194,7 @@ class LaneState:
         for name in ("exp_avg", "exp_avg_sq", "updates", "scale", "growth", "last_good", "rate"):
             setattr(self, name, getattr(self, name)[index])
         self._group_rates = self._group_rates[index]
-        self._fixed = {name: tensor[index] for name, tensor in self._fixed.items()}
+        self._fixed = [{n: tensor[index] for n, tensor in mine.items()} for mine in self._fixed]
 
     def state_dict(self, row: int) -> dict[str, Tensor]:
         """One lane's state on the CPU; the parameters and their moments by their names."""
@@ -182,7 +204,7 @@ class LaneState:
             if kind in ("parameters", "exp_avg", "exp_avg_sq"):
                 parts = mine.split([parameter.shape.numel() for parameter in self._layout])
                 for parameter, part in zip(self._layout, parts, strict=True):
-                    state[f"{kind}.{parameter.name}"] = part.reshape(parameter.shape).clone()
+                    state[f"{kind}.{parameter.label}"] = part.reshape(parameter.shape).clone()
             else:
                 state[kind] = mine
         return state
@@ -191,10 +213,23 @@ class LaneState:
         """Puts one lane back to a state that `state_dict` gave for such a lane."""
         for kind, tensor in self.tensors().items():
             if kind in ("parameters", "exp_avg", "exp_avg_sq"):
-                mine = torch.cat([state[f"{kind}.{p.name}"].flatten() for p in self._layout])
+                mine = torch.cat([state[f"{kind}.{p.label}"].flatten() for p in self._layout])
             else:
                 mine = state[kind]
             tensor[row].copy_(mine)
+
+
+def _groups(encoder: int, module: SubjectTokens) -> list[list[_Parameter]]:
+    """The parameters of a module in the order of its groups."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [
+        [_Parameter(encoder, names[id(p)], p.shape) for p in group["params"]]
+        for group in module.parameter_groups(1.0)
+    ]
+
+
+def _label(encoder: int, name: str) -> str:
+    return name if encoder == 0 else f"encoder_{encoder + 1}.{name}"
 
 
 def _like(flags: Tensor, tensor: Tensor) -> Tensor:

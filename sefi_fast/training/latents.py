@@ -46,6 +46,14 @@ def encode_picture(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDist
     distribution = vae.encode(views.to(weight.device, weight.dtype)).latent_dist
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     scale = vae.config.scaling_factor
+    channel_mean, channel_std = (getattr(vae.config, f"latents_{x}", None) for x in ("mean", "std"))
+    if channel_mean is not None and channel_std is not None:
+        # As SDXL's pipelines take it back: each channel has a mean and a spread of its own.
+        shift, spread = (
+            torch.tensor(x, device=weight.device).view(-1, 1, 1)
+            for x in (channel_mean, channel_std)
+        )
+        scale = scale / spread
     mean = (distribution.mean.float() - shift) * scale
     std = distribution.std.float() * scale
     if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):

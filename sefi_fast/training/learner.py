@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sefi_fast.conditioning import class_token_id
-from sefi_fast.pipelines.families import unwrap
+from sefi_fast.conditioning import class_token_ids, text_parts
+from sefi_fast.conditioning.text import token_table
+from sefi_fast.pipelines.families import is_sdxl
 from sefi_fast.subject import Subject, SubjectTokens
 from sefi_fast.training.checkpoint import Checkpoint, CheckpointFolder, folder_of
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.engine import StepResult
 from sefi_fast.training.history import History
-from sefi_fast.training.image import load_image, prepare
+from sefi_fast.training.image import load_image, prepare, time_ids
 from sefi_fast.training.job import Callbacks, Job, UnsavedSubjectError
 from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import encode_picture
@@ -69,38 +70,43 @@ class Learner:
             self.folder.check()
         pipe = source.pipe
         self._source, self.size = source, resolution_of(pipe, config.resolution)
-        class_id = class_token_id(pipe.tokenizer, job.class_word)
+        tokenizers = [part.tokenizer for part in text_parts(pipe)]
+        class_ids = class_token_ids(tokenizers, job.class_word)
         prompts = TrainingPrompts(
-            pipe.tokenizer, self.config.sentences(), job.placeholder, class_id, source.device
+            tokenizers, self.config.sentences(), job.placeholder, class_ids, source.device
         )
         pixels = prepare(picture, self.size, config.crop)
-        table = unwrap(pipe.text_encoder).get_input_embeddings()
+        tables = [token_table(encoder) for encoder in source.text_encoders]
         with torch.no_grad():
-            row = table(torch.tensor([class_id], device=source.device))[0].float()
-        self._class_embedding = row
-        tokens = SubjectTokens(
-            row,
-            stages=config.stages,
-            split=config.split,
-            train_base=config.train_base,
-            module=config.module,
-            generator=torch.Generator().manual_seed(self.config.seed),
-        ).to(source.device)
+            self._class_embeddings = [
+                table(torch.tensor([class_id], device=source.device))[0].float()
+                for table, class_id in zip(tables, class_ids, strict=True)
+            ]
+        tokens = self._start_tokens()
         mask = self._mask(picture)
+        sizes = time_ids(picture, self.size, config.crop) if is_sdxl(pipe) else None
         self.lane = Lane(
-            tokens, encode_picture(pipe.vae, pixels, config.flip), prompts, self.config.seed, mask
+            tokens,
+            encode_picture(pipe.vae, pixels, config.flip),
+            prompts,
+            self.config.seed,
+            mask,
+            sizes,
         )
         self.average: MovingAverage | None = None
         if config.ema_decay is not None:
-            self.average = MovingAverage(config.ema_decay, tokens().detach())
+            start = torch.cat([module().detach() for module in tokens], -1)
+            self.average = MovingAverage(config.ema_decay, start)
         self._identity = {
             "placeholder": job.placeholder,
             "class_word": job.class_word,
             "model": source.name,
             "the picture": _checksum(pixels),
-            "the model's class word": _checksum(row),
+            "the model's class word": _checksum(torch.cat(self._class_embeddings)),
             "mask": "none" if mask is None else _checksum(mask),
         }
+        if sizes is not None:
+            self._identity["the picture's size and crop"] = str([int(x) for x in sizes])
         self.history = History()
         self.done = self.saved = 0
         self._failures = 0
@@ -150,12 +156,13 @@ class Learner:
         )
 
     def subject(self, tokens: Tensor) -> Subject:
-        """The subject with these tokens."""
+        """The subject with these tokens [S, 2 or 1, C], those of all encoders side by side."""
+        widths = [len(row) for row in self._class_embeddings]
         return Subject(
             placeholder=self.job.placeholder,
             class_word=self.job.class_word,
-            tokens=[tokens.cpu()],
-            class_embeddings=[self._class_embedding.cpu()],
+            tokens=list(tokens.cpu().split(widths, -1)),
+            class_embeddings=[row.cpu() for row in self._class_embeddings],
             base_model=self._source.name,
             settings={**self.config.as_dict(), "model": self._source.model},
             history=self.history,
@@ -191,6 +198,21 @@ class Learner:
     def _total(self, index: int) -> float:
         history = self.history
         return history.loss[index] + self.config.weight_lambda * history.alignment[index]
+
+    def _start_tokens(self) -> tuple[SubjectTokens, ...]:
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed)
+        return tuple(
+            SubjectTokens(
+                row,
+                stages=config.stages,
+                split=config.split,
+                train_base=config.train_base,
+                module=config.module,
+                generator=generator,
+            ).to(self._source.device)
+            for row in self._class_embeddings
+        )
 
     def _mask(self, picture: Any) -> Tensor | None:
         if self.job.mask is None:

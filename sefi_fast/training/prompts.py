@@ -3,50 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sefi_fast.conditioning import encode_text, tokenize_prompts
+from sefi_fast.conditioning import encode_texts, tokenize_prompts
+from sefi_fast.conditioning.text import token_table
+from sefi_fast.errors import PromptError
+
+
+class Conditioning(NamedTuple):
+    """What the U-Net is given of the words of B samples, in the text encoders' dtype.
+
+    streams: [B, 2·M, C], the K stream and behind it the V stream.
+    pooled: [B, D], the pooled embedding of the V sequence; None with one text encoder.
+    """
+
+    streams: Tensor
+    pooled: Tensor | None
 
 
 class TrainingPrompts:
-    """P sentences with the placeholder in them, tokenised once.
+    """P sentences with the placeholder in them, tokenised once for each of E text encoders.
 
     Args:
-        tokenizer: of the pipeline.
+        tokenizers: of the pipeline, one for each text encoder.
         sentences: P sentences with {} where the subject stands.
         placeholder: what stands for the subject.
-        class_id: token id of the class word.
-        device: where the text encoder is.
+        class_ids: token id of the class word in each tokenizer.
+        device: where the text encoders are.
+
+    Attributes:
+        input_ids: int64 [E, P, M], as in `PromptTokens`.
+        slots: int64 [P, M], likewise, the same for all encoders.
 
     Raises:
-        PromptError: the placeholder is cut off or runs into another word in some sentence.
+        PromptError: the placeholder is cut off or runs into another word in some sentence, or
+            stands at other positions for one tokenizer than for another.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizers: Sequence[Any],
         sentences: Sequence[str],
         placeholder: str,
-        class_id: int,
+        class_ids: Sequence[int],
         device: torch.device,
     ) -> None:
         prompts = [sentence.replace("{}", placeholder) for sentence in sentences]
-        tokens = tokenize_prompts(tokenizer, prompts, [(placeholder, class_id)], require=True)
-        self.input_ids = tokens.input_ids.to(device)
-        self.slots = tokens.slots.to(device)
+        tokens = [
+            tokenize_prompts(tokenizer, prompts, [(placeholder, class_id)], require=True)
+            for tokenizer, class_id in zip(tokenizers, class_ids, strict=True)
+        ]
+        slots = tokens[0].slots
+        for sentence, *placed in zip(prompts, *(each.slots for each in tokens), strict=True):
+            if any(not torch.equal(other, placed[0]) for other in placed):
+                raise PromptError(
+                    f"the tokenizers of this pipeline split {sentence!r} into words differently, "
+                    "and the outputs of its text encoders stand side by side: use simpler words, "
+                    "or a model whose tokenizers share one vocabulary"
+                )
+        self.input_ids = torch.stack([each.input_ids for each in tokens]).to(device)
+        self.slots = slots.to(device)
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0]
+        return self.slots.shape[0]
 
 
 class LanePrompts:
     """The training sentences of L lanes, as many for each.
 
     Attributes:
-        input_ids, slots: int64 [L, P, M], as in `PromptTokens`.
+        input_ids: int64 [L, E, P, M], as in `TrainingPrompts`.
+        slots: int64 [L, P, M], likewise.
     """
 
     def __init__(self, prompts: Sequence[TrainingPrompts]) -> None:
@@ -56,50 +86,73 @@ class LanePrompts:
     @property
     def sentences(self) -> int:
         """P, sentences of a lane."""
-        return self.input_ids.shape[1]
+        return self.slots.shape[1]
 
     def keep(self, index: Tensor) -> None:
         """Keeps the lanes of `index` only, in its order."""
         self.input_ids, self.slots = self.input_ids[index], self.slots[index]
 
-    def reference(self, text_encoder: nn.Module) -> Tensor:
+    def reference(self, text_encoders: Sequence[nn.Module]) -> Tensor:
         """The sentences with the class words, [L, P, M, C], without gradient."""
         with torch.no_grad():
-            encoded = encode_text(text_encoder, self.input_ids.flatten(0, 1))
-        return encoded.unflatten(0, self.input_ids.shape[:2])
+            encoded, _ = encode_texts(
+                text_encoders, [ids.flatten(0, 1) for ids in self.input_ids.unbind(1)]
+            )
+        return encoded.unflatten(0, self.slots.shape[:2])
 
-    def streams(
-        self, text_encoder: nn.Module, tokens: Tensor, stages: Tensor, templates: Tensor
-    ) -> Tensor:
-        """K stream and V stream of each sample, [L·B, 2·M, C], differentiable in `tokens`.
+    def condition(
+        self,
+        text_encoders: Sequence[nn.Module],
+        tokens: Tensor,
+        stages: Tensor,
+        templates: Tensor,
+    ) -> Conditioning:
+        """What the words of each of L·B samples are to the U-Net, differentiable in `tokens`.
 
-        All go through the text transformer in one call, of a length that does not depend on what
+        All go through a text transformer in one call, of a length that does not depend on what
         was drawn: each pair of a stage and a sentence once, or each sample once where those are
         fewer.
 
         Args:
-            text_encoder: frozen.
-            tokens: [L, S, 2, C], or [L, S, 1, C] for one row in both streams.
+            text_encoders: frozen.
+            tokens: [L, S, 2, C], or [L, S, 1, C] for one row in both streams; those of all
+                encoders side by side, C being the sum of their widths.
             stages, templates: int64 [L, B], on the device of `tokens`.
         """
         _, steps, rows, width = tokens.shape
-        ids, slots = self.input_ids, self.slots
+        ids, slots = list(self.input_ids.unbind(1)), self.slots
         pairwise = steps * self.sentences <= stages.shape[1]
         if pairwise:
-            # [L, S, P, …] in both.
+            # [L, S, P, …] in all.
             tokens = tokens.unsqueeze(2).expand(-1, -1, self.sentences, -1, -1).flatten(1, 2)
-            ids, slots = (
-                x.unsqueeze(1).expand(-1, steps, -1, -1).flatten(1, 2) for x in (ids, slots)
+            *ids, slots = (
+                x.unsqueeze(1).expand(-1, steps, -1, -1).flatten(1, 2) for x in (*ids, slots)
             )
         else:
             tokens = take(tokens, stages)
-            ids, slots = take(ids, templates), take(slots, templates)
-        ids, slots = (x.flatten(0, 1).repeat_interleave(rows, 0) for x in (ids, slots))
-        encoded = encode_text(text_encoder, ids, slots, tokens.reshape(-1, 1, width))
+            *ids, slots = (take(x, templates) for x in (*ids, slots))
+        *ids, slots = (x.flatten(0, 1).repeat_interleave(rows, 0) for x in (*ids, slots))
+        encoded, pooled = encode_texts(
+            text_encoders, ids, slots, _by_encoder(tokens.reshape(-1, 1, width), text_encoders)
+        )
         encoded = encoded.view(*tokens.shape[:3], *encoded.shape[1:])
+        if pooled is not None:
+            # Of the rows of a pair or sample the last is V's, or the only one.
+            pooled = pooled.view(*tokens.shape[:3], -1)[:, :, -1]
         if pairwise:
-            encoded = take(encoded, stages * self.sentences + templates)
-        return encoded.expand(-1, -1, 2, -1, -1).flatten(2, 3).flatten(0, 1)
+            index = stages * self.sentences + templates
+            encoded = take(encoded, index)
+            pooled = None if pooled is None else take(pooled, index)
+        streams = encoded.expand(-1, -1, 2, -1, -1).flatten(2, 3).flatten(0, 1)
+        return Conditioning(streams, None if pooled is None else pooled.flatten(0, 1))
+
+
+def _by_encoder(rows: Tensor, text_encoders: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """Rows [n, 1, C] of all encoders, taken apart into each one's own."""
+    if len(text_encoders) == 1:
+        return (rows,)
+    tables: list[Any] = [token_table(encoder) for encoder in text_encoders]
+    return rows.split([table.embedding_dim for table in tables], -1)
 
 
 def take(source: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sefi_fast.errors import SefiError
-from sefi_fast.pipelines.families import unwrap
 from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.checkpoint import Checkpoint, Timetable, read_checkpoint
 from sefi_fast.training.config import TrainConfig
@@ -35,7 +34,7 @@ OnOutcome = Callable[[int, Outcome], None]
 
 @contextmanager
 def running(model: Any, config: TrainConfig) -> Iterator[Source]:
-    """The model, frozen on its device, with gradients on whatever the caller has switched off.
+    """The model, frozen on its device, with gradients on and without the caller's autocast.
 
     Raises:
         ModelError: there is no such model, or the method does not fit its family.
@@ -43,7 +42,7 @@ def running(model: Any, config: TrainConfig) -> Iterator[Source]:
     """
     with torch.inference_mode(False), torch.enable_grad():
         source = find_source(model, config)
-        with frozen(source, config):
+        with torch.autocast(source.device.type, enabled=False), frozen(source, config):
             yield source
 
 
@@ -188,7 +187,7 @@ class Run:
         pipe = self._source.pipe
         return Engine(
             unet=pipe.unet,
-            text_encoder=unwrap(pipe.text_encoder),
+            text_encoders=self._source.text_encoders,
             scheduler=pipe.scheduler,
             lanes=lanes,
             config=self._config,

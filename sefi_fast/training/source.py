@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sefi_fast.conditioning import text_parts
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.pipelines.families import check_pipeline, is_sdxl, unwrap
 from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.image import TIME_IDS
 from sefi_fast.training.precision import choose_device, choose_dtype
 
 BUNDLED = "the bundled tiny model"
@@ -35,6 +37,11 @@ class Source(NamedTuple):
     dtype: torch.dtype
     owned: bool
 
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoders in the order of their joined outputs: two for SDXL."""
+        return [unwrap(part.text_encoder) for part in text_parts(self.pipe)]
+
 
 def find_source(model: Any, config: TrainConfig) -> Source:
     """Load the model, or look at the pipeline given, and choose device and dtype.
@@ -45,8 +52,8 @@ def find_source(model: Any, config: TrainConfig) -> Source:
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
         check_pipeline(model)
-        check_trainable(model)
         check_latent_channels(model)
+        check_added_conditioning(model)
         device = choose_device(config.device, unwrap(model.unet).device)
         dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
         given = getattr(model.config, "_name_or_path", None) or None
@@ -54,29 +61,32 @@ def find_source(model: Any, config: TrainConfig) -> Source:
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device, torch.float32)
     name = None if model is None else os.fspath(model)
-    # In float32 first: the text encoder and the VAE keep it, since they are small and the learned
-    # rows enter there.
+    # In float32 first: the text encoders keep it, since the learned rows enter there, and so does
+    # the VAE, which is small and, SDXL's, overflows in float16.
     pipe = load_pipeline(name, dtype=torch.float32, device="cpu")
-    check_trainable(pipe)
+    check_added_conditioning(pipe)
+    source = Source(pipe, name or BUNDLED, name, device, dtype, True)
     if device.type != "cpu":
         pipe.unet.to(device, dtype)
-        pipe.text_encoder.to(device)
-    return Source(pipe, name or BUNDLED, name, device, dtype, True)
+        for text_encoder in source.text_encoders:
+            text_encoder.to(device)
+    return source
 
 
 @contextmanager
 def frozen(source: Source, config: TrainConfig) -> Iterator[None]:
-    """U-Net and text encoder frozen and ready on the device; as they were on the way out."""
+    """U-Net and text encoders frozen and ready on the device; as they were on the way out."""
     unet = unwrap(source.pipe.unet)
     widen = torch.float32 if source.dtype == torch.float32 else None
     with ExitStack() as stack:
         # Channels-last pays on CUDA's tensor cores; on CPUs it was measured to gain nothing.
         channels_last = source.device.type == "cuda"
         stack.enter_context(borrowed(unet, source.device, widen, channels_last))
-        stack.enter_context(borrowed(unwrap(source.pipe.text_encoder), source.device, widen))
+        for text_encoder in source.text_encoders:
+            stack.enter_context(borrowed(text_encoder, source.device, widen))
         stack.enter_context(checkpointed(unet, config.gradient_checkpointing or config.low_memory))
         if config.low_memory and source.pipe.vae is not None:
-            # Whoever needs it borrows it. The text encoder stays: every step needs it.
+            # Whoever needs it borrows it. The text encoders stay: every step needs them.
             stack.enter_context(borrowed(source.pipe.vae, torch.device("cpu"), None))
         yield
 
@@ -112,12 +122,31 @@ def _recompute(module: torch.nn.Module, *inputs: Any) -> Any:
     return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def check_trainable(pipe: Any) -> None:
-    """Raise ModelError for SDXL, whose second text encoder training does not serve."""
+def check_added_conditioning(pipe: Any) -> None:
+    """Raise ModelError unless the U-Net takes, beside the words, what its family's training gives.
+
+    For SDXL that is the second encoder's pooled embedding and six numbers of size and crop; nothing
+    for Stable Diffusion 1.x and 2.x.
+    """
+    unet = unwrap(pipe.unet).config
+    kind, wanted = getattr(unet, "addition_embed_type", None), None
     if is_sdxl(pipe):
+        wanted = "text_time"
+    if kind != wanted:
         raise ModelError(
-            f"training takes one text encoder, and {type(pipe).__name__} has two: train on a "
-            "Stable Diffusion 1.x or 2.x model (subjects for SDXL are for drawing only)"
+            f"the U-Net of this {type(pipe).__name__} takes added conditioning of type {kind!r}, "
+            f"where {wanted!r} goes with its text encoders: are its parts of different models?"
+        )
+    if wanted is None:
+        return
+    pooled = unwrap(pipe.text_encoder_2).config.projection_dim
+    made = pooled + len(TIME_IDS) * unet.addition_time_embed_dim
+    taken = unet.projection_class_embeddings_input_dim
+    if made != taken:
+        raise ModelError(
+            f"the U-Net of this {type(pipe).__name__} takes {taken} numbers beside the words, but "
+            f"the pooled embedding of its second text encoder ({pooled}) and {', '.join(TIME_IDS)} "
+            f"make {made}, as with SDXL's refiner: train on the base model"
         )
 
 

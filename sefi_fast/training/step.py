@@ -24,7 +24,7 @@ class FrozenModels(NamedTuple):
 
     unet: Any
     forward: Callable[..., Any]
-    text_encoder: Any
+    text_encoders: tuple[Any, ...]
     schedule: NoiseSchedule
     dtype: torch.dtype
 
@@ -44,6 +44,9 @@ class TrainingStep:
     `results`. The lanes' losses are added up, and no lane's loss depends on another lane's
     parameters, so that each gradient is that of the lane alone.
 
+    Args:
+        time_ids: float32 [L, 6] for models with two text encoders, else None.
+
     Attributes:
         results: float32 [3, L]: noise loss, attention term, and 1 where the step was good.
     """
@@ -57,12 +60,14 @@ class TrainingStep:
         attention: AttentionTerm,
         weight: float,
         draws: Draw,
+        time_ids: Tensor | None = None,
     ) -> None:
         self._models = models
         self.state, self.latents, self.prompts = state, latents, prompts
         self.attention = attention
         self._weight = weight
         self.draws = draws
+        self.time_ids = time_ids
         self.results = torch.zeros(3, len(state), device=latents.mean.device)
 
     def __call__(self) -> None:
@@ -96,16 +101,22 @@ class TrainingStep:
         noised = models.schedule.add_noise(latents, noise, timesteps)
         stages = stage_of(draw.timesteps, rows.shape[1], models.schedule.num_train_timesteps)
         with autocast(device, models.dtype):
-            streams = self.prompts.streams(models.text_encoder, rows, stages, draw.template)
+            words = self.prompts.condition(models.text_encoders, rows, stages, draw.template)
         self.attention.ask(draw.template)
         own_dtype = models.unet.dtype
         # Weights that are in half precision already need no autocast, which would only run the
         # normalisations in float32.
         casting = autocast(device, models.dtype) if own_dtype != models.dtype else nullcontext()
+        given: dict[str, Any] = {"encoder_hidden_states": words.streams.to(own_dtype)}
+        if words.pooled is not None:
+            assert self.time_ids is not None
+            given["added_cond_kwargs"] = {
+                "text_embeds": words.pooled.to(own_dtype),
+                # Not in half precision, which rounds sizes in pixels.
+                "time_ids": self.time_ids.repeat_interleave(batch, 0),
+            }
         with casting:
-            prediction = models.forward(
-                noised.to(own_dtype), timesteps, encoder_hidden_states=streams.to(own_dtype)
-            ).sample
+            prediction = models.forward(noised.to(own_dtype), timesteps, **given).sample
         rebuilt = noise_loss(prediction, models.schedule.target(latents, noise, timesteps))
         rebuilt = rebuilt.view(lanes, batch).mean(1)
         if not self.attention.is_on:
@@ -132,12 +143,15 @@ class TrainingStep:
         self.latents = LatentDistribution(self.latents.mean[index], self.latents.std[index])
         self.prompts.keep(index)
         self.attention.keep(index)
+        self.time_ids = None if self.time_ids is None else self.time_ids[index]
         self.draws = draws
         self.results = self.results[:, : len(index)].clone()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that belongs to the lanes, by name."""
+        time_ids = {} if self.time_ids is None else {"time_ids": self.time_ids}
         return {
+            **time_ids,
             "latents.mean": self.latents.mean,
             "latents.std": self.latents.std,
             "input_ids": self.prompts.input_ids,

@@ -41,9 +41,9 @@ def train(
 
     Args:
         image: a picture file, a PIL image or an array [h, w, 3]; its central square is used.
-        model: a diffusers folder, a hub id, a .safetensors checkpoint of Stable Diffusion 1.x or
-            2.x, or a ready pipeline, of which nothing is changed in the end. Default: the bundled
-            tiny model.
+        model: a diffusers folder, a hub id, a .safetensors checkpoint of Stable Diffusion 1.x,
+            2.x or SDXL, or a ready pipeline, of which nothing is changed in the end. Default: the
+            bundled tiny model.
         class_word: what the subject is, in one token: person, cat, car. Needed for every model but
             the bundled one.
         placeholder: the new word, without spaces.

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from sefi_fast.pipelines import attach, detach, generate
+from sefi_fast.pipelines.families import is_sdxl
 from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 from sefi_fast.subject import Subject
 from sefi_fast.training.borrow import borrowed
@@ -19,6 +20,7 @@ from sefi_fast.training.precision import autocast
 from sefi_fast.training.source import Source
 
 _USUAL_GUIDANCE = 7.5
+_USUAL_GUIDANCE_SDXL = 5.0
 
 
 def validate(source: Source, subject: Subject, config: TrainConfig, size: int) -> list[Image.Image]:
@@ -48,7 +50,9 @@ def guidance_for(source: Source, config: TrainConfig) -> float:
     is_bundled = (
         source.owned if source.model is None else Path(source.model) == bundled_model_path()
     )
-    return float(SAMPLING["guidance"]) if is_bundled else _USUAL_GUIDANCE
+    if is_bundled:
+        return float(SAMPLING["guidance"])
+    return _USUAL_GUIDANCE_SDXL if is_sdxl(source.pipe) else _USUAL_GUIDANCE
 
 
 def draw_validation(
@@ -78,6 +82,8 @@ def draw_validation(
         del twin.encode_prompt
     twin.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     twin.set_progress_bar_config(disable=True)
+    if is_sdxl(pipe) and pipe.vae.config.force_upcast:
+        twin.vae = _without_autocast(pipe.vae)
     attach(twin, subject)
     try:
         with torch.no_grad():
@@ -96,3 +102,15 @@ def draw_validation(
             ]
     finally:
         detach(twin)
+
+
+def _without_autocast(vae: Any) -> Any:
+    """The same VAE, decoding in its weights' own precision: SDXL's overflows in float16."""
+    twin = copy.copy(vae)
+
+    def decode(latents: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return vae.decode(latents.to(vae.dtype), *arguments, **keywords)
+
+    twin.decode = decode
+    return twin

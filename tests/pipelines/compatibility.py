@@ -142,7 +142,7 @@ diffusers has no such pipeline or feature.
 
 Not run here: xformers and CUDA. Refused in words: SD 3, Flux and other transformers (no U-Net with
 cross-attention layers), the SDXL refiner (it has one of the two text encoders), tracing a pipeline
-whose U-Net is compiled, class words of several tokens, and training on SDXL."""
+whose U-Net is compiled, and class words of several tokens."""
 
 
 def main() -> int:

@@ -7,11 +7,9 @@ import inspect
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
-from PIL import Image
 from pipelines.sampling import draw, state_of, subject_for
 from pipelines.sampling_xl import encode_by_hand, sample_xl_by_hand
 
-from sefi_fast import train
 from sefi_fast.conditioning import encode, encode_with_pooled, packed_stages, unpack
 from sefi_fast.errors import ModelError, SubjectFileError
 from sefi_fast.pipelines import attach, detach, generate, trace
@@ -306,12 +304,6 @@ def test_pooled_embeddings_that_do_not_fit_are_told(sdxl_pipeline, make_sdxl_sub
     added = {"text_embeds": pooled[:, :33], "time_ids": torch.zeros(1, 6)}
     with pytest.raises(ValueError, match=r"neither one embedding of this model \(32\)"):
         pipe.unet(torch.zeros(1, 4, 16, 16), 5, embeds, added_cond_kwargs=added)
-
-
-def test_training_says_that_it_takes_one_text_encoder(sdxl_pipeline):
-    image = Image.new("RGB", (128, 128))
-    with pytest.raises(ModelError, match="training takes one text encoder"):
-        train(model=sdxl_pipeline, image=image, class_word="cat", placeholder="<it>")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from sefi_fast.training.image import load_image, prepare
-from sefi_fast.training.noise import draw
+from sefi_fast.training.noise import Draw, draw
 
 
 class PlainProcessor:
@@ -95,17 +95,10 @@ class PlainTraining:
         target = noise
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(latents, noise, drawn.timesteps)
-        rows = self.rows().to(self.mean.dtype)
-        encoded = torch.stack([torch.stack([self.encode(row) for row in stage]) for stage in rows])
-        stages = drawn.timesteps * config.stages // 1000
-        picked = encoded[stages, :, drawn.template]
-        step.update(
-            key=picked[:, 0],
-            value=picked[:, -1],
-            reference=self.encode(None)[drawn.template],
-            maps={},
-        )
-        prediction = self.pipe.unet(noised, drawn.timesteps, picked[:, 0]).sample
+        added = self.condition(drawn)
+        prediction = self.pipe.unet(
+            noised, drawn.timesteps, step["key"], added_cond_kwargs=added
+        ).sample
         wanted = config.loss_resolutions
         columns = [self.ids[template] == self.class_id for template in drawn.template]
         terms = [
@@ -114,6 +107,20 @@ class PlainTraining:
             if wanted is None or round(maps.shape[2] ** 0.5) in wanted
         ]
         return (prediction - target).square().mean(), torch.stack(terms).mean()
+
+    def condition(self, drawn: Draw) -> dict[str, Tensor] | None:
+        """Sets the samples' prompts; what the U-Net is given beside them."""
+        rows = self.rows().to(self.mean.dtype)
+        encoded = torch.stack([torch.stack([self.encode(row) for row in stage]) for stage in rows])
+        stages = drawn.timesteps * self.config.stages // 1000
+        picked = encoded[stages, :, drawn.template]
+        self.step_data.update(
+            key=picked[:, 0],
+            value=picked[:, -1],
+            reference=self.encode(None)[drawn.template],
+            maps={},
+        )
+        return None
 
     def attention(self, maps, reference, columns, views) -> Tensor:
         """Equation 5, 13 or 14 of one layer, mean over samples, from whole maps [B, H, N, M]."""

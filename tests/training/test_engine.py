@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from training.plain import PlainTraining
 
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
@@ -20,16 +18,6 @@ from sefi_fast.training.latents import encode_picture
 from sefi_fast.training.noise import Draw
 from sefi_fast.training.prompts import TrainingPrompts
 
-
-def _plain_module():
-    spec = importlib.util.spec_from_file_location("plain", Path(__file__).with_name("plain.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("plain", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-PlainTraining = _plain_module().PlainTraining
 CPU = torch.device("cpu")
 # The random model's alignment is minute: without a large weight it would not be tested.
 BASE = {"batch_size": 4, "weight_lambda": 200.0, "schedule": "constant", "resolution": 64}
@@ -99,12 +87,12 @@ def make_engine(pipe, picture, config, tokens):
     size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
     class_id = pipe.tokenizer("cat", add_special_tokens=False).input_ids[0]
     latents = encode_picture(pipe.vae, prepare(picture, size), config.flip)
-    prompts = TrainingPrompts(pipe.tokenizer, config.sentences(), "<it>", class_id, CPU)
+    prompts = TrainingPrompts([pipe.tokenizer], config.sentences(), "<it>", [class_id], CPU)
     return Engine(
         unet=pipe.unet,
-        text_encoder=pipe.text_encoder,
+        text_encoders=[pipe.text_encoder],
         scheduler=pipe.scheduler,
-        lanes=[Lane(tokens, latents, prompts, config.seed, make_mask(config))],
+        lanes=[Lane((tokens,), latents, prompts, config.seed, make_mask(config))],
         config=config,
         dtype=torch.float32,
     )

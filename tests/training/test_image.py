@@ -13,6 +13,7 @@ from PIL import Image
 
 from sefi_fast.errors import ImageError
 from sefi_fast.training import load_image, prepare
+from sefi_fast.training.image import time_ids
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -272,6 +273,23 @@ def test_crops(crop, wide, tall):
         got = prepare(load_image(pixels), 16, crop)
         colour = (got.mean((1, 2)) + 1) * 127.5
         np.testing.assert_allclose(colour, wanted, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("crop", "wide", "tall"),
+    [
+        ("center", (0, 16), (16, 0)),
+        ("top", (0, 16), (0, 0)),
+        ("bottom", (0, 16), (32, 0)),
+        ("left", (0, 0), (16, 0)),
+        ("right", (0, 32), (16, 0)),
+    ],
+)
+def test_size_and_crop_are_told_in_pixels_of_the_resized_picture(crop, wide, tall):
+    for size, corner in (((60, 20), wide), ((20, 60), tall)):
+        found = time_ids(Image.new("RGB", size), 16, crop)
+        assert found.dtype == torch.float32
+        assert found.tolist() == [size[1], size[0], *corner, 16, 16]
 
 
 def test_downsizing_is_antialiased():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from sefi_fast.subject import SubjectTokens
@@ -10,39 +11,54 @@ from sefi_fast.training.lane_state import LaneState
 CPU = torch.device("cpu")
 
 
-def modules_of(count, scale=1.0):
+def modules_of(count, widths=(16,)):
+    """Of each lane one module for each text encoder."""
     generator = torch.Generator().manual_seed(1)
     return [
-        SubjectTokens(scale * (1 + lane) * torch.randn(16, generator=generator), stages=3)
+        [
+            SubjectTokens((1 + lane) * torch.randn(width, generator=generator), stages=3)
+            for width in widths
+        ]
         for lane in range(count)
     ]
 
 
-def test_rows_are_those_of_the_modules():
+def rows_of(modules):
+    """Tokens of each lane, those of all text encoders side by side."""
+    return torch.stack([torch.cat([module() for module in lane], -1).detach() for lane in modules])
+
+
+@pytest.mark.parametrize("widths", [(16,), (16, 24)])
+def test_rows_are_those_of_the_modules(widths):
     for kind in ("attention", "free"):
         for train_base in (True, False):
             modules = [
-                SubjectTokens(torch.randn(16), stages=3, train_base=train_base, module=kind)
+                [
+                    SubjectTokens(torch.randn(n), stages=3, train_base=train_base, module=kind)
+                    for n in widths
+                ]
                 for _ in range(3)
             ]
             with torch.no_grad():
-                for parameter in (p for module in modules for p in module.parameters()):
+                for parameter in (p for lane in modules for m in lane for p in m.parameters()):
                     parameter += 0.1 * torch.randn(parameter.shape)
             state = LaneState(modules, 1e-3, CPU, scaling=False)
-            wanted = torch.stack([module().detach() for module in modules])
-            torch.testing.assert_close(state.rows().detach(), wanted)
+            assert state.rows().shape == (3, 3, 2, sum(widths))
+            torch.testing.assert_close(state.rows().detach(), rows_of(modules))
 
 
-def test_updates_are_those_of_adamw_with_steps_left_out():
-    modules = modules_of(2)
+@pytest.mark.parametrize("widths", [(16,), (16, 24)])
+def test_updates_are_those_of_adamw_with_steps_left_out(widths):
+    modules = modules_of(2, widths)
     state = LaneState(modules, 1e-2, CPU, scaling=False)
     plain = [
-        torch.optim.AdamW(module.parameter_groups(1e-2), weight_decay=0.0) for module in modules
+        torch.optim.AdamW([g for m in lane for g in m.parameter_groups(1e-2)], weight_decay=0.0)
+        for lane in modules
     ]
     generator = torch.Generator().manual_seed(2)
     factors = (1.0, 0.5, 0.25, 2.0)
     for number, factor in enumerate(factors):
-        target = torch.randn(2, 3, 2, 16, generator=generator)
+        target = torch.randn(2, 3, 2, sum(widths), generator=generator)
         rows = state.rows()
         (gradient,) = torch.autograd.grad(((rows - target) ** 2).sum(), state.parameters)
         good = torch.tensor([True, number != 1])
@@ -52,18 +68,30 @@ def test_updates_are_those_of_adamw_with_steps_left_out():
             good[0] = False
         found = state.update(gradient, rows.detach(), torch.tensor([True, number != 1]))
         assert found.tolist() == good.tolist()
-        for lane, (module, optimizer) in enumerate(zip(modules, plain, strict=True)):
+        for lane, (own, optimizer) in enumerate(zip(modules, plain, strict=True)):
             if not good[lane]:
                 continue
-            rates = module.parameter_groups(1e-2 * factor)
+            rates = [g for module in own for g in module.parameter_groups(1e-2 * factor)]
             for group, wanted in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = wanted["lr"]
             optimizer.zero_grad()
-            ((module() - target[lane]) ** 2).sum().backward()
+            tokens = torch.cat([module() for module in own], -1)
+            ((tokens - target[lane]) ** 2).sum().backward()
             optimizer.step()
-    wanted = torch.stack([module().detach() for module in modules])
-    torch.testing.assert_close(state.rows().detach(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state.rows().detach(), rows_of(modules), rtol=1e-4, atol=1e-5)
     assert state.updates.tolist() == [3, 3]
+
+
+def test_a_lanes_state_names_what_belongs_to_which_text_encoder():
+    states = [LaneState(modules_of(2, (16, 24)), 1e-2, CPU, scaling=False) for _ in range(2)]
+    gradient = torch.rand_like(states[0].parameters).detach()
+    states[0].update(gradient, states[0].last_good, torch.tensor([True, True]))
+    saved = states[0].state_dict(1)
+    assert saved["parameters.slots"].shape == (6, 16)
+    assert saved["exp_avg.encoder_2.slots"].shape == (6, 24)
+    states[1].load_state_dict(1, saved)
+    assert torch.equal(states[1].parameters[1], states[0].parameters[1])
+    assert not torch.equal(states[1].parameters[0], states[0].parameters[0])
 
 
 def test_an_overflow_halves_that_lanes_scale_alone():

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from training.watch import FORBIDDEN, Watch
 
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
@@ -50,9 +50,9 @@ def make_lane(pipe, number, config=CONFIG):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter += 0.2 * row.square().mean().sqrt() * noise
     return Lane(
-        tokens=tokens,
+        tokens=(tokens,),
         latents=encode_picture(pipe.vae, prepare(picture, 64), config.flip),
-        prompts=TrainingPrompts(pipe.tokenizer, config.sentences(), "<it>", class_id, CPU),
+        prompts=TrainingPrompts([pipe.tokenizer], config.sentences(), "<it>", [class_id], CPU),
         seed=number,
         mask=prepare(picture, 64).mean(0) / 2 + 0.5 if config.attention_loss == "mask" else None,
     )
@@ -61,7 +61,7 @@ def make_lane(pipe, number, config=CONFIG):
 def make_engine(pipe, lanes, config=CONFIG):
     return Engine(
         unet=pipe.unet,
-        text_encoder=pipe.text_encoder,
+        text_encoders=[pipe.text_encoder],
         scheduler=pipe.scheduler,
         lanes=lanes,
         config=config,
@@ -93,7 +93,7 @@ def test_three_lanes_are_three_runs(pipe, module):
     results = steps(engine, 3)
     for number, lane in enumerate(lanes):
         alone = make_engine(pipe, [lane], config)
-        start = lane.tokens().detach()
+        start = lane.tokens[0]().detach()
         assert_like(engine, number, alone, results, steps(alone, 3), start)
     assert len({result.noise for result in results[0]}) == 3
     assert (engine.rows()[1] == engine.current(1)).all()
@@ -121,7 +121,7 @@ def test_a_dropped_lane_leaves_the_others_alone(pipe):
     for number in (0, 2):
         alone = make_engine(pipe, [lanes[number]])
         single = steps(alone, 4)
-        start = lanes[number].tokens().detach()
+        start = lanes[number].tokens[0]().detach()
         assert_like(engine, number, alone, results + later, single, start)
     with pytest.raises(KeyError, match="lane 1 is not in training"):
         engine.current(1)
@@ -155,7 +155,7 @@ def test_a_lane_that_is_not_finite_keeps_its_state_and_the_others_train(pipe, mo
     assert rest[0][1].finite
     for number in (0, 2):
         alone = make_engine(pipe, [lanes[number]])
-        start = lanes[number].tokens().detach()
+        start = lanes[number].tokens[0]().detach()
         assert_like(engine, number, alone, first + bad + rest, steps(alone, 3), start)
 
 
@@ -168,7 +168,7 @@ def test_a_lane_goes_on_bit_for_bit_from_its_saved_state(pipe):
     wanted = steps(engine, 2)
     # Another start, another seed: everything must come from the saved state.
     others = [
-        Lane(SubjectTokens(lane.tokens.class_embedding), lane.latents, lane.prompts, seed=77)
+        Lane((SubjectTokens(lane.tokens[0].class_embedding),), lane.latents, lane.prompts, seed=77)
         for lane in lanes
     ]
     again = make_engine(pipe, others)
@@ -245,25 +245,6 @@ def test_a_capture_changes_no_number_and_is_made_anew_only_when_it_must(pipe, mo
     assert Imitation.made == 3
 
 
-# What waits for a device, has a size that depends on values, or begins on the host.
-FORBIDDEN = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "lift_fresh")
-
-
-class Watch(TorchDispatchMode):
-    """Notes every operation by its name."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        name = function.overloadpacket.__name__
-        picks = arguments[1] if name.startswith("index") and isinstance(arguments[1], list) else ()
-        by_mask = any(pick is not None and pick.dtype == torch.bool for pick in picks)
-        self.seen.add("nonzero" if by_mask else name)
-        return function(*arguments, **(keywords or {}))
-
-
 @pytest.mark.parametrize("loss", ["subject", "class", "mask", "none"])
 def test_nothing_in_a_step_is_read_back_to_the_host(pipe, loss, monkeypatch):
     # On CUDA this one reads no value; on a CPU it does.
@@ -319,9 +300,9 @@ def on_cuda(lane):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": SubjectTokens(torch.ones(48), stages=4)}, "number of stages is 5 .* and 4"),
-        ({"tokens": SubjectTokens(torch.ones(48), split=False)}, "split is True"),
-        ({"tokens": SubjectTokens(torch.ones(48), module="free")}, "module is attention"),
+        ({"tokens": (SubjectTokens(torch.ones(48), stages=4),)}, "number of stages is 5 .* and 4"),
+        ({"tokens": (SubjectTokens(torch.ones(48), split=False),)}, "split is True"),
+        ({"tokens": (SubjectTokens(torch.ones(48), module="free"),)}, "module is attention"),
         ({"mask": torch.ones(64, 64)}, "the side of the mask"),
     ],
 )

@@ -16,7 +16,7 @@ SENTENCES = ("a photo of a {}", "{} in the snow")
 
 def prompts_for(pipe, word):
     class_id = pipe.tokenizer(word, add_special_tokens=False).input_ids[0]
-    return TrainingPrompts(pipe.tokenizer, SENTENCES, "<it>", class_id, CPU)
+    return TrainingPrompts([pipe.tokenizer], SENTENCES, "<it>", [class_id], CPU)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
@@ -37,14 +37,15 @@ def test_streams_are_those_of_each_sample(sd15_pipeline, streams, stages, templa
     lanes = [prompts_for(sd15_pipeline, word) for word in words]
     tokens = torch.randn(len(stages), 4, streams, 48, generator=generator, requires_grad=True)
     stages, templates = torch.tensor(stages), torch.tensor(templates)
-    got = LanePrompts(lanes).streams(text_encoder, tokens, stages, templates)
+    got, pooled = LanePrompts(lanes).condition([text_encoder], tokens, stages, templates)
+    assert pooled is None
     assert got.shape == (stages.numel(), 2 * 77, 48)
     got = got.unflatten(0, stages.shape).unflatten(2, (2, 77))
     for lane, prompts in enumerate(lanes):
         for sample, (stage, template) in enumerate(zip(stages[lane], templates[lane], strict=True)):
             for stream in range(2):
                 row = tokens[lane, stage, min(stream, streams - 1)].view(1, 1, -1)
-                ids, slots = prompts.input_ids[template], prompts.slots[template]
+                ids, slots = prompts.input_ids[0, template], prompts.slots[template]
                 alone = encode_text(text_encoder, ids[None], slots[None], row)[0]
                 part = got[lane, sample, stream]
                 torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
@@ -63,8 +64,9 @@ def test_the_class_words_row_gives_the_reference(sd15_pipeline):
     ids = [sd15_pipeline.tokenizer(w, add_special_tokens=False).input_ids[0] for w in words]
     tokens = table[ids].detach()[:, None, None].expand(-1, 1, 2, -1)
     templates = torch.tensor([[0, 1]] * 2)
-    streams = lanes.streams(text_encoder, tokens, torch.zeros(2, 2, dtype=torch.long), templates)
-    reference = lanes.reference(text_encoder)
+    stages = torch.zeros(2, 2, dtype=torch.long)
+    streams = lanes.condition([text_encoder], tokens, stages, templates).streams
+    reference = lanes.reference([text_encoder])
     assert not reference.requires_grad
     for lane, word in enumerate(words):
         plain = sd15_pipeline.tokenizer(
@@ -72,7 +74,7 @@ def test_the_class_words_row_gives_the_reference(sd15_pipeline):
             padding="max_length",
             return_tensors="pt",
         )
-        assert torch.equal(lanes.input_ids[lane], plain.input_ids)
+        assert torch.equal(lanes.input_ids[lane, 0], plain.input_ids)
     streams = streams.unflatten(0, (2, 2)).unflatten(2, (2, 77))
     torch.testing.assert_close(streams[:, :, 0], reference)
     torch.testing.assert_close(streams[:, :, 1], reference)
@@ -92,7 +94,7 @@ def test_take_is_an_indexing_with_a_gradient_in_float64():
 
 def test_a_placeholder_behind_the_cut_is_refused(sd15_pipeline):
     with pytest.raises(PromptError, match="<it>"):
-        TrainingPrompts(sd15_pipeline.tokenizer, ["a " * 80 + "{}"], "<it>", 5, CPU)
+        TrainingPrompts([sd15_pipeline.tokenizer], ["a " * 80 + "{}"], "<it>", [5], CPU)
 
 
 def test_latents_are_scaled_and_mirrored(sd15_pipeline):
@@ -110,6 +112,21 @@ def test_latents_are_scaled_and_mirrored(sd15_pipeline):
     sample = both.sample(torch.tensor([1, 0, 1]), noise)
     torch.testing.assert_close(sample[1], both.mean[0] + both.std[0] * noise[1])
     torch.testing.assert_close(sample[2], both.mean[1] + both.std[1] * noise[2])
+
+
+def test_the_vaes_own_mean_and_spread_of_each_channel_are_taken_off(sd15_pipeline):
+    vae = sd15_pipeline.vae.requires_grad_(False)
+    pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    plain = encode_picture(vae, pixels, flip=True)
+    means, spreads = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 4.0, 0.5)
+    vae.register_to_config(latents_mean=means, latents_std=spreads)
+    found = encode_picture(vae, pixels, flip=True)
+    scale = vae.config.scaling_factor
+    for channel, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
+        # What SDXL's pipelines decode: latents · spread / scale + mean.
+        decoded = found.mean[:, channel] * spread / scale + mean
+        torch.testing.assert_close(decoded, plain.mean[:, channel] / scale)
+        torch.testing.assert_close(found.std[:, channel] * spread, plain.std[:, channel])
 
 
 def test_the_vaes_shift_is_taken_off(sd15_pipeline):

@@ -12,6 +12,7 @@ import pytest
 import skimage
 import torch
 from PIL import Image
+from training.pipeline_state import state_of
 
 import sefi_fast
 from sefi_fast.subject import Subject
@@ -146,23 +147,6 @@ def test_one_tied_stage_without_weight_is_textual_inversion(sd15_pipeline, photo
     # Adam's first steps follow the gradient's sign, so where that is near zero they may differ.
     torch.testing.assert_close(subject.tokens[0][0, 0], row.detach(), rtol=0, atol=2e-3)
     assert (row - table[word]).abs().max() > 0.02
-
-
-def state_of(pipe):
-    """Everything of a pipeline that training touches."""
-    state = {"pipe": {k: id(v) for k, v in vars(pipe).items()}}
-    state["scheduler"] = {k: str(v) for k, v in vars(pipe.scheduler).items()}
-    for name in ("unet", "vae", "text_encoder"):
-        part = getattr(pipe, name)
-        for key, tensor in [*part.named_parameters(), *part.named_buffers()]:
-            place = (id(tensor), tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad)
-            state[name, key] = (*place, tensor.detach().double().sum().item())
-        for key, module in part.named_modules():
-            hooks = [len(v) for k, v in vars(module).items() if k.endswith("_hooks")]
-            processor = id(getattr(module, "processor", None))
-            checkpointing = getattr(module, "gradient_checkpointing", None)
-            state[name, key, "module"] = (module.training, processor, checkpointing, hooks)
-    return state
 
 
 def make_unusual(pipe):
