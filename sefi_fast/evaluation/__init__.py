@@ -1,6 +1,46 @@
-"""Pictures to look at: contact sheets, training curves, keys and values swapped."""
+"""Pictures to look at, scores of subjects, and studies of the method on the tiny world."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, training_curves
 from sefi_fast.evaluation.swapping import swap_sheet
 
-__all__ = ["Panel", "contact_sheet", "swap_sheet", "training_curves"]
+# Studies train, and training is not needed to look at pictures.
+_HOME = {
+    "Evaluation": "sefi_fast.evaluation.evaluation_report",
+    "evaluate": "sefi_fast.evaluation.scoring",
+    "StudyResult": "sefi_fast.evaluation.study",
+    "attention_overfit": "sefi_fast.evaluation.overfit",
+    "run_study": "sefi_fast.evaluation.study",
+    "score_picture": "sefi_fast.evaluation.scores",
+}
+__all__ = [
+    "Evaluation",
+    "Panel",
+    "StudyResult",
+    "attention_overfit",
+    "contact_sheet",
+    "evaluate",
+    "run_study",
+    "score_picture",
+    "swap_sheet",
+    "training_curves",
+]
+
+if TYPE_CHECKING:
+    from sefi_fast.evaluation.evaluation_report import Evaluation
+    from sefi_fast.evaluation.overfit import attention_overfit
+    from sefi_fast.evaluation.scores import score_picture
+    from sefi_fast.evaluation.scoring import evaluate
+    from sefi_fast.evaluation.study import StudyResult, run_study
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sefi_fast.evaluation' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -42,7 +42,9 @@ def swap_sheet(
         panels = []
         for values in prompts:
             (image,) = swap(pipe, key_prompt=keys, value_prompt=values, seed=seed, **sampling)
-            panels.append(Panel(image, "as it is" if values == keys else f"values: {values}"))
+            panels.append(
+                Panel(image, "values: the same" if values == keys else f"values: {values}")
+            )
         rows.append((f"keys: {keys}", panels))
     return contact_sheet(
         rows, title="keys from one prompt, values from another", panel_size=panel_size

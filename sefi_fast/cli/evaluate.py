@@ -1,0 +1,112 @@
+"""`sefi-fast evaluate`: score finished subjects on any model, or compare settings in studies."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sefi_fast.cli.options import add_config_fields, add_model, config_overrides
+
+
+def add(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "evaluate", help="score finished subjects, or compare settings on the tiny world"
+    )
+    parser.add_argument("subjects", type=Path, nargs="*", help="subject files to score")
+    parser.add_argument(
+        "--prompts", metavar="FILE|NUMBER",
+        help="a file of prompts, {} where the subject stands; of a study: how many an identity "
+        "(default: 12)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=4, help="pictures a prompt (default: 4)")
+    parser.add_argument("--sampling-steps", type=int, help="denoising steps of a picture")
+    parser.add_argument("-o", "--output", type=Path, help="folder (default: evaluation, evidence)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    scores = parser.add_argument_group("scoring finished subjects")
+    add_model(scores)
+    scores.add_argument(
+        "--images", type=Path, nargs="+", metavar="IMAGE",
+        help="the picture that each subject was learnt from, for the image scores",
+    )  # fmt: skip
+    scores.add_argument("--guidance", type=float, help="guidance scale")
+    scores.add_argument("--clip", metavar="MODEL", help="CLIP, a folder or hub id")
+    scores.add_argument("--dino", metavar="MODEL", help="DINO or DINOv2, a folder or hub id")
+    scores.add_argument("--face", metavar="MODEL", help="an insightface model pack")
+    study = parser.add_argument_group("studies on the tiny world")
+    study.add_argument(
+        "--study", nargs="+", metavar="NAME",
+        help="lambda, loss, pairs, peers, module, rate, steps, choices or all",
+    )  # fmt: skip
+    study.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="only these of the studies' variants"
+    )
+    study.add_argument("--identities", type=int, default=12, help="(default: 12)")
+    study.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    study.add_argument(
+        "--side-by-side", type=int, default=4, metavar="N",
+        help="identities trained in one batch (default: 4)",
+    )  # fmt: skip
+    add_config_fields(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if bool(options.subjects) == bool(options.study):
+        raise ValueError(
+            "say what to evaluate: subject files, or --study lambda (or another; not both)"
+        )
+    return _study(options) if options.study else _subjects(options)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from sefi_fast.evaluation import run_study
+
+    prompts = options.prompts or "12"
+    if not prompts.isdigit():
+        raise ValueError(f"a study's --prompts is how many an identity, a number; got {prompts!r}")
+    found = run_study(
+        options.study,
+        output=options.output or "evidence",
+        identities=options.identities,
+        prompts=int(prompts),
+        seeds=options.seeds,
+        workers=options.workers,
+        side_by_side=options.side_by_side,
+        sampling_steps=options.sampling_steps,
+        variants=options.variants,
+        progress=not options.quiet,
+        **config_overrides(options),
+    )
+    for path in found.files:
+        print(path)
+    return 1 if found.failures else 0
+
+
+def _subjects(options: argparse.Namespace) -> int:
+    from sefi_fast.evaluation import evaluate
+
+    unused = sorted(config_overrides(options))
+    if unused:
+        raise ValueError(
+            f"finished subjects are not trained, so {', '.join(unused)} means nothing here; "
+            "the sampler's steps are --sampling-steps"
+        )
+    found = evaluate(
+        options.subjects,
+        model=options.model,
+        prompts=options.prompts,
+        references=options.images,
+        seeds=options.seeds,
+        steps=options.sampling_steps,
+        guidance=options.guidance,
+        clip=options.clip,
+        dino=options.dino,
+        face=options.face,
+        output=options.output or "evaluation",
+        progress=not options.quiet,
+    )
+    for path in found.files:
+        print(path)
+    return 0

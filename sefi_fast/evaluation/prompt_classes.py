@@ -1,0 +1,128 @@
+"""Prompts to try a subject on: scenes, actions, attributes, several subjects; and files of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+Prompts = Mapping[str, tuple[str, ...]]
+"""Class of prompts → sentences with {} where the subject stands, twice for two subjects."""
+
+PERSON_PROMPTS: Prompts = {
+    "scenes": (
+        "a photo of {} in front of the Eiffel Tower",
+        "a photo of {} on the beach",
+        "a photo of {} in the snow",
+        "a photo of {} in a library full of books",
+        "a photo of {} on the moon",
+        "a photo of {} in Times Square at night",
+    ),
+    "actions": (
+        "a photo of {} holding a basketball",
+        "a photo of {} holding a cup",
+        "a photo of {} riding a bicycle",
+        "a photo of {} playing the guitar",
+        "a photo of {} cooking in a kitchen",
+        "a photo of {} reading a book",
+    ),
+    "attributes": (
+        "a photo of {} with eyes closed",
+        "a photo of an old {}",
+        "a photo of {} with a beard",
+        "a photo of {} wearing sunglasses",
+        "a photo of {} laughing",
+        "a photo of {} with blue hair",
+    ),
+    "several": (
+        "a photo of {} and {} in front of the Eiffel Tower",
+        "a photo of {} and {} shaking hands",
+        "a photo of {} and {} sitting on a sofa",
+        "a photo of {} hugging {}",
+    ),
+}
+"""For people. The authors' page names the Eiffel Tower, the basketball, the cup, closed eyes, the
+beard, old age and the books; the other prompts of these classes are ours."""
+
+THING_PROMPTS: Prompts = {
+    "scenes": (
+        "a photo of a {} in front of the Eiffel Tower",
+        "a photo of a {} on the beach",
+        "a photo of a {} in the snow",
+        "a photo of a {} in the jungle",
+        "a photo of a {} on a wooden floor",
+        "a photo of a {} in a city at night",
+    ),
+    "actions": (
+        "a photo of a {} floating on water",
+        "a photo of a {} on top of a red carpet",
+        "a photo of a {} next to a basketball",
+        "a photo of a {} beside a cup",
+    ),
+    "attributes": (
+        "a photo of a red {}",
+        "a photo of a wet {}",
+        "a photo of a {} wearing a hat",
+        "an oil painting of a {}",
+    ),
+    "several": (
+        "a photo of a {} and a {} on the beach",
+        "a photo of a {} next to a {}",
+    ),
+}
+"""For animals and things; all of them ours."""
+
+TINY_PROMPTS: Prompts = {
+    "scenes": (
+        "a photo of a {} on the beach on the left",
+        "a photo of a {} in the snow on the right",
+        "a photo of a {} in the city in the middle",
+        "a photo of a {} at night on the left",
+    ),
+    "accessories": (
+        "a photo of a {} with a hat in the forest on the right",
+        "a photo of a {} with a crown and a ball in the snow on the left",
+        "a photo of a {} with a hat and a scarf and a ball in the city on the right",
+        "a photo of a {} with a crown and a scarf in the desert in the middle",
+    ),
+    "attributes": (
+        "a photo of a {} with long ears with a ball in the forest on the left",
+        "a photo of a {} with pointy ears with a scarf on the beach on the right",
+        "a photo of a tall {} with a hat in the snow on the left",
+        "a photo of a {} with green stripes with a crown in the city",
+    ),
+}
+"""For the bundled model."""
+
+_PEOPLE = {"person", "man", "woman", "boy", "girl", "child", "baby", "lady", "guy", "face"}
+
+
+def prompts_for(class_word: str, bundled: bool = False) -> Prompts:
+    """The prompts that suit a class word, on the bundled model or another."""
+    if bundled:
+        return TINY_PROMPTS
+    return PERSON_PROMPTS if class_word.lower() in _PEOPLE else THING_PROMPTS
+
+
+def read_prompts(path: str | Path) -> Prompts:
+    """Prompts from a text file, one a line; a line "# scenes" begins a class of that name.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no prompt, or one without {} or with more than two.
+    """
+    classes: dict[str, list[str]] = {}
+    name = "prompts"
+    for number, raw in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        line = raw.strip()
+        if line.startswith("#"):
+            name = line.lstrip("# ") or name
+        elif line:
+            if not 1 <= line.count("{}") <= 2:
+                raise ValueError(
+                    f"{path}, line {number}: {line!r} has {line.count('{}')} times {{}}: write it "
+                    "where the subject stands, or twice for two subjects"
+                )
+            classes.setdefault(name, []).append(line)
+    if not classes:
+        raise ValueError(f"{path} holds no prompt: write one a line, {{}} where the subject stands")
+    return {name: tuple(lines) for name, lines in classes.items()}

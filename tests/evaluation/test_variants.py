@@ -1,0 +1,66 @@
+"""Studies: the settings they name, and one key for equal ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from sefi_fast.evaluation.variants import STUDIES, Variant, make_studies
+from sefi_fast.training import TrainConfig
+
+
+def by_name(name: str, base: TrainConfig | None = None) -> dict[str, Variant]:
+    (study,) = make_studies(name, base)
+    return {variant.name: variant for variant in study.variants}
+
+
+def test_all_means_all():
+    assert [study.name for study in make_studies("all")] == list(STUDIES)
+
+
+def test_equal_settings_are_one_training():
+    sefi = by_name("peers")["sefi"].key
+    assert by_name("lambda")["λ = 0.003"].key == sefi
+    assert by_name("loss")["subject-wise"].key == sefi
+    assert by_name("pairs")["5 split"].key == sefi
+    assert by_name("module")["self-attention module"].key == sefi
+    assert by_name("lambda")["λ = 0"].key == by_name("loss")["none"].key
+
+
+def test_within_a_study_no_two_are_equal():
+    for study in make_studies("all"):
+        assert len({variant.key for variant in study.variants}) == len(study.variants)
+
+
+def test_what_changes_no_number_changes_no_key():
+    base = TrainConfig()
+    same = Variant("a", TrainConfig(keep_checkpoints=7, device="cpu"))
+    assert Variant("b", base).key == same.key
+    assert Variant("b", TrainConfig(steps=base.steps + 1)).key != same.key
+    assert Variant("b", base, scene_named=False).key != same.key
+
+
+def test_peers_have_the_conditioning_of_their_presets_and_equal_steps():
+    peers = by_name("peers", TrainConfig(steps=77, batch_size=3))
+    inversion = peers["Textual Inversion"].config
+    prospect = peers["ProSpect's conditioning"].config
+    assert (inversion.stages, inversion.split, inversion.weight_lambda) == (1, False, 0)
+    assert (prospect.stages, prospect.split, prospect.weight_lambda) == (10, False, 0)
+    for variant in peers.values():
+        assert (variant.config.steps, variant.config.batch_size) == (77, 3)
+    ours = peers["Textual Inversion, our schedule and flips"].config
+    assert (ours.schedule, ours.flip, ours.stages) == ("cosine", True, 1)
+
+
+def test_the_base_holds_for_every_variant():
+    for study in make_studies("all", TrainConfig(precision="bf16", learning_rate=0.1, steps=8)):
+        configs = [variant.config for variant in study.variants]
+        assert all(config.precision == "bf16" for config in configs)
+        assert study.name == "rate" or all(config.learning_rate == 0.1 for config in configs)
+        assert study.name == "steps" or all(config.steps == 8 for config in configs)
+    assert [v.value for v in by_name("pairs").values()] == [1, 3, 5, 7, 9, 10, 1, 5, 10]
+
+
+@pytest.mark.parametrize("name", ["lamda", "", []])
+def test_an_unknown_study_is_told_with_those_there_are(name):
+    with pytest.raises(ValueError, match="lambda, loss, pairs"):
+        make_studies(name)
