@@ -84,23 +84,27 @@ size_t backward(const BackwardCall& call, int threads) {
     const size_t scratch = round_to_line(isa.backward_scratch(call));
     threads = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(units, 1)));
     const Block block = allocate(scratch * size_t(threads));
-    parallel_for(units, threads, [&](int64_t unit, int thread) {
-        // Heads run fastest: their rows lie side by side in memory.
+    // As in the forward pass, a thread takes the heads of the same rows.
+    parallel_for(units, threads, shape.heads, [&](int64_t unit, int thread) {
         const int64_t h = unit % shape.heads, chunk = unit / shape.heads % shape.chunks;
         const int64_t b = unit / shape.heads / shape.chunks;
         const KeyGradients targets{reductions[0].target(shape, b, h, chunk),
                                    reductions[1].target(shape, b, h, chunk),
                                    reductions[2].target(shape, b, h, chunk)};
-        isa.backward(call, b, h, chunk * shape.rows,
-                     std::min(call.queries, (chunk + 1) * shape.rows), targets,
-                     block.get() + scratch * size_t(thread));
+        const int64_t begin = chunk * shape.rows;
+        const int64_t end = std::min(call.queries, begin + shape.rows);
+        if (h == 0 && call.grad_query.data) {
+            fault_in(call.grad_query.at(call.dtype, b, 0, begin),
+                     call.grad_query.at(call.dtype, b, 0, end));
+        }
+        isa.backward(call, b, h, begin, end, targets, block.get() + scratch * size_t(thread));
     });
     size_t used = scratch * size_t(threads);
     for (const Reduction& reduction : reductions) {
         if (!reduction.partials) continue;
         used += reduction.bytes;
         const int64_t samples = reduction.shared ? 1 : shape.batch;
-        parallel_for(samples * shape.heads, threads, [&](int64_t entry, int) {
+        parallel_for(samples * shape.heads, threads, 1, [&](int64_t entry, int) {
             reduction.add(isa, shape, entry / shape.heads, entry % shape.heads);
         });
     }

@@ -11,13 +11,19 @@ public:
     BackwardUnit(const BackwardCall& call, int64_t b, int64_t h, char* memory)
         : call_(call), b_(b), h_(h), keys_(call, b), scratch_(call, memory) {
         pack_keys(call.key, call.dtype, b, h, keys_, call.head_dim, scratch_.key);
-        pack_keys(call.value, call.dtype, b, h, keys_, call.head_dim, scratch_.value);
+        value_ = key_rows(call.value, call.dtype, b, h, keys_, call, scratch_.value);
         float* const all_sums[] = {scratch_.grad_key, scratch_.grad_value, scratch_.grad_reference};
         for (float* sums : all_sums) {
             if (sums) __builtin_memset(sums, 0, size_t(4 * call.keys * scratch_.width));
         }
         if (!call.with_reference()) return;
-        pack_keys(call.reference_key, call.dtype, b, h, keys_, call.head_dim, scratch_.reference);
+        if (call.reference_grad) {
+            pack_keys(call.reference_key, call.dtype, b, h, keys_, call.head_dim, scratch_.reference);
+            reference_ = {scratch_.reference, call.head_dim};
+        } else {
+            reference_ = key_rows(call.reference_key, call.dtype, b, h, keys_, call,
+                                  scratch_.reference);
+        }
         // The factor of A_t - A_r in the gradient of the alignment: 2 g w, mean over heads.
         const float factor = 2.0f * call.grad_alignment[b] / float(call.heads);
         for (int64_t m = 0; m < keys_.count; ++m) {
@@ -57,9 +63,8 @@ private:
             width = round_up(p.head_dim, kLanes);
             key = arena.floats(packed_floats(p));
             value = arena.floats(packed_floats(p));
-            in_place = p.dtype == DType::float32 && p.head_dim % kLanes == 0 &&
-                       p.queries % kMaxTileRows == 0;
-            if (!in_place) {
+            const bool whole = p.head_dim % kLanes == 0 && p.queries % kMaxTileRows == 0;
+            if (p.dtype != DType::float32 || !whole) {
                 query_rows = arena.floats(kMaxTileRows * width);
                 output_rows = arena.floats(kMaxTileRows * width);
             }
@@ -76,24 +81,22 @@ private:
             bytes = arena.used();
         }
         int64_t width;
-        bool in_place;  // whole tiles of float32 rows are read where they are
-        float *key, *value;
+        float *key, *value, *reference = nullptr;
         float *query_rows = nullptr, *output_rows = nullptr;
-        float* columns;                                 // of the query, of grad_output, of grad_query
-        float *target, *slope;                          // A_t; dA_t and then dS_t
-        float *reference = nullptr, *anchor = nullptr;  // anchor: A_r, and then dS_r
+        float* columns;           // of the query, of grad_output, of grad_query
+        float *target, *slope;    // A_t; dA_t and then dS_t
+        float* anchor = nullptr;  // A_r, and then dS_r
         float *grad_key = nullptr, *grad_value = nullptr, *grad_reference = nullptr;
         size_t bytes;
     };
 
-    struct Rows {
-        const float* data;
-        int64_t stride;
-    };
-
     // A tile's rows in float32: where they are, or widened and filled up with zeros.
     Rows rows(const View& view, int64_t n, int64_t count, int64_t tile_rows, float* staging) const {
-        if (scratch_.in_place) {
+        // Behind a row accumulate() reads up to a whole vector, into columns of sums that nobody
+        // wants: of the next head or row, which the tensor's last rows do not have.
+        const int64_t behind = scratch_.width - call_.head_dim;
+        if (call_.dtype == DType::float32 && call_.head_dim % 4 == 0 && count == tile_rows &&
+            (behind == 0 || (n + count < call_.queries && view.row >= behind))) {
             return {reinterpret_cast<const float*>(view.at(call_.dtype, b_, h_, n)), view.row};
         }
         load_rows(view, call_.dtype, b_, h_, n, count, tile_rows, call_.head_dim, scratch_.width,
@@ -115,11 +118,12 @@ private:
         ahead.add(call_.grad_query, call_.dtype, b_, h_, n, count, call_.head_dim);
         ahead.add(call_.query, call_.dtype, b_, h_, n + count, next, call_.head_dim);
         Vec inverse[J], inverse_anchor[J] = {}, row_sum[J] = {};
-        softmax_tile<J>(scratch_.key, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
+        const Rows key{scratch_.key, call_.head_dim};
+        softmax_tile<J>(key, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
                         scratch_.target, inverse, ahead);
         if (call_.with_reference()) {
-            softmax_tile<J>(scratch_.reference, keys_.count, call_.head_dim, scratch_.columns,
-                            scale.factor, scratch_.anchor, inverse_anchor, ahead);
+            softmax_tile<J>(reference_, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
+                            scratch_.anchor, inverse_anchor, ahead);
         }
         Rows grad_output{nullptr, 0};
         if (call_.grad_output.data) {
@@ -148,30 +152,41 @@ private:
         constexpr int64_t kRows = J * kLanes;
         const bool with_maps = call_.map_count && call_.grad_maps;
         if (with_maps) gather_map_gradients<J>(n, count);
-        const auto visit = [&](int64_t m, const Vec (&products)[J]) __attribute__((always_inline)) {
+        struct State {
+            Vec row_sum[J], inverse[J], inverse_anchor[J];
+        } state = {};
+        for (int j = 0; j < J; ++j) {
+            state.inverse[j] = inverse[j];
+            state.inverse_anchor[j] = inverse_anchor[j];
+        }
+        float *const target = scratch_.target, *const anchors = scratch_.anchor;
+        float* const slopes = scratch_.slope;
+        const float* const pull = pull_;
+        const auto visit = [=](int64_t m, const Vec (&products)[J],
+                               State& state) __attribute__((always_inline)) {
             for (int j = 0; j < J; ++j) {
                 const int64_t at = m * kRows + j * kLanes;
-                const Vec p = load(scratch_.target + at) * inverse[j];
+                const Vec p = load(target + at) * state.inverse[j];
                 Vec slope = products[j];
                 if constexpr (kReference) {
-                    const Vec anchor = load(scratch_.anchor + at) * inverse_anchor[j];
-                    slope = fma(broadcast(pull_[m]), p - anchor, slope);
+                    const Vec anchor = load(anchors + at) * state.inverse_anchor[j];
+                    slope = fma(broadcast(pull[m]), p - anchor, slope);
                 }
-                if (with_maps) slope += load(scratch_.slope + at);
-                row_sum[j] = fma(p, slope, row_sum[j]);
-                store(scratch_.target + at, p);
-                store(scratch_.slope + at, slope);
+                if (with_maps) slope += load(slopes + at);
+                state.row_sum[j] = fma(p, slope, state.row_sum[j]);
+                store(target + at, p);
+                store(slopes + at, slope);
             }
         };
         if (call_.grad_output.data) {
-            product<J, Scalars::along_rows>(keys_.count, scratch_.value, call_.head_dim,
-                                            scratch_.columns, kRows, call_.head_dim, visit, &ahead);
-            return;
-        }
-        for (int64_t m = 0; m < keys_.count; ++m) {
+            product<J, Scalars::along_rows>(keys_.count, value_.data, value_.stride,
+                                            scratch_.columns, kRows, call_.head_dim, state, visit,
+                                            &ahead);
+        } else {
             const Vec none[J] = {};
-            visit(m, none);
+            for (int64_t m = 0; m < keys_.count; ++m) visit(m, none, state);
         }
+        for (int j = 0; j < J; ++j) row_sum[j] = state.row_sum[j];
     }
 
     template <int J>
@@ -288,6 +303,7 @@ private:
     const int64_t b_, h_;
     const KeyList keys_;
     const Scratch scratch_;
+    Rows value_{nullptr, 0}, reference_{nullptr, 0};
     float pull_[kMaxKeys];
 };
 

@@ -72,8 +72,6 @@ inline void softmax_rows(float* scores, int64_t stride, const KeyLanes& keys, fl
     }
     float most[16];
     store(most, most_across(rows));
-    // Less than 2**-126 of the row's largest probability stays there, and NaN stays NaN.
-    const Vec lowest = broadcast(-126.0f / factor);
     for (int r = 0; r < 16; ++r) {
         float* row = scores + r * stride;
         if (r % 4 == 0) ahead.step();
@@ -81,8 +79,7 @@ inline void softmax_rows(float* scores, int64_t stride, const KeyLanes& keys, fl
         Vec total{};
 #pragma GCC unroll 8
         for (int64_t v = 0; v < vectors; ++v) {
-            const Vec below = max(lowest, load(row + v * kLanes) - broadcast(most[r]));
-            Vec p = exp2_of_product(below, factor);
+            Vec p = exp2(factor * (load(row + v * kLanes) - broadcast(most[r])));
             if (v + 1 == vectors) p = (Vec)_mm512_maskz_mov_ps(keys.last, (__m512)p);
             total += p;
             store(row + v * kLanes, p);

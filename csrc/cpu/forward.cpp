@@ -21,11 +21,16 @@ size_t forward(const ForwardCall& call, int threads) {
     threads = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(units, 1)));
     const Block block = allocate(scratch * size_t(threads));
     std::vector<double> shares(size_t(call.batch * call.heads * chunks));
-    parallel_for(units, threads, [&](int64_t unit, int thread) {
-        // Heads run fastest: their rows lie side by side in memory.
-        const int64_t groups = call.heads / heads;
+    // Heads run fastest, and one thread takes those of the same rows, which lie side by side in memory
+    // and share cache lines where a row is no whole number of them.
+    const int64_t groups = call.heads / heads;
+    parallel_for(units, threads, groups, [&](int64_t unit, int thread) {
         const int64_t chunk = unit / groups % chunks, b = unit / groups / chunks;
         const int64_t end = std::min(call.queries, (chunk + 1) * kRows);
+        if (unit % groups == 0) {
+            fault_in(call.output.at(call.dtype, b, 0, chunk * kRows),
+                     call.output.at(call.dtype, b, 0, end));
+        }
         for (int64_t h = unit % groups * heads, last = h + heads; h < last; ++h) {
             shares[size_t((b * call.heads + h) * chunks + chunk)] = isa.forward(
                 call, b, h, chunk * kRows, end, block.get() + scratch * size_t(thread));

@@ -12,10 +12,10 @@ class ForwardUnit {
 public:
     ForwardUnit(const ForwardCall& call, int64_t b, int64_t h, char* memory)
         : call_(call), b_(b), h_(h), keys_(call, b), scratch_(call, memory) {
-        pack_keys(call.key, call.dtype, b, h, keys_, call.head_dim, scratch_.key);
+        key_ = key_rows(call.key, call.dtype, b, h, keys_, call, scratch_.key);
         pack_keys(call.value, call.dtype, b, h, keys_, call.head_dim, scratch_.value);
         if (!call.reference_key.data) return;
-        pack_keys(call.reference_key, call.dtype, b, h, keys_, call.head_dim, scratch_.reference);
+        reference_ = key_rows(call.reference_key, call.dtype, b, h, keys_, call, scratch_.reference);
         for (int64_t m = 0; m < keys_.count; ++m) {
             const float* weights = call.token_weights;
             weights_[m] = weights ? weights[b * call.token_weights_batch + keys_.index[m]] : 1.0f;
@@ -90,7 +90,7 @@ private:
         ahead.add(call_.output, call_.dtype, b_, h_, n, count, call_.head_dim);
         ahead.add(call_.query, call_.dtype, b_, h_, n + count, next, call_.head_dim);
         Vec inverse[J];
-        softmax_tile<J>(scratch_.key, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
+        softmax_tile<J>(key_, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
                         scratch_.target, inverse, ahead);
         const double alignment = call_.reference_key.data ? align<J>(inverse, ahead) : 0.0;
         if (call_.map_count) write_maps<J>(n, count, inverse);
@@ -102,7 +102,7 @@ private:
     double align(const Vec (&inverse)[J], Ahead& ahead) {
         constexpr int64_t kRows = J * kLanes;
         Vec inverse_anchor[J];
-        softmax_tile<J>(scratch_.reference, keys_.count, call_.head_dim, scratch_.columns,
+        softmax_tile<J>(reference_, keys_.count, call_.head_dim, scratch_.columns,
                         ScoreScale(call_.scale).factor, scratch_.anchor, inverse_anchor, ahead);
         Vec total[J] = {};
         for (int64_t m = 0; m < keys_.count; ++m) {
@@ -183,6 +183,7 @@ private:
     const int64_t b_, h_;
     const KeyList keys_;
     const Scratch scratch_;
+    Rows key_{nullptr, 0}, reference_{nullptr, 0};
     float weights_[kMaxKeys];
 };
 

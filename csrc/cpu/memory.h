@@ -1,25 +1,25 @@
 // Memory that one call needs besides its inputs and results.
 #pragma once
 
-#include <cstdlib>
+#include <cstddef>
 #include <memory>
-#include <new>
 
 namespace sefi {
 
 struct Free {
-    void operator()(char* block) const { std::free(block); }
+    size_t bytes = 0;
+    void operator()(char* block) const;
 };
 using Block = std::unique_ptr<char, Free>;
 
 inline size_t round_to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Uninitialised, aligned to a cache line.
-inline Block allocate(size_t bytes) {
-    if (bytes == 0) return Block();
-    Block block(static_cast<char*>(std::aligned_alloc(64, round_to_line(bytes))));
-    if (!block) throw std::bad_alloc();
-    return block;
-}
+// Uninitialised, aligned to a cache line. What is freed is kept for the next call, up to 8 MiB in
+// all: fresh pages cost the kernel more than the sums that are written there.
+Block allocate(size_t bytes);
+
+// Has the kernel provide the pages of results about to be written, all at once where it can: a fault
+// for each page of new memory takes several times as long. Their contents stay as they are.
+void fault_in(char* begin, char* end);
 
 }  // namespace sefi

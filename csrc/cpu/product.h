@@ -38,9 +38,9 @@ SEFI_INLINE void multiply_block(const float* a, int64_t a_stride, const float* b
     }
 }
 
-template <int I, int J, Scalars kScalars, class Visit>
+template <int I, int J, Scalars kScalars, class State, class Visit>
 inline void product_block(int64_t i, const float* a, int64_t a_stride, const float* b,
-                          int64_t b_stride, int64_t depth, const Visit& visit) {
+                          int64_t b_stride, int64_t depth, State& state, const Visit& visit) {
     Vec acc[I][J];
 #pragma GCC unroll 16
     for (int r = 0; r < I; ++r) {
@@ -49,36 +49,56 @@ inline void product_block(int64_t i, const float* a, int64_t a_stride, const flo
     }
     const float* first = kScalars == Scalars::along_rows ? a + i * a_stride : a + i;
     multiply_block<I, J, kScalars>(first, a_stride, b, b_stride, depth, acc);
+    // A copy, which no store can alias: it stays in registers for the whole block.
+    State held = state;
     // Unrolled, and visit inlined: an index known only at run time would put them all in memory.
 #pragma GCC unroll 16
-    for (int r = 0; r < I; ++r) visit(i + r, acc[r]);
+    for (int r = 0; r < I; ++r) visit(i + r, acc[r], held);
+    state = held;
 }
 
-template <int I, int J, Scalars kScalars, class Visit>
+template <int I, int J, Scalars kScalars, class State, class Visit>
 SEFI_INLINE void product_dispatch(int64_t size, int64_t i, const float* a, int64_t a_stride,
-                                  const float* b, int64_t b_stride, int64_t depth,
+                                  const float* b, int64_t b_stride, int64_t depth, State& state,
                                   const Visit& visit) {
     if constexpr (I > 1) {
         if (size < I) {
-            product_dispatch<I - 1, J, kScalars>(size, i, a, a_stride, b, b_stride, depth, visit);
+            product_dispatch<I - 1, J, kScalars>(size, i, a, a_stride, b, b_stride, depth, state,
+                                                 visit);
             return;
         }
     }
-    product_block<I, J, kScalars>(i, a, a_stride, b, b_stride, depth, visit);
+    product_block<I, J, kScalars>(i, a, a_stride, b, b_stride, depth, state, visit);
 }
 
-// Calls visit(row, sums) for every row in order, in blocks as equal as can be. Visit must be inlined.
-template <int J, Scalars kScalars, class Visit>
+// Calls visit(row, sums, state) for every row in order, in blocks as equal as can be. Visit must be
+// inlined; state is what it carries from row to row, small and copied freely.
+template <int J, Scalars kScalars, class State, class Visit>
 inline void product(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                    int64_t depth, const Visit& visit, Ahead* ahead = nullptr) {
+                    int64_t depth, State& state, const Visit& visit, Ahead* ahead = nullptr) {
     constexpr int kMost = block_rows(J);
     const int64_t blocks = (rows + kMost - 1) / kMost;
     for (int64_t block = 0, i = 0; block < blocks; ++block) {
         const int64_t size = (rows - i + blocks - block - 1) / (blocks - block);
         if (ahead) ahead->step();
-        product_dispatch<kMost, J, kScalars>(size, i, a, a_stride, b, b_stride, depth, visit);
+        product_dispatch<kMost, J, kScalars>(size, i, a, a_stride, b, b_stride, depth, state, visit);
         i += size;
     }
+}
+
+// The same for a visit(row, sums) that carries nothing.
+template <int J, Scalars kScalars, class Visit>
+SEFI_INLINE void product(int64_t rows, const float* a, int64_t a_stride, const float* b,
+                         int64_t b_stride, int64_t depth, const Visit& visit,
+                         Ahead* ahead = nullptr) {
+    struct Nothing {
+    } nothing;
+    product<J, kScalars>(
+        rows, a, a_stride, b, b_stride, depth, nothing,
+        [=](int64_t i, const Vec (&sums)[J], Nothing&) __attribute__((always_inline)) {
+            visit(i, sums);
+        },
+        ahead);
 }
 
 template <int J>

@@ -60,6 +60,22 @@ inline void pack_keys(const View& view, DType dtype, int64_t b, int64_t h, const
     }
 }
 
+// Float32 rows somewhere: packed in scratch, or where the caller has them.
+struct Rows {
+    const float* data;
+    int64_t stride;
+};
+
+// The listed rows for a product that reads each of them along: in place if all are there in float32.
+inline Rows key_rows(const View& view, DType dtype, int64_t b, int64_t h, const KeyList& keys,
+                     const Problem& p, float* packed) {
+    if (dtype == DType::float32 && keys.count == p.keys) {
+        return {reinterpret_cast<const float*>(view.at(dtype, b, h, 0)), view.row};
+    }
+    pack_keys(view, dtype, b, h, keys, p.head_dim, packed);
+    return {packed, p.head_dim};
+}
+
 inline int64_t packed_floats(const Problem& p) { return p.keys * p.head_dim + kLanes; }
 
 // `count` query rows in float32, [tile_rows, width]; what is beyond head_dim or count is zero.

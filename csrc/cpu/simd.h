@@ -28,7 +28,8 @@ constexpr int kLanes = 4, kRegisters = 32;
 #else
 constexpr int kLanes = 4, kRegisters = 16;
 #endif
-// Query rows lie along the lanes; a full tile is this many vectors wide.
+// Query rows lie along the lanes; a full tile is this many vectors wide. Keys and sums come from the
+// second-level cache once a tile: wide tiles pay where the registers can hold them.
 constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -89,28 +90,30 @@ SEFI_INLINE float sum(Vec v) {
     return total;
 }
 
-// 2**(factor * x) for 0 >= x >= -126 / factor, exactly 1 at zero, relative error below 1.5 ulp.
-// The product with the factor is never rounded as a whole: it may be large.
-SEFI_INLINE Vec exp2_of_product(Vec x, float factor) {
+// 2**x for x <= 0, exactly 1 at zero, relative error below 1 ulp; NaN stays NaN. What is too small
+// becomes zero, or 2**-126 where the processor cannot scale by powers of two itself.
+SEFI_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512DQ__)
+    const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+    x = max(broadcast(-126.0f), x);
     // Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits of the sum.
     const Vec magic = broadcast(12582912.0f);
-    const Vec shifted = fma(x, broadcast(factor), magic);
-#if defined(__FMA__) || defined(__aarch64__)
-    const Vec f = fma(x, broadcast(factor), magic - shifted);
-#else
-    // Halves of both factors, so that the large part of the product is exact.
-    const IntVec upper = IntVec{} + int32_t(0xfffff000);
-    const Vec x_high = (Vec)((IntVec)x & upper), all = broadcast(factor);
-    const Vec high = (Vec)((IntVec)all & upper);
-    const Vec f = (x_high * high + (magic - shifted)) + (x_high * (all - high) + (x - x_high) * all);
+    const Vec shifted = (x - 0.5f) + magic;
+    const Vec f = x - (shifted - magic);
 #endif
-    Vec p = fma(f, broadcast(1.5353362e-4f), broadcast(1.3398875e-3f));
-    p = fma(f, p, broadcast(9.6184369e-3f));
-    p = fma(f, p, broadcast(5.5503324e-2f));
-    p = fma(f, p, broadcast(2.4022648e-1f));
-    p = fma(f, p, broadcast(6.9314718e-1f));
+    // 2**f for 0 <= f <= 1, within 2e-9 before rounding.
+    Vec p = fma(f, broadcast(2.16129158e-4f), broadcast(1.24678462e-3f));
+    p = fma(f, p, broadcast(9.67545159e-3f));
+    p = fma(f, p, broadcast(5.54852806e-2f));
+    p = fma(f, p, broadcast(2.40229306e-1f));
+    p = fma(f, p, broadcast(6.93147044e-1f));
     p = fma(f, p, broadcast(1.0f));
+#if defined(__AVX512DQ__)
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
     return (Vec)((IntVec)p + ((IntVec)shifted << 23));
+#endif
 }
 
 }  // namespace SEFI_ISA

@@ -27,18 +27,30 @@ GompParallel find_openmp() { return reinterpret_cast<GompParallel>(dlsym(RTLD_DE
 
 struct Job {
     const std::function<void(int64_t, int)>& work;
-    const int64_t count;
+    const int64_t count, neighbours;
+    const int seats;
     std::atomic<int64_t> next{0};
     std::atomic<int> threads{0};
     std::mutex failed;
     std::exception_ptr failure;
 
-    Job(const std::function<void(int64_t, int)>& work, int64_t count) : work(work), count(count) {}
+    // The next indices for one thread: half of its share of what is left, so that all end together.
+    bool take(int64_t& first, int64_t& last) {
+        first = next.load();
+        do {
+            if (first >= count) return false;
+            const int64_t share = (count - first) / (2 * seats);
+            last = first + std::clamp<int64_t>(share, 1, neighbours);
+        } while (!next.compare_exchange_weak(first, last));
+        return true;
+    }
 
     void run() noexcept {
         const int thread = threads.fetch_add(1);
         try {
-            for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, thread);
+            for (int64_t i, last; take(i, last);) {
+                for (; i < last; ++i) work(i, thread);
+            }
         } catch (...) {
             next.store(count);
             const std::lock_guard<std::mutex> lock(failed);
@@ -114,9 +126,10 @@ GompParallel openmp() {
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t, int)>& work) {
-    threads = int(std::min<int64_t>(threads, count));
-    Job job(work, count);
+void parallel_for(int64_t count, int threads, int64_t neighbours,
+                  const std::function<void(int64_t, int)>& work) {
+    threads = std::max(1, int(std::min<int64_t>(threads, count)));
+    Job job{work, count, neighbours, threads};
     if (threads <= 1) {
         job.run();
     } else if (const GompParallel parallel = openmp()) {

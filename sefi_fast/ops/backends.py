@@ -24,18 +24,14 @@ _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 @functools.cache
 def _import(name: str) -> ModuleType | str:
     """The backend's module, or one sentence why it cannot be imported."""
+    if name not in NAMES:
+        raise BackendError(
+            f"unknown backend {name!r}: choose one of {', '.join(NAMES)}, or None for the best here"
+        )
     try:
         return importlib.import_module(f"sefi_fast.ops.{name}")
     except ImportError as error:
         return f"its module cannot be imported ({error})"
-
-
-def _known(name: str) -> str:
-    if name in NAMES:
-        return name
-    raise BackendError(
-        f"unknown backend {name!r}: choose one of {', '.join(NAMES)}, or None for the best here"
-    )
 
 
 def load(name: str) -> ModuleType:
@@ -44,14 +40,14 @@ def load(name: str) -> ModuleType:
     Raises:
         BackendError: there is no backend of that name, or its module cannot be imported here.
     """
-    module = _import(_known(name))
+    module = _import(name)
     if isinstance(module, str):
         raise BackendError(f"backend {name!r} is not there: {module}")
     return module
 
 
 def _why_not(name: str, tensors: _Tensors) -> str | None:
-    module = _import(_known(name))
+    module = _import(name)
     return module if isinstance(module, str) else module.why_not(*tensors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,43 +30,7 @@ def why_not(query: Tensor, key: Tensor) -> str | None:
     return None
 
 
-class Inputs:
-    """The operator's inputs in layouts a native module reads; keeps copies it made alive."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        reference_key: Tensor | None,
-        token_weights: Tensor | None,
-        key_mask: Tensor | None,
-        map_tokens: Tensor | None,
-    ) -> None:
-        self.tensors = [
-            None if tensor is None else _dense_rows(tensor)
-            for tensor in (query, key, value, reference_key)
-        ]
-        self.rows = [
-            None if tensor is None else tensor.contiguous()
-            for tensor in (token_weights, key_mask, map_tokens)
-        ]
-        self.sizes = (*query.shape[:3], key.shape[2], query.shape[3])
-        self.code = _CODES[query.dtype]
-
-    def arguments(
-        self, scale: float, map_all_heads: bool
-    ) -> tuple[tuple[int, ...], int, float, list[View], list[Rows], bool]:
-        return (
-            self.sizes,
-            self.code,
-            scale,
-            [_view(tensor) for tensor in self.tensors],
-            [_ABSENT_ROWS if t is None else (t.data_ptr(), *t.shape) for t in self.rows],
-            map_all_heads,
-        )
-
-
+InputArguments = tuple[tuple[int, ...], int, float, list[View], list[Rows], bool]
 ForwardArguments = tuple[tuple[int, ...], int, float, list[View], list[Rows], bool, View, int, int]
 BackwardArguments = tuple[
     tuple[int, ...], int, float, list[View], list[Rows], bool, View, int, int, bool, list[View]
@@ -78,8 +43,8 @@ class ForwardCall(NamedTuple):
     results: tuple[Tensor, Tensor, Tensor]
     """Output, alignment and maps, to be written."""
     arguments: ForwardArguments | None
-    held: tuple[object, ...]
-    """What the addresses among the arguments point into."""
+    held: Sequence[Tensor]
+    """Copies that addresses among the arguments point into."""
 
 
 class BackwardCall(NamedTuple):
@@ -88,7 +53,7 @@ class BackwardCall(NamedTuple):
     results: Gradients
     """Gradients of query, key, value and reference key, to be written or zero already."""
     arguments: BackwardArguments | None
-    held: tuple[object, ...]
+    held: Sequence[Tensor]
 
 
 def forward_call(
@@ -112,14 +77,17 @@ def forward_call(
     maps = query.new_empty(shape, dtype=torch.float32)
     if query.numel() == 0:
         return ForwardCall((output, alignment.zero_(), maps.zero_()), None, ())
-    inputs = Inputs(query, key, value, reference_key, token_weights, key_mask, map_tokens)
+    held: list[Tensor] = []
     arguments = (
-        *inputs.arguments(scale, map_all_heads),
-        _view(output),
+        *_inputs(
+            query, key, value, reference_key, token_weights, key_mask, map_tokens,
+            map_all_heads, scale, held,
+        ),
+        _view(output, held),
         alignment.data_ptr(),
         maps.data_ptr(),
-    )
-    return ForwardCall((output, alignment, maps), arguments, (inputs,))
+    )  # fmt: skip
+    return ForwardCall((output, alignment, maps), arguments, held)
 
 
 def backward_call(
@@ -141,65 +109,101 @@ def backward_call(
 ) -> BackwardCall:
     """Lay out validated inputs, gradients of the outputs and those that `needs` asks for."""
     through_reference = reference_grad and reference_key is not None and grad_alignment is not None
-    tensors = (query, key, value, reference_key)
-    grads = [
-        _like(tensor) if need and tensor is not None else None
-        for tensor, need in zip(tensors, needs, strict=True)
-    ]
-    if query.numel() == 0:
-        return BackwardCall(
-            _four([grad if grad is None else grad.zero_() for grad in grads]), None, ()
-        )
-    written = list(grads)
     # The softmax over a single key is constant: nothing reaches its score, not even rounding.
     scores = key.shape[2] > 1
-    reached = (scores, scores, grad_output is not None, scores and through_reference)
-    for place, grad in enumerate(grads):
-        if grad is not None and not reached[place]:
+    empty = query.numel() == 0
+    grads: list[Tensor | None] = []
+    written: list[View] = []
+    held: list[Tensor] = []
+    for tensor, need, reached in (
+        (query, needs[0], scores),
+        (key, needs[1], scores),
+        (value, needs[2], grad_output is not None),
+        (reference_key, needs[3], scores and through_reference),
+    ):
+        grad = _like(tensor) if need and tensor is not None else None
+        grads.append(grad)
+        if grad is None or (reached and not empty):
+            written.append(_view(grad, held))
+        else:
             grad.zero_()
-            written[place] = None
-    if all(grad is None for grad in written):
-        return BackwardCall(_four(grads), None, ())
-    inputs = Inputs(query, key, value, reference_key, token_weights, key_mask, map_tokens)
-    if grad_output is not None:
-        grad_output = _dense_rows(grad_output.to(query.dtype))
-    # Gradients of sums come expanded, one number for all entries.
-    if grad_alignment is not None:
-        grad_alignment = grad_alignment.to(torch.float32).contiguous()
-    if grad_maps is not None:
-        grad_maps = grad_maps.to(torch.float32).contiguous()
+            written.append(_ABSENT_VIEW)
+    results = (grads[0], grads[1], grads[2], grads[3])
+    if written.count(_ABSENT_VIEW) == len(written):
+        return BackwardCall(results, None, ())
+    if grad_output is not None and grad_output.dtype != query.dtype:
+        grad_output = grad_output.to(query.dtype)
+        held.append(grad_output)
     arguments = (
-        *inputs.arguments(scale, map_all_heads),
-        _view(grad_output),
-        _address(grad_alignment),
-        _address(grad_maps),
+        *_inputs(
+            query, key, value, reference_key, token_weights, key_mask, map_tokens,
+            map_all_heads, scale, held,
+        ),
+        _view(grad_output, held),
+        _address(grad_alignment, held, torch.float32),
+        _address(grad_maps, held, torch.float32),
         reference_grad,
-        [_view(grad) for grad in written],
+        written,
+    )  # fmt: skip
+    return BackwardCall(results, arguments, held)
+
+
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    map_all_heads: bool,
+    scale: float,
+    held: list[Tensor],
+) -> InputArguments:
+    """The operator's inputs in layouts a native module reads."""
+    return (
+        (*query.shape[:3], key.shape[2], query.shape[3]),
+        _CODES[query.dtype],
+        scale,
+        [_view(query, held), _view(key, held), _view(value, held), _view(reference_key, held)],
+        [_rows(token_weights, held), _rows(key_mask, held), _rows(map_tokens, held)],
+        map_all_heads,
     )
-    held = (inputs, grad_output, grad_alignment, grad_maps)
-    return BackwardCall(_four(grads), arguments, held)
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _like(tensor: Tensor) -> Tensor:
     """Uninitialised [B, H, L, D] as a view of a contiguous [B, L, H, D]."""
     batch, heads, length, width = tensor.shape
-    return tensor.new_empty(batch, length, heads, width).transpose(1, 2)
+    row = heads * width
+    return tensor.new_empty_strided((batch, heads, length, width), (length * row, width, row, 1))
 
 
-def _view(tensor: Tensor | None) -> View:
+def _view(tensor: Tensor | None, held: list[Tensor]) -> View:
+    """Address and strides of a tensor, or of a copy with a dense last axis where it has none.
+
+    Copies go into `held`, which must live as long as their addresses are used.
+    """
     if tensor is None:
         return _ABSENT_VIEW
-    batch, head, row, _ = tensor.stride()
+    batch, head, row, last = tensor.stride()
+    if last != 1 and tensor.shape[3] > 1:
+        tensor = tensor.contiguous()
+        held.append(tensor)
+        batch, head, row, _ = tensor.stride()
     return (tensor.data_ptr(), tensor.shape[0], batch, head, row)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _rows(tensor: Tensor | None, held: list[Tensor]) -> Rows:
+    if tensor is None:
+        return _ABSENT_ROWS
+    return (_address(tensor, held), *tensor.shape)
 
 
-def _four(grads: list[Tensor | None]) -> Gradients:
-    return grads[0], grads[1], grads[2], grads[3]
+def _address(tensor: Tensor | None, held: list[Tensor], dtype: torch.dtype | None = None) -> int:
+    """Of a dense tensor. Gradients of sums come expanded, one number for all entries."""
+    if tensor is None:
+        return 0
+    dense = (tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)).contiguous()
+    if dense is not tensor:
+        held.append(dense)
+    return dense.data_ptr()

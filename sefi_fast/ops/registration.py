@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from sefi_fast.ops.backends import choose_backend, load
 
@@ -116,7 +118,7 @@ def _run_backward(
         map_all_heads=map_all_heads,
         scale=scale,
         reference_grad=reference_grad,
-        needs=tuple(needs),
+        needs=(needs[0], needs[1], needs[2], needs[3]),
     )
     # The registered op has no None among its results: only the wanted gradients, in order.
     return [grad for grad in grads if grad is not None]
@@ -157,21 +159,40 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
+def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether below autograd the dispatcher would go straight to the backend of CPU tensors."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            (type(tensor) is not Tensor and type(tensor) is not Parameter)
+            or not tensor.is_cpu
+            or tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def _below_autograd(op: Any, run: Any, arguments: Sequence[Any], tensors: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        # The dispatcher would box every argument only to find `run`, and that on cold caches.
+        return run(*arguments) if _is_plain(tensors) else op(*arguments)
+
+
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments[:_TENSORS])
         ctx.options = arguments[_TENSORS:]
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward_op(*arguments)
+        return _below_autograd(forward_op, _run_forward, arguments, arguments[:_TENSORS])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:4])
         _, _, reference_grad, _ = ctx.options
         needs[3] = needs[3] and reference_grad
-        if all(grad is None for grad in grads) or not any(needs):
+        if (grads[0] is None and grads[1] is None and grads[2] is None) or True not in needs:
             return (None,) * _ARGUMENTS
         # Not through the dispatcher, which would only come back to this very function.
         found = iter(_autograd_backward(*grads, *ctx.saved_tensors, *ctx.options, needs))
@@ -182,8 +203,8 @@ class _Forward(torch.autograd.Function):
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(backward_op(*arguments))
+        tensors = arguments[: 3 + _TENSORS]
+        return tuple(_below_autograd(backward_op, _run_backward, arguments, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
@@ -197,23 +218,24 @@ def _nothing_to_record(tensors: tuple[Any, ...]) -> bool:
     """Whether autograd, reverse or forward, has no interest in a call with these tensors."""
     if forward_ad._current_level >= 0:
         return False
-    return not torch.is_grad_enabled() or not any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return False
+    return True
 
 
 def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     # An autograd.Function costs several microseconds even where it records nothing.
     if _nothing_to_record(arguments[:4]):
-        with torch._C._AutoDispatchBelowAutograd():
-            return forward_op(*arguments)
+        return _below_autograd(forward_op, _run_forward, arguments, arguments[:_TENSORS])
     return _Forward.apply(*arguments)
 
 
 def _autograd_backward(*arguments: Any) -> list[Tensor]:
     if _nothing_to_record(arguments[: 3 + _TENSORS]):
-        with torch._C._AutoDispatchBelowAutograd():
-            return backward_op(*arguments)
+        tensors = arguments[: 3 + _TENSORS]
+        return _below_autograd(backward_op, _run_backward, arguments, tensors)
     return list(_Backward.apply(*arguments))
 
 
