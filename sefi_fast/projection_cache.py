@@ -1,4 +1,4 @@
-"""Keys and values of a whole packed prompt, projected once a layer and kept with the prompt."""
+"""Keys and values of a whole prompt, projected once a layer and kept with the prompt."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def stage_key_value(
 ) -> tuple[Tensor, Tensor] | None:
     """Key and value of the stage that `encoder_hidden_states` was selected from, or None.
 
-    The stage hook leaves on the selected tensor which packed prompt and which stage it came from.
-    The first call of a layer projects all stages of that prompt and keeps them on the prompt, later
-    calls pick a stage on the device; what is kept dies with the prompt.
+    The stage hook leaves on the selected tensor which prompt and which stage of it it came from;
+    a plain prompt has no stages and is both streams. The first call of a layer projects all stages
+    of that prompt and keeps them on the prompt, later calls pick one; what is kept dies with the
+    prompt.
 
     Args:
         attn: the cross-attention layer, whose to_k and to_v must be plain nn.Linear.
@@ -40,48 +41,48 @@ def stage_key_value(
     source = getattr(encoder_hidden_states, "sefi_source", None)
     if source is None or attn.norm_cross is not None:
         return None
-    packed, stage, tokens = source
-    if packed.is_inference():
+    prompt, stage, tokens = source
+    if prompt.is_inference():
         return None
     if not (_is_plain(attn.to_k) and _is_plain(attn.to_v)):
         return None
     # A pipeline may hand on a fresh slice of its prompt at each step (ControlNet's guess mode):
     # what is projected is then kept on the tensor that the slices view.
-    holder = packed if packed._base is None else packed._base
+    holder = prompt if prompt._base is None else prompt._base
     kept: dict[Any, Any] = holder.__dict__.setdefault("sefi_projections", {})
-    place = (id(attn), packed.storage_offset(), packed.shape, packed.stride())
-    fingerprint = (packed._version, dtype, _fingerprint(attn.to_k), _fingerprint(attn.to_v))
+    place = (id(attn), prompt.storage_offset(), prompt.shape, prompt.stride())
+    fingerprint = (prompt._version, dtype, _fingerprint(attn.to_k), _fingerprint(attn.to_v))
     entry = kept.get(place)
     if entry is None or entry[0] != fingerprint:
         if entry is None:
             width = attn.to_k.out_features + attn.to_v.out_features
-            size = packed.shape[0] * (packed.shape[1] // 2) * width * dtype.itemsize
+            rows = prompt.shape[1] if stage is None else prompt.shape[1] // 2
+            size = prompt.shape[0] * rows * width * dtype.itemsize
             taken = holder.__dict__.get("sefi_projected_bytes", 0) + size
             if taken > MOST_BYTES:
                 return None
             holder.__dict__["sefi_projected_bytes"] = taken
-        streams = unpack(packed, tokens)
-        entry = (
-            fingerprint,
-            _project(attn.to_k, streams[:, :, 0]),
-            _project(attn.to_v, streams[:, :, 1]),
-        )
+        if stage is None:
+            entry = (fingerprint, attn.to_k(prompt), attn.to_v(prompt))
+        else:
+            streams = unpack(prompt, tokens).transpose(0, 1)
+            entry = (fingerprint, attn.to_k(streams[:, :, 0]), attn.to_v(streams[:, :, 1]))
         kept[place] = entry
+    if stage is None:
+        return entry[1], entry[2]
     return _pick(entry[1], stage), _pick(entry[2], stage)
 
 
-def _project(linear: nn.Module, stream: Tensor) -> Tensor:
-    """[B, S, M, C] → [B, S, M, inner], as one call on a longer sentence."""
-    batch, stages, tokens, width = stream.shape
-    projected = linear(stream.reshape(batch, stages * tokens, width))
-    return projected.view(batch, stages, tokens, -1)
-
-
 def _pick(projected: Tensor, stage: Tensor) -> Tensor:
-    """[B, S, M, inner] → [B, M, inner] by one stage for all or one a sample, without a sync."""
-    if stage.numel() == 1:
-        return projected.index_select(1, stage.reshape(1)).squeeze(1)
-    return projected[torch.arange(len(projected), device=projected.device), stage]
+    """[S, B, M, inner] → [B, M, inner] by one stage for all or one a sample.
+
+    On the CPU without a copy, elsewhere without waiting for the device.
+    """
+    if stage.numel() > 1:
+        return projected[stage, torch.arange(projected.shape[1], device=projected.device)]
+    if stage.device.type == "cpu":
+        return projected[int(stage)]
+    return projected.index_select(0, stage.reshape(1)).squeeze(0)
 
 
 def _is_plain(module: nn.Module) -> bool:

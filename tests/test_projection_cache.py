@@ -81,6 +81,24 @@ def test_a_prompt_is_projected_once_for_all_steps(split_unet, projections):
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("length", [TOKENS, 2 * TOKENS, 3])
+def test_a_plain_prompt_is_projected_once_too(split_unet, projections, length):
+    sample, timestep = unet_inputs()
+    plain = torch.randn(BATCH, length, WIDTH, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        outputs = [split_unet(sample, torch.tensor(t), plain).sample for t in (900, 420)]
+        assert set(projections.values()) == {1}
+        plain.mul_(-1)
+        changed = split_unet(sample, timestep, plain).sample
+        assert set(projections.values()) == {2}
+    size = sum(part.numel() * 4 for _, *both in plain.sefi_projections.values() for part in both)
+    assert plain.sefi_projected_bytes == size
+    expected = split_unet(sample, timestep, -plain).sample
+    torch.testing.assert_close(outputs[1], expected, rtol=0, atol=2e-5)
+    expected = split_unet(sample, timestep, plain.clone()).sample
+    torch.testing.assert_close(changed, expected, rtol=0, atol=2e-5)
+
+
 def test_each_sample_gets_the_stage_of_its_own_timestep(split_unet):
     sample, _ = unet_inputs()
     packed = packed_prompt()

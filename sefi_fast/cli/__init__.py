@@ -1,4 +1,4 @@
-"""The command `sefi-fast`: train, train-many, generate, maps, info and demo, a module each."""
+"""The command `sefi-fast`, a module for each subcommand; `interchange` has export and import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from collections.abc import Callable, Sequence
 from sefi_fast import __version__
 from sefi_fast.errors import SefiError
 
-_COMMANDS = ("train", "train-many", "generate", "maps", "info", "demo")
+_COMMANDS = (
+    "train",
+    "train-many",
+    "generate",
+    "maps",
+    "swap",
+    "interchange",
+    "evaluate",
+    "info",
+    "demo",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sefi_fast.cli.options import add_sampling, attached_pipeline
+from sefi_fast.cli.options import add_prompt, add_sampling, attached_pipeline, save_pictures
 
 
 def add(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("generate", help="make pictures from a prompt")
+    add_prompt(parser)
     add_sampling(parser)
     parser.add_argument("-n", "--number", type=int, default=4, help="how many (default: 4)")
     parser.add_argument(
@@ -26,10 +27,6 @@ def _generate(options: argparse.Namespace) -> int:
     if options.number < 1:
         raise ValueError(f"--number is {options.number}: give 1 or more")
     pipe, sampling = attached_pipeline(options)
-    options.output.mkdir(parents=True, exist_ok=True)
     pictures = generate(pipe, options.prompt, n=options.number, **sampling)
-    for index, picture in enumerate(pictures):
-        path = options.output / f"{options.seed + index:05d}.png"
-        picture.save(path)
-        print(path)
+    save_pictures(pictures, options.output, options.seed)
     return 0

@@ -6,8 +6,14 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sefi_fast.cli.pictures import add_pictures, check_pictures, check_steps, with_pictures
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +24,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """The prompt, the subjects, and how to draw."""
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """The prompt, in its place on the command line."""
     parser.add_argument("prompt", help="what to draw; a subject stands in it by its placeholder")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The subjects, and how to draw."""
     parser.add_argument(
         "-s", "--subject", type=Path, action="append", default=[], metavar="FILE",
         help="a subject file; may be given several times",
@@ -30,6 +40,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--seed", type=int, default=0)
+    add_pictures(parser)
 
 
 def add_config_fields(parser: argparse.ArgumentParser) -> None:
@@ -64,24 +75,32 @@ def config_overrides(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def attached_pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The pipeline with the subjects attached, and the sampling settings to call it with."""
+def attached_pipeline(
+    options: argparse.Namespace, prompts: Sequence[str] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline with the subjects attached, and the sampling settings to call it with.
+
+    prompts: what will be drawn, of which at least one must name a subject; default: the one prompt.
+    """
     from sefi_fast.errors import PromptError
     from sefi_fast.pipelines import attach, load_pipeline
     from sefi_fast.subject import Subject
     from sefi_fast.tiny_world import SAMPLING
 
+    check_pictures(options)
+    texts = [options.prompt] if prompts is None else list(prompts)
     subjects = [Subject.load(path) for path in options.subject]
-    if subjects and not any(subject.placeholder in options.prompt for subject in subjects):
-        names = ", ".join(subject.placeholder for subject in subjects)
-        raise PromptError(
-            f"the prompt {options.prompt!r} names none of its subjects: write {names} where the "
-            "subject shall stand"
-        )
+    for subject in subjects:
+        if not any(subject.placeholder in text for text in texts):
+            raise PromptError(
+                f"{' and '.join(map(repr, texts))} does not name the subject "
+                f"{subject.placeholder}: write it where the {subject.class_word} shall stand, or "
+                "leave its file out"
+            )
     model = options.model
     if model is None and subjects:
         model = subjects[0].settings.get("model")
-    pipe = load_pipeline(model)
+    pipe, pictures = with_pictures(options, load_pipeline(model))
     if subjects:
         attach(pipe, subjects)
     given = {
@@ -91,7 +110,18 @@ def attached_pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
         "seed": options.seed,
     }
     usual = dict(SAMPLING) if model is None else {}
-    return pipe, usual | {name: value for name, value in given.items() if value is not None}
+    chosen = usual | {name: value for name, value in given.items() if value is not None}
+    check_steps(chosen | pictures)
+    return pipe, chosen | pictures
+
+
+def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> None:
+    """Write each picture under the number of its seed, and print where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures, seed):
+        path = folder / f"{number:05d}.png"
+        picture.save(path)
+        print(path)
 
 
 def _shown(field: dataclasses.Field[Any]) -> Any:

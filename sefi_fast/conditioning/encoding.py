@@ -125,16 +125,28 @@ def encode_with_pooled(
             )
     stages = _common_stages([subject.stages for subject in chosen])
     device = getattr(pipe, "_execution_device", None) or parts[0].text_encoder.device
+    # Several pictures of one prompt, and a hundred subjects attached, cost no more than one.
+    distinct = {
+        pair: place for place, pair in enumerate(dict.fromkeys(zip(prompts, second, strict=True)))
+    }
+    named = [s for s in chosen if any(s.placeholder in text for pair in distinct for text in pair)]
     streams, pooled = [], None
     for number, part in enumerate(parts):
-        texts = prompts if number == 0 else second
+        texts = [pair[number] for pair in distinct]
         own, pooled = _encode_part(
-            part, number, texts, chosen, stages, device, clip_skip, penultimate=len(parts) > 1
+            part, number, texts, named, stages, device, clip_skip, penultimate=len(parts) > 1
         )
         streams.append(own)
     dtype = parts[-1].text_encoder.dtype
     packed = pack(torch.cat([own.to(device, dtype) for own in streams], -1))
-    return Encoded(packed, None if pooled is None else pooled.to(device, dtype))
+    pooled = None if pooled is None else pooled.to(device, dtype)
+    if len(distinct) < len(prompts):
+        places = torch.tensor(
+            [distinct[pair] for pair in zip(prompts, second, strict=True)], device=device
+        )
+        packed = packed[places]
+        pooled = None if pooled is None else pooled[places]
+    return Encoded(packed, pooled)
 
 
 def _encode_part(

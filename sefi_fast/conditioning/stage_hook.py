@@ -88,12 +88,15 @@ class StageHook:
                     f" + 1 rows) nor a plain one (up to {tokens} rows, or a multiple of that); "
                     "make them with sefi_fast.encode for this pipeline"
                 )
-            return torch.cat([prompt, prompt], dim=1)
+            return self._with_source(torch.cat([prompt, prompt], dim=1), prompt, None)
         stage = stage_index(prompt, tokens, timestep, self.num_train_timesteps)
         selected = take_stage(prompt, tokens, stage)
+        return self._with_source(selected, prompt, stage)
+
+    def _with_source(self, selected: Tensor, prompt: Tensor, stage: Tensor | None) -> Tensor:
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            # Lets the processors reuse projections of all stages; they die with the prompt.
-            selected.sefi_source = (prompt, stage, tokens)  # type: ignore[attr-defined]
+            # Lets the processors reuse projections of the whole prompt; they die with it.
+            selected.sefi_source = (prompt, stage, self.tokens_per_stream)  # type: ignore[attr-defined]
         return selected
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sefi_fast.conditioning import Encoded, encode_with_pooled, text_parts
 from sefi_fast.conditioning.prompt import TOKENIZING
-from sefi_fast.pipelines.families import conditioned_models, is_sdxl
+from sefi_fast.pipelines.families import conditioned_models, is_sdxl, unwrap
 from sefi_fast.pipelines.installation import adopt, install, uninstall
+from sefi_fast.pipelines.placeholder_guard import copy_guard, guard, unguard
 from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, own_arguments
 from sefi_fast.pipelines.same_packing import same_packing, stages_of
 from sefi_fast.pipelines.text_lora import text_lora
@@ -50,6 +51,7 @@ class PromptEncoder:
         # What inspect.signature shows of this object: that of the function it stands in for.
         self.__signature__ = inspect.signature(self._own(pipe))
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._text_encoders: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @classmethod
     def of(cls, pipe: Any) -> PromptEncoder | None:
@@ -101,6 +103,9 @@ class PromptEncoder:
             model = copy.deepcopy(model, memo)
             adopt(model, copied)
             copied._models.add(model)
+        copied._text_encoders = weakref.WeakSet()
+        for text_encoder in self._text_encoders:
+            copied._text_encoders.add(copy_guard(text_encoder, self, copied, memo))
         return copied
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
@@ -239,7 +244,18 @@ class PromptEncoder:
         for model in [m for m in self._models if m not in models]:
             uninstall(model, self)
             self._models.discard(model)
+        self._guard_text_encoders(pipe)
         return missing
+
+    def _guard_text_encoders(self, pipe: Any) -> None:
+        parts = text_parts(pipe)
+        for part in parts:
+            guard(unwrap(part.text_encoder), self, part.tokenizer)
+            self._text_encoders.add(unwrap(part.text_encoder))
+        present = [unwrap(part.text_encoder) for part in parts]
+        for text_encoder in [x for x in self._text_encoders if x not in present]:
+            unguard(text_encoder, self)
+            self._text_encoders.discard(text_encoder)
 
     def _restore_what_was_replaced(self, pipe: Any) -> None:
         missing = self._prepare_models(pipe)
@@ -254,6 +270,9 @@ class PromptEncoder:
         for model in list(self._models):
             uninstall(model, self)
         self._models.clear()
+        for text_encoder in list(self._text_encoders):
+            unguard(text_encoder, self)
+        self._text_encoders.clear()
 
 
 def _pooled_width(pipe: Any) -> int:

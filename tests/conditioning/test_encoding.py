@@ -92,6 +92,7 @@ def test_several_subjects_of_different_stages_and_kinds(sd15_pipeline):
         (["a <two>"], 4),
         (["a <me> and <two>"], 20),
         (["a <me>", "a hat", "a <it>", "a <two> and a <two>"], 10 + 1 + 5 + 4),
+        (["a <me>", "a hat", "a <me>", "a <me>", "a hat"], 10 + 1),
     ],
 )
 def test_each_distinct_sequence_is_encoded_once(sd15_pipeline, sequences, prompts, count):
@@ -103,6 +104,15 @@ def test_each_distinct_sequence_is_encoded_once(sd15_pipeline, sequences, prompt
     found = encode(sd15_pipeline, prompts, subjects=subjects)
     assert sequences == [count]
     assert found.shape == (len(prompts), 10 * 2 * 77 + 1, 48)
+
+
+def test_prompts_that_come_again_keep_their_places(sd15_pipeline):
+    prompts = ["a <me>", "a hat", "a <me>", "a <me> with a hat", "a hat"]
+    subjects = [make_subject(sd15_pipeline), make_subject(sd15_pipeline, "<no>", "dog", stages=2)]
+    together = encode(sd15_pipeline, prompts, subjects=subjects)
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = encode(sd15_pipeline, prompt, subjects=subjects)[0]
+        torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_without_a_placeholder_is_the_plain_prompt(sd15_pipeline):

@@ -141,8 +141,11 @@ def test_the_source_is_told_when_sampling_only():
     source, stage, tokens = selected.sefi_source
     assert source is packed and tokens == 4
     assert stage.tolist() == [0, 2]
+    plain = torch.zeros(2, 4, 3)
     with torch.no_grad():
-        assert not hasattr(model(sample, 500, torch.zeros(2, 4, 3)), "sefi_source")
+        source, stage, tokens = model(sample, 500, plain).sefi_source
+    assert source is plain and stage is None and tokens == 4
+    assert not hasattr(model(sample, 500, plain), "sefi_source")
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

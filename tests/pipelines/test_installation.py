@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import (
     AttnProcessor2_0,
     PAGIdentitySelfAttnProcessor2_0,
     SlicedAttnProcessor,
+    XFormersAttnProcessor,
 )
 from pipelines.sampling import draw, state_of
 
@@ -115,7 +116,14 @@ def remove_hooks(pipe):
     pipe.unet._forward_pre_hooks_with_kwargs.clear()
 
 
+def take_xformers(pipe):
+    # Of the cross-attention alone: self-attention would run xformers, which need not be there.
+    for layer in cross_attention_layers(pipe.unet).values():
+        layer.set_processor(XFormersAttnProcessor())
+
+
 REPLACEMENTS = {
+    "xformers": take_xformers,
     "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
     "default processors": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
     "fused projections": lambda pipe: pipe.unet.fuse_qkv_projections(),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import HeunDiscreteScheduler
+from diffusers import HeunDiscreteScheduler, StableDiffusionControlNetImg2ImgPipeline
+from models import make_controlnet
 from PIL import Image
 from pipelines.sampling import draw, state_of
 
@@ -107,6 +108,22 @@ def test_schedulers_that_call_the_unet_twice_a_step(sd15_pipeline):
     with trace(pipe, ["dog"]) as found:
         draw(pipe, "a dog", num_inference_steps=3)
     check(found.maps["dog"], full.word([2], 1))
+
+
+def test_maps_beside_a_controlnet_and_of_a_picture_changed(sd15_pipeline, make_subject):
+    hint = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(9))
+    parts = sd15_pipeline.components | {"controlnet": make_controlnet(sd15_pipeline.unet, seed=1)}
+    arguments = {"image": hint, "control_image": 1 - hint, "strength": 1.0}
+    pipe = StableDiffusionControlNetImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    attach(pipe, make_subject())
+    picture = draw(pipe, "a <it> in the snow", num_images_per_prompt=2, **arguments)
+    full = FullMaps(pipe, 64, 128)
+    with trace(pipe, ["<it>", "snow"]) as found:
+        traced = draw(pipe, "a <it> in the snow", num_images_per_prompt=2, **arguments)
+    torch.testing.assert_close(traced, picture, rtol=0, atol=2e-4)
+    check(found.maps["<it>"], full.word([2], 2))
+    check(found.maps["snow"], full.word([5], 2))
 
 
 def test_memory_does_not_grow_with_steps(sd15_pipeline):

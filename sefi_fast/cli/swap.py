@@ -1,0 +1,65 @@
+"""`sefi-fast swap`: keys from one prompt, values from another."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sefi_fast.cli.options import add_sampling, attached_pipeline, save_pictures
+
+
+def add(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "swap", help="draw with the attention of one prompt and the content of another"
+    )
+    parser.add_argument("--key-prompt", help="gives the keys: where the picture looks")
+    parser.add_argument("--value-prompt", help="gives the values: what it finds there")
+    parser.add_argument(
+        "--sheet", nargs="+", metavar="PROMPT",
+        help="one sheet of every prompt's keys with every prompt's values",
+    )  # fmt: skip
+    add_sampling(parser)
+    parser.add_argument(
+        "-n", "--number", type=int, default=1, help="how many pictures (default: 1)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path,
+        help="folder for the PNG files (default: pictures); with --sheet the PNG file (swap.png)",
+    )  # fmt: skip
+    parser.set_defaults(run=_swap)
+
+
+def _swap(options: argparse.Namespace) -> int:
+    pair = [text for text in (options.key_prompt, options.value_prompt) if text is not None]
+    if (options.sheet is None) == (not pair) or len(pair) == 1:
+        raise ValueError(
+            "give --key-prompt and --value-prompt, or --sheet with two prompts or more"
+        )
+    return _draw_pictures(options, pair) if options.sheet is None else _draw_sheet(options)
+
+
+def _draw_pictures(options: argparse.Namespace, pair: list[str]) -> int:
+    from sefi_fast.pipelines import swap
+
+    if options.number < 1:
+        raise ValueError(f"--number is {options.number}: give 1 or more")
+    pipe, sampling = attached_pipeline(options, pair)
+    drawn = swap(pipe, key_prompt=pair[0], value_prompt=pair[1], n=options.number, **sampling)
+    save_pictures(drawn, options.output or Path("pictures"), options.seed)
+    return 0
+
+
+def _draw_sheet(options: argparse.Namespace) -> int:
+    from sefi_fast.evaluation import swap_sheet
+
+    if len(options.sheet) < 2:
+        raise ValueError("--sheet compares prompts: give two or more")
+    if options.number != 1:
+        raise ValueError("--sheet draws one picture a pair of prompts: leave --number out")
+    pipe, sampling = attached_pipeline(options, options.sheet)
+    path = options.output or Path("swap.png")
+    swap_sheet(pipe, options.sheet, **sampling).save(path)
+    print(path)
+    return 0

@@ -1,0 +1,88 @@
+"""Weighted embeddings and long prompts: what a user may hand over in place of a short sentence."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from pipelines.sampling import draw, subject_for
+
+from sefi_fast import attach
+from sefi_fast.conditioning import encode_with_pooled, pack, unpack
+from sefi_fast.errors import PromptError
+
+CLOSE = {"rtol": 0, "atol": 1e-3}
+PIPELINES = ["sd15_pipeline", "sdxl_pipeline"]
+
+
+@pytest.fixture(params=PIPELINES)
+def pipe(request):
+    return request.getfixturevalue(request.param)
+
+
+def plain(pipe, text: str) -> dict[str, torch.Tensor]:
+    """Embeddings as the pipeline's own encode_prompt makes them."""
+    with torch.no_grad():
+        own = pipe.encode_prompt(text, device="cpu", num_images_per_prompt=1,
+                                 do_classifier_free_guidance=False)  # fmt: skip
+    named = {"prompt_embeds": own[0]}
+    return named | ({"pooled_prompt_embeds": own[2]} if len(own) > 2 else {})
+
+
+def weighted(embeds: torch.Tensor, position: int, weight: float) -> torch.Tensor:
+    """One token's row scaled, as prompt weighting does; rows are the last axis but one."""
+    scaled = embeds.clone()
+    scaled[..., position, :] *= weight
+    return scaled
+
+
+def test_weighted_words_beside_attached_subjects(pipe):
+    given = plain(pipe, "a red cat")
+    given["prompt_embeds"] = weighted(given["prompt_embeds"], 2, 1.6)
+    expected = draw(pipe, None, **given)
+    assert (expected - draw(pipe, "a red cat")).abs().max() > 1e-2
+    attach(pipe, subject_for(pipe))
+    torch.testing.assert_close(draw(pipe, None, **given), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", [2, 3])
+def test_weights_in_a_prompt_with_a_subject(pipe, position):
+    """The word before the subject, and the subject itself: in every stage and both streams."""
+    given = plain(pipe, "a red cat")
+    given["prompt_embeds"] = weighted(given["prompt_embeds"], position, 1.6)
+    expected = draw(pipe, None, **given)
+    attach(pipe, subject_for(pipe, distance=0))
+    packed = encode_with_pooled(pipe, "a red <it>")
+    streams = weighted(unpack(packed.prompt_embeds, 77), position, 1.6)
+    ours = packed._replace(prompt_embeds=pack(streams))._asdict()
+    actual = draw(pipe, None, **{name: x for name, x in ours.items() if x is not None})
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def test_a_long_prompt_is_cut_where_diffusers_cuts_it(pipe, caplog):
+    tail = "red hat and " * 30
+    expected = draw(pipe, f"a cat with a {tail}")
+    attach(pipe, subject_for(pipe, distance=0))
+    with caplog.at_level(logging.WARNING, logger="sefi_fast"):
+        actual = draw(pipe, f"a <it> with a {tail}")
+    assert "cut after 75 tokens" in caplog.text
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def test_a_placeholder_beyond_the_cut_is_refused(pipe):
+    attach(pipe, subject_for(pipe))
+    with pytest.raises(PromptError, match="only the first 75 are used"):
+        draw(pipe, "red hat and " * 30 + "a <it>")
+
+
+def test_long_embeddings_pass_where_no_subject_stands(sd15_pipeline):
+    pipe = sd15_pipeline
+    long = torch.cat([plain(pipe, text)["prompt_embeds"] for text in ("a cat", "snow")], 1)
+    empty = torch.cat([plain(pipe, "")["prompt_embeds"]] * 2, 1)
+    given = {"prompt_embeds": long, "negative_prompt_embeds": empty}
+    expected = draw(pipe, None, **given)
+    attach(pipe, subject_for(pipe))
+    torch.testing.assert_close(draw(pipe, None, **given), expected, rtol=0, atol=1e-4)
+    with pytest.raises(PromptError, match="only prompts of 77 tokens can be packed"):
+        draw(pipe, "a <it>", negative_prompt_embeds=long)
