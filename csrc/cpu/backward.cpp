@@ -61,7 +61,7 @@ struct Reduction {
 Shape shape_of(const BackwardCall& call) {
     // Cut so that many threads find work, but every piece more is another partial of 2 M D: all of
     // them together stay below a quarter of one map of N M.
-    constexpr int64_t kUnits = 64;
+    constexpr int64_t kUnits = 32;
     const int64_t entries = std::max<int64_t>(call.batch * call.heads, 1);
     const int64_t most = std::max<int64_t>(call.queries / (8 * call.head_dim), 1);
     const int64_t chunks = std::clamp<int64_t>((kUnits + entries - 1) / entries, 1, most);

@@ -10,12 +10,12 @@
 namespace sefi {
 
 size_t forward(const ForwardCall& call, int threads) {
-    // Long enough that packing the keys costs little, short enough to keep many threads busy.
-    constexpr int64_t kRows = 256;
     const Kernels& isa = kernels();
-    const int64_t chunks = (call.queries + kRows - 1) / kRows;
     // Maps averaged over the heads are summed in place: one unit takes all heads of its rows.
     const int64_t heads = call.map_count && !call.map_all_heads ? call.heads : 1;
+    // Long enough that packing the keys costs little, short enough to keep many threads busy.
+    const int64_t rows = heads == 1 ? 512 : 256;
+    const int64_t chunks = (call.queries + rows - 1) / rows;
     const int64_t units = call.batch * (call.heads / heads) * chunks;
     const size_t scratch = round_to_line(isa.forward_scratch(call));
     threads = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(units, 1)));
@@ -26,14 +26,14 @@ size_t forward(const ForwardCall& call, int threads) {
     const int64_t groups = call.heads / heads;
     parallel_for(units, threads, groups, [&](int64_t unit, int thread) {
         const int64_t chunk = unit / groups % chunks, b = unit / groups / chunks;
-        const int64_t end = std::min(call.queries, (chunk + 1) * kRows);
+        const int64_t end = std::min(call.queries, (chunk + 1) * rows);
         if (unit % groups == 0) {
-            fault_in(call.output.at(call.dtype, b, 0, chunk * kRows),
+            fault_in(call.output.at(call.dtype, b, 0, chunk * rows),
                      call.output.at(call.dtype, b, 0, end));
         }
         for (int64_t h = unit % groups * heads, last = h + heads; h < last; ++h) {
             shares[size_t((b * call.heads + h) * chunks + chunk)] = isa.forward(
-                call, b, h, chunk * kRows, end, block.get() + scratch * size_t(thread));
+                call, b, h, chunk * rows, end, block.get() + scratch * size_t(thread));
         }
     });
     const size_t each = size_t(call.heads * chunks);
