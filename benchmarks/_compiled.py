@@ -5,18 +5,24 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _occupancy import occupancy
 from _roofline import DATASHEET, KERNELS, Bound, kernel_work
 from _sass import Turn, read_turn
 from _shapes import Problem
 
+if TYPE_CHECKING:
+    from sefi_fast.kernels import KernelConfig
+
 _LANES = 32
 _SCHEDULERS = 4
 DEVICES_OF = {80: ("A100",), 90: ("H100", "H200")}
 # Clock in Hz at the highest boost and multiprocessors, for the instruction slots.
 _SLOTS = {"A100": 108 * 1.41e9, "H100": 132 * 1.98e9, "H200": 132 * 1.98e9}
+# Bytes a second from the L2 cache: NVIDIA gives 5,120 a clock for the A100 and nothing for the
+# others, which are taken to give as many.
+_L2_BYTES = {"A100": 5120 * 1.41e9, "H100": 5120 * 1.98e9, "H200": 5120 * 1.98e9}
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Facts:
     matrix_flops_a_row: float
     instructions_a_row: float
     """Warp instructions: what the four schedulers of a multiprocessor must issue."""
+    key_tiles: int = 1
+    """Programs that share the keys of a row: each reads it, all but the first from the L2 cache."""
     bounds: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,6 +91,7 @@ def _row_bound(facts: Facts, device: str) -> Bound:
     rates, slots = DATASHEET[device], _SLOTS[device]
     parts = {
         "bytes": facts.bytes_a_row / rates.bytes,
+        "L2": facts.key_tiles * facts.bytes_a_row / _L2_BYTES[device],
         "special function": facts.special_a_row / rates.exponentials,
         "matrix": facts.matrix_flops_a_row / rates.flops,
         "issue": facts.instructions_a_row / (slots * _SCHEDULERS),
@@ -102,9 +111,12 @@ def add_bounds(facts: Facts, devices: tuple[str, ...]) -> None:
         }
 
 
-def per_row(turn: Turn, warps: int, block: int) -> dict[str, Any]:
-    """What a turn of `warps` warps on `block` rows comes to for one row, by field of Facts."""
-    factor = warps / block
+def per_row(turn: Turn, warps: int, block: int, key_tiles: int = 1) -> dict[str, Any]:
+    """What a turn of `warps` warps on `block` rows comes to for one row, by field of Facts.
+
+    A row takes the turns of `key_tiles` programs.
+    """
+    factor = warps * key_tiles / block
     accesses: dict[int, float] = {}
     for table in (turn.load_bytes, turn.store_bytes):
         for bits, size in table.items():
@@ -118,15 +130,22 @@ def per_row(turn: Turn, warps: int, block: int) -> dict[str, Any]:
     }
 
 
-def compile_case(choice: Choice) -> Facts:
-    """Compile without a GPU and read the result. Needs Triton, not in its interpreter's mode."""
+def compile_case(choice: Choice, config: KernelConfig | None = None) -> Facts:
+    """Compile without a GPU and read the result. Needs Triton, not in its interpreter's mode.
+
+    config stands in for the table's.
+    """
     import torch
     import triton
     from sefi_fast.kernels.compile import compile_launch, example_launches
 
     dtype = getattr(torch, choice.dtype)
-    launches = example_launches(choice.capability, dtype, choice.head_dim, choice.rows)
+    configs = {} if config is None else {choice.kernel.split(" ")[0]: config}
+    launches = example_launches(
+        choice.capability, dtype, choice.head_dim, choice.rows, configs=configs
+    )
     launch = launches[choice.kernel]
+    key_tiles = launch.arguments.get("KEY_TILES", 1)
     knobs = triton.knobs
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -158,7 +177,8 @@ def compile_case(choice: Choice) -> Facts:
         local_accesses_a_turn=turn.local_accesses,
         load_widths=dict(report.loads),
         bytes_a_row=kernel_work(a_row, dtype.itemsize, choice.kernel).row_bytes,
-        **per_row(turn, report.warps, report.block),
+        key_tiles=key_tiles,
+        **per_row(turn, report.warps, report.block, key_tiles),
     )
     add_bounds(facts, DEVICES_OF.get(choice.capability, ()))
     return facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .configs import KernelConfig
 from .launch import (
     MAX_ROW_STRIDE,
     Device,
@@ -18,6 +19,7 @@ __all__ = [
     "Device",
     "Gradients",
     "Inputs",
+    "KernelConfig",
     "Launch",
     "plan_backward_key_value",
     "plan_backward_query",

@@ -39,7 +39,7 @@ def zero_keys(
 def accumulate_keys(sums, weights, rows, DIM_TAIL: tl.constexpr, TURNED: tl.constexpr):
     """sums + weightsᵀ · rows for weights [rows, keys], part by part.
 
-    Turned around, the sums are [head width, keys]: so a tail tile of 16 keys has the head width
+    Turned around, the sums are [head width, keys]: so a small tile of keys has the head width
     along the warps, where 16 rows would be repeated by every warp.
     """
     if TURNED:
@@ -132,14 +132,17 @@ def cross_attention_backward_key_value(
     heads, rows, keys, tokens, blocks_a_program, scale_log2, scale,
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr, RELOAD: tl.constexpr,
+    KEY_TILES: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
+    RELOAD: tl.constexpr,
 ):  # fmt: skip
     """dK_t, dV_t and dK_r of equations 9 and 11, summed over blocks_a_program blocks of rows.
 
-    Grid (B·H, splits of the rows). Reads the statistics of the query kernel; writes grad_key,
-    grad_value and grad_reference_key, each [B, splits, M, H, D] or None when not wanted. Gradients
-    that did not come (grad_output, grad_alignment, grad_maps) are None and cost nothing; value is
-    None without grad_output, reference_key without grad_alignment.
+    Grid (B·H·KEY_TILES, splits of the rows). With more than one tile of keys, of KEY_MAIN each, a
+    program has one; programs of the same rows are neighbours and share them in the L2 cache. Reads
+    the statistics of the query kernel; writes grad_key, grad_value and grad_reference_key, each
+    [B, splits, M, H, D] or None when not wanted. Gradients that did not come (grad_output,
+    grad_alignment, grad_maps) are None and cost nothing; value is None without grad_output,
+    reference_key without grad_alignment.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
     HAS_WEIGHTS: tl.constexpr = token_weights is not None
@@ -149,11 +152,30 @@ def cross_attention_backward_key_value(
     HAS_OUTPUT: tl.constexpr = grad_output is not None and NEEDS_KEY
     HAS_ALIGNMENT: tl.constexpr = grad_alignment is not None and (NEEDS_KEY or NEEDS_REFERENCE)
     HAS_MAPS: tl.constexpr = grad_maps is not None and NEEDS_KEY
-    batch = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
+    # Whether the keys of the main tile are too few to be shared by the warps.
+    TURNED: tl.constexpr = KEY_MAIN < 64
+    plane = tl.program_id(0) // KEY_TILES
+    batch = plane // heads
+    head = plane % heads
+    # From here on keys are counted from the program's first one, but for the columns of maps.
+    first_key = 0
+    own_keys = keys
+    if KEY_TILES > 1:
+        tile = tl.program_id(0) % KEY_TILES
+        first_key = tile * KEY_MAIN
+        own_keys = keys - first_key
+        key += block_offset(tile, KEY_MAIN, key_stride_m, ALIGNMENT)
+        if HAS_OUTPUT:
+            value += block_offset(tile, KEY_MAIN, value_stride_m, ALIGNMENT)
+        if HAS_ALIGNMENT:
+            reference_key += block_offset(tile, KEY_MAIN, reference_stride_m, ALIGNMENT)
+        if HAS_WEIGHTS:
+            token_weights += first_key
+        if HAS_MASK:
+            key_mask += first_key
 
     valid_main, valid_tail = valid_keys(
-        key_mask, batch, mask_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_MASK
+        key_mask, batch, mask_stride_b, own_keys, KEY_MAIN, KEY_TAIL, HAS_MASK
     )
     key += head_offset(batch, head, key_stride_b, key_stride_h, ALIGNMENT)
     if HAS_OUTPUT:
@@ -164,13 +186,13 @@ def cross_attention_backward_key_value(
     if HAS_ALIGNMENT:
         reference_key += head_offset(batch, head, reference_stride_b, reference_stride_h, ALIGNMENT)
         weight_main, weight_tail = load_weights(
-            token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
+            token_weights, batch, weight_stride_b, own_keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
         alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
     if not RELOAD:
         (key_main, key_tail, value_main, value_tail,
          reference_main, reference_tail) = load_operands(
-            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, own_keys,
             HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
             ALIGNMENT, UPCAST,
         )  # fmt: skip
@@ -183,11 +205,11 @@ def cross_attention_backward_key_value(
     query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
     query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
     output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
-    statistics += tl.program_id(0).to(tl.int64) * 6 * rows
-    columns_main = tl.arange(0, KEY_MAIN)
-    key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, False)
-    value_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, False)
-    reference_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, False)
+    statistics += plane.to(tl.int64) * 6 * rows
+    columns_main = first_key + tl.arange(0, KEY_MAIN)
+    key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
+    value_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
+    reference_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
     if KEY_TAIL > 0:
         columns_tail = KEY_MAIN + tl.arange(0, KEY_TAIL)
         key_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
@@ -198,15 +220,6 @@ def cross_attention_backward_key_value(
     # Without hoisting the loop keeps its shared-memory descriptors out of the registers.
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
-        if RELOAD:
-            # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
-            tl.debug_barrier()
-            (key_main, key_tail, value_main, value_tail,
-             reference_main, reference_tail) = load_operands(
-                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-                HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
-                ALIGNMENT, UPCAST,
-            )  # fmt: skip
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
@@ -231,12 +244,21 @@ def cross_attention_backward_key_value(
             other_inverse = tl.load(statistics + 4 * rows + row, mask=row_valid, other=0.0)
         if NEEDS_REFERENCE:
             other_mean = tl.load(statistics + 5 * rows + row, mask=row_valid, other=0.0)
+        if RELOAD:
+            # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
+            tl.debug_barrier()
+            (key_main, key_tail, value_main, value_tail,
+             reference_main, reference_tail) = load_operands(
+                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m,
+                own_keys, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL,
+                FULL_KEYS, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         key_sum, value_sum, reference_sum = add_key_gradients(
             key_main, value_main, reference_main, weight_main, columns_main, valid_main,
             queries, grad_outputs, peak, inverse, mean, other_peak, other_inverse, other_mean,
             key_sum, value_sum, reference_sum, map_tokens, grad_maps, tokens, map_factor,
             alignment_factor, scale_log2, row, rows, DIM_TAIL, HAS_MASK, HAS_OUTPUT,
-            HAS_ALIGNMENT, HAS_MAPS, NEEDS_KEY, NEEDS_VALUE, NEEDS_REFERENCE, False,
+            HAS_ALIGNMENT, HAS_MAPS, NEEDS_KEY, NEEDS_VALUE, NEEDS_REFERENCE, TURNED,
         )  # fmt: skip
         if KEY_TAIL > 0:
             key_tail_sum, value_tail_sum, reference_tail_sum = add_key_gradients(
@@ -250,34 +272,36 @@ def cross_attention_backward_key_value(
     place = batch * tl.num_programs(1) + tl.program_id(1)
     start = head_offset(place * keys, head, heads * DIM, DIM, ALIGNMENT)
     stride = heads * DIM
+    if KEY_TILES > 1:
+        start += block_offset(tile, KEY_MAIN, stride, ALIGNMENT)
     if NEEDS_VALUE:
         store_keys(
-            grad_value, start, stride, 0, keys, value_sum, 1.0,
-            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, False,
+            grad_value, start, stride, 0, own_keys, value_sum, 1.0,
+            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
         )  # fmt: skip
         if KEY_TAIL > 0:
             store_keys(
-                grad_value, start, stride, KEY_MAIN, keys, value_tail_sum, 1.0,
+                grad_value, start, stride, KEY_MAIN, own_keys, value_tail_sum, 1.0,
                 KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
             )  # fmt: skip
     if NEEDS_KEY:
         store_keys(
-            grad_key, start, stride, 0, keys, key_sum, scale,
-            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, False,
+            grad_key, start, stride, 0, own_keys, key_sum, scale,
+            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
         )  # fmt: skip
         if KEY_TAIL > 0:
             store_keys(
-                grad_key, start, stride, KEY_MAIN, keys, key_tail_sum, scale,
+                grad_key, start, stride, KEY_MAIN, own_keys, key_tail_sum, scale,
                 KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
             )  # fmt: skip
     if NEEDS_REFERENCE:
         store_keys(
-            grad_reference_key, start, stride, 0, keys, reference_sum, scale,
-            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, False,
+            grad_reference_key, start, stride, 0, own_keys, reference_sum, scale,
+            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
         )  # fmt: skip
         if KEY_TAIL > 0:
             store_keys(
-                grad_reference_key, start, stride, KEY_MAIN, keys, reference_tail_sum, scale,
+                grad_reference_key, start, stride, KEY_MAIN, own_keys, reference_tail_sum, scale,
                 KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
             )  # fmt: skip
 

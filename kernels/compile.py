@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import tempfile
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .configs import KernelConfig
 from .launch import (
     Device,
     Gradients,
@@ -31,7 +33,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-MULTIPROCESSORS = {80: 108, 90: 132}
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148}
 GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
 HEAD_DIMS = (40, 64, 80, 160)
 
@@ -147,13 +149,15 @@ def example_launches(
     weights: bool = False,
     tokens: int = 0,
     reference_grad: bool = False,
+    configs: Mapping[str, KernelConfig] | None = None,
 ) -> dict[str, Launch]:
     """The launches of one call and its backward, planned on tensors without memory.
 
     With reference, the alignment and its gradient take part; with tokens, so many columns of the
-    maps. Keys are the kernels' names; where each gradient has a launch of its own, the second is
-    "backward_key_value (grad_value)".
+    maps; configs, by kernel, stand in for the table's. Keys of the result are the kernels' names;
+    where each gradient has a launch of its own, the second is "backward_key_value (grad_value)".
     """
+    configs = configs or {}
     device = Device(capability, MULTIPROCESSORS.get(capability, 132), False)
 
     def empty(length: int) -> Tensor:
@@ -173,13 +177,16 @@ def example_launches(
     maps = torch.empty((batch, heads, tokens, rows), device="meta") if tokens else None
     gradients = Gradients(query, torch.empty(batch, device="meta") if reference else None, maps)
     scale = head_dim**-0.5
-    forward, _ = plan_forward(inputs, empty(rows), maps, scale, device)
+    forward, _ = plan_forward(inputs, empty(rows), maps, scale, device, configs.get("forward"))
     statistics = torch.empty((batch, heads, 6, rows), device="meta")
     backward_query = plan_backward_query(
-        inputs, gradients, empty(rows), statistics, scale, reference_grad, device
-    )
+        inputs, gradients, empty(rows), statistics, scale, reference_grad, device,
+        configs.get("backward_query"),
+    )  # fmt: skip
     wanted = (empty(keys), empty(keys), empty(keys) if reference_grad else None)
-    keys_launches = plan_backward_key_value(inputs, gradients, statistics, wanted, scale, device)
+    keys_launches = plan_backward_key_value(
+        inputs, gradients, statistics, wanted, scale, device, configs.get("backward_key_value")
+    )
     launches = {"forward": forward, "backward_query": backward_query}
     for launch in keys_launches:
         written = [name for name in GRADIENTS if launch.arguments.get(name) is not None]

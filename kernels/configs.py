@@ -11,7 +11,9 @@ class KernelConfig(NamedTuple):
     reload: the keys are loaded again for each block of rows. Where the matrix unit takes its
     operands from registers (8.x), keys held over the loop would fill them all. separate, for the
     kernel of the keys alone: one launch a gradient, where the accumulators of two do not fit into
-    the registers together.
+    the registers together. key_tile, for the same kernel: so many keys a program, a power of two
+    from 16 on, where the accumulators of all keys do not fit; 0 is all keys. Programs of the same
+    rows then read them once each, from the L2 cache but for the first.
     """
 
     block: int
@@ -19,6 +21,7 @@ class KernelConfig(NamedTuple):
     stages: int
     reload: bool = False
     separate: bool = False
+    key_tile: int = 0
 
 
 WIDTHS = (48, 64, 80, 160, 256)
@@ -31,17 +34,17 @@ SUM_BLOCK = 1024
 """Elements a program of the kernel that adds up partial gradients."""
 
 
-_Line = tuple[int, KernelConfig]
+_Line = tuple[int, KernelConfig] | tuple[int, KernelConfig, KernelConfig]
 
 
 def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
-    """(head width bucket, configuration) lines as a table that both query buckets share."""
-    return {width: {"many": config, "few": config} for width, config in lines}
+    """Lines of head width bucket, configuration and, where few queries have another, that one."""
+    return {line[0]: {"many": line[1], "few": line[-1]} for line in lines}  # type: ignore[dict-item]
 
 
-# One line: head width bucket and configuration. Chosen by what the compiler makes of 77 keys with
-# alignment: no spills where that can be reached, and as many resident warps as that leaves. The
-# registers stand in docs/performance.md; tests/kernels/test_compile.py holds them.
+# Lines as benchmarks/tune_kernels.py prints them. Chosen by what the compiler makes of 77 keys with
+# alignment: no spills where that can be reached, then the least time by its counts. The registers
+# stand in docs/performance.md; tests/kernels/test_compile.py holds them.
 TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("forward", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 2)),
@@ -60,9 +63,23 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("backward_key_value", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
         (64, KernelConfig(64, 4, 1)),
-        (80, KernelConfig(64, 8, 1)),
-        (160, KernelConfig(64, 8, 1, separate=True)),
+        (80, KernelConfig(64, 4, 1, key_tile=64)),
+        (160, KernelConfig(128, 8, 1, key_tile=64)),
         (256, KernelConfig(64, 8, 1, separate=True)),
+    ),
+    ("forward", 100, "half"): _lines(
+        (48, KernelConfig(64, 4, 1)),
+        (64, KernelConfig(64, 4, 1)),
+        (80, KernelConfig(64, 4, 1)),
+        (160, KernelConfig(64, 4, 1)),
+        (256, KernelConfig(64, 8, 1)),
+    ),
+    ("backward_query", 100, "half"): _lines(
+        (48, KernelConfig(64, 4, 1)),
+        (64, KernelConfig(64, 4, 1, reload=True)),
+        (80, KernelConfig(64, 4, 1, reload=True)),
+        (160, KernelConfig(128, 8, 1)),
+        (256, KernelConfig(64, 8, 1)),
     ),
     ("forward", 80, "half"): _lines(
         (48, KernelConfig(64, 4, 1, reload=True)),
@@ -79,10 +96,10 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (256, KernelConfig(16, 4, 1, reload=True)),
     ),
     ("backward_key_value", 80, "half"): _lines(
-        (48, KernelConfig(16, 4, 1, reload=True, separate=True)),
-        (64, KernelConfig(16, 4, 1, reload=True, separate=True)),
-        (80, KernelConfig(16, 4, 1, reload=True, separate=True)),
-        (160, KernelConfig(16, 4, 1, reload=True, separate=True)),
+        (48, KernelConfig(64, 4, 1, key_tile=32)),
+        (64, KernelConfig(64, 4, 1, key_tile=32)),
+        (80, KernelConfig(32, 4, 1, key_tile=32)),
+        (160, KernelConfig(32, 4, 1, reload=True, key_tile=16)),
         (256, KernelConfig(16, 4, 1, reload=True, separate=True)),
     ),
     ("forward", 80, "single"): _lines(
@@ -125,6 +142,8 @@ def choose_config(
     table = TABLE[kernel, max(listed, default=80), precision]
     bucket = "few" if rows <= FEW_ROWS else "many"
     config = table[next(limit for limit in WIDTHS if width <= limit)][bucket]
+    if config.key_tile:
+        return config
     # More than 80 keys hold more probabilities a row: fewer rows, or more warps to hold them.
     if key_width > 80:
         config = config._replace(warps=8, stages=1)

@@ -93,6 +93,15 @@ def _tiles(inputs: Inputs, smallest: int) -> dict[str, Any]:
     }
 
 
+def _tile_keys(tiles: dict[str, Any], keys: int, key_tile: int) -> int:
+    """Put the tiles of keys that programs share into `tiles`; their number, 1 for all in one."""
+    count = -(-keys // key_tile) if key_tile else 1
+    if count > 1:
+        tiles |= {"KEY_MAIN": key_tile, "KEY_TAIL": 0, "FULL_KEYS": keys == count * key_tile}
+    tiles["KEY_TILES"] = count
+    return count
+
+
 def _config(kernel: str, inputs: Inputs, tiles: dict[str, Any], device: Device) -> KernelConfig:
     return choose_config(
         kernel,
@@ -104,11 +113,13 @@ def _config(kernel: str, inputs: Inputs, tiles: dict[str, Any], device: Device) 
     )
 
 
-def _split_rows(kernel: str, inputs: Inputs, block: int, device: Device) -> tuple[int, int]:
+def _split_rows(
+    kernel: str, inputs: Inputs, block: int, device: Device, key_tiles: int = 1
+) -> tuple[int, int]:
     """(programs along the rows, blocks of rows a program): about one wave of resident programs."""
     batch, heads, rows, _ = inputs.query.shape
     blocks = -(-rows // block)
-    wanted = max(1, PROGRAMS[kernel] * device.multiprocessors // (batch * heads))
+    wanted = max(1, PROGRAMS[kernel] * device.multiprocessors // (batch * heads * key_tiles))
     blocks_a_program = -(-blocks // min(wanted, blocks))
     return -(-blocks // blocks_a_program), blocks_a_program
 
@@ -140,14 +151,16 @@ def _common(inputs: Inputs, tiles: dict[str, Any], scale: float) -> dict[str, An
 
 
 def plan_forward(
-    inputs: Inputs, output: Tensor, maps: Tensor | None, scale: float, device: Device
-) -> tuple[Launch, Tensor | None]:
+    inputs: Inputs, output: Tensor, maps: Tensor | None, scale: float, device: Device,
+    config: KernelConfig | None = None,
+) -> tuple[Launch, Tensor | None]:  # fmt: skip
     """The forward launch, and the partial alignments [B, H, programs] it will write, if any.
 
-    output is [B, N, H, D] contiguous, maps [B, H, T, N] contiguous float32 or None.
+    output is [B, N, H, D] contiguous, maps [B, H, T, N] contiguous float32 or None. config stands
+    in for the table's, here and below.
     """
     tiles = _tiles(inputs, 32)
-    config = _config("forward", inputs, tiles, device)
+    config = config or _config("forward", inputs, tiles, device)
     programs, blocks = _split_rows("forward", inputs, config.block, device)
     batch, heads, _, head_dim = inputs.query.shape
     partials = None
@@ -178,15 +191,19 @@ class Gradients(NamedTuple):
 
 
 def _backward_arguments(
-    kernel: str, inputs: Inputs, gradients: Gradients, scale: float, device: Device
-) -> tuple[dict[str, Any], KernelConfig, int]:
+    kernel: str, inputs: Inputs, gradients: Gradients, scale: float, device: Device,
+    config: KernelConfig | None,
+) -> tuple[dict[str, Any], KernelConfig, int]:  # fmt: skip
     """Arguments shared by the two backward kernels, their configuration and the programs."""
     # In the kernel of the keys the head width is also a row count of the matrix unit, 64 at least.
     # Float32 has no matrix unit and keeps both kernels' scores equal to the last bit.
     as_rows = kernel == "backward_key_value" and inputs.query.dtype != torch.float32
     tiles = _tiles(inputs, 64 if as_rows else 32)
-    config = _config(kernel, inputs, tiles, device)
-    programs, blocks = _split_rows(kernel, inputs, config.block, device)
+    config = config or _config(kernel, inputs, tiles, device)
+    key_tiles = 1
+    if kernel == "backward_key_value":
+        key_tiles = _tile_keys(tiles, inputs.key.shape[2], config.key_tile)
+    programs, blocks = _split_rows(kernel, inputs, config.block, device, key_tiles)
     head_dim = inputs.query.shape[3]
     maps = gradients.maps
     all_heads = maps is not None and maps.dim() == 4
@@ -214,14 +231,14 @@ def _backward_arguments(
 
 def plan_backward_query(
     inputs: Inputs, gradients: Gradients, grad_query: Tensor | None, statistics: Tensor | None,
-    scale: float, reference_grad: bool, device: Device,
+    scale: float, reference_grad: bool, device: Device, config: KernelConfig | None = None,
 ) -> Launch:  # fmt: skip
     """The launch that writes grad_query, [B, N, H, D] contiguous, and the statistics of its rows.
 
     statistics, [B, H, 6, N] contiguous float32, are what the kernel of the keys needs.
     """
     arguments, config, programs = _backward_arguments(
-        "backward_query", inputs, gradients, scale, device
+        "backward_query", inputs, gradients, scale, device, config
     )
     arguments |= {
         "grad_query": grad_query,
@@ -235,6 +252,7 @@ def plan_backward_query(
 def plan_backward_key_value(
     inputs: Inputs, gradients: Gradients, statistics: Tensor,
     totals: tuple[Tensor | None, Tensor | None, Tensor | None], scale: float, device: Device,
+    config: KernelConfig | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches that write the gradients of key, value and reference key.
 
@@ -243,11 +261,11 @@ def plan_backward_key_value(
     sum a gradient, the first kernel writes the totals itself.
     """
     arguments, config, splits = _backward_arguments(
-        "backward_key_value", inputs, gradients, scale, device
+        "backward_key_value", inputs, gradients, scale, device, config
     )
     batch, heads, _, head_dim = inputs.query.shape
-    grid = (batch * heads, splits)
     arguments["statistics"] = statistics
+    grid = (batch * heads * arguments["KEY_TILES"], splits)
     names = ("grad_key", "grad_value", "grad_reference_key")
     kernel = cross_attention_backward_key_value
     partials: list[Tensor | None] = []

@@ -1,0 +1,180 @@
+"""What a tuner tries for each place of the table of configurations, and the lines it prints."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from _shapes import MODELS, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from sefi_fast.kernels import KernelConfig
+
+KERNELS = ("forward", "backward_query", "backward_key_value")
+BUCKETS = ("many", "few")
+BATCHES = (1, 16)
+# Head widths that stand for a bucket in which no layer of a known model lies.
+_STAND_INS = (40, 64, 80, 160, 256, 32)
+_QUERIES = {"many": 1024, "few": 256}
+_SHAPES = {
+    "half": ((16, 4), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)),
+    "single": ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8)),
+}
+KEY_TILES = (0, 16, 32, 64)
+
+
+class Place(NamedTuple):
+    """Where one configuration stands in the table; capability is the device's own."""
+
+    kernel: str
+    capability: int
+    precision: str
+    width: int
+    bucket: str
+
+
+@dataclass
+class Trial:
+    """One configuration at one place: what was found, or why it was dropped."""
+
+    place: Place
+    config: KernelConfig
+    default: bool
+    dropped: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **self.place._asdict(),
+            "config": self.config._asdict(),
+            "default": self.default,
+            "dropped": self.dropped,
+            **self.figures,
+        }
+
+
+class Winner(NamedTuple):
+    """A configuration that is better than the default of its place, and the evidence in words."""
+
+    place: Place
+    config: KernelConfig
+    evidence: str
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """The table's word for an element type."""
+    return "single" if dtype.itemsize == 4 else "half"
+
+
+@functools.cache
+def table_width(kernel: str, dtype: torch.dtype, head_dim: int) -> int:
+    """The head width bucket in which a kernel looks up this head width.
+
+    It is that of the tiles, which the kernel of the keys has no smaller than 64.
+    """
+    from sefi_fast.kernels.compile import example_launches
+    from sefi_fast.kernels.configs import WIDTHS
+
+    arguments = example_launches(90, dtype, head_dim, 64)[kernel].arguments
+    width = arguments["DIM_MAIN"] + arguments["DIM_TAIL"]
+    return next(limit for limit in WIDTHS if width <= limit)
+
+
+def problems_of(kernel: str, dtype: torch.dtype, width: int, bucket: str) -> list[Problem]:
+    """The layers of known models that take this place of the table, at each batch.
+
+    Where there is none, a layer of 8 heads made up for it; none at all for a bucket of widths
+    that this kernel never asks for.
+    """
+    from sefi_fast.kernels.configs import FEW_ROWS
+
+    def lies_here(head_dim: int) -> bool:
+        return table_width(kernel, dtype, head_dim) == width
+
+    found = [
+        Problem(model, layer.queries, layer.head_dim, layer.heads, batch)
+        for model, layers in MODELS.items()
+        for layer in layers
+        if (layer.queries <= FEW_ROWS) == (bucket == "few") and lies_here(layer.head_dim)
+        for batch in BATCHES
+    ]
+    stand_in = next(filter(lies_here, _STAND_INS), None)
+    if found or stand_in is None:
+        return found
+    return [Problem("custom", _QUERIES[bucket], stand_in, 8, batch) for batch in BATCHES]
+
+
+def default_of(place: Place) -> KernelConfig:
+    """What the table says now, for 77 keys."""
+    from sefi_fast.kernels.configs import FEW_ROWS, choose_config
+
+    rows = FEW_ROWS if place.bucket == "few" else FEW_ROWS + 1
+    return choose_config(place.kernel, place.capability, place.precision, place.width, 80, rows)
+
+
+def candidates(place: Place) -> list[KernelConfig]:
+    """The default first, then every other configuration worth a try, each once."""
+    from sefi_fast.kernels import KernelConfig
+
+    shapes = _SHAPES[place.precision]
+    if place.kernel == "backward_key_value":
+        tried = [
+            KernelConfig(block, warps, 1, reload, separate, key_tile)
+            for (block, warps), reload, separate, key_tile in product(
+                shapes, (False, True), (False, True), KEY_TILES
+            )
+        ]
+    else:
+        tried = [
+            KernelConfig(block, warps, stages, reload)
+            for (block, warps), stages, reload in product(shapes, (1, 2), (False, True))
+        ]
+    return list(dict.fromkeys([default_of(place), *tried]))
+
+
+def as_code(config: KernelConfig) -> str:
+    """The configuration as the table writes it: block, warps, stages, then what is not usual."""
+    named = [
+        f"{name}={value}"
+        for name, value in config._asdict().items()
+        if name in config._field_defaults and value != config._field_defaults[name]
+    ]
+    return f"KernelConfig({', '.join([*map(str, config[:3]), *named])})"
+
+
+def table_lines(winners: Sequence[Winner]) -> Iterator[str]:
+    """Lines for TABLE in kernels/configs.py, under the key they belong to.
+
+    A width whose buckets end up with one configuration gets one, else that of many queries and
+    then that of few; a bucket without a winner keeps its default. A key that the table has not
+    yet gets all its widths.
+    """
+    from sefi_fast.kernels.configs import TABLE, WIDTHS
+
+    for key in dict.fromkeys(winner.place[:3] for winner in winners):
+        kernel, capability, precision = key
+        yield f'    ("{kernel}", {capability}, "{precision}"): _lines('
+        here = [winner for winner in winners if winner.place[:3] == key]
+        for width in WIDTHS if key not in TABLE else sorted({w.place.width for w in here}):
+            chosen = {winner.place.bucket: winner for winner in here if winner.place.width == width}
+            yield from (f"        # {line}" for line in _evidence(chosen))
+            configs = [
+                chosen[bucket].config
+                if bucket in chosen
+                else default_of(Place(kernel, capability, precision, width, bucket))
+                for bucket in BUCKETS
+            ]
+            yield f"        ({width}, {', '.join(map(as_code, dict.fromkeys(configs)))}),"
+        yield "    ),"
+
+
+def _evidence(chosen: dict[str, Winner]) -> list[str]:
+    """The winners' evidence, once where it is that of both buckets."""
+    words = [winner.evidence for winner in chosen.values()]
+    if len(words) == len(BUCKETS) and len(set(words)) == 1:
+        return words[:1]
+    return [f"{bucket}: {winner.evidence}" for bucket, winner in chosen.items()]

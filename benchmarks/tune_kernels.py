@@ -1,0 +1,176 @@
+"""Tries launch configurations and prints lines for the table in kernels/configs.py.
+
+    python benchmarks/tune_kernels.py                        # on a CUDA device: checks, then times
+    python benchmarks/tune_kernels.py --static --arch 80 90  # no GPU: by what the compiler makes
+
+Nothing is changed by it, and no training or generation ever starts it: the lines are for pasting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
+    if _place not in sys.path:
+        sys.path.append(_place)
+
+import _tuning  # noqa: E402
+from _occupancy import LIMITS  # noqa: E402
+from _report import environment, write_json  # noqa: E402
+from _tuning import Place, Trial, Winner, as_code  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+DTYPES = ("bfloat16", "float16", "float32")
+WIDTHS = (48, 64, 80, 160)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line of the tuner."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--static", action="store_true", help="compile only; needs no GPU")
+    parser.add_argument(
+        "--arch", nargs="+", type=int, choices=sorted(LIMITS), metavar="SM",
+        help="with --static: 80 90 by default; on a device always its own",
+    )  # fmt: skip
+    parser.add_argument("--kernels", nargs="+", choices=_tuning.KERNELS, default=_tuning.KERNELS)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--widths", nargs="+", type=int, default=list(WIDTHS), metavar="D",
+        choices=(*WIDTHS, 256), help="upper ends of the table's head width buckets",
+    )  # fmt: skip
+    parser.add_argument("--buckets", nargs="+", choices=_tuning.BUCKETS, default=_tuning.BUCKETS)
+    parser.add_argument("--jobs", type=int, default=1, help="with --static: compiling processes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was tried")
+    options = parser.parse_args(arguments)
+    if options.arch and not options.static:
+        parser.error("--arch goes with --static: on a device its own architecture is tuned")
+    return options
+
+
+def places(options: argparse.Namespace, capabilities: list[int]) -> Iterator[Place]:
+    """Every place of the table asked for that some head width can reach."""
+    import torch
+
+    dtype = getattr(torch, options.dtype)
+    # The compiler does not know how many queries there will be.
+    buckets = ("many",) if options.static else options.buckets
+    for capability in capabilities:
+        for kernel in options.kernels:
+            for width in options.widths:
+                for bucket in buckets:
+                    if _tuning.problems_of(kernel, dtype, width, bucket):
+                        precision = _tuning.precision_of(dtype)
+                        yield Place(kernel, capability, precision, width, bucket)
+
+
+def trials_of(place: Place) -> list[Trial]:
+    """All candidates of a place, the default first."""
+    return [Trial(place, config, i == 0) for i, config in enumerate(_tuning.candidates(place))]
+
+
+def teller(bar: tqdm[Any]) -> Callable[[Trial], None]:
+    """Moves the bar for each run of a trial, and names a trial that was dropped, once."""
+    named: set[tuple[Place, Any]] = set()
+
+    def tell(trial: Trial) -> None:
+        place = trial.place
+        where = f"sm_{place.capability} {place.kernel} width {place.width} {place.bucket}"
+        bar.set_description(where)
+        bar.update()
+        if trial.dropped is not None and (place, trial.config) not in named:
+            named.add((place, trial.config))
+            bar.write(f"dropped: {where}, {as_code(trial.config)}: {trial.dropped}", sys.stderr)
+
+    return tell
+
+
+def tune_static(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]:
+    """Compile all candidates for every architecture asked for and rank them."""
+    from _tuning_static import static_winner, try_all
+
+    by_place = {place: trials_of(place) for place in places(options, options.arch or [80, 90])}
+    trials = [trial for group in by_place.values() for trial in group]
+    with tqdm(total=len(trials), unit="kernel") as bar:
+        tell = teller(bar)
+        for trial in try_all(trials, options.dtype, options.jobs):
+            tell(trial)
+    winners = []
+    for place, group in by_place.items():
+        winner = static_winner(group)
+        if winner is None:
+            continue
+        winners.append(winner)
+        few = place._replace(bucket="few")
+        if _tuning.default_of(few) == _tuning.default_of(place):
+            winners.append(winner._replace(place=few))
+    return trials, winners
+
+
+def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]:
+    """Check and time all candidates on this machine's CUDA device."""
+    import torch
+    from _tuning_device import measure_place
+    from sefi_fast.kernels import Device
+
+    from sefi_fast.ops.devices import cuda_device
+
+    found = cuda_device(torch.cuda.current_device())
+    device = Device(found.capability, found.multiprocessors, False)
+    dtype = getattr(torch, options.dtype)
+    groups = [
+        (trials_of(place), _tuning.problems_of(place.kernel, dtype, place.width, place.bucket))
+        for place in places(options, [found.capability])
+    ]
+    winners = []
+    total = sum(len(trials) * len(problems) for trials, problems in groups)
+    with tqdm(total=total, unit="run") as bar:
+        tell = teller(bar)
+        for trials, problems in groups:
+            winner = measure_place(trials, problems, dtype, device, tell)
+            winners += [winner] if winner else []
+            torch.cuda.empty_cache()
+    return [trial for trials, _ in groups for trial in trials], winners
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 2 where there is neither a device nor --static."""
+    options = parse(arguments)
+    # Interpreting would prevent compiling, in the workers too; Triton reads both late.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    import torch
+
+    if not options.static and not torch.cuda.is_available():
+        print(
+            "no CUDA device on this machine: times need one. With --static the candidates are "
+            "compiled and ranked without, as in: tune_kernels.py --static --arch 80 90",
+            file=sys.stderr,
+        )
+        return 2
+    trials, winners = (tune_static if options.static else tune_device)(options)
+    if options.json:
+        device = torch.device("cpu" if options.static else "cuda")
+        report = {
+            "benchmark": "tune_kernels",
+            "measured": not options.static,
+            "dtype": options.dtype,
+            "environment": environment(device),
+            "lines": list(_tuning.table_lines(winners)),
+            "trials": [trial.as_dict() for trial in trials],
+        }
+        write_json(options.json, report)
+    if not winners:
+        print("no candidate is better than the defaults")
+    for line in _tuning.table_lines(winners):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
