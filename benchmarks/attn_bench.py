@@ -33,6 +33,8 @@ from _run import STEPS_PER_CONTENDER, measure  # noqa: E402
 from _shapes import BATCHES, MODELS, QUICK_SHAPES, TEXT_TOKENS, Problem, problems  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
+
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
@@ -213,6 +215,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 when a contender of sefi's own was wrong, 2 for bad arguments."""
+    keep_freed_memory()
     try:
         report = run(parse(arguments))
     except ValueError as error:

@@ -28,6 +28,7 @@ from _rates import device_name  # noqa: E402
 from _report import bars_table, environment, table, time_text, write_json  # noqa: E402
 
 from sefi_fast import Subject, attach, detach, generate, load_pipeline, trace  # noqa: E402
+from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
 
 COUNTS = (1, 10, 100)
 STAGES = 5
@@ -182,6 +183,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 for bad arguments."""
+    keep_freed_memory()
     try:
         run(parse(arguments))
     except ValueError as error:

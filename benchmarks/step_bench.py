@@ -34,6 +34,8 @@ from _step_run import CONTENDERS, StepEntry, StepRecord, measure_steps  # noqa: 
 from attn_bench import DTYPES, choose_device  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
+
 FULL = Effort(20.0, 0.0, 9)
 QUICK = Effort(2.0, 0.0, 3)
 TICKS = 3 * len(CONTENDERS) + 1
@@ -175,6 +177,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 when a step of sefi_fast's own was wrong, 2 for bad arguments."""
+    keep_freed_memory()
     options = parse(arguments)
     try:
         report = run(options)

@@ -34,6 +34,7 @@ from _training_flops import flop_counter  # noqa: E402
 from attn_bench import DTYPES, choose_device  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
 from sefi_fast.tiny_world import CLASS_WORD  # noqa: E402
 from sefi_fast.training import TrainConfig  # noqa: E402
 from sefi_fast.training.job import Job  # noqa: E402
@@ -286,6 +287,7 @@ def write_results(
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 for bad arguments."""
+    keep_freed_memory()
     try:
         run(parse(arguments))
     except ValueError as error:

@@ -19,6 +19,8 @@ _HOME = {
     "encode": "sefi_fast.conditioning",
     "attach": "sefi_fast.pipelines",
     "detach": "sefi_fast.pipelines",
+    "keep_freed_memory": "sefi_fast.host_memory",
+    "regions": "sefi_fast.pipelines",
     "swap": "sefi_fast.pipelines",
     "trace": "sefi_fast.pipelines",
     "load_pipeline": "sefi_fast.pipelines",
@@ -45,7 +47,9 @@ __all__ = [
     "fused_cross_attention",
     "generate",
     "import_embedding",
+    "keep_freed_memory",
     "load_pipeline",
+    "regions",
     "swap",
     "trace",
     "train",
@@ -60,8 +64,9 @@ if not (_root / "sefi_fast" / "kernels").is_dir() and (_root / "csrc").is_dir():
 
 if TYPE_CHECKING:
     from sefi_fast.conditioning import encode
+    from sefi_fast.host_memory import keep_freed_memory
     from sefi_fast.ops import CrossAttentionOutput, available_backends, fused_cross_attention
-    from sefi_fast.pipelines import attach, detach, generate, load_pipeline, swap, trace
+    from sefi_fast.pipelines import attach, detach, generate, load_pipeline, regions, swap, trace
     from sefi_fast.processor import SeFiAttnProcessor
     from sefi_fast.subject import Subject, export_embedding, import_embedding
     from sefi_fast.tiny_world import bundled_model_path, bundled_subject_image

@@ -14,6 +14,7 @@ from sefi_fast.errors import BackendError
 from sefi_fast.layers import cross_attention_layers, layer_resolutions
 from sefi_fast.ops import fused_cross_attention
 from sefi_fast.projection_cache import stage_key_value
+from sefi_fast.region_attention import RegionPrompts
 
 __all__ = [
     "AttentionRecord",
@@ -95,11 +96,10 @@ class SeFiAttnProcessor:
             key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
         else:
             key, value = self._project_prompt(attn, encoder_hidden_states, query.dtype)
-        query, key, value = (_split_heads(x, attn.heads) for x in (query, key, value))
+        query = _split_heads(query, attn.heads)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        key, value = _heads_of(attn, key, value)
 
         mask = self._prepare_mask(attn, attention_mask, key)
         scale = None if attn.scale == query.shape[-1] ** -0.5 else attn.scale
@@ -114,6 +114,10 @@ class SeFiAttnProcessor:
             output = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
             if record is not None:
                 record.alignment = record.maps = record.size = None
+        if encoder_hidden_states is not None and not torch.compiler.is_compiling():
+            regions = getattr(encoder_hidden_states, "sefi_regions", None)
+            if regions is not None:
+                output = self._attend_in_regions(attn, query, output, regions, scale)
 
         hidden_states = output.transpose(1, 2).flatten(2).to(query.dtype)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
@@ -181,6 +185,27 @@ class SeFiAttnProcessor:
         tokens_first = (x.transpose(1, 2) for x in (query, key, value))
         return self._efficient_attention(*tokens_first, attn_bias=bias, scale=scale).transpose(1, 2)
 
+    def _attend_in_regions(
+        self,
+        attn: Attention,
+        query: Tensor,
+        output: Tensor,
+        regions: RegionPrompts,
+        scale: float | None,
+    ) -> Tensor:
+        """`output` [B, heads, N, head_dim], with the regions' own where their image tokens lie."""
+        output = output.clone()
+        samples = regions.samples
+        for prompt, places in regions.of(attn, query.device):
+            key, value = _heads_of(attn, *self._project_prompt(attn, prompt, query.dtype))
+            output[-samples:, :, places] = F.scaled_dot_product_attention(
+                query[-samples:, :, places],
+                key.expand(samples, -1, -1, -1),
+                value.expand(samples, -1, -1, -1),
+                scale=scale,
+            ).to(output.dtype)
+        return output
+
     def _attend_fused(
         self,
         attn: Attention,
@@ -216,6 +241,12 @@ class SeFiAttnProcessor:
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, L, heads · head_dim] → [B, heads, L, head_dim], a view."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _heads_of(attn: Attention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Projected keys and values [B, L, heads · head_dim] as the attention takes them."""
+    key, value = _split_heads(key, attn.heads), _split_heads(value, attn.heads)
+    return key if attn.norm_k is None else attn.norm_k(key), value
 
 
 def _norm_prompt(attn: Attention, prompt: Tensor) -> Tensor:

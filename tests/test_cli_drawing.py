@@ -184,3 +184,15 @@ def test_every_subject_given_must_stand_in_a_prompt(subject, tmp_path, capsys):
     assert "does not name the subject <other>" in capsys.readouterr().err
     pair = ["--key-prompt", "a <me>", "--value-prompt", "a <other>"]
     assert main(["swap", *pair, *files, *SHORT, "-o", str(tmp_path / "out")]) == 0
+
+
+def test_regions_have_prompts_of_their_own(pipe, subject, tmp_path, capsys):
+    prompt, whole = "a photo of a creature", "0,0,1,1"
+    expected = run(tmp_path, "a", "a <me>", "-s", subject)
+    drawn = run(tmp_path, "b", prompt, "-s", subject, "--region", "a <me>", whole)
+    assert np.abs(drawn - expected).max() <= 1
+    half = run(tmp_path, "c", prompt, "-s", subject, "-r", "a <me>", "0,0,0.5,1")
+    assert np.abs(half - expected).max() > 4
+    for box, words in (("0,0,1", "must be four numbers"), ("0,0,1,2", "must lie within")):
+        assert main(["generate", prompt, "-r", "a creature", box, *SHORT]) == 1
+        assert words in capsys.readouterr().err

@@ -37,7 +37,8 @@ def add(commands: Any) -> None:
     study = parser.add_argument_group("studies on the tiny world")
     study.add_argument(
         "--study", nargs="+", metavar="NAME",
-        help="lambda, loss, pairs, peers, module, rate, steps, choices or all",
+        help="lambda, loss, pairs, peers, module, rate, steps, choices or all; or two: two "
+        "subjects in one picture",
     )  # fmt: skip
     study.add_argument(
         "--variants", nargs="+", metavar="NAME", help="only these of the studies' variants"
@@ -63,6 +64,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     from sefi_fast.evaluation import run_study
 
+    if options.study == ["two"]:
+        return _two(options)
     prompts = options.prompts or "12"
     if not prompts.isdigit():
         raise ValueError(f"a study's --prompts is how many an identity, a number; got {prompts!r}")
@@ -82,6 +85,25 @@ def _study(options: argparse.Namespace) -> int:
     for path in found.files:
         print(path)
     return 1 if found.failures else 0
+
+
+def _two(options: argparse.Namespace) -> int:
+    from sefi_fast.evaluation import compare_two_subjects
+
+    unused = ("prompts", "sampling_steps", "variants")
+    for name in unused:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--study two has no --{name.replace('_', '-')}: leave it out")
+    files = compare_two_subjects(
+        output=options.output or "evidence",
+        identities=options.identities,
+        seeds=options.seeds,
+        progress=not options.quiet,
+        **config_overrides(options),
+    )
+    for path in files:
+        print(path)
+    return 0
 
 
 def _subjects(options: argparse.Namespace) -> int:

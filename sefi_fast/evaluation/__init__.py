@@ -13,6 +13,7 @@ _HOME = {
     "Evaluation": "sefi_fast.evaluation.evaluation_report",
     "evaluate": "sefi_fast.evaluation.scoring",
     "StudyResult": "sefi_fast.evaluation.study",
+    "compare_two_subjects": "sefi_fast.evaluation.two_subjects",
     "attention_overfit": "sefi_fast.evaluation.overfit",
     "run_study": "sefi_fast.evaluation.study",
     "score_picture": "sefi_fast.evaluation.scores",
@@ -22,6 +23,7 @@ __all__ = [
     "Panel",
     "StudyResult",
     "attention_overfit",
+    "compare_two_subjects",
     "contact_sheet",
     "evaluate",
     "run_study",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from sefi_fast.evaluation.scores import score_picture
     from sefi_fast.evaluation.scoring import evaluate
     from sefi_fast.evaluation.study import StudyResult, run_study
+    from sefi_fast.evaluation.two_subjects import compare_two_subjects
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,8 @@ from sefi_fast.training.output import write_whole
 from sefi_fast.training.summary import FILE as SUMMARY_FILE
 
 PLACEHOLDER = "<it>"
-_PICTURE_SIZE = 192
+PICTURE_SIZE = 192
+"""Side in pixels of the pictures that subjects are learnt from."""
 _BATCH = 16
 _PARTS = {"pictures", "overfit", "open", "training"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -147,7 +148,7 @@ class Worker:
         subjects = [chosen[number] for number in open_ones]
         trained: dict[int, ManyResult | None] = dict.fromkeys(open_ones)
         if task.variant.config is not None:
-            trained.update(zip(open_ones, _train(task, subjects), strict=True))
+            trained.update(zip(open_ones, train(task, subjects), strict=True))
         failures = {}
         for one in subjects:
             result = trained[one.number]
@@ -207,12 +208,13 @@ class Worker:
         return rows
 
 
-def _train(task: Task, subjects: Sequence[StudySubject]) -> list[ManyResult]:
+def train(task: Task, subjects: Sequence[StudySubject]) -> list[ManyResult]:
+    """Learn identities by the settings of a task's variant; what its folder holds is not redone."""
     config = task.variant.config
     assert config is not None
     entries = []
     for one in subjects:
-        picture, mask = draw(one.picture, _PICTURE_SIZE)
+        picture, mask = draw(one.picture, PICTURE_SIZE)
         entries.append(
             {
                 "image": picture,
@@ -257,7 +259,7 @@ def _draw(pipe: Any, texts: Sequence[str], protocol: Protocol) -> list[Image.Ima
 
 
 def _overfit(pipe: Any, subject: Subject, one: StudySubject) -> dict[str, float]:
-    picture, mask = draw(one.picture, _PICTURE_SIZE)
+    picture, mask = draw(one.picture, PICTURE_SIZE)
     size = pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     pixels, shown = prepare(picture, size), load_mask(mask, picture, size)
     found = attention_overfit(pipe, subject, pixels, shown, f"a photo of a {{}} {one.scene}")

@@ -71,6 +71,20 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
+def check_not_compiled(pipe: Any, what: str) -> None:
+    """Raise ModelError when torch.compile would hide the calls of the U-Net's layers.
+
+    Args:
+        what: that needs to see them, as a request ("trace the pipeline").
+    """
+    unet = unwrap(pipe.unet)
+    if unet is not pipe.unet or unet._compiled_call_impl is not None:
+        raise ModelError(
+            f"the U-Net is compiled, which hides the calls of its layers: {what} before "
+            "torch.compile"
+        )
+
+
 def is_sdxl(pipe: Any) -> bool:
     """Whether a pipeline is conditioned by two text encoders and a pooled embedding."""
     return getattr(pipe, "text_encoder_2", None) is not None

@@ -17,7 +17,7 @@ from sefi_fast.attention_record import LayerRecord
 from sefi_fast.conditioning.prompt import class_token_id, word_positions
 from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.layers import cross_attention_layers, layer_resolutions
-from sefi_fast.pipelines.families import check_pipeline, unwrap
+from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, unwrap
 from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
 from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 
@@ -228,22 +228,21 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
 
     Raises:
         ModelError: the pipeline is of another family, or its U-Net is compiled.
-        ValueError: no word, a word twice, or a trace of this pipeline already runs.
+        ValueError: no word, a word twice, or a trace or regions of this pipeline already run.
         PromptError: from the call of the pipeline, if a word is in none of its prompts.
     """
     words = [words] if isinstance(words, str) else list(words)
     if not words or len(set(words)) != len(words):
         raise ValueError(f"trace wants at least one word and none twice, but it got {words}")
     check_pipeline(pipe)
-    unet = unwrap(pipe.unet)
-    if unet is not pipe.unet or unet._compiled_call_impl is not None:
-        raise ModelError(
-            "the U-Net is compiled, which hides the calls of its layers: trace the pipeline "
-            "before torch.compile"
-        )
+    check_not_compiled(pipe, "trace the pipeline")
+    unet = pipe.unet
     encoder = PromptEncoder.acquire(pipe)
     if encoder.tracers:
-        raise ValueError("a trace of this pipeline already runs: name all words in that one")
+        raise ValueError(
+            "a trace or regions of this pipeline already run: name all words in one trace, and "
+            "draw regions without one, whose words would differ from place to place"
+        )
     found = Trace(words)
     tracer = _Tracer(pipe, found, encoder)
     encoder.tracers.append(tracer)

@@ -216,7 +216,7 @@ def test_wrong_uses_are_told_in_words(sd15_pipeline, make_subject):
     for words in ([], ["cat", "cat"]):
         with pytest.raises(ValueError, match="at least one word"), trace(pipe, words):
             pass
-    nested = pytest.raises(ValueError, match="already runs")
+    nested = pytest.raises(ValueError, match="already run")
     with trace(pipe, ["cat"]), nested, trace(pipe, ["dog"]):
         pass
     with pytest.raises(ModelError, match="U-Net of type"), trace(object(), ["cat"]):

@@ -1,0 +1,268 @@
+"""Two subjects in one picture of the tiny world: one sentence against regions, half by half."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import random
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sefi_fast.evaluation.sheets import Panel, contact_sheet
+from sefi_fast.evaluation.statistics import bootstrap, paired_difference
+from sefi_fast.evaluation.tasks import PICTURE_SIZE, Protocol, Task, model_checksum, train
+from sefi_fast.evaluation.tiny_prompts import StudySubject, identity_words
+from sefi_fast.evaluation.variants import BASELINE, Variant
+from sefi_fast.pipelines import attach, detach, load_pipeline, regions
+from sefi_fast.subject import Subject
+from sefi_fast.tiny_world import CLASS_WORD, SAMPLING
+from sefi_fast.tiny_world.captions import SCENE_PHRASES
+from sefi_fast.tiny_world.drawing import PICTURE_SIZE as SIDE
+from sefi_fast.tiny_world.drawing import SCENES, Identity, draw
+from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
+from sefi_fast.training import TrainConfig
+from sefi_fast.training.output import write_whole
+
+_LEFT, _RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+_SCENES_A_PAIR = 2
+_SHEET_PAIRS = 4
+
+
+@dataclass(frozen=True)
+class TwoScore:
+    """What the judge says of the halves of one picture.
+
+    Attributes:
+        both: 1 if each half shows a creature.
+        id: mean over the halves of the likeness to its own subject (`scores.PictureScore.id`).
+        own: share of the attributes in which the two subjects differ that each half shows as its
+            own subject has them.
+        confused: share of those that it shows as the *other* subject has them.
+    """
+
+    both: float
+    id: float
+    own: float
+    confused: float
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How two creatures are asked for: what stands for each, and whether each half has a prompt."""
+
+    name: str
+    words: Callable[[StudySubject, int], str]
+    by_halves: bool
+
+
+_WAYS = (
+    _Way("class words, one sentence", lambda one, place: f"a {CLASS_WORD}", False),
+    _Way("subjects, one sentence", lambda one, place: ("<a>", "<b>")[place], False),
+    _Way("subjects, a region each", lambda one, place: ("<a>", "<b>")[place], True),
+    _Way("spelled out, a region each", lambda one, _: f"a {identity_words(one.identity)}", True),
+)
+_COMPARED_TO = "subjects, one sentence"
+
+
+def compare_two_subjects(
+    *,
+    output: str | os.PathLike[str] = "evidence",
+    identities: int = 12,
+    seeds: int = 4,
+    seed: int = 0,
+    config: TrainConfig | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> list[Path]:
+    """Draw pairs of learnt subjects in double-wide pictures, and judge how far they mix.
+
+    Subject i stands beside subject i + 1, the last one beside the first. What an earlier study in
+    the folder has learnt by the same settings is not learnt again. In one sentence the model is
+    free in who stands where, so there the better of both assignments counts.
+
+    Args:
+        output: folder; `two.md`, `two.csv` and `two-sheet.png` come there.
+        identities: subjects, and pairs of them; 2 to 66.
+        seeds: pictures of each pair, scene and way of asking.
+        seed, config, progress, **overrides: as for `run_study`.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError, TypeError: a number or a setting is out of range.
+        OSError: the folder cannot be written.
+    """
+    for name, value, least in (("identities", identities, 2), ("seeds", seeds, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    settings = TrainConfig.from_overrides(config, overrides)
+    precision = "bf16" if settings.precision == "bf16" else "fp32"
+    steps, guidance = SAMPLING["steps"], SAMPLING["guidance"]
+    protocol = Protocol(1, seeds, steps, guidance, precision, seed, model_checksum())
+    chosen = protocol.subjects(identities)
+    learnt = _learn(Path(output), settings, chosen, protocol, progress)
+    pipe = load_pipeline(None, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge.load()
+    scores: dict[str, dict[int, list[TwoScore]]] = {way.name: {} for way in _WAYS}
+    rows: list[tuple[str, list[Panel]]] = []
+    for place in tqdm(range(identities), unit="pair", disable=not progress):
+        pair = chosen[place], chosen[(place + 1) % identities]
+        names = zip((learnt[one.number] for one in pair), ("<a>", "<b>"), strict=True)
+        attach(pipe, [replace(subject, placeholder=name) for subject, name in names])
+        panels = [Panel(draw(one.picture, SIDE)[0], "learnt from") for one in pair]
+        for way in _WAYS:
+            pictures = _draw_pair(pipe, way, pair, protocol)
+            scores[way.name][place] = _judge(judge, pictures, pair, way.by_halves)
+            panels.append(Panel(pictures[0], way.name))
+        if place < _SHEET_PAIRS:
+            rows.append(("", panels))
+        detach(pipe)
+    return _report(Path(output), scores, rows)
+
+
+def score_halves(
+    halves: tuple[Judgement, Judgement], pair: tuple[Identity, Identity], *, ordered: bool
+) -> TwoScore:
+    """Score a picture by what the judge says of its left and its right half.
+
+    Args:
+        halves: left and right.
+        pair: who was asked for.
+        ordered: whether the first was asked for on the left; else the better of both assignments
+            by likeness counts.
+    """
+    orders = [(0, 1)] if ordered else [(0, 1), (1, 0)]
+    likeness = {
+        order: sum(half.shows(pair[who]) for half, who in zip(halves, order, strict=True)) / 2
+        for order in orders
+    }
+    order = max(likeness, key=likeness.__getitem__)
+    differing = [
+        name for name in IDENTITY_ATTRIBUTES if _value(pair[0], name) != _value(pair[1], name)
+    ]
+    own = other = 0
+    for half, who in zip(halves, order, strict=True):
+        labels = half.labels
+        own += sum(labels[name] == _value(pair[who], name) for name in differing)
+        other += sum(labels[name] == _value(pair[1 - who], name) for name in differing)
+    asked = 2 * len(differing)
+    both = all(half.labels["creature"] == "yes" for half in halves)
+    return TwoScore(float(both), likeness[order], own / asked, other / asked)
+
+
+def _value(identity: Identity, name: str) -> str:
+    return getattr(identity, name) or "none"
+
+
+def _learn(
+    folder: Path,
+    settings: TrainConfig,
+    chosen: Sequence[StudySubject],
+    protocol: Protocol,
+    progress: bool,
+) -> dict[int, Subject]:
+    """Identity → its subject, from the folder where it lies there."""
+    learnt = {}
+    for one in tqdm(chosen, unit="subject", disable=not progress):
+        task = Task(folder, Variant(BASELINE, settings), (one.number,), protocol)
+        (result,) = train(task, [one])
+        if result.error is not None:
+            raise ValueError(f"{result.name} could not be learnt: {result.error}")
+        learnt[one.number] = Subject.load(task.subject(one.number))
+    return learnt
+
+
+@torch.inference_mode()
+def _draw_pair(
+    pipe: Any, way: _Way, pair: tuple[StudySubject, StudySubject], protocol: Protocol
+) -> list[Image.Image]:
+    """All seeds of the first scene, then of the next; equal noise for every way."""
+    taken = {one.picture.scene for one in pair}
+    scenes = [scene for scene in SCENES if scene not in taken]
+    random.Random(pair[0].number).shuffle(scenes)
+    pictures: list[Image.Image] = []
+    for scene in scenes[:_SCENES_A_PAIR]:
+        first, second = (way.words(one, place) for place, one in enumerate(pair))
+        where = SCENE_PHRASES[scene]
+        halves = [(f"a photo of {first} {where}", _LEFT), (f"a photo of {second} {where}", _RIGHT)]
+        with regions(pipe, halves) if way.by_halves else nullcontext():
+            pictures += pipe(
+                [f"a photo of {first} and {second} {where}"] * protocol.seeds,
+                width=2 * SIDE,
+                height=SIDE,
+                num_inference_steps=protocol.sampling_steps,
+                guidance_scale=protocol.guidance,
+                generator=[torch.Generator().manual_seed(n) for n in range(protocol.seeds)],
+            ).images
+    return pictures
+
+
+def _judge(
+    judge: Judge,
+    pictures: Sequence[Image.Image],
+    pair: tuple[StudySubject, StudySubject],
+    ordered: bool,
+) -> list[TwoScore]:
+    boxes = ((0, 0, SIDE, SIDE), (SIDE, 0, 2 * SIDE, SIDE))
+    left, right = (judge([picture.crop(box) for picture in pictures]) for box in boxes)
+    identities = pair[0].identity, pair[1].identity
+    return [
+        score_halves(halves, identities, ordered=ordered)
+        for halves in zip(left, right, strict=True)
+    ]
+
+
+def _report(
+    folder: Path,
+    scores: dict[str, dict[int, list[TwoScore]]],
+    rows: Sequence[tuple[str, Sequence[Panel]]],
+) -> list[Path]:
+    columns = {"both": "two creatures", "id": "ID", "own": "own attributes", "confused": "confused"}
+    means = {
+        way: {
+            column: {
+                pair: sum(getattr(score, column) for score in found) / len(found)
+                for pair, found in pairs.items()
+            }
+            for column in columns
+        }
+        for way, pairs in scores.items()
+    }
+    titles = [*columns.values(), "confused less one sentence's"]
+    lines = ["| asked for by | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for way, by_column in means.items():
+        cells = [str(bootstrap(by_column[column])) for column in columns]
+        less = paired_difference(by_column["confused"], means[_COMPARED_TO]["confused"])
+        bold = "**" if less.excludes_zero else ""
+        cells.append("—" if way == _COMPARED_TO else f"{bold}{less}{bold}")
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["way", "pair", "picture", *columns])
+    for way, pairs in scores.items():
+        for pair, found in pairs.items():
+            for number, score in enumerate(found):
+                values = [round(value, 4) for value in asdict(score).values()]
+                writer.writerow([way, pair, number, *values])
+    sheet = io.BytesIO()
+    contact_sheet(rows, title="two subjects in one picture", panel_size=PICTURE_SIZE).save(
+        sheet, "PNG"
+    )
+    files = {
+        "two.md": ("\n".join(lines) + "\n").encode(),
+        "two.csv": table.getvalue().encode(),
+        "two-sheet.png": sheet.getvalue(),
+    }
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    return [folder / name for name in files]

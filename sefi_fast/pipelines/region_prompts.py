@@ -1,0 +1,190 @@
+"""Prompts of their own for parts of the picture, so that several subjects do not mix."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import UNetMotionModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sefi_fast.conditioning import encode
+from sefi_fast.conditioning.stage_hook import StageHook
+from sefi_fast.errors import ModelError, PromptError
+from sefi_fast.layers import cross_attention_layers, layer_resolutions
+from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, conditioned_models
+from sefi_fast.pipelines.prompt_encoder import PromptEncoder
+from sefi_fast.processor import SeFiAttnProcessor
+from sefi_fast.region_attention import Box, RegionPrompts
+
+
+@contextmanager
+def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -> Iterator[None]:
+    """Give parts of the picture prompts of their own while `pipe` samples.
+
+    ```python
+    sefi_fast.attach(pipe, ["me.safetensors", "cat.safetensors"])
+    boxes = {"<me> on the beach": (0, 0, 0.5, 1), "a <cat> on the beach": (0.5, 0, 1, 1)}
+    with sefi_fast.regions(pipe, boxes):
+        image = pipe("two friends on the beach").images[0]
+    ```
+
+    Two subjects in one sentence mix: in the text encoder every later word sees the earlier subject,
+    and each image token looks at both. Here the image tokens of a box attend to the words of its
+    prompt alone, in every cross-attention layer of the U-Net and the ControlNets; those outside all
+    boxes attend to the call's prompt. Self-attention and convolutions still see the whole picture,
+    and so does SDXL's pooled embedding, which is that of the call's prompt. The negative prompt is
+    the same everywhere. On exit, also by an exception, everything is as it was.
+
+    Args:
+        pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, with subjects attached or without,
+            whose U-Net is not compiled; not AnimateDiff, not with an IP-Adapter.
+        prompts: sentences and their boxes, (left, top, right, bottom) in fractions of the picture,
+            0 to 1; where boxes overlap the later one counts.
+
+    Raises:
+        ModelError: the pipeline is of another family, or one that regions cannot reach; from the
+            call, if an IP-Adapter has its layers.
+        PromptError: from the call, if a placeholder cannot be used where it stands, or the call's
+            prompt was given as a tensor.
+        ValueError: there is no region, a box does not lie within the picture, or a trace or regions
+            of this pipeline already run.
+        TypeError: a prompt is no string, or a box is not four numbers.
+    """
+    pairs = _checked(prompts)
+    check_pipeline(pipe)
+    check_not_compiled(pipe, "give regions")
+    encoder = PromptEncoder.acquire(pipe)
+    if encoder.tracers:
+        raise ValueError("a trace or regions of this pipeline already run: one of them at a time")
+    placed = _Regions(pipe, pairs)
+    encoder.tracers.append(placed)
+    try:
+        yield
+    finally:
+        placed.remove()
+        encoder.tracers.remove(placed)
+        encoder.release()
+
+
+class _Regions:
+    """Encodes the regions' prompts when the pipeline is called, and leaves them on the models'."""
+
+    def __init__(self, pipe: Any, pairs: list[tuple[str, Box]]) -> None:
+        self._pipe = pipe
+        self._texts = [text for text, _ in pairs]
+        self._boxes = [box for _, box in pairs]
+        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        # By thread, since one pipeline may serve several.
+        self._calls: dict[int, _Call] = {}
+
+    def begin(self, prompts: list[str] | None, num_images_per_prompt: int, guidance: bool) -> None:
+        """Encode the regions' prompts for a call that starts."""
+        if prompts is None:
+            raise PromptError(
+                "regions count the pictures of a call by its prompts, but they were given as "
+                "prompt_embeds: give them as text"
+            )
+        for model in conditioned_models(self._pipe):
+            if isinstance(model, UNetMotionModel):
+                raise ModelError(
+                    "AnimateDiff repeats its prompt for every frame, where regions would be lost: "
+                    "give regions to single pictures"
+                )
+            if model not in self._hooks:
+                call = _ModelCall(model, self._calls)
+                self._hooks[model] = model.register_forward_pre_hook(call, with_kwargs=True)
+        self._calls[threading.get_ident()] = _Call(
+            [encode(self._pipe, text) for text in self._texts],
+            self._boxes,
+            len(prompts) * num_images_per_prompt,
+            guidance,
+            StageHook(
+                self._pipe.tokenizer.model_max_length,
+                self._pipe.scheduler.config.num_train_timesteps,
+            ),
+        )
+
+    def remove(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+
+
+class _Call:
+    """The encoded regions of one call of the pipeline."""
+
+    def __init__(
+        self,
+        prompts: list[Tensor],
+        boxes: list[Box],
+        pictures: int,
+        guidance: bool,
+        stages: StageHook,
+    ) -> None:
+        self._prompts = prompts
+        self._boxes = boxes
+        self._pictures = pictures
+        self._guidance = guidance
+        self._stages = stages
+
+    def at(
+        self, prompt: Tensor, timestep: Any, size: tuple[int, int], factors: Mapping[int, int]
+    ) -> RegionPrompts:
+        """The regions of a model's call with this prompt, of which the stage is chosen already."""
+        # ControlNet's guess mode runs on the positive half alone.
+        both = self._guidance and len(prompt) > self._pictures
+        self._prompts = [own.to(prompt.device, prompt.dtype) for own in self._prompts]
+        streams = [self._stages.select(own, timestep) for own in self._prompts]
+        samples = len(prompt) // 2 if both else len(prompt)
+        return RegionPrompts(streams, self._boxes, samples, size, factors)
+
+
+class _ModelCall:
+    """Forward-pre-hook of a U-Net or ControlNet, behind the one that picks the stage."""
+
+    def __init__(self, model: nn.Module, calls: Mapping[int, _Call]) -> None:
+        factors = layer_resolutions(model)
+        self._layers = cross_attention_layers(model)
+        self._factors = {id(attn): factors[name] for name, attn in self._layers.items()}
+        self._calls = calls
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._calls.get(threading.get_ident())
+        if call is None:
+            return
+        for name, attn in self._layers.items():
+            if not isinstance(attn.processor, SeFiAttnProcessor):
+                raise ModelError(
+                    f"layer {name} of {type(model).__name__} has the processor "
+                    f"{type(attn.processor).__name__}, which knows no regions: unload an "
+                    "IP-Adapter with pipe.unload_ip_adapter()"
+                )
+        given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
+        given |= kwargs
+        height, width = given["sample"].shape[-2:]
+        prompt = given["encoder_hidden_states"]
+        prompt.sefi_regions = call.at(prompt, given["timestep"], (height, width), self._factors)
+
+
+def _checked(prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -> list[tuple[str, Box]]:
+    pairs = list(prompts.items() if isinstance(prompts, Mapping) else prompts)
+    if not pairs:
+        raise ValueError("there is no region: give at least one prompt and its box")
+    for text, box in pairs:
+        if not isinstance(text, str):
+            raise TypeError(f"the prompt of a region must be one sentence, got {text!r}")
+        numbers = isinstance(box, (tuple, list)) and len(box) == 4
+        if not numbers or not all(isinstance(side, (int, float)) for side in box):
+            raise TypeError(
+                f"the box of {text!r} must be four numbers, left, top, right, bottom, got {box!r}"
+            )
+        left, top, right, bottom = box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(
+                f"the box {box} of {text!r} must lie within (0, 0, 1, 1), its left side left of "
+                "its right one and its top above its bottom"
+            )
+    return pairs

@@ -1,0 +1,49 @@
+"""Which image tokens of a layer attend to a region's own prompt (docs/method.md §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+Box: TypeAlias = "tuple[float, float, float, float]"
+"""(left, top, right, bottom) in fractions of the picture."""
+
+
+@dataclass(frozen=True, eq=False)
+class RegionPrompts:
+    """The regions' prompts of one call of a model, left on the prompt that the call was given.
+
+    Attributes:
+        streams: K and V streams [1, 2·M, C] of the call's stage, one tensor a region.
+        boxes: where each region lies; where two overlap the later one counts.
+        samples: the last so many samples of the batch have regions; those before are the negative
+            prompt's.
+        size: (height, width) of the model's input.
+        factors: id of a cross-attention layer → its down factor relative to that input.
+    """
+
+    streams: Sequence[Tensor]
+    boxes: Sequence[Box]
+    samples: int
+    size: tuple[int, int]
+    factors: Mapping[int, int]
+
+    def of(self, attn: Attention, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """The prompt of each region, and int64 [n] places of its image tokens in this layer.
+
+        An image token belongs to a box that holds its centre. A region too small to hold one is
+        left out: there the picture's own prompt rules.
+        """
+        factor = self.factors[id(attn)]
+        height, width = (-(-side // factor) for side in self.size)
+        for prompt, (left, top, right, bottom) in zip(self.streams, self.boxes, strict=True):
+            rows = [row for row in range(height) if top <= (row + 0.5) / height < bottom]
+            columns = [column for column in range(width) if left <= (column + 0.5) / width < right]
+            if rows and columns:
+                places = torch.tensor(rows)[:, None] * width + torch.tensor(columns)
+                yield prompt, places.flatten().to(device, non_blocking=True)
