@@ -1,6 +1,7 @@
 """The training steps that sefi_fast is compared with: its method written plainly, and its peer's.
 
-Both are written from their descriptions, docs/method.md and diffusers' Textual Inversion example.
+Both are written from their descriptions: docs/method.md, and diffusers' Textual Inversion examples
+for Stable Diffusion and for SDXL.
 """
 
 from __future__ import annotations
@@ -10,16 +11,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sefi_fast.conditioning import class_token_id, encode_text, stage_of, tokenize_prompts
+from sefi_fast.conditioning import class_token_ids, encode_texts, stage_of, text_parts
 from sefi_fast.layers import cross_attention_layers
+from sefi_fast.pipelines.families import is_sdxl
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.latents import encode_picture
 from sefi_fast.training.noise import NoiseSchedule, draw
 from sefi_fast.training.precision import autocast
+from sefi_fast.training.prompts import TrainingPrompts
 
 PLACEHOLDER = "<it>"
 CLASS_WORD = "creature"
+
+
+def class_ids(pipe: Any) -> list[int]:
+    """Token id of the class word for each text encoder."""
+    return class_token_ids([part.tokenizer for part in text_parts(pipe)], CLASS_WORD)
+
+
+def start_tokens(pipe: Any, config: TrainConfig) -> tuple[SubjectTokens, ...]:
+    """A module for each text encoder, begun from the class word's row of its token table."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return tuple(
+        SubjectTokens(
+            part.text_encoder.get_input_embeddings().weight[class_id].detach().float(),
+            stages=config.stages,
+            split=config.split,
+            train_base=config.train_base,
+            module=config.module,
+            generator=generator,
+        ).to(pipe.unet.device)
+        for part, class_id in zip(text_parts(pipe), class_ids(pipe), strict=True)
+    )
+
+
+def training_prompts(pipe: Any, config: TrainConfig) -> TrainingPrompts:
+    """The settings' sentences for every text encoder, on the pipeline's device."""
+    tokenizers = [part.tokenizer for part in text_parts(pipe)]
+    return TrainingPrompts(
+        tokenizers, config.sentences(), PLACEHOLDER, class_ids(pipe), pipe.unet.device
+    )
+
+
+def size_and_crop(pipe: Any, pixels: Tensor) -> Tensor | None:
+    """SDXL's time ids of a picture [3, h, w] kept whole, float32 [6]; None for other models."""
+    if not is_sdxl(pipe):
+        return None
+    height, width = pixels.shape[1:]
+    ids = [height, width, 0, 0, height, width]
+    return torch.tensor(ids, dtype=torch.float32, device=pipe.unet.device)
+
+
+def _added(pooled: Tensor | None, time_ids: Tensor | None, dtype: torch.dtype) -> Any:
+    """What SDXL's U-Net is given beside the words, for pooled embeddings [B, D]; else None."""
+    if pooled is None or time_ids is None:
+        return None
+    return {"text_embeds": pooled.to(dtype), "time_ids": time_ids.expand(len(pooled), -1)}
 
 
 class _MapsProcessor:
@@ -68,26 +116,16 @@ class PlainStep:
         self._step: dict[str, Any] = {}
         for attn in cross_attention_layers(pipe.unet).values():
             attn.set_processor(_MapsProcessor(self._step))
-        class_id = class_token_id(pipe.tokenizer, CLASS_WORD)
-        sentence = config.sentences()[0].replace("{}", PLACEHOLDER)
-        tokens = tokenize_prompts(
-            pipe.tokenizer, [sentence], [(PLACEHOLDER, class_id)], require=True
-        )
-        self._ids, self._slots = tokens.input_ids.to(self.device), tokens.slots.to(self.device)
-        row = pipe.text_encoder.get_input_embeddings().weight[class_id].detach().float()
-        self.tokens = SubjectTokens(
-            row,
-            stages=config.stages,
-            split=config.split,
-            train_base=config.train_base,
-            module=config.module,
-            generator=torch.Generator().manual_seed(config.seed),
-        ).to(self.device)
+        prompts = training_prompts(pipe, config)
+        # Of each text encoder [1, M]; the places are the same for all.
+        self._ids, self._slots = [ids[:1] for ids in prompts.input_ids], prompts.slots[:1]
+        self._encoders = [part.text_encoder for part in text_parts(pipe)]
+        self._time_ids = size_and_crop(pipe, pixels)
+        self.tokens = start_tokens(pipe, config)
         self._schedule = NoiseSchedule(pipe.scheduler, self.device)
         self._generator = torch.Generator().manual_seed(config.seed)
-        self._optimizer = torch.optim.AdamW(
-            self.tokens.parameter_groups(config.learning_rate), weight_decay=0.0
-        )
+        groups = [g for one in self.tokens for g in one.parameter_groups(config.learning_rate)]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
     def __call__(self) -> tuple[float, float]:
         noise, alignment = self.terms()
@@ -115,22 +153,29 @@ class PlainStep:
         latents = self.latents.sample(view, latent_noise)
         noised = schedule.add_noise(latents, noise, timesteps)
         stages = stage_of(timesteps, config.stages, schedule.num_train_timesteps)
-        rows = self.tokens()[stages].flatten(0, 1).unsqueeze(1)
-        count = len(rows)
-        text_encoder = self.pipe.text_encoder
+        rows = [module()[stages].flatten(0, 1).unsqueeze(1) for module in self.tokens]
+        count = len(rows[0])
         with autocast(self.device, self.dtype):
-            encoded = encode_text(
-                text_encoder,
-                self._ids.expand(count, -1),
+            encoded, pooled = encode_texts(
+                self._encoders,
+                [ids.expand(count, -1) for ids in self._ids],
                 self._slots.expand(count, -1),
                 rows,
-            ).unflatten(0, (config.batch_size, -1))
+            )
             with torch.no_grad():
-                reference = encode_text(text_encoder, self._ids).expand(config.batch_size, -1, -1)
+                reference, _ = encode_texts(self._encoders, self._ids)
+        encoded = encoded.unflatten(0, (config.batch_size, -1))
         step["key"], step["value"] = encoded[:, 0].to(self.dtype), encoded[:, -1].to(self.dtype)
-        step["reference"], step["alignments"] = reference.to(self.dtype), []
+        step["reference"] = reference.expand(config.batch_size, -1, -1).to(self.dtype)
+        step["alignments"] = []
+        if pooled is not None:
+            # That of the V sequence (docs/method.md §4).
+            pooled = pooled.unflatten(0, (config.batch_size, -1))[:, -1]
         prediction = self.pipe.unet(
-            noised.to(self.dtype), timesteps, encoder_hidden_states=step["key"]
+            noised.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=step["key"],
+            added_cond_kwargs=_added(pooled, self._time_ids, self.dtype),
         ).sample
         target = schedule.target(latents, noise, timesteps)
         rebuilt = torch.nn.functional.mse_loss(prediction.float(), target.float())
@@ -138,10 +183,10 @@ class PlainStep:
 
 
 class TextualInversionStep:
-    """A step as diffusers' Textual Inversion example takes it, without an attention loss.
+    """A step as diffusers' Textual Inversion examples take it, without an attention loss.
 
-    The picture and the prompt are encoded every step, the whole token table is in AdamW with
-    weight decay, and all rows but the placeholder's are put back after the update.
+    The picture and the prompt are encoded every step, the whole token table of each text encoder
+    is in AdamW with weight decay, and all rows but the placeholder's are put back after the update.
     """
 
     def __init__(self, pipe: Any, config: TrainConfig, pixels: Tensor, dtype: torch.dtype) -> None:
@@ -152,17 +197,18 @@ class TextualInversionStep:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._schedule = NoiseSchedule(pipe.scheduler, self.device)
         # The class word's own row serves as the placeholder's, which costs the same.
-        self._row = class_token_id(pipe.tokenizer, CLASS_WORD)
+        self._rows = class_ids(pipe)
         self._sentence = config.sentences()[0].replace("{}", CLASS_WORD)
-        self._table = pipe.text_encoder.get_input_embeddings().weight.requires_grad_(True)
-        self._originals = self._table.detach().clone()
-        self._optimizer = torch.optim.AdamW([self._table], lr=config.learning_rate)
+        self._time_ids = size_and_crop(pipe, pixels)
+        self._tables = [
+            part.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+            for part in text_parts(pipe)
+        ]
+        self._originals = [table.detach().clone() for table in self._tables]
+        self._optimizer = torch.optim.AdamW(self._tables, lr=config.learning_rate)
 
     def __call__(self) -> tuple[float, float]:
         pipe, size = self.pipe, self.config.batch_size
-        ids = pipe.tokenizer(
-            [self._sentence] * size, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids.to(self.device)
         view = torch.randint(len(self._views), (size,), generator=self._generator)
         latents = pipe.vae.encode(self._views[view.to(self.device)]).latent_dist.sample()
         latents = latents.detach() * pipe.vae.config.scaling_factor
@@ -171,15 +217,32 @@ class TextualInversionStep:
         timesteps = torch.randint(steps, (size,), device=self.device)
         noised = self._schedule.add_noise(latents, noise, timesteps)
         with autocast(self.device, self.dtype):
-            encoded = pipe.text_encoder(ids)[0].to(self.dtype)
-        prediction = pipe.unet(noised.to(self.dtype), timesteps, encoded).sample
+            encoded, pooled = self._encode(size)
+        added = _added(pooled, self._time_ids, self.dtype)
+        prediction = pipe.unet(
+            noised.to(self.dtype), timesteps, encoded.to(self.dtype), added_cond_kwargs=added
+        ).sample
         target = self._schedule.target(latents, noise, timesteps)
         loss = torch.nn.functional.mse_loss(prediction.float(), target.float())
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-        others = torch.ones(len(self._table), dtype=torch.bool)
-        others[self._row] = False
-        with torch.no_grad():
-            self._table[others] = self._originals[others]
+        for table, originals, row in zip(self._tables, self._originals, self._rows, strict=True):
+            others = torch.ones(len(table), dtype=torch.bool)
+            others[row] = False
+            with torch.no_grad():
+                table[others] = originals[others]
         return float(loss.detach()), 0.0
+
+    def _encode(self, size: int) -> tuple[Tensor, Tensor | None]:
+        """[B, M, C], and of SDXL's second text encoder the pooled embedding [B, D]."""
+        parts = text_parts(self.pipe)
+        outputs = []
+        for tokenizer, encoder in parts:
+            ids = tokenizer(
+                [self._sentence] * size, padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            outputs.append(encoder(ids.to(self.device), output_hidden_states=len(parts) > 1))
+        if len(parts) == 1:
+            return outputs[0][0], None
+        return torch.cat([output.hidden_states[-2] for output in outputs], -1), outputs[-1][0]

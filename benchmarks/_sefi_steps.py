@@ -6,16 +6,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from _plain_steps import CLASS_WORD, PLACEHOLDER
+from _plain_steps import size_and_crop, start_tokens, training_prompts
 from torch import Tensor
 
-from sefi_fast.conditioning import class_token_id
-from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.engine import Engine
 from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import encode_picture
-from sefi_fast.training.prompts import TrainingPrompts
 from sefi_fast.training.source import Source, frozen
 
 
@@ -30,24 +27,18 @@ class SefiStep:
         self._models = ExitStack()
         source = Source(pipe, "random weights", None, device, dtype, True)
         self._models.enter_context(frozen(source, config))
-        class_id = class_token_id(pipe.tokenizer, CLASS_WORD)
-        row = pipe.text_encoder.get_input_embeddings().weight[class_id].detach().float()
-        tokens = SubjectTokens(
-            row,
-            stages=config.stages,
-            split=config.split,
-            train_base=config.train_base,
-            module=config.module,
-            generator=torch.Generator().manual_seed(config.seed),
-        ).to(device)
-        prompts = TrainingPrompts(
-            [pipe.tokenizer], config.sentences(), PLACEHOLDER, [class_id], device
+        lane = Lane(
+            start_tokens(pipe, config),
+            latents,
+            training_prompts(pipe, config),
+            config.seed,
+            time_ids=size_and_crop(pipe, pixels),
         )
         self.engine = Engine(
             unet=pipe.unet,
-            text_encoders=[pipe.text_encoder],
+            text_encoders=source.text_encoders,
             scheduler=pipe.scheduler,
-            lanes=[Lane((tokens,), latents, prompts, config.seed)],
+            lanes=[lane],
             config=config,
             dtype=dtype,
         )

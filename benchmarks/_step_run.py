@@ -52,8 +52,8 @@ CONTENDERS = (
     ),
     StepContender(
         INVERSION, "c",
-        "Textual Inversion as in diffusers' example: picture and prompt encoded each step, the "
-        "whole token table in AdamW", False, TextualInversionStep,
+        "Textual Inversion as in diffusers' examples: picture and prompt encoded each step, whole "
+        "token tables in AdamW", False, TextualInversionStep,
     ),
     StepContender(NO_LOSS, "d", "sefi_fast without the loss", False, SefiStep),
 )  # fmt: skip
@@ -143,8 +143,7 @@ def measure_steps(
 ) -> StepRecord:
     """Check, time in turns, take apart, then measure memory with each contender alone.
 
-    One that fails or disagrees gets no figures. `tick` is told of each thing begun, four times a
-    contender.
+    One that fails or disagrees gets no figures. `tick` is told of each thing begun.
     """
     pixels = picture(8 * built.latent)
     record = StepRecord(

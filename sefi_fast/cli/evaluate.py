@@ -37,8 +37,8 @@ def add(commands: Any) -> None:
     study = parser.add_argument_group("studies on the tiny world")
     study.add_argument(
         "--study", nargs="+", metavar="NAME",
-        help="lambda, loss, pairs, peers, module, rate, steps, choices or all; or two: two "
-        "subjects in one picture",
+        help="lambda, loss, pairs, peers, module, rate, steps, choices, better or all; or "
+        "two: two subjects in one picture",
     )  # fmt: skip
     study.add_argument(
         "--variants", nargs="+", metavar="NAME", help="only these of the studies' variants"

@@ -220,7 +220,7 @@ def train(task: Task, subjects: Sequence[StudySubject]) -> list[ManyResult]:
                 "image": picture,
                 "name": task.name(one.number),
                 "placeholder": PLACEHOLDER,
-                "scene": one.scene if task.variant.scene_named else None,
+                "scene": _scene(one, task.variant),
                 "seed": config.seed + one.number,
                 "mask": mask if config.attention_loss == "mask" else None,
             }
@@ -236,6 +236,12 @@ def train(task: Task, subjects: Sequence[StudySubject]) -> list[ManyResult]:
     if len(results) != len(entries):
         raise TrainingError("a study cannot run under torchrun or accelerate: give it workers=")
     return results
+
+
+def _scene(one: StudySubject, variant: Variant) -> str | None:
+    """What the training sentence says behind the subject."""
+    named = [one.scene] if variant.scene_named else []
+    return " ".join([*named, one.place] if variant.place_named else named) or None
 
 
 @torch.inference_mode()

@@ -130,6 +130,11 @@ class StudySubject:
         """Where the picture was taken, in words, for `TrainConfig.scene`."""
         return SCENE_PHRASES[self.picture.scene]
 
+    @property
+    def place(self) -> str:
+        """Where in the picture the creature stands, in words."""
+        return POSITION_PHRASES[self.picture.position]
+
 
 def identity_words(identity: Identity) -> str:
     """An identity in words: 'round red creature with blue spots and big ears'."""

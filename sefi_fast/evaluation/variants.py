@@ -27,12 +27,15 @@ class Variant:
         config: the settings; None for a control.
         value: where it stands on the axis of its study's plot; None where that has no scale.
         scene_named: whether the training sentence names the picture's scene.
+        place_named: whether it names the creature's place too. A mirrored picture would have it
+            wrong.
     """
 
     name: str
     config: TrainConfig | None
     value: float | None = None
     scene_named: bool = True
+    place_named: bool = False
 
     @property
     def key(self) -> str:
@@ -45,6 +48,8 @@ class Variant:
             kept |= {"weight_lambda": 0.0, "attention_loss": "none"}
         if not self.scene_named:
             kept["scene_named"] = False
+        if self.place_named:
+            kept["place_named"] = True
         text = json.dumps(kept, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -68,7 +73,7 @@ class Study:
     log: bool = False
 
 
-STUDIES = ("lambda", "loss", "pairs", "peers", "module", "rate", "steps", "choices")
+STUDIES = ("lambda", "loss", "pairs", "peers", "module", "rate", "steps", "choices", "better")
 
 
 def make_studies(
@@ -173,6 +178,20 @@ def _choices(base: TrainConfig) -> Study:
     return Study("choices", "what the authors leave open", variants)
 
 
+def _better(base: TrainConfig) -> Study:
+    snr = TrainConfig.from_overrides(base, {"snr_gamma": 5.0})
+    place = TrainConfig.from_overrides(base, {"flip": False})
+    both = TrainConfig.from_overrides(snr, {"flip": False})
+    variants = (
+        Variant(BASELINE, base),
+        Variant("Min-SNR, γ = 5", snr),
+        _variant(snr, "Min-SNR, γ = 5, λ = 0.001", weight_lambda=0.001),
+        Variant("place named, no mirrored picture", place, place_named=True),
+        Variant("place named, no mirrored picture, Min-SNR", both, place_named=True),
+    )
+    return Study("better", "attempts to do better than the seed", variants)
+
+
 _MAKERS = {
     "lambda": _lambda,
     "loss": _loss,
@@ -182,4 +201,5 @@ _MAKERS = {
     "rate": _rate,
     "steps": _steps,
     "choices": _choices,
+    "better": _better,
 }

@@ -83,6 +83,9 @@ class TrainConfig:
     attention_loss: AttentionLoss = _setting(
         "subject", "subject: maps like the class word's; class: its column only; mask; none"
     )
+    snr_gamma: float | None = _setting(
+        None, "weigh timesteps by Min-SNR with this γ, as 5; None weighs them alike"
+    )
     stages: int = _setting(5, "stages of denoising, each with tokens of its own")
     split: bool = _setting(True, "separate K and V tokens; tied otherwise")
     module: Module = _setting("attention", "tokens from self-attention over slots, or free rows")
@@ -147,6 +150,8 @@ class TrainConfig:
                 self._check_integer(name, 1)
         self._check_number("learning_rate", "above 0", lambda rate: rate > 0)
         self._check_number("weight_lambda", "0 or above", lambda weight: weight >= 0)
+        if self.snr_gamma is not None:
+            self._check_number("snr_gamma", "above 0", lambda gamma: gamma > 0)
         if self.ema_decay is not None:
             self._check_number("ema_decay", "in (0, 1)", lambda decay: 0 < decay < 1)
         if self.max_seconds is not None:

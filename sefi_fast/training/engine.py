@@ -227,6 +227,7 @@ class Engine:
         buffers = empty_buffers(
             config.gradient_accumulation, len(lanes), config.batch_size, shape, self._device
         )
+        schedule = self._models.schedule
         generators = [torch.Generator().manual_seed(lane.seed) for lane in lanes]
         ids = [lane.time_ids for lane in lanes if lane.time_ids is not None]
         self._step = TrainingStep(
@@ -238,13 +239,14 @@ class Engine:
             config.weight_lambda,
             buffers,
             torch.stack(ids).to(self._device) if ids else None,
+            None if config.snr_gamma is None else schedule.min_snr_weights(config.snr_gamma),
         )
         self._draws = LaneDraws(
             generators,
             buffers,
             {
                 "batch_size": config.batch_size,
-                "num_train_timesteps": self._models.schedule.num_train_timesteps,
+                "num_train_timesteps": schedule.num_train_timesteps,
                 "views": views,
                 "templates": prompts.sentences,
                 "latent_shape": tuple(shape),

@@ -207,6 +207,18 @@ class NoiseSchedule:
         signal, spread = self._at(timesteps)
         return signal * noise - spread * latents
 
+    def min_snr_weights(self, gamma: float) -> Tensor:
+        """Weights [T] of the noise loss: min(SNR, γ) in units of the clean picture's error.
+
+        Divided by SNR for a model that predicts the noise, and by SNR + 1 for the velocity, whose
+        squared errors are that many times the clean picture's (Hang et al. 2023, "Efficient
+        Diffusion Training via Min-SNR Weighting Strategy").
+        """
+        snr = (self._signal / self._noise).double().square()
+        unit = snr if self.prediction_type == "epsilon" else snr + 1
+        # 0/0 at zero terminal SNR, where the limit is 1.
+        return (snr.clamp(max=gamma) / unit).nan_to_num(1.0).float()
+
     def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         return (
             self._signal[timesteps].view(-1, 1, 1, 1),

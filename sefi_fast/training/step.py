@@ -45,7 +45,9 @@ class TrainingStep:
     parameters, so that each gradient is that of the lane alone.
 
     Args:
+        weight: λ of the attention term.
         time_ids: float32 [L, 6] for models with two text encoders, else None.
+        timestep_weights: float32 [T] of the noise loss; None for ones.
 
     Attributes:
         results: float32 [3, L]: noise loss, attention term, and 1 where the step was good.
@@ -61,6 +63,7 @@ class TrainingStep:
         weight: float,
         draws: Draw,
         time_ids: Tensor | None = None,
+        timestep_weights: Tensor | None = None,
     ) -> None:
         self._models = models
         self.state, self.latents, self.prompts = state, latents, prompts
@@ -68,6 +71,7 @@ class TrainingStep:
         self._weight = weight
         self.draws = draws
         self.time_ids = time_ids
+        self._timestep_weights = timestep_weights
         self.results = torch.zeros(3, len(state), device=latents.mean.device)
 
     def __call__(self) -> None:
@@ -118,6 +122,8 @@ class TrainingStep:
         with casting:
             prediction = models.forward(noised.to(own_dtype), timesteps, **given).sample
         rebuilt = noise_loss(prediction, models.schedule.target(latents, noise, timesteps))
+        if self._timestep_weights is not None:
+            rebuilt = rebuilt * self._timestep_weights[timesteps]
         rebuilt = rebuilt.view(lanes, batch).mean(1)
         if not self.attention.is_on:
             return LaneTerms(rebuilt, torch.zeros_like(rebuilt))

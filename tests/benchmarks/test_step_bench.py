@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import _plain_steps
+import _step_models
 import _step_run
 import gpu_suite
+import numpy as np
 import pytest
 import step_bench
 import torch
 from _measure import Effort, Timing
 from _step_bars import step_bars
-from _step_models import FULL_WIDTH, SD15, random_pipeline, reduced
+from _step_models import SD15, SDXL, Architecture, TextShape, random_pipeline, reduced
 from _step_parts import PARTS, StepMemory, memory_of, profile_step
 from _step_run import (
     CONTENDERS,
@@ -35,7 +39,16 @@ SMALL = replace(
     reduced(SD15, quick=True),
     widths=(16, 16, 32, 32),
     heads=(1, 1, 1, 1),
-    text=(32, 2, 1),
+    texts=(TextShape(32, 2, 1),),
+    latent=8,
+    vae_widths=(8, 8, 8, 8),
+)
+SMALL_XL = replace(
+    reduced(SDXL, quick=True),
+    widths=(16, 32, 32),
+    heads=(1, 2, 2),
+    layers=(1, 1, 2),
+    texts=(TextShape(32, 2, 1), TextShape(48, 3, 2)),
     latent=8,
     vae_widths=(8, 8, 8, 8),
 )
@@ -47,7 +60,22 @@ def record() -> StepRecord:
     return measure_steps(SMALL, 2, CPU, torch.float32, SHORT)
 
 
-def test_every_contender_is_measured(record: StepRecord) -> None:
+@pytest.fixture(scope="module")
+def record_xl() -> StepRecord:
+    return measure_steps(SMALL_XL, 2, CPU, torch.float32, SHORT)
+
+
+def make_step(built: Architecture, name: str, batch: int = 1) -> tuple[Any, Any]:
+    """A contender's step on a CPU, and its pipeline."""
+    pipe = random_pipeline(built, CPU, torch.float32)
+    chosen = next(one for one in CONTENDERS if one.name == name)
+    config = config_of(chosen, batch, torch.float32)
+    return chosen.make(pipe, config, picture(8 * built.latent), torch.float32), pipe
+
+
+@pytest.mark.parametrize("name", ["record", "record_xl"])
+def test_every_contender_is_measured(name: str, request: pytest.FixtureRequest) -> None:
+    record: StepRecord = request.getfixturevalue(name)
     assert [entry.contender.name for entry in record.entries] == [SEFI, PLAIN, INVERSION, NO_LOSS]
     for entry in record.entries:
         assert entry.problem is None
@@ -57,8 +85,8 @@ def test_every_contender_is_measured(record: StepRecord) -> None:
         encodes = entry.contender.name == INVERSION
         assert (entry.parts["picture"] > 0) == encodes, "only the peer encodes the picture"
         assert entry.memory is not None and 0 < entry.memory.held < entry.memory.peak
-    # The peer holds the table, its originals and two moments of it, which nobody else does.
-    table = 49_408 * 32 * 4
+    # The peer holds each table, its originals and two moments of it, which nobody else does.
+    table = 49_408 * record.built.context_width * 4
     held = {entry.contender.name: entry.memory.held for entry in record.entries if entry.memory}
     assert 2.5 * table < held[INVERSION] - held[SEFI] < 4 * table
 
@@ -68,6 +96,37 @@ def test_sefi_and_the_plain_method_see_the_same(record: StepRecord) -> None:
     assert ours[0][1] == pytest.approx(0, abs=1e-6), "at step 0 the maps are the reference's"
     assert ours[2][1] > 1e-5
     assert [pair[0] for pair in ours] == pytest.approx([pair[0] for pair in plain], rel=1e-3)
+
+
+def test_sefi_and_the_plain_method_see_the_same_of_sdxl(
+    record_xl: StepRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, plain = record_xl.entry(SEFI).numbers, record_xl.entry(PLAIN).numbers
+    assert ours[2][1] > 1e-6
+    assert np.array(ours) == pytest.approx(np.array(plain), rel=1e-4, abs=1e-9)
+    # What the U-Net is told beside the words is seen in these numbers.
+    added = _plain_steps._added
+    for left_out in ("text_embeds", "time_ids"):
+
+        def less(*arguments: Any, left_out: str = left_out) -> Any:
+            given = added(*arguments)
+            return {**given, left_out: torch.zeros_like(given[left_out])}
+
+        monkeypatch.setattr(_plain_steps, "_added", less)
+        step, _ = make_step(SMALL_XL, PLAIN, batch=2)
+        assert step()[0] != pytest.approx(ours[0][0], rel=1e-4)
+
+
+def test_full_width_is_the_public_config_of_sdxl() -> None:
+    with torch.device("meta"):
+        unet = _step_models._unet(SDXL)
+    # What stabilityai/stable-diffusion-xl-base-1.0 has.
+    assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
+    assert unet.config.projection_class_embeddings_input_dim == 2816
+    assert unet.config.cross_attention_dim == 2048
+    small = reduced(SDXL, quick=True)
+    assert small.heads == (1, 2, 4) and small.latent == 16
+    assert {width // heads for width, heads in zip(small.widths, small.heads, strict=True)} == {64}
 
 
 def test_a_wrong_step_gets_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,27 +145,31 @@ def test_a_wrong_step_gets_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wrong" in step_bench.record_table(found)
 
 
-def test_textual_inversion_changes_one_row() -> None:
-    pipe = random_pipeline(SMALL, CPU, torch.float32)
-    contender = next(one for one in CONTENDERS if one.name == INVERSION)
-    step = contender.make(pipe, config_of(contender, 1, torch.float32), picture(64), torch.float32)
-    before = step._table.detach().clone()
+@pytest.mark.parametrize("built", [SMALL, SMALL_XL], ids=["sd15", "sdxl"])
+def test_textual_inversion_changes_one_row_a_table(built: Architecture) -> None:
+    step, pipe = make_step(built, INVERSION)
+    assert len(step._tables) == len(built.texts)
+    before = [table.detach().clone() for table in step._tables]
     step()
-    changed = (step._table.detach() != before).any(1).nonzero().flatten().tolist()
-    assert changed == [step._row]
-    assert step._optimizer.state[step._table]["exp_avg"].shape == before.shape
+    for table, old, row in zip(step._tables, before, step._rows, strict=True):
+        assert (table.detach() != old).any(1).nonzero().flatten().tolist() == [row]
+        assert step._optimizer.state[table]["exp_avg"].shape == old.shape
 
 
 def test_parts_are_told_by_what_a_step_calls() -> None:
-    pipe = random_pipeline(SMALL, CPU, torch.float32)
-    contender = CONTENDERS[0]
-    pixels = picture(64)
-    step = contender.make(pipe, config_of(contender, 1, torch.float32), pixels, torch.float32)
+    step, pipe = make_step(SMALL, SEFI)
     backward = torch.autograd.backward
     hooks = len(pipe.unet.conv_out._forward_hooks)
     parts = profile_step(step, pipe, CPU, repeats=1)
     assert torch.autograd.backward is backward and len(pipe.unet.conv_out._forward_hooks) == hooks
     assert parts["backward"] > parts["loss"] and parts["U-Net forward"] > parts["loss"]
+
+
+def test_the_text_part_counts_both_encoders() -> None:
+    step, pipe = make_step(SMALL_XL, SEFI)
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.get_input_embeddings().register_forward_hook(lambda *_: time.sleep(0.2))
+    assert profile_step(step, pipe, CPU, repeats=1)["text"] > 0.4
 
 
 def test_memory_counts_what_is_held_and_the_highest_point() -> None:
@@ -167,12 +230,6 @@ def test_the_command_writes_json_csv_and_png(
     assert str(Path.home()) not in json.dumps(report)
     printed = capsys.readouterr().out
     assert "(c) textual-inversion" in printed and "Bars, a training step" in printed
-
-
-def test_sdxls_sizes_are_called_that() -> None:
-    built = FULL_WIDTH["sdxl"]
-    assert built.name == "sdxl-sized" and "does not train SDXL itself" in built.note
-    assert reduced(built, quick=True).heads == (1, 2, 4)
 
 
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:

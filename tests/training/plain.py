@@ -106,7 +106,13 @@ class PlainTraining:
             for maps, reference in step["maps"].values()
             if wanted is None or round(maps.shape[2] ** 0.5) in wanted
         ]
-        return (prediction - target).square().mean(), torch.stack(terms).mean()
+        errors = (prediction - target).square().flatten(1).mean(1)
+        if config.snr_gamma is not None:
+            clean = self.scheduler.alphas_cumprod[drawn.timesteps].to(errors.dtype)
+            snr = clean / (1 - clean)
+            velocity = self.scheduler.config.prediction_type == "v_prediction"
+            errors = errors * snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
+        return errors.mean(), torch.stack(terms).mean()
 
     def condition(self, drawn: Draw) -> dict[str, Tensor] | None:
         """Sets the samples' prompts; what the U-Net is given beside them."""

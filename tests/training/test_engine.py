@@ -37,6 +37,7 @@ CASES = {
     "ten stages": {"stages": 10, "batch_size": 6},
     "one sample": {"batch_size": 1},
     "no flip": {"flip": False},
+    "Min-SNR": {"snr_gamma": 2.5},
     "class": {"attention_loss": "class"},
     "class, reference gradient": {"attention_loss": "class", "reference_grad": True},
     "class, several templates": {"attention_loss": "class", "templates": SENTENCES},

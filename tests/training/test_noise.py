@@ -55,6 +55,26 @@ def test_trained_betas_are_kept():
     torch.testing.assert_close(schedule.add_noise(x, e, t), plain.add_noise(x, e, t))
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights(prediction_type):
+    """In units of the clean picture's squared error, which is the noise's over SNR: min(SNR, γ)."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    schedule = NoiseSchedule(scheduler, CPU)
+    snr = scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())
+    found = schedule.min_snr_weights(5.0).double()
+    unit = {"epsilon": snr, "v_prediction": snr + 1}[prediction_type]
+    torch.testing.assert_close(found * unit, snr.clamp(max=5), rtol=1e-4, atol=1e-6)
+    assert float(snr[0]) > 5 > float(snr[-1])
+
+
+@pytest.mark.parametrize(("prediction_type", "last"), [("epsilon", 1.0), ("v_prediction", 0.0)])
+def test_min_snr_weights_at_zero_terminal_snr(prediction_type, last):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+    weights = NoiseSchedule(scheduler, CPU).min_snr_weights(5.0)
+    assert bool(torch.isfinite(weights).all())
+    assert float(weights[-1]) == pytest.approx(last, abs=1e-4)
+
+
 def test_other_models_are_refused():
     with pytest.raises(ModelError, match="'sample'"):
         NoiseSchedule(DDIMScheduler(prediction_type="sample"), CPU)
