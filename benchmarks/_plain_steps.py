@@ -123,6 +123,9 @@ class PlainStep:
         self._time_ids = size_and_crop(pipe, pixels)
         self.tokens = start_tokens(pipe, config)
         self._schedule = NoiseSchedule(pipe.scheduler, self.device)
+        self._weights = (
+            None if config.snr_gamma is None else self._schedule.min_snr_weights(config.snr_gamma)
+        )
         self._generator = torch.Generator().manual_seed(config.seed)
         groups = [g for one in self.tokens for g in one.parameter_groups(config.learning_rate)]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -178,8 +181,10 @@ class PlainStep:
             added_cond_kwargs=_added(pooled, self._time_ids, self.dtype),
         ).sample
         target = schedule.target(latents, noise, timesteps)
-        rebuilt = torch.nn.functional.mse_loss(prediction.float(), target.float())
-        return rebuilt, torch.stack(step["alignments"]).mean()
+        errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        if self._weights is not None:
+            errors = errors * self._weights[timesteps]
+        return errors.mean(), torch.stack(step["alignments"]).mean()
 
 
 class TextualInversionStep:

@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
     file = folder / "me.safetensors"
     status = main(
         ["train", PICTURE, "-o", str(file), "--placeholder", "<me>", "--quiet",
-         "--steps", "2", "--batch-size", "2", "--no-flip", "--stages", "3",
+         "--steps", "2", "--batch-size", "2", "--no-flip", "--stages", "3", "--snr-gamma", "none",
          "--validation-prompts", "a photo of a {} in the snow", "--validation-every", "2"]
     )  # fmt: skip
     assert status == 0
@@ -37,6 +37,7 @@ def test_train_leaves_the_subject_its_curves_and_its_validation(trained):
     subject = Subject.load(trained)
     assert (subject.placeholder, subject.class_word, subject.stages) == ("<me>", "creature", 3)
     assert subject.settings["flip"] is False and subject.settings["steps"] == 2
+    assert subject.settings["snr_gamma"] is None
     for name in ("me.png", "me-validation.png"):
         assert np.asarray(Image.open(trained.with_name(name))).std() > 5
 
@@ -50,6 +51,7 @@ def test_train_leaves_a_run_file_that_starts_the_same_run(trained, tmp_path, cap
     first, second = Subject.load(trained), Subject.load(again)
     assert torch.equal(first.tokens[0], second.tokens[0])
     assert second.settings["validation_every"] == 50 and second.placeholder == "<me>"
+    assert second.settings["snr_gamma"] is None
     settings = json.loads(saved.read_text())
     assert settings["output"] == str(again) and settings["stages"] == 3
     assert settings["image"].endswith("subject.png")

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +53,13 @@ def add_config_fields(parser: argparse.ArgumentParser) -> None:
         name = "--" + field.name.replace("_", "-")
         keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f"config_{field.name}"}
         description = field.metadata.get("help", "")
-        kind, repeated = _option_type(hints[field.name])
+        kind, repeated, optional = _option_type(hints[field.name])
         default = "" if field.default is None else f"(default: {_shown(field)})"
         keywords["help"] = f"{description} {default}".strip().replace("%", "%%")
         if kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            keywords["type"] = kind
+            keywords["type"] = _or_none(kind) if optional and kind is not str else kind
             keywords["metavar"] = field.name.split("_")[-1].upper()
             if repeated:
                 keywords["nargs"] = "+"
@@ -131,12 +131,25 @@ def _shown(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory()
 
 
-def _option_type(hint: Any) -> tuple[type, bool]:
-    """The type of one value of a field, and whether it takes several."""
+def _option_type(hint: Any) -> tuple[type, bool, bool]:
+    """The type of one value of a field, whether it takes several, and whether it may be None."""
+    optional = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        optional = True
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is typing.Literal:
-        return str, False
+        return str, False, optional
     if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False
+        return typing.get_args(hint)[0], True, False
+    return hint, False, optional
+
+
+def _or_none(kind: type) -> Callable[[str], Any]:
+    """Read a value of this type, or the word none."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    # argparse names it in its error.
+    read.__name__ = kind.__name__
+    return read

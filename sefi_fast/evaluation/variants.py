@@ -131,12 +131,13 @@ def _pairs(base: TrainConfig) -> Study:
 
 
 def _peers(base: TrainConfig) -> Study:
-    ours = {"schedule": base.schedule, "flip": base.flip}
+    same = ("schedule", "flip", "learning_rate", "snr_gamma")
+    ours = {name: getattr(base, name) for name in same}
     variants = (
         _preset(base, "textual-inversion", "Textual Inversion"),
-        _preset(base, "textual-inversion", "Textual Inversion, our schedule and flips", **ours),
+        _preset(base, "textual-inversion", "Textual Inversion in our recipe", **ours),
         _preset(base, "prospect", "ProSpect's conditioning"),
-        _preset(base, "prospect", "ProSpect's conditioning, our schedule and flips", **ours),
+        _preset(base, "prospect", "ProSpect's conditioning in our recipe", **ours),
         Variant(BASELINE, base),
     )
     return Study("peers", "other conditionings at equal steps", variants)
@@ -151,7 +152,7 @@ def _module(base: TrainConfig) -> Study:
 
 
 def _rate(base: TrainConfig) -> Study:
-    rates = (5e-4, 1e-3, 2e-3, 5e-3)
+    rates = (1e-3, 2e-3, 5e-3, 1e-2)
     found = [_variant(base, f"{rate:g}", rate, learning_rate=rate) for rate in rates]
     return Study("rate", "learning rate", tuple(found), "learning rate", log=True)
 
@@ -166,7 +167,6 @@ def _choices(base: TrainConfig) -> Study:
     variants = (
         Variant(BASELINE, base),
         Variant("scene not named", base, scene_named=False),
-        _variant(base, "no mirrored picture", flip=False),
         _variant(base, "constant rate", schedule="constant"),
         _variant(base, "warm-up of a tenth", warmup_steps=max(1, base.steps // 10)),
         _variant(base, "average of the last tokens", ema_decay=0.98),
@@ -179,15 +179,14 @@ def _choices(base: TrainConfig) -> Study:
 
 
 def _better(base: TrainConfig) -> Study:
-    snr = TrainConfig.from_overrides(base, {"snr_gamma": 5.0})
-    place = TrainConfig.from_overrides(base, {"flip": False})
-    both = TrainConfig.from_overrides(snr, {"flip": False})
+    unmirrored = TrainConfig.from_overrides(base, {"flip": False})
     variants = (
         Variant(BASELINE, base),
-        Variant("Min-SNR, γ = 5", snr),
-        _variant(snr, "Min-SNR, γ = 5, λ = 0.001", weight_lambda=0.001),
-        Variant("place named, no mirrored picture", place, place_named=True),
-        Variant("place named, no mirrored picture, Min-SNR", both, place_named=True),
+        _variant(base, "timesteps weigh alike", snr_gamma=None),
+        _variant(base, "timesteps weigh alike, rate 0.002", snr_gamma=None, learning_rate=2e-3),
+        _variant(base, "Min-SNR, γ = 1", snr_gamma=1.0),
+        Variant("no mirrored picture", unmirrored),
+        Variant("no mirrored picture, place named", unmirrored, place_named=True),
     )
     return Study("better", "attempts to do better than the seed", variants)
 

@@ -67,7 +67,7 @@ class TrainConfig:
     steps: int = _setting(600, "optimiser steps")
     batch_size: int = _setting(8, "noised copies of the picture a step")
     gradient_accumulation: int = _setting(1, "batches whose mean gradient makes a step")
-    learning_rate: float = _setting(2e-3, "AdamW's rate for the embedding rows")
+    learning_rate: float = _setting(5e-3, "AdamW's rate for the embedding rows")
     schedule: Schedule = _setting(
         "cosine", "the rate over the run: constant, or to zero along a cosine or a line"
     )
@@ -84,7 +84,7 @@ class TrainConfig:
         "subject", "subject: maps like the class word's; class: its column only; mask; none"
     )
     snr_gamma: float | None = _setting(
-        None, "weigh timesteps by Min-SNR with this γ, as 5; None weighs them alike"
+        5.0, "weigh timesteps by Min-SNR with this γ; none: all alike"
     )
     stages: int = _setting(5, "stages of denoising, each with tokens of its own")
     split: bool = _setting(True, "separate K and V tokens; tied otherwise")

@@ -212,12 +212,14 @@ class NoiseSchedule:
 
         Divided by SNR for a model that predicts the noise, and by SNR + 1 for the velocity, whose
         squared errors are that many times the clean picture's (Hang et al. 2023, "Efficient
-        Diffusion Training via Min-SNR Weighting Strategy").
+        Diffusion Training via Min-SNR Weighting Strategy"). Their mean is 1, so that λ weighs the
+        attention loss against the noise loss alike with and without them.
         """
         snr = (self._signal / self._noise).double().square()
         unit = snr if self.prediction_type == "epsilon" else snr + 1
         # 0/0 at zero terminal SNR, where the limit is 1.
-        return (snr.clamp(max=gamma) / unit).nan_to_num(1.0).float()
+        weights = (snr.clamp(max=gamma) / unit).nan_to_num(1.0)
+        return (weights / weights.mean()).float()
 
     def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         return (

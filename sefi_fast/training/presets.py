@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-_NO_ATTENTION_LOSS: dict[str, Any] = {"weight_lambda": 0.0, "split": False, "module": "free"}
+_OLDER: dict[str, Any] = {
+    "weight_lambda": 0.0,
+    "split": False,
+    "module": "free",
+    "learning_rate": 2e-3,
+    "schedule": "constant",
+    "snr_gamma": None,
+    "flip": False,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "sefi": {},
     "textual-inversion": {
-        **_NO_ATTENTION_LOSS,
+        **_OLDER,
         "stages": 1,
-        "schedule": "constant",
         "steps": 3000,
         "batch_size": 4,
-        "flip": False,
     },
-    "prospect": {**_NO_ATTENTION_LOSS, "stages": 10, "schedule": "constant", "flip": False},
+    "prospect": {**_OLDER, "stages": 10},
 }
 """What each preset sets; everything else keeps `TrainConfig`'s default.
 

@@ -47,15 +47,17 @@ def test_peers_have_the_conditioning_of_their_presets_and_equal_steps():
     assert (prospect.stages, prospect.split, prospect.weight_lambda) == (10, False, 0)
     for variant in peers.values():
         assert (variant.config.steps, variant.config.batch_size) == (77, 3)
-    ours = peers["Textual Inversion, our schedule and flips"].config
-    assert (ours.schedule, ours.flip, ours.stages) == ("cosine", True, 1)
+    assert inversion.snr_gamma is prospect.snr_gamma is None
+    ours = peers["Textual Inversion in our recipe"].config
+    assert (ours.schedule, ours.flip, ours.snr_gamma, ours.stages) == ("cosine", True, 5, 1)
 
 
 def test_the_base_holds_for_every_variant():
     for study in make_studies("all", TrainConfig(precision="bf16", learning_rate=0.1, steps=8)):
         configs = [variant.config for variant in study.variants]
         assert all(config.precision == "bf16" for config in configs)
-        assert study.name == "rate" or all(config.learning_rate == 0.1 for config in configs)
+        if study.name not in ("rate", "peers", "better"):
+            assert all(config.learning_rate == 0.1 for config in configs)
         assert study.name == "steps" or all(config.steps == 8 for config in configs)
     assert [v.value for v in by_name("pairs").values()] == [1, 3, 5, 7, 9, 10, 1, 5, 10]
 

@@ -108,10 +108,11 @@ class PlainTraining:
         ]
         errors = (prediction - target).square().flatten(1).mean(1)
         if config.snr_gamma is not None:
-            clean = self.scheduler.alphas_cumprod[drawn.timesteps].to(errors.dtype)
+            clean = self.scheduler.alphas_cumprod.to(errors.dtype)
             snr = clean / (1 - clean)
             velocity = self.scheduler.config.prediction_type == "v_prediction"
-            errors = errors * snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
+            weights = snr.clamp(max=config.snr_gamma) / (snr + 1 if velocity else snr)
+            errors = errors * (weights / weights.mean())[drawn.timesteps]
         return errors.mean(), torch.stack(terms).mean()
 
     def condition(self, drawn: Draw) -> dict[str, Tensor] | None:

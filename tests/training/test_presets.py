@@ -19,6 +19,7 @@ def test_older_methods_are_tied_free_rows_without_attention_loss(name, stages):
     config = TrainConfig.preset(name)
     assert (config.stages, config.split, config.module) == (stages, False, "free")
     assert config.weight_lambda == 0 and config.schedule == "constant"
+    assert config.snr_gamma is None and config.learning_rate == 2e-3
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -175,7 +175,7 @@ def test_nothing_to_go_on_from_is_an_error_unless_auto(pipe, output):
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"learning_rate": 0.1}, r"learning_rate was 0\.002, is 0\.1\."),
+        ({"learning_rate": 0.1}, r"learning_rate was 0\.005, is 0\.1\."),
         (
             {"batch_size": 2, "scene": "in snow"},
             "batch_size was 1, is 2; scene was None, is 'in sn",
