@@ -8,18 +8,22 @@ import platform
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 _KEPT_BYTES = 2**30
+_MOST_OF_OLDER_GLIBC = 2**25
 _PAD_BYTES = 2**26
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 1 GiB of freed memory for its next tensors. Linux with glibc.
+    """Let this process keep freed memory for its next tensors. Linux with glibc.
 
     By default glibc returns the end of its heap to the kernel as soon as it is free, and fetches
     large blocks there. Every step of training or sampling on a CPU then gets its tensors on new
-    pages, each of which the kernel must clear: 9 to 13 % of a training step
-    (docs/performance.md). The setting holds for the whole process until it ends, so the command
-    `sefi-fast` makes it and `import sefi_fast` does not. Whoever has set glibc's own variables
-    (MALLOC_TRIM_THRESHOLD_ and the like) keeps what they say.
+    pages, each of which the kernel must clear: about a tenth of a training step
+    (docs/performance-steps.md). With the setting, blocks below 1 GiB come from the heap and go back
+    to it, and the heap's end is returned only when more than 1 GiB of it is free.
+
+    It holds for the whole process until it ends, so `import sefi_fast` does not make it; the
+    command `sefi-fast` does where there is no CUDA device. Whoever has set malloc's own variables
+    (MALLOC_TRIM_THRESHOLD_ and the like, GLIBC_TUNABLES) keeps what they say.
 
     Returns:
         Whether the setting was made.
@@ -28,13 +32,18 @@ def keep_freed_memory() -> bool:
         return False
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False
+    if "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    settings = (
-        (_TRIM_THRESHOLD, _KEPT_BYTES),
-        (_MMAP_THRESHOLD, _KEPT_BYTES),
-        (_TOP_PAD, _PAD_BYTES),
-    )
-    return all([set_option(option, value) == 1 for option, value in settings])
+    # Before all else, since the other settings end glibc's own adapting of this threshold.
+    for threshold in (_KEPT_BYTES, _MOST_OF_OLDER_GLIBC):
+        if set_option(_MMAP_THRESHOLD, threshold) == 1:
+            break
+    else:
+        return False
+    set_option(_TRIM_THRESHOLD, _KEPT_BYTES)
+    set_option(_TOP_PAD, _PAD_BYTES)
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -41,9 +42,19 @@ class RegionPrompts:
         """
         factor = self.factors[id(attn)]
         height, width = (-(-side // factor) for side in self.size)
-        for prompt, (left, top, right, bottom) in zip(self.streams, self.boxes, strict=True):
-            rows = [row for row in range(height) if top <= (row + 0.5) / height < bottom]
-            columns = [column for column in range(width) if left <= (column + 0.5) / width < right]
-            if rows and columns:
-                places = torch.tensor(rows)[:, None] * width + torch.tensor(columns)
-                yield prompt, places.flatten().to(device, non_blocking=True)
+        for prompt, box in zip(self.streams, self.boxes, strict=True):
+            places = _places(height, width, box, device)
+            if len(places):
+                yield prompt, places
+
+
+# Every layer of a size and every step asks for the same.
+@lru_cache(maxsize=256)
+def _places(height: int, width: int, box: Box, device: torch.device) -> Tensor:
+    left, top, right, bottom = box
+    rows = [row for row in range(height) if top <= (row + 0.5) / height < bottom]
+    columns = [column for column in range(width) if left <= (column + 0.5) / width < right]
+    places = [row * width + column for row in rows for column in columns]
+    # Also calls with gradients may use them.
+    with torch.inference_mode(False):
+        return torch.tensor(places, dtype=torch.int64, device=device)

@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ended it (130: SIGINT, 143: SIGTERM).
     """
     options = _parser().parse_args(arguments)
-    keep_freed_memory()
+    import torch
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)

@@ -44,9 +44,9 @@ def add(commands: Any) -> None:
         "--variants", nargs="+", metavar="NAME", help="only these of the studies' variants"
     )
     study.add_argument("--identities", type=int, default=12, help="(default: 12)")
-    study.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    study.add_argument("--workers", type=int, help="processes (default: 1)")
     study.add_argument(
-        "--side-by-side", type=int, default=4, metavar="N",
+        "--side-by-side", type=int, metavar="N",
         help="identities trained in one batch (default: 4)",
     )  # fmt: skip
     add_config_fields(parser)
@@ -64,7 +64,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _study(options: argparse.Namespace) -> int:
     from sefi_fast.evaluation import run_study
 
-    if options.study == ["two"]:
+    if "two" in options.study:
         return _two(options)
     prompts = options.prompts or "12"
     if not prompts.isdigit():
@@ -75,8 +75,8 @@ def _study(options: argparse.Namespace) -> int:
         identities=options.identities,
         prompts=int(prompts),
         seeds=options.seeds,
-        workers=options.workers,
-        side_by_side=options.side_by_side,
+        workers=1 if options.workers is None else options.workers,
+        side_by_side=4 if options.side_by_side is None else options.side_by_side,
         sampling_steps=options.sampling_steps,
         variants=options.variants,
         progress=not options.quiet,
@@ -90,8 +90,9 @@ def _study(options: argparse.Namespace) -> int:
 def _two(options: argparse.Namespace) -> int:
     from sefi_fast.evaluation import compare_two_subjects
 
-    unused = ("prompts", "sampling_steps", "variants")
-    for name in unused:
+    if options.study != ["two"]:
+        raise ValueError("--study two draws pairs of subjects, and stands alone: run it by itself")
+    for name in ("prompts", "sampling_steps", "variants", "workers", "side_by_side"):
         if getattr(options, name) is not None:
             raise ValueError(f"--study two has no --{name.replace('_', '-')}: leave it out")
     files = compare_two_subjects(

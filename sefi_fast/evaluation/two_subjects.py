@@ -44,7 +44,7 @@ class TwoScore:
         both: 1 if each half shows a creature.
         id: mean over the halves of the likeness to its own subject (`scores.PictureScore.id`).
         own: share of the attributes in which the two subjects differ that each half shows as its
-            own subject has them.
+            own subject has them; an empty half shows none.
         confused: share of those that it shows as the *other* subject has them.
     """
 
@@ -84,7 +84,8 @@ def compare_two_subjects(
 ) -> list[Path]:
     """Draw pairs of learnt subjects in double-wide pictures, and judge how far they mix.
 
-    Subject i stands beside subject i + 1, the last one beside the first. What an earlier study in
+    Subject i stands beside subject i + 1, the last one beside the first. Each is in two pairs, and
+    the intervals, which resample pairs, are a little too narrow for that. What an earlier study in
     the folder has learnt by the same settings is not learnt again. In one sentence the model is
     free in who stands where, so there the better of both assignments counts.
 
@@ -127,7 +128,12 @@ def compare_two_subjects(
         if place < _SHEET_PAIRS:
             rows.append(("", panels))
         detach(pipe)
-    return _report(Path(output), scores, rows)
+    about = (
+        f"{identities} pairs of {identities} learnt subjects, {_SCENES_A_PAIR} scenes, {seeds} "
+        f"pictures each of {2 * SIDE}×{SIDE} pixels, {settings.steps} training and {steps} sampling"
+        f" steps, {precision}. 95 % intervals over pairs."
+    )
+    return _report(Path(output), about, scores, rows)
 
 
 def score_halves(
@@ -153,6 +159,8 @@ def score_halves(
     own = other = 0
     for half, who in zip(halves, order, strict=True):
         labels = half.labels
+        if labels["creature"] != "yes":
+            continue
         own += sum(labels[name] == _value(pair[who], name) for name in differing)
         other += sum(labels[name] == _value(pair[1 - who], name) for name in differing)
     asked = 2 * len(differing)
@@ -224,6 +232,7 @@ def _judge(
 
 def _report(
     folder: Path,
+    about: str,
     scores: dict[str, dict[int, list[TwoScore]]],
     rows: Sequence[tuple[str, Sequence[Panel]]],
 ) -> list[Path]:
@@ -239,7 +248,12 @@ def _report(
         for way, pairs in scores.items()
     }
     titles = [*columns.values(), "confused less one sentence's"]
-    lines = ["| asked for by | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    lines = [
+        about,
+        "",
+        "| asked for by | " + " | ".join(titles) + " |",
+        "|---" * (len(titles) + 1) + "|",
+    ]
     for way, by_column in means.items():
         cells = [str(bootstrap(by_column[column])) for column in columns]
         less = paired_difference(by_column["confused"], means[_COMPARED_TO]["confused"])

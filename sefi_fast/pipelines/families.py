@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from diffusers import (
@@ -71,18 +72,21 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
-def check_not_compiled(pipe: Any, what: str) -> None:
-    """Raise ModelError when torch.compile would hide the calls of the U-Net's layers.
+def check_not_compiled(models: Iterable[nn.Module], what: str) -> None:
+    """Raise ModelError when torch.compile would hide the calls of a model's layers.
 
     Args:
-        what: that needs to see them, as a request ("trace the pipeline").
+        models: U-Net and ControlNets as the pipeline has them.
+        what: that needs to see the layers, as a request ("trace the pipeline").
     """
-    unet = unwrap(pipe.unet)
-    if unet is not pipe.unet or unet._compiled_call_impl is not None:
-        raise ModelError(
-            f"the U-Net is compiled, which hides the calls of its layers: {what} before "
-            "torch.compile"
-        )
+    for model in models:
+        inside = unwrap(model)
+        parts = inside.modules()
+        if inside is not model or any(part._compiled_call_impl is not None for part in parts):
+            raise ModelError(
+                f"the {type(inside).__name__} is compiled, which hides the calls of its layers: "
+                f"{what} before torch.compile"
+            )
 
 
 def is_sdxl(pipe: Any) -> bool:
@@ -124,14 +128,19 @@ def is_sdxl_index(index: Mapping[str, Any]) -> bool:
     return _component(index, "text_encoder_2") is not None
 
 
+def given_models(pipe: Any) -> Iterator[nn.Module]:
+    """The U-Net and every ControlNet as the pipeline has them, compiled or not."""
+    yield pipe.unet
+    controlnet = getattr(pipe, "controlnet", None)
+    for model in getattr(unwrap(controlnet), "nets", [controlnet]):
+        if model is not None:
+            yield model
+
+
 def conditioned_models(pipe: Any) -> Iterator[nn.Module]:
     """The models of a pipeline that are called with the prompt: the U-Net and every ControlNet."""
     yield unwrap(pipe.unet)
-    controlnet = unwrap(getattr(pipe, "controlnet", None))
-    for model in getattr(controlnet, "nets", [controlnet]):
-        if model is None:
-            continue
-        model = unwrap(model)
+    for model in map(unwrap, islice(given_models(pipe), 1, None)):
         if not isinstance(model, (ControlNetModel, ControlNetUnionModel)):
             raise ModelError(
                 f"{type(pipe).__name__} has a ControlNet of type {type(model).__name__}; wanted a "

@@ -1,4 +1,4 @@
-"""What stands in for a pipeline's encode_prompt while subjects are attached or a trace runs."""
+"""What stands in for a pipeline's encode_prompt while subjects, a trace or regions need it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import copy
 import inspect
 import logging
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -28,24 +28,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Tracer(Protocol):
-    """Who wants to know the words of each call that a pipeline makes."""
+class PipelineCall(NamedTuple):
+    """A call of a pipeline that starts.
 
-    def begin(self, prompts: list[str] | None, num_images_per_prompt: int, guidance: bool) -> None:
-        """A call starts that will run the U-Net on these prompts."""
+    prompts: its texts; None where it was given tensors. images: pictures a prompt. guidance:
+    whether a negative prompt goes with them. encode: a sentence to embeddings [1, L, C], packed if
+    a subject stands in it, as the call encodes its own (clip_skip, LoRA of the text encoders).
+    """
+
+    prompts: list[str] | None
+    images: int
+    guidance: bool
+    encode: Callable[[str], Tensor]
+
+
+class Watcher(Protocol):
+    """A trace or regions: who wants to know of each call that a pipeline makes."""
+
+    def begin(self, call: PipelineCall) -> None:
+        """A call starts that will run the U-Net."""
 
 
 class PromptEncoder:
     """Encodes prompts with placeholders into packed conditioning, all others as the pipeline does.
 
-    One object stands at `pipe.encode_prompt` for as long as subjects are attached or a trace runs,
-    and keeps the U-Net and the ControlNets ready for packed prompts for that long. It refers to
-    the pipeline weakly: a pipeline that is dropped frees its memory at once.
+    One object stands at `pipe.encode_prompt` for as long as subjects are attached or someone
+    watches, and keeps the U-Net and the ControlNets ready for packed prompts for that long. It
+    refers to the pipeline weakly: a pipeline that is dropped frees its memory at once.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.subjects: tuple[Subject, ...] = ()
-        self.tracers: list[Tracer] = []
+        self.watchers: list[Watcher] = []
         self._pipe = weakref.ref(pipe)
         self._replaced = pipe.__dict__.get("encode_prompt")
         # What inspect.signature shows of this object: that of the function it stands in for.
@@ -79,9 +93,9 @@ class PromptEncoder:
         return encoder
 
     def release(self) -> None:
-        """Take everything away again if neither subjects nor a trace need it."""
+        """Take everything away again if neither subjects nor a watcher need it."""
         pipe = self._pipe()
-        if self.subjects or self.tracers or pipe is None:
+        if self.subjects or self.watchers or pipe is None:
             return
         self._release_models()
         if pipe.__dict__.get("encode_prompt") is self:
@@ -94,7 +108,7 @@ class PromptEncoder:
         copied = PromptEncoder.__new__(PromptEncoder)
         memo[id(self)] = copied
         copied.subjects = self.subjects
-        copied.tracers = []
+        copied.watchers = []
         copied._pipe = weakref.ref(copy.deepcopy(self._pipe(), memo))
         copied._replaced = copy.deepcopy(self._replaced, memo)
         copied.__signature__ = self.__signature__
@@ -138,9 +152,14 @@ class PromptEncoder:
             else:
                 result = self._encode_both(pipe, request)
             prompts = request.prompts[0]
-            prompts = [prompts] if isinstance(prompts, str) else prompts
-            for tracer in self.tracers:
-                tracer.begin(prompts, request.images, request.guidance)
+            call = PipelineCall(
+                [prompts] if isinstance(prompts, str) else prompts,
+                request.images,
+                request.guidance,
+                lambda text: self._encode_one(pipe, text, request),
+            )
+            for watcher in self.watchers:
+                watcher.begin(call)
         return result
 
     def _is_plain(self, pipe: Any, request: PromptRequest) -> bool:
@@ -217,6 +236,10 @@ class PromptEncoder:
         subjects = list(self.subjects)
         with text_lora(pipe, request.lora_scale):
             return encode_with_pooled(pipe, *texts, subjects=subjects, clip_skip=clip_skip)
+
+    def _encode_one(self, pipe: Any, text: str, request: PromptRequest) -> Tensor:
+        texts: tuple[Texts, ...] = ([text],) * len(request.prompts)
+        return self._encode(pipe, texts, request, clip_skip=request.clip_skip).prompt_embeds
 
     def _own(self, pipe: Any) -> Any:
         return self._replaced or type(pipe).encode_prompt.__get__(pipe)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
-from diffusers import UNetMotionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, UNetMotionModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sefi_fast.conditioning import encode
 from sefi_fast.conditioning.stage_hook import StageHook
 from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.layers import cross_attention_layers, layer_resolutions
-from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, conditioned_models
-from sefi_fast.pipelines.prompt_encoder import PromptEncoder
+from sefi_fast.pipelines.families import (
+    check_not_compiled,
+    check_pipeline,
+    conditioned_models,
+    given_models,
+    unwrap,
+)
+from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
 from sefi_fast.processor import SeFiAttnProcessor
 from sefi_fast.region_attention import Box, RegionPrompts
 
@@ -37,17 +43,19 @@ def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -
     prompt alone, in every cross-attention layer of the U-Net and the ControlNets; those outside all
     boxes attend to the call's prompt. Self-attention and convolutions still see the whole picture,
     and so does SDXL's pooled embedding, which is that of the call's prompt. The negative prompt is
-    the same everywhere. On exit, also by an exception, everything is as it was.
+    the same everywhere; clip_skip and LoRA hold for the boxes' prompts too. On exit, also by an
+    exception, everything is as it was.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, with subjects attached or without,
-            whose U-Net is not compiled; not AnimateDiff, not with an IP-Adapter.
+        pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, with subjects attached or without, of
+            which no part is compiled; not AnimateDiff or Panorama, not with an IP-Adapter.
         prompts: sentences and their boxes, (left, top, right, bottom) in fractions of the picture,
             0 to 1; where boxes overlap the later one counts.
 
     Raises:
         ModelError: the pipeline is of another family, or one that regions cannot reach; from the
-            call, if an IP-Adapter has its layers.
+            call, if an IP-Adapter has its layers, or the U-Net is run on something else than the
+            call's prompts.
         PromptError: from the call, if a placeholder cannot be used where it stands, or the call's
             prompt was given as a tensor.
         ValueError: there is no region, a box does not lie within the picture, or a trace or regions
@@ -56,18 +64,32 @@ def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -
     """
     pairs = _checked(prompts)
     check_pipeline(pipe)
-    check_not_compiled(pipe, "give regions")
+    check_not_compiled(given_models(pipe), "give regions")
+    _check_reach(pipe)
     encoder = PromptEncoder.acquire(pipe)
-    if encoder.tracers:
+    if encoder.watchers:
         raise ValueError("a trace or regions of this pipeline already run: one of them at a time")
     placed = _Regions(pipe, pairs)
-    encoder.tracers.append(placed)
+    encoder.watchers.append(placed)
     try:
         yield
     finally:
         placed.remove()
-        encoder.tracers.remove(placed)
+        encoder.watchers.remove(placed)
         encoder.release()
+
+
+def _check_reach(pipe: Any) -> None:
+    if isinstance(unwrap(pipe.unet), UNetMotionModel):
+        raise ModelError(
+            f"{type(pipe).__name__} repeats its prompt for every frame, where regions would be "
+            "lost: give regions to single pictures"
+        )
+    if "Panorama" in type(pipe).__name__:
+        raise ModelError(
+            f"{type(pipe).__name__} draws crops one by one, and a region's box would be taken for "
+            "a part of each crop: draw without regions, or with another pipeline"
+        )
 
 
 class _Regions:
@@ -80,66 +102,88 @@ class _Regions:
         self._hooks: dict[nn.Module, RemovableHandle] = {}
         # By thread, since one pipeline may serve several.
         self._calls: dict[int, _Call] = {}
+        # Every pipeline calls this at its end. Afterwards the models are others' to use.
+        self._replaced = vars(pipe).get("maybe_free_model_hooks")
+        self._at_the_end = pipe.maybe_free_model_hooks
+        pipe.maybe_free_model_hooks = self._end
 
-    def begin(self, prompts: list[str] | None, num_images_per_prompt: int, guidance: bool) -> None:
+    def begin(self, call: PipelineCall) -> None:
         """Encode the regions' prompts for a call that starts."""
-        if prompts is None:
+        if call.prompts is None:
             raise PromptError(
                 "regions count the pictures of a call by its prompts, but they were given as "
                 "prompt_embeds: give them as text"
             )
+        check_not_compiled(given_models(self._pipe), "give regions")
         for model in conditioned_models(self._pipe):
-            if isinstance(model, UNetMotionModel):
-                raise ModelError(
-                    "AnimateDiff repeats its prompt for every frame, where regions would be lost: "
-                    "give regions to single pictures"
-                )
             if model not in self._hooks:
-                call = _ModelCall(model, self._calls)
-                self._hooks[model] = model.register_forward_pre_hook(call, with_kwargs=True)
-        self._calls[threading.get_ident()] = _Call(
-            [encode(self._pipe, text) for text in self._texts],
-            self._boxes,
-            len(prompts) * num_images_per_prompt,
-            guidance,
-            StageHook(
-                self._pipe.tokenizer.model_max_length,
-                self._pipe.scheduler.config.num_train_timesteps,
-            ),
-        )
+                hook = _ModelCall(model, self._calls)
+                self._hooks[model] = model.register_forward_pre_hook(hook, with_kwargs=True)
+        pictures = len(call.prompts) * call.images
+        prompts = [call.encode(text) for text in self._texts]
+        own = _Call(self._pipe, prompts, self._boxes, pictures, call.guidance)
+        self._calls[threading.get_ident()] = own
+
+    def _end(self) -> Any:
+        self._calls.pop(threading.get_ident(), None)
+        return self._at_the_end()
 
     def remove(self) -> None:
+        """Take everything off the models and the pipeline."""
         for hook in self._hooks.values():
             hook.remove()
+        if self._replaced is None:
+            del self._pipe.maybe_free_model_hooks
+        else:
+            self._pipe.maybe_free_model_hooks = self._replaced
 
 
 class _Call:
     """The encoded regions of one call of the pipeline."""
 
     def __init__(
-        self,
-        prompts: list[Tensor],
-        boxes: list[Box],
-        pictures: int,
-        guidance: bool,
-        stages: StageHook,
+        self, pipe: Any, prompts: list[Tensor], boxes: list[Box], pictures: int, guidance: bool
     ) -> None:
+        self._pipe = pipe
         self._prompts = prompts
         self._boxes = boxes
         self._pictures = pictures
         self._guidance = guidance
-        self._stages = stages
+        self._stages = StageHook(
+            pipe.tokenizer.model_max_length, pipe.scheduler.config.num_train_timesteps
+        )
 
     def at(
-        self, prompt: Tensor, timestep: Any, size: tuple[int, int], factors: Mapping[int, int]
+        self,
+        model: nn.Module,
+        prompt: Tensor,
+        timestep: Any,
+        size: tuple[int, int],
+        factors: Mapping[int, int],
     ) -> RegionPrompts:
         """The regions of a model's call with this prompt, of which the stage is chosen already."""
-        # ControlNet's guess mode runs on the positive half alone.
-        both = self._guidance and len(prompt) > self._pictures
+        samples = self._samples(model, len(prompt))
         self._prompts = [own.to(prompt.device, prompt.dtype) for own in self._prompts]
         streams = [self._stages.select(own, timestep) for own in self._prompts]
-        samples = len(prompt) // 2 if both else len(prompt)
         return RegionPrompts(streams, self._boxes, samples, size, factors)
+
+    def _samples(self, model: nn.Module, batch: int) -> int:
+        """How many samples of a batch, its last ones, are not the negative prompt's."""
+        if self._guidance and batch > self._pictures and batch % self._pictures == 0:
+            return batch - self._pictures
+        if batch == self._pictures:
+            # ControlNet's guess mode has the positive half alone, and a callback may end guidance.
+            ended = not getattr(self._pipe, "do_classifier_free_guidance", self._guidance)
+            if not self._guidance or ended or isinstance(model, _CONTROLNETS):
+                return batch
+        raise ModelError(
+            f"with regions, the {type(model).__name__} was called with a batch of {batch} for "
+            f"{self._pictures} picture(s): {type(self._pipe).__name__} runs it on something else "
+            "than the negative and the positive prompts, and regions cannot tell which"
+        )
+
+
+_CONTROLNETS = (ControlNetModel, ControlNetUnionModel)
 
 
 class _ModelCall:
@@ -166,25 +210,39 @@ class _ModelCall:
         given |= kwargs
         height, width = given["sample"].shape[-2:]
         prompt = given["encoder_hidden_states"]
-        prompt.sefi_regions = call.at(prompt, given["timestep"], (height, width), self._factors)
+        if not isinstance(prompt, Tensor):
+            raise ModelError(
+                f"{type(model).__name__} was given a prompt of type {type(prompt).__name__}, as "
+                "IP-Adapter makes it: regions need pipe.unload_ip_adapter()"
+            )
+        size = (height, width)
+        placed = call.at(model, prompt, given["timestep"], size, self._factors)
+        prompt.sefi_regions = placed  # type: ignore[attr-defined]
 
 
 def _checked(prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -> list[tuple[str, Box]]:
     pairs = list(prompts.items() if isinstance(prompts, Mapping) else prompts)
     if not pairs:
         raise ValueError("there is no region: give at least one prompt and its box")
-    for text, box in pairs:
+    checked = []
+    for pair in pairs:
+        if isinstance(pair, str) or not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(
+                f"a region is a prompt and its box, ('a cat', (0, 0, 1, 1)); got {pair!r}"
+            )
+        text, box = pair
         if not isinstance(text, str):
             raise TypeError(f"the prompt of a region must be one sentence, got {text!r}")
         numbers = isinstance(box, (tuple, list)) and len(box) == 4
-        if not numbers or not all(isinstance(side, (int, float)) for side in box):
+        if not numbers or not all(isinstance(side, Real) for side in box):
             raise TypeError(
                 f"the box of {text!r} must be four numbers, left, top, right, bottom, got {box!r}"
             )
-        left, top, right, bottom = box
+        left, top, right, bottom = map(float, box)
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(
                 f"the box {box} of {text!r} must lie within (0, 0, 1, 1), its left side left of "
                 "its right one and its top above its bottom"
             )
-    return pairs
+        checked.append((text, (left, top, right, bottom)))
+    return checked

@@ -19,7 +19,7 @@ from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.layers import cross_attention_layers, layer_resolutions
 from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, unwrap
 from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
-from sefi_fast.pipelines.prompt_encoder import PromptEncoder
+from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
@@ -146,8 +146,9 @@ class _Tracer:
         # By thread, since one pipeline may serve several; the newest call is the one shown.
         self._calls: dict[int, _Call] = {}
 
-    def begin(self, prompts: list[str] | None, num_images_per_prompt: int, guidance: bool) -> None:
+    def begin(self, call: PipelineCall) -> None:
         """Find the words in the prompts of a call that starts."""
+        prompts = call.prompts
         if prompts is None:
             raise PromptError(
                 "trace looks words up in the prompt, but the prompt was given as prompt_embeds: "
@@ -162,9 +163,9 @@ class _Tracer:
             [column for where in found for column in where + [-1] * (longest - len(where))]
             for found in positions
         ]
-        map_tokens = torch.tensor(columns).repeat_interleave(num_images_per_prompt, dim=0)
-        call = _Call(len(self._found.words), map_tokens, guidance)
-        self._calls[threading.get_ident()] = self._found._latest = call
+        map_tokens = torch.tensor(columns).repeat_interleave(call.images, dim=0)
+        sums = _Call(len(self._found.words), map_tokens, call.guidance)
+        self._calls[threading.get_ident()] = self._found._latest = sums
 
     def _positions(self, prompt: str) -> list[list[int]]:
         """Token positions of each traced word."""
@@ -235,17 +236,17 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
     if not words or len(set(words)) != len(words):
         raise ValueError(f"trace wants at least one word and none twice, but it got {words}")
     check_pipeline(pipe)
-    check_not_compiled(pipe, "trace the pipeline")
+    check_not_compiled([pipe.unet], "trace the pipeline")
     unet = pipe.unet
     encoder = PromptEncoder.acquire(pipe)
-    if encoder.tracers:
+    if encoder.watchers:
         raise ValueError(
             "a trace or regions of this pipeline already run: name all words in one trace, and "
             "draw regions without one, whose words would differ from place to place"
         )
     found = Trace(words)
     tracer = _Tracer(pipe, found, encoder)
-    encoder.tracers.append(tracer)
+    encoder.watchers.append(tracer)
     hooks = [
         unet.register_forward_pre_hook(tracer.before_unet, with_kwargs=True),
         unet.register_forward_hook(tracer.after_unet, with_kwargs=True),
@@ -255,7 +256,7 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
     finally:
         for hook in hooks:
             hook.remove()
-        encoder.tracers.remove(tracer)
+        encoder.watchers.remove(tracer)
         encoder.release()
 
 

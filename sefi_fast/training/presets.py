@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_OLDER: dict[str, Any] = {
+_OLDER_METHODS: dict[str, Any] = {
     "weight_lambda": 0.0,
     "split": False,
     "module": "free",
@@ -17,12 +17,12 @@ _OLDER: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "sefi": {},
     "textual-inversion": {
-        **_OLDER,
+        **_OLDER_METHODS,
         "stages": 1,
         "steps": 3000,
         "batch_size": 4,
     },
-    "prospect": {**_OLDER, "stages": 10},
+    "prospect": {**_OLDER_METHODS, "stages": 10},
 }
 """What each preset sets; everything else keeps `TrainConfig`'s default.
 

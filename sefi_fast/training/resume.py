@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sefi_fast.training.checkpoint import (
     Checkpoint,
@@ -112,8 +112,12 @@ def _whole(folder: CheckpointFolder, subject: Unfinished | None) -> dict[int, Pa
     return found
 
 
+# What checkpoints that lack the field were made with.
+_BEFORE: dict[str, Any] = {"snr_gamma": None}
+
+
 def _check_same(checkpoint: Checkpoint, subject: Unfinished) -> None:
-    config, usual = subject.config, TrainConfig().as_dict()
+    config, usual = subject.config, TrainConfig().as_dict() | _BEFORE
     now, then = config.as_dict(), checkpoint.settings
     fixed = [field.name for field in fields(config) if not field.metadata["free"]]
     differing = [

@@ -50,7 +50,8 @@ class TrainingStep:
         timestep_weights: float32 [T] of the noise loss; None for ones.
 
     Attributes:
-        results: float32 [3, L]: noise loss, attention term, and 1 where the step was good.
+        results: float32 [3, L]: noise loss (weighted by timestep), attention term, and 1 where the
+            step was good.
     """
 
     def __init__(

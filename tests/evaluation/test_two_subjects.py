@@ -59,7 +59,7 @@ def test_one_attribute_of_the_other_is_an_eighth_confused():
 
 def test_an_empty_half_is_no_pair():
     score = score_halves((shown(FIRST), shown(None)), (FIRST, SECOND), ordered=True)
-    assert score.both == 0
+    assert (score.both, score.own, score.confused) == (0, 0.5, 0)
 
 
 def test_the_command_compares_and_goes_on_where_it_was(tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path, capsys):
     ways = list(dict.fromkeys(row["way"] for row in rows))
     assert len(ways) == 4 and len(rows) == 4 * 2 * 2
     assert all(0 <= float(row["confused"]) <= 1 - float(row["own"]) + 1e-9 for row in rows)
-    table = files[0].read_text().splitlines()
+    table = [line for line in files[0].read_text().splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == ways
     with Image.open(files[2]) as sheet:
         assert sheet.width > 6 * 192
@@ -93,5 +93,8 @@ def test_bad_numbers_are_told():
 
 
 def test_options_of_other_studies_are_refused(capsys):
-    assert main(["evaluate", "--study", "two", "--prompts", "3"]) == 1
-    assert "--study two has no --prompts" in capsys.readouterr().err
+    for option in ("--prompts", "--workers", "--side-by-side"):
+        assert main(["evaluate", "--study", "two", option, "3"]) == 1
+        assert f"--study two has no {option}" in capsys.readouterr().err
+    assert main(["evaluate", "--study", "two", "lambda"]) == 1
+    assert "stands alone" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoPipelineForText2Image
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from models import make_controlnet
 from PIL import Image
 from pipelines.sampling import draw, state_of, subject_for
@@ -211,6 +212,58 @@ def test_other_threads_go_on_undisturbed(sd15_pipeline):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompt", ["a <it> and a bear", "a bear"])
+def test_they_are_encoded_as_the_call_encodes_its_own(sdxl_pipeline, prompt):
+    pipe = sdxl_pipeline
+    attach(pipe, subject_for(pipe))
+    expected = draw(pipe, prompt, clip_skip=1)
+    with regions(pipe, {prompt: WHOLE}):
+        actual = draw(pipe, prompt, clip_skip=1)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
+    assert (draw(pipe, prompt) - expected).abs().max() > 1e-2
+
+
+def test_other_pipelines_of_the_same_unet_are_left_alone(sd15_pipeline):
+    pipe = sd15_pipeline
+    other = type(pipe)(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    expected = draw(other, "a cat")
+    with regions(pipe, {"a bear": WHOLE}):
+        draw(pipe, PICTURE)
+        torch.testing.assert_close(draw(other, "a cat"), expected, rtol=0, atol=2e-4)
+
+
+def test_a_call_of_the_unet_on_other_prompts_is_refused(sd15_pipeline):
+    pipe = sd15_pipeline
+
+    def half(pipe, step, timestep, tensors):
+        # What self-attention guidance does: the negative half once more.
+        pipe.unet(tensors["latents"], timestep, torch.zeros(1, 77, 48))
+        return tensors
+
+    with (
+        pytest.raises(ModelError, match=r"batch of 1 for 1 picture"),
+        regions(pipe, {"a bear": WHOLE}),
+    ):
+        draw(pipe, PICTURE, callback_on_step_end=half)
+
+
+def test_what_they_cannot_reach_is_refused(sd15_pipeline):
+    pipe = sd15_pipeline
+    net = make_controlnet(pipe.unet)
+    steered = AutoPipelineForText2Image.from_pipe(pipe, controlnet=net)
+    net.mid_block.compile()
+    refused = pytest.raises(ModelError, match="ControlNetModel is compiled")
+    with refused, regions(steered, {"a bear": WHOLE}):
+        pass
+    layers = [m for m in pipe.unet.modules() if getattr(m, "is_cross_attention", False)]
+    adapter = IPAdapterAttnProcessor2_0(layers[0].query_dim, 48)
+    layers[0].set_processor(adapter)
+    refused = pytest.raises(ModelError, match=r"knows no regions: unload an IP-Adapter")
+    with refused, regions(pipe, {"a bear": WHOLE}):
+        draw(pipe, PICTURE)
+
+
 def test_wrong_uses_are_told_in_words(sd15_pipeline):
     pipe = sd15_pipeline
     draw(pipe, "a cat")
@@ -222,6 +275,8 @@ def test_wrong_uses_are_told_in_words(sd15_pipeline):
         ({"a cat": (0.5, 0, 0.5, 1)}, ValueError, r"must lie within \(0, 0, 1, 1\)"),
         ({"a cat": (0, 0, 1, 1.5)}, ValueError, r"must lie within \(0, 0, 1, 1\)"),
         ([(["a cat"], WHOLE)], TypeError, "must be one sentence"),
+        ([("a cat", *WHOLE)], TypeError, "a region is a prompt and its box"),
+        ("a cat", TypeError, "a region is a prompt and its box"),
     ]
     for given, error, words in cases:
         with pytest.raises(error, match=words), regions(pipe, given):
