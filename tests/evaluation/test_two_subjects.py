@@ -10,6 +10,7 @@ from PIL import Image
 from sefi_fast.cli import main
 from sefi_fast.evaluation import compare_two_subjects
 from sefi_fast.evaluation.two_subjects import score_halves
+from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.tiny_world.drawing import Identity
 from sefi_fast.tiny_world.judge import ATTRIBUTES, Judgement
 
@@ -62,7 +63,8 @@ def test_an_empty_half_is_no_pair():
     assert (score.both, score.own, score.confused) == (0, 0.5, 0)
 
 
-def test_the_command_compares_and_goes_on_where_it_was(tmp_path, capsys):
+def test_the_command_compares_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SAMPLING, "steps", 2)
     command = ["evaluate", "--study", "two", "--identities", "2", "--seeds", "1", "--steps", "2"]
     command += ["--batch-size", "2", "-o", str(tmp_path), "--quiet"]
     assert main(command) == 0

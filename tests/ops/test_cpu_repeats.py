@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,6 +61,15 @@ def test_any_number_of_threads_gives_the_same_bits(threads, dtype):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fifty_repeats_give_the_same_bits(dtype):
     inputs = make_inputs(2, 2, 300, 77, 40, dtype, weights=True, tokens=2, broadcast_reference=True)

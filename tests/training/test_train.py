@@ -99,6 +99,7 @@ def test_one_tied_stage_without_weight_is_textual_inversion(sd15_pipeline, photo
         module="free",
         schedule="constant",
         learning_rate=1e-2,
+        snr_gamma=None,
         flip=False,
         steps=3,
         batch_size=2,
