@@ -65,8 +65,8 @@ class _Way:
 
 _WAYS = (
     _Way("class words, one sentence", lambda one, place: f"a {CLASS_WORD}", False),
-    _Way("subjects, one sentence", lambda one, place: ("<a>", "<b>")[place], False),
-    _Way("subjects, a region each", lambda one, place: ("<a>", "<b>")[place], True),
+    _Way("subjects, one sentence", lambda one, place: ("a <a>", "a <b>")[place], False),
+    _Way("subjects, a region each", lambda one, place: ("a <a>", "a <b>")[place], True),
     _Way("spelled out, a region each", lambda one, _: f"a {identity_words(one.identity)}", True),
 )
 _COMPARED_TO = "subjects, one sentence"
