@@ -12,6 +12,14 @@ _MOST_OF_OLDER_GLIBC = 2**25
 _PAD_BYTES = 2**26
 
 
+def keep_freed_memory_on_cpu() -> None:
+    """`keep_freed_memory` where there is no CUDA device, so that the CPU has all the work."""
+    import torch
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep freed memory for its next tensors. Linux with glibc.
 

@@ -29,8 +29,7 @@ def cross_attention_layers(model: nn.Module) -> dict[str, Attention]:
 def layer_resolutions(model: nn.Module) -> dict[str, int]:
     """Name → down factor (1, 2, 4, 8 …) of each cross-attention layer relative to the latent.
 
-    A layer of factor f works on ceil(height / f) × ceil(width / f) image tokens of a latent of
-    height × width.
+    Beside `reduced_size` they tell the image tokens that a layer works on.
     """
     factors: dict[str, int] = {}
     factor = 1
@@ -45,6 +44,20 @@ def layer_resolutions(model: nn.Module) -> dict[str, int]:
         if getattr(block, "upsamplers", None) is not None:
             factor //= 2
     return {name: factors[_block_name(name)] for name in cross_attention_layers(model)}
+
+
+def reduced_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """(height, width) of the image tokens of a layer of that down factor, for a latent of `size`.
+
+    Halved again and again, each time rounded up: ceil(height / factor) × ceil(width / factor).
+    """
+    height, width = size
+    return -(-height // factor), -(-width // factor)
+
+
+def call_argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    """An argument of a U-Net's or ControlNet's call, as its hooks see it: in order or by name."""
+    return args[place] if len(args) > place else kwargs[name]
 
 
 def _block_name(layer_name: str) -> str:

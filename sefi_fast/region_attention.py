@@ -11,6 +11,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from sefi_fast.layers import reduced_size
+
 Box: TypeAlias = "tuple[float, float, float, float]"
 """(left, top, right, bottom) in fractions of the picture."""
 
@@ -40,8 +42,7 @@ class RegionPrompts:
         An image token belongs to a box that holds its centre. A region too small to hold one is
         left out: there the picture's own prompt rules.
         """
-        factor = self.factors[id(attn)]
-        height, width = (-(-side // factor) for side in self.size)
+        height, width = reduced_size(self.size, self.factors[id(attn)])
         for prompt, box in zip(self.streams, self.boxes, strict=True):
             places = _places(height, width, box, device)
             if len(places):

@@ -69,14 +69,14 @@ def _study(options: argparse.Namespace) -> int:
     prompts = options.prompts or "12"
     if not prompts.isdigit():
         raise ValueError(f"a study's --prompts is how many an identity, a number; got {prompts!r}")
+    pace = {"workers": options.workers, "side_by_side": options.side_by_side}
     found = run_study(
         options.study,
         output=options.output or "evidence",
         identities=options.identities,
         prompts=int(prompts),
         seeds=options.seeds,
-        workers=1 if options.workers is None else options.workers,
-        side_by_side=4 if options.side_by_side is None else options.side_by_side,
+        **{name: value for name, value in pace.items() if value is not None},
         sampling_steps=options.sampling_steps,
         variants=options.variants,
         progress=not options.quiet,

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from sefi_fast.evaluation.sheets import Panel, contact_sheet
+from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap
 from sefi_fast.training.output import write_whole
 
@@ -134,10 +134,3 @@ def _markdown(found: Evaluation, names: Sequence[str]) -> str:
     for name in dict.fromkeys(row["subject"] for row in found.rows if row["subject"] != CONTROL):
         add(name, (number(found.mean(score, name)) for score in scores))
     return "\n".join(lines) + "\n"
-
-
-def png(image: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file."""
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()

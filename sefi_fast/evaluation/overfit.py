@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sefi_fast.attention_record import LayerRecord
 from sefi_fast.conditioning import encode
 from sefi_fast.conditioning.prompt import class_token_id, word_positions
-from sefi_fast.layers import cross_attention_layers, layer_resolutions
+from sefi_fast.layers import cross_attention_layers, layer_resolutions, reduced_size
 from sefi_fast.pipelines.families import unwrap
 from sefi_fast.subject import Subject
 from sefi_fast.training.noise import NoiseSchedule
@@ -139,7 +139,7 @@ def _maps(pipe: Any, prompt: str, noised: Tensor, times: Tensor, columns: Sequen
     embeds = encode(pipe, prompt).to(unet.dtype)
     height, width = noised.shape[-2:]
     least = min(factors.values())
-    largest = (-(-height // least), -(-width // least))
+    largest = reduced_size((height, width), least)
     total = torch.zeros(len(columns), *largest)
     for time in times.unique().tolist():
         batch = noised[times == time].to(unet.dtype)
@@ -152,7 +152,7 @@ def _maps(pipe: Any, prompt: str, noised: Tensor, times: Tensor, columns: Sequen
         for name, attn in layers.items():
             maps = records[id(attn)].maps
             assert maps is not None
-            size = (-(-height // factors[name]), -(-width // factors[name]))
+            size = reduced_size((height, width), factors[name])
             maps = maps.float().cpu().unflatten(-1, size)
             if size != largest:
                 maps = F.interpolate(maps, largest, mode="bilinear", align_corners=False)

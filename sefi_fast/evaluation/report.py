@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from sefi_fast.evaluation.judge_sheet import judge_sheet
 from sefi_fast.evaluation.plots import plot_study
 from sefi_fast.evaluation.results import Results
-from sefi_fast.evaluation.sheets import Panel, contact_sheet
+from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import Interval, bootstrap, paired_difference
 from sefi_fast.evaluation.tasks import Task
 from sefi_fast.evaluation.variants import BASELINE, CONTROLS, Study, Variant
@@ -82,12 +81,12 @@ def write_report(
         }
         for path, picture in pictures.items():
             if picture is not None:
-                write_whole(path, _png(picture))
+                write_whole(path, png(picture))
                 files.append(path)
     verdicts = judge_sheet(results)
     if verdicts is not None:
         files.append(folder / "judge-sheet.png")
-        write_whole(files[-1], _png(verdicts))
+        write_whole(files[-1], png(verdicts))
     files.append(folder / "summary.json")
     text = json.dumps(
         {"protocol": asdict(results.protocol), "studies": summary}, indent=1, ensure_ascii=False
@@ -170,12 +169,7 @@ def _by_kind(results: Results, variant: Variant, kind: str) -> str:
 
 
 def _signed(value: Interval | None) -> str:
-    if value is None:
-        return "—"
-    if math.isnan(value.low):
-        return f"{value.mean:+.3f}"
-    text = f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
-    return f"**{text}**" if value.excludes_zero else text
+    return "—" if value is None else value.signed()
 
 
 def _brief(value: Interval | None) -> str:
@@ -238,9 +232,3 @@ def _sheet(folder: Path, study: Study, results: Results) -> Image.Image | None:
             # The font of the sheets has no Greek letters.
             rows.append((variant.name.replace("λ", "lambda"), panels))
     return contact_sheet(rows, title=f"{study.title}: first seed, nothing picked", panel_size=96)
-
-
-def _png(picture: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG")
-    return stream.getvalue()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -94,5 +93,4 @@ def _table(names: tuple[str, ...]) -> np.ndarray:
 
 
 def _place(identity: Identity, name: str) -> int:
-    value: Any = getattr(identity, name) or "none"
-    return ATTRIBUTES[name].index(value)
+    return ATTRIBUTES[name].index(identity.value(name))

@@ -17,10 +17,10 @@ from sefi_fast.evaluation.evaluation_report import (
     CONTROL,
     Drawn,
     Evaluation,
-    png,
     write_evaluation,
 )
 from sefi_fast.evaluation.prompt_classes import Prompts, prompts_for, read_prompts
+from sefi_fast.evaluation.sheets import png
 from sefi_fast.evaluation.subject_scores import Scorers
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
 from sefi_fast.subject import Subject

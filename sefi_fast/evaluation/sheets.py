@@ -82,6 +82,13 @@ def contact_sheet(
     return sheet
 
 
+def png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
 def training_curves(history: History, *, title: str = "training") -> Image.Image:
     """Plot the noise loss and the subject-wise alignment of a run over its steps.
 

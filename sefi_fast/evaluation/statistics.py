@@ -34,6 +34,13 @@ class Interval(NamedTuple):
             return f"{self.mean:.3f}"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def signed(self) -> str:
+        """As a difference in Markdown: with signs, and bold where zero lies outside."""
+        if math.isnan(self.low):
+            return f"{self.mean:+.3f}"
+        text = f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"**{text}**" if self.excludes_zero else text
+
 
 def bootstrap(values: Mapping[int, float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """The mean over identities and its percentile bootstrap interval, identities resampled.

@@ -13,10 +13,9 @@ from tqdm.auto import tqdm
 
 from sefi_fast.evaluation.report import write_report
 from sefi_fast.evaluation.results import Results
-from sefi_fast.evaluation.tasks import Protocol, Task, model_checksum
+from sefi_fast.evaluation.tasks import Protocol, Task
 from sefi_fast.evaluation.variants import BASELINE, CONTROLS, Study, Variant, make_studies
 from sefi_fast.evaluation.workers import do_tasks
-from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.training import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -94,10 +93,8 @@ def run_study(
             raise ValueError(f"{name} must be at least 1, got {value}")
     base = TrainConfig.from_overrides(config, overrides)
     studies = _chosen(make_studies(study, base), variants)
-    steps = SAMPLING["steps"] if sampling_steps is None else sampling_steps
-    precision = "bf16" if base.precision == "bf16" else "fp32"
-    protocol = Protocol(
-        prompts, seeds, steps, SAMPLING["guidance"], precision, seed, model_checksum()
+    protocol = Protocol.of(
+        base, prompts=prompts, seeds=seeds, seed=seed, sampling_steps=sampling_steps
     )
     protocol.subjects(identities)
     folder = Path(output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,15 +16,16 @@ from PIL import Image
 from sefi_fast.errors import TrainingError
 from sefi_fast.evaluation.overfit import attention_overfit
 from sefi_fast.evaluation.scores import score_picture
+from sefi_fast.evaluation.sheets import png
 from sefi_fast.evaluation.tiny_prompts import StudyPrompt, StudySubject, study_subjects
 from sefi_fast.evaluation.variants import SPELLED_OUT, Variant
 from sefi_fast.pipelines import attach, detach, load_pipeline
 from sefi_fast.subject import Subject
 from sefi_fast.subject.file import summarise
-from sefi_fast.tiny_world import CLASS_WORD, bundled_model_path
+from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, bundled_model_path
 from sefi_fast.tiny_world.drawing import draw
 from sefi_fast.tiny_world.judge import JUDGE_PATH, Judge
-from sefi_fast.training import ManyResult, train_many
+from sefi_fast.training import ManyResult, TrainConfig, train_many
 from sefi_fast.training.image import prepare
 from sefi_fast.training.masks import load_mask
 from sefi_fast.training.output import write_whole
@@ -36,7 +36,6 @@ PICTURE_SIZE = 192
 """Side in pixels of the pictures that subjects are learnt from."""
 _BATCH = 16
 _PARTS = {"pictures", "overfit", "open", "training"}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,30 @@ class Protocol:
     precision: str
     seed: int
     model: str
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        *,
+        prompts: int,
+        seeds: int,
+        seed: int,
+        sampling_steps: int | None = None,
+    ) -> Protocol:
+        """How subjects trained with these settings are tried; sampling as suits the bundled model.
+
+        With precision="bf16" pictures are drawn in it too.
+        """
+        steps = SAMPLING["steps"] if sampling_steps is None else sampling_steps
+        precision = "bf16" if config.precision == "bf16" else "fp32"
+        guidance = SAMPLING["guidance"]
+        return cls(prompts, seeds, steps, guidance, precision, seed, model_checksum())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That pictures are drawn in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def subjects(self, count: int) -> list[StudySubject]:
         """The first `count` identities with their pictures and prompts."""
@@ -126,8 +149,8 @@ class Worker:
     """Does tasks; the model and the judge are loaded once."""
 
     @cache  # noqa: B019 - a worker lives as long as its process
-    def _pipe(self, precision: str) -> Any:
-        pipe = load_pipeline(None, dtype=_DTYPES[precision])
+    def _pipe(self, dtype: torch.dtype) -> Any:
+        pipe = load_pipeline(None, dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -160,7 +183,7 @@ class Worker:
 
     def _try(self, task: Task, one: StudySubject, subject: Subject | None) -> None:
         """Draw, score and write the file of one identity; parts that are there stay."""
-        pipe, protocol = self._pipe(task.protocol.precision), task.protocol
+        pipe, protocol = self._pipe(task.protocol.dtype), task.protocol
         found = task.load(one.number) or {
             "variant": task.variant.name,
             "protocol": asdict(protocol),
@@ -174,7 +197,7 @@ class Worker:
             if "pictures" not in found:
                 images = _draw(pipe, self._texts(task, one, one.prompts), protocol)
                 found["pictures"] = self._scores(images, one.prompts, one, protocol.seeds)
-                _save(_strip(images[:: protocol.seeds]), task.pictures(one.number))
+                write_whole(task.pictures(one.number), png(_strip(images[:: protocol.seeds])))
             if "overfit" not in found:
                 found["overfit"] = None if subject is None else _overfit(pipe, subject, one)
             if "open" not in found:
@@ -275,12 +298,6 @@ def _overfit(pipe: Any, subject: Subject, one: StudySubject) -> dict[str, float]
 def _training(subject: Subject) -> dict[str, Any]:
     """What the run was like; a subject that an earlier run had learnt has it in its file."""
     return dict(summarise(subject.history) or subject.summary or {})
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG")
-    write_whole(path, stream.getvalue())
 
 
 def _strip(images: Sequence[Image.Image]) -> Image.Image:

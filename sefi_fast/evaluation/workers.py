@@ -15,7 +15,7 @@ import torch
 
 from sefi_fast.errors import TrainingError
 from sefi_fast.evaluation.tasks import Task, Worker
-from sefi_fast.host_memory import keep_freed_memory
+from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training import TrainingInterrupted
 from sefi_fast.training.signals import Stop, graceful
 
@@ -103,7 +103,7 @@ _worker: Worker | None
 def _begin(threads: int) -> None:
     global _worker
     torch.set_num_threads(threads)
-    keep_freed_memory()
+    keep_freed_memory_on_cpu()
     _worker = Worker()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

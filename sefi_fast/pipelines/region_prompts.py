@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sefi_fast.conditioning.stage_hook import StageHook
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.layers import cross_attention_layers, layer_resolutions
+from sefi_fast.layers import call_argument, cross_attention_layers, layer_resolutions
 from sefi_fast.pipelines.families import (
     check_not_compiled,
     check_pipeline,
@@ -206,17 +206,15 @@ class _ModelCall:
                     f"{type(attn.processor).__name__}, which knows no regions: unload an "
                     "IP-Adapter with pipe.unload_ip_adapter()"
                 )
-        given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
-        given |= kwargs
-        height, width = given["sample"].shape[-2:]
-        prompt = given["encoder_hidden_states"]
+        height, width = call_argument(args, kwargs, 0, "sample").shape[-2:]
+        timestep = call_argument(args, kwargs, 1, "timestep")
+        prompt = call_argument(args, kwargs, 2, "encoder_hidden_states")
         if not isinstance(prompt, Tensor):
             raise ModelError(
                 f"{type(model).__name__} was given a prompt of type {type(prompt).__name__}, as "
                 "IP-Adapter makes it: regions need pipe.unload_ip_adapter()"
             )
-        size = (height, width)
-        placed = call.at(model, prompt, given["timestep"], size, self._factors)
+        placed = call.at(model, prompt, timestep, (height, width), self._factors)
         prompt.sefi_regions = placed  # type: ignore[attr-defined]
 
 

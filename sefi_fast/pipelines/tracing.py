@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from sefi_fast.attention_record import LayerRecord
 from sefi_fast.conditioning.prompt import class_token_id, word_positions
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.layers import cross_attention_layers, layer_resolutions
+from sefi_fast.layers import (
+    call_argument,
+    cross_attention_layers,
+    layer_resolutions,
+    reduced_size,
+)
 from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, unwrap
 from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
@@ -180,7 +185,7 @@ class _Tracer:
         call = self._calls.get(threading.get_ident())
         if call is None:
             return
-        prompt = _argument(args, kwargs, 2, "encoder_hidden_states")
+        prompt = call_argument(args, kwargs, 2, "encoder_hidden_states")
         map_tokens = call.tokens_for(len(prompt), prompt.device)
         prompt.sefi_records = {
             id(attn): LayerRecord(map_tokens=map_tokens) for attn in self._layers.values()
@@ -191,15 +196,15 @@ class _Tracer:
     ) -> None:
         """Forward hook of the U-Net: gather and forget what its layers recorded."""
         call = self._calls.get(threading.get_ident())
-        prompt = _argument(args, kwargs, 2, "encoder_hidden_states")
+        prompt = call_argument(args, kwargs, 2, "encoder_hidden_states")
         records = prompt.__dict__.pop("sefi_records", None)
         if call is None or records is None:
             return
-        height, width = _argument(args, kwargs, 0, "sample").shape[-2:]
+        height, width = call_argument(args, kwargs, 0, "sample").shape[-2:]
         for name, attn in self._layers.items():
             maps = records[id(attn)].maps
             factor = self._factors[name]
-            size = (-(-height // factor), -(-width // factor))
+            size = reduced_size((height, width), factor)
             if maps is None or maps.shape[-1] != size[0] * size[1]:
                 raise ModelError(
                     f"layer {name} gave no map of {size[0]}×{size[1]}: its attention processor was "
@@ -262,7 +267,3 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
 
 def _placeholder(subject: Subject, tokenizer: Any) -> tuple[str, int]:
     return subject.placeholder, class_token_id(tokenizer, subject.class_word)
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs[name]

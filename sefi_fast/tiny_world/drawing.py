@@ -75,6 +75,10 @@ class Identity:
         if self.colour == self.second_colour:
             raise ValueError(f"both colours are {self.colour!r}; they must differ")
 
+    def value(self, attribute: str) -> str:
+        """An attribute as the judge names it: "none" for a second colour that is not there."""
+        return getattr(self, attribute) or "none"
+
     @property
     def held_out(self) -> bool:
         """Whether this identity is kept from the generator: about one patterned one in twelve."""

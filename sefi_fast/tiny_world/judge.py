@@ -78,7 +78,7 @@ class Judgement:
 
     def shows(self, identity: Identity) -> float:
         """Mean over the five identity attributes of the probability of the identity's value."""
-        wanted = (getattr(identity, name) or "none" for name in IDENTITY_ATTRIBUTES)
+        wanted = (identity.value(name) for name in IDENTITY_ATTRIBUTES)
         found = [
             self.probabilities[name][value]
             for name, value in zip(IDENTITY_ATTRIBUTES, wanted, strict=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sefi_fast.attention_record import AttentionRecord
-from sefi_fast.layers import cross_attention_layers, layer_resolutions
+from sefi_fast.layers import cross_attention_layers, layer_resolutions, reduced_size
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.losses import layer_mean, mask_loss
 from sefi_fast.training.prompts import LanePrompts
@@ -35,10 +34,7 @@ class AttentionTerm:
         self._kind = config.attention_loss if config.weight_lambda > 0 else "none"
         self._reference_grad = config.reference_grad
         factors = layer_resolutions(unet)
-        sizes = {
-            name: (math.ceil(latent_size[0] / factor), math.ceil(latent_size[1] / factor))
-            for name, factor in factors.items()
-        }
+        sizes = {name: reduced_size(latent_size, factor) for name, factor in factors.items()}
         self._sizes = {} if self._kind == "none" else _chosen(sizes, config.loss_resolutions)
         self._references: dict[str, Tensor] = {}
         self._weights: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -18,6 +19,31 @@ def draw(pipe: Any, prompt: Any, seed: int = 0, **arguments: Any) -> torch.Tenso
     count *= settings.get("num_images_per_prompt", 1)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     return pipe(prompt, generator=generators, output_type="latent", **settings).images
+
+
+def unet_in_another_thread(pipe: Any) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
+    """A bare call of the U-Net that another thread makes after every step of the pipeline.
+
+    Returns:
+        What it gives before anything is done, the list where its later results go, and the
+        callback_on_step_end that makes the calls.
+    """
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor(300), torch.randn(1, 77, 48)
+    with torch.no_grad():
+        expected = pipe.unet(*inputs).sample
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            results.append(pipe.unet(*inputs).sample)
+
+    def work_between_steps(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return tensors
+
+    return expected, results, work_between_steps
 
 
 def subject_for(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,7 @@ from diffusers import AutoPipelineForText2Image
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from models import make_controlnet
 from PIL import Image
-from pipelines.sampling import draw, state_of, subject_for
+from pipelines.sampling import draw, state_of, subject_for, unet_in_another_thread
 
 import sefi_fast
 from sefi_fast.conditioning import encode_with_pooled
@@ -189,20 +187,7 @@ def test_everything_is_restored_on_exit_and_on_errors(sd15_pipeline):
 
 def test_other_threads_go_on_undisturbed(sd15_pipeline):
     pipe = sd15_pipeline
-    inputs = torch.randn(1, 4, 16, 16), torch.tensor(300), torch.randn(1, 77, 48)
-    with torch.no_grad():
-        expected = pipe.unet(*inputs).sample
-    results = []
-
-    def work():
-        with torch.no_grad():
-            results.append(pipe.unet(*inputs).sample)
-
-    def work_between_steps(pipe, step, timestep, tensors):
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        return tensors
+    expected, results, work_between_steps = unet_in_another_thread(pipe)
 
     with regions(pipe, {"a bear": WHOLE}):
         disturbed = draw(pipe, "a cat", callback_on_step_end=work_between_steps)

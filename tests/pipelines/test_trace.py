@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import HeunDiscreteScheduler, StableDiffusionControlNetImg2ImgPipeline
 from models import make_controlnet
 from PIL import Image
-from pipelines.sampling import draw, state_of
+from pipelines.sampling import draw, state_of, unet_in_another_thread
 
 import sefi_fast
 from sefi_fast.errors import ModelError, PromptError
@@ -234,20 +232,7 @@ def test_wrong_uses_are_told_in_words(sd15_pipeline, make_subject):
 
 def test_other_threads_go_on_undisturbed(sd15_pipeline):
     pipe = sd15_pipeline
-    inputs = torch.randn(1, 4, 16, 16), torch.tensor(300), torch.randn(1, 77, 48)
-    with torch.no_grad():
-        expected = pipe.unet(*inputs).sample
-    results = []
-
-    def work():
-        with torch.no_grad():
-            results.append(pipe.unet(*inputs).sample)
-
-    def work_between_steps(pipe, step, timestep, tensors):
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        return tensors
+    expected, results, work_between_steps = unet_in_another_thread(pipe)
 
     with trace(pipe, ["cat"]) as found:
         draw(pipe, "a cat", callback_on_step_end=work_between_steps)
