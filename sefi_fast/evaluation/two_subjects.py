@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from sefi_fast.errors import ModelError
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap, paired_difference
 from sefi_fast.evaluation.tasks import PICTURE_SIZE, Protocol, Task, train
@@ -23,7 +25,7 @@ from sefi_fast.evaluation.tiny_prompts import StudySubject, identity_words
 from sefi_fast.evaluation.variants import BASELINE, Variant
 from sefi_fast.pipelines import attach, detach, load_pipeline, regions
 from sefi_fast.subject import Subject
-from sefi_fast.tiny_world import CLASS_WORD
+from sefi_fast.tiny_world import CLASS_WORD, two_creatures_lora
 from sefi_fast.tiny_world.captions import SCENE_PHRASES
 from sefi_fast.tiny_world.drawing import PICTURE_SIZE as SIDE
 from sefi_fast.tiny_world.drawing import SCENES, Identity, draw
@@ -69,6 +71,7 @@ _WAYS = (
     _Way("class words, one sentence", lambda one, place: f"a {CLASS_WORD}", False),
     _Way("subjects, one sentence", lambda one, place: ("a <a>", "a <b>")[place], False),
     _Way("subjects, a region each", lambda one, place: ("a <a>", "a <b>")[place], True),
+    _Way("spelled out, one sentence", lambda one, _: f"a {identity_words(one.identity)}", False),
     _Way("spelled out, a region each", lambda one, _: f"a {identity_words(one.identity)}", True),
 )
 _COMPARED_TO = "subjects, one sentence"
@@ -86,6 +89,8 @@ def compare_two_subjects(
 ) -> list[Path]:
     """Draw pairs of learnt subjects in double-wide pictures, and judge how far they mix.
 
+    The subjects are learnt from the bundled model as it is; for the pictures it has its LoRA for
+    two creatures (`sefi_fast.tiny_world.two_creatures_lora`), which never saw the subjects.
     Subject i stands beside subject i + 1, the last one beside the first. Each is in two pairs, and
     the intervals, which resample pairs, are a little too narrow for that. What an earlier study in
     the folder has learnt by the same settings is not learnt again. In one sentence the model is
@@ -102,17 +107,22 @@ def compare_two_subjects(
 
     Raises:
         ValueError, TypeError: a number or a setting is out of range.
+        ModelError: peft, through which diffusers loads a LoRA, is not installed.
         OSError: the folder cannot be written.
     """
     for name, value, least in (("identities", identities, 2), ("seeds", seeds, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if find_spec("peft") is None:
+        raise ModelError(
+            "two creatures in a picture take a LoRA, which diffusers loads through peft: "
+            "pip install peft"
+        )
     settings = TrainConfig.from_overrides(config, overrides)
     protocol = Protocol.of(settings, prompts=1, seeds=seeds, seed=seed)
     chosen = protocol.subjects(identities)
     learnt = _learn(Path(output), settings, chosen, protocol, progress)
-    pipe = load_pipeline(None, dtype=protocol.dtype)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _pipeline(protocol.dtype)
     judge = Judge.load()
     scores: dict[str, dict[int, list[TwoScore]]] = {way.name: {} for way in _WAYS}
     rows: list[tuple[str, list[Panel]]] = []
@@ -135,6 +145,18 @@ def compare_two_subjects(
         "95 % intervals over pairs."
     )
     return _report(Path(output), about, scores, rows)
+
+
+def _pipeline(dtype: torch.dtype) -> Any:
+    """The bundled model with its LoRA for two creatures, merged in float32."""
+    unet = load_pipeline(None, dtype=torch.float32).unet
+    unet.load_lora_adapter(two_creatures_lora(), prefix="unet")
+    unet.fuse_lora()
+    unet.unload_lora()
+    pipe = load_pipeline(None, dtype=dtype)
+    pipe.unet.load_state_dict(unet.state_dict())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def score_halves(

@@ -25,6 +25,7 @@ __all__ = [
     "SUBJECT_SCENE",
     "bundled_model_path",
     "bundled_subject_image",
+    "two_creatures_lora",
 ]
 
 
@@ -36,6 +37,14 @@ def bundled_model_path() -> Path:
 def bundled_subject_image() -> Path:
     """PNG file, 192×192, of the creature SUBJECT_IDENTITY in SUBJECT_SCENE."""
     return _FOLDER / "subject.png"
+
+
+def two_creatures_lora() -> Path:
+    """LoRA of the bundled model for two creatures side by side, for `pipe.load_lora_weights`.
+
+    With it, pictures of 96×48 pixels show two creatures, the one that is named first on the left.
+    """
+    return _FOLDER / "two_creatures.safetensors"
 
 
 def __getattr__(name: str) -> Any:

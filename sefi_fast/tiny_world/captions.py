@@ -57,17 +57,33 @@ def caption(spec: PictureSpec, rng: random.Random) -> str:
     opener = _opener(spec, rng)
     if spec.identity is None:
         return f"{opener} the {spec.scene}"
-    brief = chance() < 0.2
-    before, after = _attributes(spec, rng) if not brief else ([], [])
-    if spec.accessories and chance() < (0.6 if brief else 0.95):
-        after.append("with a " + " and a ".join(spec.accessories))
+    words = _creature(spec, rng, brief := chance() < 0.2)
     if chance() < (0.7 if brief else 0.93):
-        after.append(SCENE_PHRASES[spec.scene])
+        words.append(SCENE_PHRASES[spec.scene])
     if chance() < (0.15 if brief else 0.45 if spec.position == "middle" else 0.85):
-        after.append(POSITION_PHRASES[spec.position])
+        words.append(POSITION_PHRASES[spec.position])
+    return " ".join([opener, *words]).strip()
+
+
+def pair_caption(left: PictureSpec, right: PictureSpec, rng: random.Random) -> str:
+    """Word a picture of two creatures in one scene; the one on the left is named first.
+
+    Each is now and then the bare class word, like the one of `caption`.
+    """
+    words = [*_creature(left, rng, rng.random() < 0.2), "and"]
+    words += _creature(right, rng, rng.random() < 0.2)
+    if rng.random() < 0.93:
+        words.append(SCENE_PHRASES[left.scene])
+    return " ".join([_opener(left, rng), *words]).strip()
+
+
+def _creature(spec: PictureSpec, rng: random.Random, brief: bool) -> list[str]:
+    """A creature and what it wears, with its article; brief: without its attributes."""
+    before, after = _attributes(spec, rng) if not brief else ([], [])
+    if spec.accessories and rng.random() < (0.6 if brief else 0.95):
+        after.append("with a " + " and a ".join(spec.accessories))
     words = [*before, CLASS_WORD, *after]
-    article = "an" if words[0][0] in "aeiou" else "a"
-    return " ".join([opener, article, *words]).strip()
+    return ["an" if words[0][0] in "aeiou" else "a", *words]
 
 
 def _opener(spec: PictureSpec, rng: random.Random) -> str:

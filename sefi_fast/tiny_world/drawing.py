@@ -204,15 +204,30 @@ def draw(spec: PictureSpec, size: int = PICTURE_SIZE) -> tuple[Image.Image, Imag
     picture = Image.new("RGB", (CANVAS, CANVAS))
     mask = Image.new("L", (CANVAS, CANVAS), 0)
     draw_scene(ImageDraw.Draw(picture), spec.scene, spec.mirrored)
-    if spec.identity is not None:
-        centre = _CENTRES[spec.position] * CANVAS + spec.shift[0]
-        ground = 0.89 * CANVAS + spec.shift[1]
-        _draw_creature(picture, mask, spec.identity, centre, ground)
-        _draw_accessories(ImageDraw.Draw(picture), spec, centre, ground)
+    draw_creature(picture, mask, spec)
     if spec.style == "grey":
         picture = picture.convert("L").convert("RGB")
     factor = CANVAS // size
     return picture.reduce(factor), mask.reduce(factor)
+
+
+def draw_creature(
+    picture: Image.Image, mask: Image.Image, spec: PictureSpec, left: float = 0.0
+) -> None:
+    """Draw a picture's creature, if it has one, and what it wears onto a canvas.
+
+    Args:
+        picture: the canvas, RGB.
+        mask: of the same size, L; the creature's pixels become 255.
+        spec: what to draw.
+        left: where the picture's left edge is on the canvas.
+    """
+    if spec.identity is None:
+        return
+    centre = left + _CENTRES[spec.position] * CANVAS + spec.shift[0]
+    ground = 0.89 * CANVAS + spec.shift[1]
+    _draw_body(picture, mask, spec.identity, centre, ground)
+    _draw_accessories(ImageDraw.Draw(picture), spec, centre, ground)
 
 
 def colour_rgb(name: str) -> tuple[int, int, int]:
@@ -227,7 +242,7 @@ def _body(identity: Identity, ground: float) -> tuple[float, float, float, float
     return half_width, half_height, ground - half_height, ground - 2 * half_height
 
 
-def _draw_creature(
+def _draw_body(
     picture: Image.Image, mask: Image.Image, identity: Identity, centre: float, ground: float
 ) -> None:
     pen, mask_pen = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
@@ -263,7 +278,7 @@ def _draw_creature(
         coat_pen, second = ImageDraw.Draw(coat), colour_rgb(identity.second_colour)
         if identity.pattern == "striped":
             for y in (top + 8, middle + 8, middle + 34):
-                coat_pen.rectangle(box(0, y, CANVAS, y + 12), fill=second)
+                coat_pen.rectangle(box(0, y, picture.width, y + 12), fill=second)
         else:
             for u, v in ((0, -0.78), (-0.66, 0.25), (0.66, 0.25), (0, 0.75)):
                 spot = oval(centre + u * half_width, middle + v * half_height, 11, 11)

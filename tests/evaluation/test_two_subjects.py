@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sefi_fast.cli import main
+from sefi_fast.errors import ModelError
 from sefi_fast.evaluation import compare_two_subjects
 from sefi_fast.evaluation.two_subjects import score_halves
 from sefi_fast.tiny_world import SAMPLING
@@ -63,6 +64,13 @@ def test_an_empty_half_is_no_pair():
     assert (score.both, score.own, score.confused) == (0, 0.5, 0)
 
 
+def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("sefi_fast.evaluation.two_subjects.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install peft"):
+        compare_two_subjects(output=tmp_path / "evidence")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_command_compares_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(SAMPLING, "steps", 2)
     command = ["evaluate", "--study", "two", "--identities", "2", "--seeds", "1", "--steps", "2"]
@@ -73,7 +81,7 @@ def test_the_command_compares_and_goes_on_where_it_was(tmp_path, capsys, monkeyp
     with files[1].open() as file:
         rows = list(csv.DictReader(file))
     ways = list(dict.fromkeys(row["way"] for row in rows))
-    assert len(ways) == 4 and len(rows) == 4 * 2 * 2
+    assert len(ways) == 5 and len(rows) == 5 * 2 * 2
     assert all(0 <= float(row["confused"]) <= 1 - float(row["own"]) + 1e-9 for row in rows)
     table = [line for line in files[0].read_text().splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == ways

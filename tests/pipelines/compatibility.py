@@ -48,9 +48,16 @@ def check(base: Any, family: str, kind: str, feature: str) -> str:
         return reason
     arguments = KINDS[kind].arguments | chosen.arguments(early)
     untrained, trained = subject_for(base, distance=0), subject_for(base)
+
+    def drawn(pipe: Any, text: str) -> torch.Tensor:
+        with chosen.around(pipe, text):
+            return draw(pipe, text, **arguments)
+
     try:
         chosen.on(early)
-        expected = draw(early, "a photo of a cat", **arguments)
+        expected = drawn(early, "a photo of a cat")
+    except SefiError as error:
+        return f"refused: {error}"
     except Exception as error:
         return f"the bare pipeline fails: {type(error).__name__}: {str(error).splitlines()[0]}"
     try:
@@ -58,16 +65,16 @@ def check(base: Any, family: str, kind: str, feature: str) -> str:
         attach(late, untrained)
         chosen.on(late)
         for pipe in (early, late):
-            actual = draw(pipe, "a photo of a <it>", **arguments)
+            actual = drawn(pipe, "a photo of a <it>")
             difference = float((actual - expected).abs().max())
             assert difference < CLOSE * max(1.0, float(expected.abs().max())), difference
         attach(early, trained)
-        changed = draw(early, "a photo of a <it>", **arguments)
+        changed = drawn(early, "a photo of a <it>")
     except SefiError as error:
         return f"refused: {error}"
     assert float((changed - expected).abs().max()) > 1e-2
     detach(early)
-    assert torch.equal(draw(early, "a photo of a cat", **arguments), expected)
+    assert torch.equal(drawn(early, "a photo of a cat"), expected)
     return WORKS
 
 
@@ -138,6 +145,7 @@ diffusers has no such pipeline or feature.
 | FreeU | `enable_freeu` |
 | fused QKV | `unet.fuse_qkv_projections` |
 | slicing | attention slicing |
+| regions | `sefi_fast.regions`, a sentence with the subject for a part of the picture |
 | model offload, sequential offload | accelerate's hooks, onto the CPU itself |
 
 Not run here: xformers and CUDA. Refused in words: SD 3, Flux and other transformers (no U-Net with

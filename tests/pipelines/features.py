@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +24,7 @@ from models import make_controlnet
 from torch import Tensor
 
 from sefi_fast.conditioning import encode_with_pooled
+from sefi_fast.pipelines import regions
 from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 
 FAMILIES = {"SD 1.5": "sd15_pipeline", "SD 2.1": "sd21_pipeline", "SDXL": "sdxl_pipeline"}
@@ -195,13 +197,15 @@ def _words(pipe: Any, text: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Feature:
-    """Something a user turns on: on the pipeline, in the call, or both.
+    """Something a user turns on: on the pipeline, in the call, around the call, or all of these.
 
+    around: of the pipeline and the call's sentence.
     applies: None where the feature exists, else why it does not.
     """
 
     on: Callable[[Any], None] = lambda pipe: None
     arguments: Callable[[Any], dict[str, Any]] = lambda pipe: {}
+    around: Callable[[Any, str], AbstractContextManager[Any]] = lambda pipe, text: nullcontext()
     applies: Callable[[Any], str | None] = lambda pipe: None
 
 
@@ -323,7 +327,7 @@ FEATURES = {
                 torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))
             ]
         },
-        _call_lacks("ip_adapter_image_embeds"),
+        applies=_call_lacks("ip_adapter_image_embeds"),
     ),
     "LoRA": Feature(
         load_lora,
@@ -338,6 +342,9 @@ FEATURES = {
     "slicing": Feature(
         lambda pipe: pipe.unet.set_attention_slice(1),
         applies=lambda pipe: _lacks("set_attention_slice")(pipe.unet),
+    ),
+    "regions": Feature(
+        around=lambda pipe, text: regions(pipe, {f"{text} in the snow": (0.25, 0, 1, 0.6)})
     ),
     "model offload": Feature(_offload),
     "sequential offload": Feature(_offload_sequentially),

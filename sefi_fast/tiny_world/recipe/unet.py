@@ -134,7 +134,7 @@ def train_unet(
         clean = latents[picks].to(device)
         ids = torch.tensor([codes(caption(specs[pick], rng)) for pick in picks])
         ids[torch.rand(batch_size) < _CAPTION_DROPOUT] = unprompted
-        timesteps = _timesteps(batch_size).to(device)
+        timesteps = random_timesteps(batch_size).to(device)
         noise = torch.randn_like(clean)
         a, s = signal[timesteps, None, None, None], spread[timesteps, None, None, None]
         noisy = (a * clean + s * noise).contiguous(memory_format=channels_last)
@@ -180,7 +180,7 @@ def assemble(
     )
 
 
-def _timesteps(count: int) -> Tensor:
+def random_timesteps(count: int) -> Tensor:
     """One timestep a stratum, somewhat more of them at high noise, where places are decided."""
     places = (torch.randperm(count) + torch.rand(count)) / count
     return (places**0.85 * 1000).long().clamp(0, 999)
