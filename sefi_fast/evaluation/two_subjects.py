@@ -30,10 +30,10 @@ from sefi_fast.tiny_world.captions import SCENE_PHRASES
 from sefi_fast.tiny_world.drawing import PICTURE_SIZE as SIDE
 from sefi_fast.tiny_world.drawing import SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
+from sefi_fast.tiny_world.pairs import HALVES, halves_of
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.output import write_whole
 
-_LEFT, _RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 _SCENES_A_PAIR = 2
 _SHEET_PAIRS = 4
 # Training several in one batch is half as fast again as one by one.
@@ -113,16 +113,11 @@ def compare_two_subjects(
     for name, value, least in (("identities", identities, 2), ("seeds", seeds, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if find_spec("peft") is None:
-        raise ModelError(
-            "two creatures in a picture take a LoRA, which diffusers loads through peft: "
-            "pip install peft"
-        )
     settings = TrainConfig.from_overrides(config, overrides)
     protocol = Protocol.of(settings, prompts=1, seeds=seeds, seed=seed)
     chosen = protocol.subjects(identities)
+    pipe = pair_pipeline(protocol.dtype)
     learnt = _learn(Path(output), settings, chosen, protocol, progress)
-    pipe = _pipeline(protocol.dtype)
     judge = Judge.load()
     scores: dict[str, dict[int, list[TwoScore]]] = {way.name: {} for way in _WAYS}
     rows: list[tuple[str, list[Panel]]] = []
@@ -147,8 +142,17 @@ def compare_two_subjects(
     return _report(Path(output), about, scores, rows)
 
 
-def _pipeline(dtype: torch.dtype) -> Any:
-    """The bundled model with its LoRA for two creatures, merged in float32."""
+def pair_pipeline(dtype: torch.dtype) -> Any:
+    """The bundled model with its LoRA for two creatures, merged in float32; without a bar.
+
+    Raises:
+        ModelError: peft, through which diffusers loads a LoRA, is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ModelError(
+            "two creatures in a picture take a LoRA, which diffusers loads through peft: "
+            "pip install peft"
+        )
     unet = load_pipeline(None, dtype=torch.float32).unet
     unet.load_lora_adapter(two_creatures_lora(), prefix="unet")
     unet.fuse_lora()
@@ -221,7 +225,8 @@ def _draw_pair(
     for scene in scenes[:_SCENES_A_PAIR]:
         first, second = (way.words(one, place) for place, one in enumerate(pair))
         where = SCENE_PHRASES[scene]
-        halves = [(f"a photo of {first} {where}", _LEFT), (f"a photo of {second} {where}", _RIGHT)]
+        sentences = [f"a photo of {words} {where}" for words in (first, second)]
+        halves = list(zip(sentences, HALVES, strict=True))
         with regions(pipe, halves) if way.by_halves else nullcontext():
             pictures += pipe(
                 [f"a photo of {first} and {second} {where}"] * protocol.seeds,
@@ -240,8 +245,7 @@ def _judge(
     pair: tuple[StudySubject, StudySubject],
     ordered: bool,
 ) -> list[TwoScore]:
-    boxes = ((0, 0, SIDE, SIDE), (SIDE, 0, 2 * SIDE, SIDE))
-    left, right = (judge([picture.crop(box) for picture in pictures]) for box in boxes)
+    left, right = (judge([halves_of(picture)[place] for picture in pictures]) for place in (0, 1))
     identities = pair[0].identity, pair[1].identity
     return [
         score_halves(halves, identities, ordered=ordered)

@@ -16,6 +16,9 @@ from sefi_fast.tiny_world.drawing import (
 )
 from sefi_fast.tiny_world.scenery import CANVAS, draw_scene
 
+HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+"""The boxes of the left and the right half, for `sefi_fast.regions`."""
+
 # Pixels of the canvas that a creature stands off the middle of its half, at most.
 _WANDER = 14.0
 
@@ -69,3 +72,9 @@ def draw_pair(spec: PairSpec, size: int = PICTURE_SIZE) -> Image.Image:
     draw_creature(picture, mask, spec.left)
     draw_creature(picture, mask, spec.right, CANVAS)
     return picture.reduce(CANVAS // size)
+
+
+def halves_of(picture: Image.Image) -> list[Image.Image]:
+    """The left and the right half of a picture twice as wide as high."""
+    side = picture.height
+    return [picture.crop((left, 0, left + side, side)) for left in (0, side)]

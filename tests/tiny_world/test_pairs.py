@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,25 +10,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from sefi_fast import regions
 from sefi_fast.evaluation.tiny_prompts import identity_words
 from sefi_fast.pipelines import load_pipeline
-from sefi_fast.tiny_world import two_creatures_lora
+from sefi_fast.tiny_world import SAMPLING, two_creatures_lora
 from sefi_fast.tiny_world.captions import VOCABULARY, pair_caption
 from sefi_fast.tiny_world.drawing import Identity, PictureSpec, held_out_identities
 from sefi_fast.tiny_world.judge import Judge
-from sefi_fast.tiny_world.pairs import PairSpec, draw_pair, random_pair
+from sefi_fast.tiny_world.pair_rates import main as rates
+from sefi_fast.tiny_world.pairs import PairSpec, draw_pair, halves_of, random_pair
 from sefi_fast.tiny_world.recipe.two_creatures import main, train_two_creatures
 
 RED = PictureSpec(Identity("red", "white", "striped", "big", "round"), "snow")
 BLUE = PictureSpec(Identity("blue", None, "plain", "long", "tall"), "snow", ("hat",))
-
-
-def halves(picture):
-    side = picture.height
-    return [picture.crop((left, 0, left + side, side)) for left in (0, side)]
 
 
 def test_the_judge_sees_each_creature_in_its_half():
@@ -37,7 +35,7 @@ def test_the_judge_sees_each_creature_in_its_half():
     assert {picture.size for picture in pictures} == {(96, 48)}
     judge, right = Judge.load(), []
     for place, side in enumerate(("left", "right")):
-        for found, spec in zip(judge([halves(p)[place] for p in pictures]), specs, strict=True):
+        for found, spec in zip(judge([halves_of(p)[place] for p in pictures]), specs, strict=True):
             half = getattr(spec, side)
             assert not half.identity.held_out
             right += [found.labels[name] == half.identity.value(name) for name in
@@ -102,6 +100,22 @@ def test_senseless_options_are_refused(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_command_of_rates_tells_every_half(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setitem(SAMPLING, "steps", 2)
+    assert rates(["--out", str(tmp_path / "new"), "--count", "2"]) == 0
+    report = json.loads((tmp_path / "new" / "pair-rates.json").read_text())
+    shares = [
+        rate for halves in report.values() for half in halves.values() for rate in half.values()
+    ]
+    assert len(shares) == 2 * 2 * 6 and set(shares) <= {0.0, 0.5, 1.0}
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    with Image.open(tmp_path / "new" / "pairs.png") as sheet:
+        assert sheet.width > 96
+    with pytest.raises(SystemExit):
+        rates(["--out", str(tmp_path), "--count", "34"])
+
+
 def test_the_bundled_lora_draws_two_and_regions_keep_them_apart():
     pytest.importorskip("peft")
     pipe = load_pipeline()
@@ -126,7 +140,7 @@ def test_the_bundled_lora_draws_two_and_regions_keep_them_apart():
                     guidance_scale=3.0,
                     generator=torch.Generator().manual_seed(k),
                 ).images[0]
-            for half, identity in zip(judge(halves(picture)), pair, strict=True):
+            for half, identity in zip(judge(halves_of(picture)), pair, strict=True):
                 assert half.labels["creature"] == "yes", (k, way)
                 right[way].append(half.labels["colour"] == identity.colour)
     # One sentence mixes the colours of the second one; each in its own region is right.

@@ -22,7 +22,7 @@ from sefi_fast.processor import SeFiAttnProcessor
 from sefi_fast.region_attention import RegionPrompts
 from sefi_fast.tiny_world import bundled_model_path
 from sefi_fast.tiny_world.captions import caption, pair_caption
-from sefi_fast.tiny_world.pairs import PairSpec, draw_pair, random_pair
+from sefi_fast.tiny_world.pairs import HALVES, PairSpec, draw_pair, random_pair
 from sefi_fast.tiny_world.recipe.progress import Budget
 from sefi_fast.tiny_world.recipe.tokenizer import CaptionCodes
 from sefi_fast.tiny_world.recipe.unet import make_scheduler, random_timesteps
@@ -31,8 +31,7 @@ from sefi_fast.tiny_world.recipe.vae import encode_pictures
 _CAPTION_DROPOUT = 0.1
 _NARROWEST = 64
 # Share of a batch that has a sentence for each half instead of one for both.
-_BY_HALVES = 0.4
-_HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
+_BYHALVES = 0.4
 
 
 class _Sentences:
@@ -129,7 +128,7 @@ def train_two_creatures(
     unet.set_attn_processor(SeFiAttnProcessor())
     resolutions = layer_resolutions(unet)
     factors = {id(attn): resolutions[name] for name, attn in cross_attention_layers(unet).items()}
-    by_halves = round(_BY_HALVES * batch_size)
+    by_halves = round(_BYHALVES * batch_size)
     layers = {
         name: layer
         for name, layer in unet.named_modules()
@@ -161,7 +160,7 @@ def train_two_creatures(
             encoded = text_encoder(ids.to(device)).last_hidden_state
             text, left, right = encoded.split((batch_size, by_halves, by_halves))
             text.sefi_regions = RegionPrompts(
-                (left, right), _HALVES, by_halves, (clean.shape[2], clean.shape[3]), factors
+                (left, right), HALVES, by_halves, (clean.shape[2], clean.shape[3]), factors
             )
             velocity = unet(noisy, timesteps, text).sample
         loss = (velocity.float() - (a * noise - s * clean)).pow(2).mean()
