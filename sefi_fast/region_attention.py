@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 import torch
 from diffusers.models.attention_processor import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
-from sefi_fast.layers import reduced_size
+from sefi_fast.layers import cross_attention_layers, layer_resolutions, reduced_size
 
 Box: TypeAlias = "tuple[float, float, float, float]"
 """(left, top, right, bottom) in fractions of the picture."""
@@ -47,6 +47,12 @@ class RegionPrompts:
             places = _places(height, width, box, device)
             if len(places):
                 yield prompt, places
+
+
+def down_factors(model: nn.Module) -> dict[int, int]:
+    """Id of each cross-attention layer of a U-Net or ControlNet → its down factor."""
+    factors = layer_resolutions(model)
+    return {id(attn): factors[name] for name, attn in cross_attention_layers(model).items()}
 
 
 # Every layer of a size and every step asks for the same.

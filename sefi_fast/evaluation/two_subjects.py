@@ -7,30 +7,26 @@ import io
 import os
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sefi_fast.errors import ModelError
+from sefi_fast.evaluation.pair_pictures import generate_pair, pair_pipeline
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap, paired_difference
 from sefi_fast.evaluation.tasks import PICTURE_SIZE, Protocol, Task, train
 from sefi_fast.evaluation.tiny_prompts import StudySubject, identity_words
 from sefi_fast.evaluation.variants import BASELINE, Variant
-from sefi_fast.pipelines import attach, detach, load_pipeline, regions
+from sefi_fast.pipelines import attach, detach
 from sefi_fast.subject import Subject
-from sefi_fast.tiny_world import CLASS_WORD, two_creatures_lora
-from sefi_fast.tiny_world.captions import SCENE_PHRASES
+from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.tiny_world.drawing import PICTURE_SIZE as SIDE
 from sefi_fast.tiny_world.drawing import SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
-from sefi_fast.tiny_world.pairs import HALVES, halves_of
+from sefi_fast.tiny_world.pairs import halves_of
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.output import write_whole
 
@@ -142,27 +138,6 @@ def compare_two_subjects(
     return _report(Path(output), about, scores, rows)
 
 
-def pair_pipeline(dtype: torch.dtype) -> Any:
-    """The bundled model with its LoRA for two creatures, merged in float32; without a bar.
-
-    Raises:
-        ModelError: peft, through which diffusers loads a LoRA, is not installed.
-    """
-    if find_spec("peft") is None:
-        raise ModelError(
-            "two creatures in a picture take a LoRA, which diffusers loads through peft: "
-            "pip install peft"
-        )
-    unet = load_pipeline(None, dtype=torch.float32).unet
-    unet.load_lora_adapter(two_creatures_lora(), prefix="unet")
-    unet.fuse_lora()
-    unet.unload_lora()
-    pipe = load_pipeline(None, dtype=dtype)
-    pipe.unet.load_state_dict(unet.state_dict())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def score_halves(
     halves: tuple[Judgement, Judgement], pair: tuple[Identity, Identity], *, ordered: bool
 ) -> TwoScore:
@@ -213,7 +188,6 @@ def _learn(
     return {number: Subject.load(task.subject(number)) for number in task.numbers}
 
 
-@torch.inference_mode()
 def _draw_pair(
     pipe: Any, way: _Way, pair: tuple[StudySubject, StudySubject], protocol: Protocol
 ) -> list[Image.Image]:
@@ -223,19 +197,15 @@ def _draw_pair(
     random.Random(pair[0].number).shuffle(scenes)
     pictures: list[Image.Image] = []
     for scene in scenes[:_SCENES_A_PAIR]:
-        first, second = (way.words(one, place) for place, one in enumerate(pair))
-        where = SCENE_PHRASES[scene]
-        sentences = [f"a photo of {words} {where}" for words in (first, second)]
-        halves = list(zip(sentences, HALVES, strict=True))
-        with regions(pipe, halves) if way.by_halves else nullcontext():
-            pictures += pipe(
-                [f"a photo of {first} and {second} {where}"] * protocol.seeds,
-                width=2 * SIDE,
-                height=SIDE,
-                num_inference_steps=protocol.sampling_steps,
-                guidance_scale=protocol.guidance,
-                generator=[torch.Generator().manual_seed(n) for n in range(protocol.seeds)],
-            ).images
+        pictures += generate_pair(
+            pipe,
+            (way.words(pair[0], 0), way.words(pair[1], 1)),
+            scene,
+            range(protocol.seeds),
+            by_halves=way.by_halves,
+            steps=protocol.sampling_steps,
+            guidance=protocol.guidance,
+        )
     return pictures
 
 

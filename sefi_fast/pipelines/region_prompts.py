@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sefi_fast.conditioning.stage_hook import StageHook
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.layers import call_argument, cross_attention_layers, layer_resolutions
+from sefi_fast.layers import call_argument, cross_attention_layers
 from sefi_fast.pipelines.families import (
     check_not_compiled,
     check_pipeline,
@@ -24,7 +24,7 @@ from sefi_fast.pipelines.families import (
 )
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
 from sefi_fast.processor import SeFiAttnProcessor
-from sefi_fast.region_attention import Box, RegionPrompts
+from sefi_fast.region_attention import Box, RegionPrompts, down_factors
 
 
 @contextmanager
@@ -190,9 +190,8 @@ class _ModelCall:
     """Forward-pre-hook of a U-Net or ControlNet, behind the one that picks the stage."""
 
     def __init__(self, model: nn.Module, calls: Mapping[int, _Call]) -> None:
-        factors = layer_resolutions(model)
         self._layers = cross_attention_layers(model)
-        self._factors = {id(attn): factors[name] for name, attn in self._layers.items()}
+        self._factors = down_factors(model)
         self._calls = calls
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -199,16 +199,25 @@ def draw(spec: PictureSpec, size: int = PICTURE_SIZE) -> tuple[Image.Image, Imag
     Returns:
         The picture (RGB) and the creature's mask (L, 255 inside; accessories do not count).
     """
-    if size < 1 or CANVAS % size:
-        raise ValueError(f"size is {size}; it must divide {CANVAS}, for example {PICTURE_SIZE}")
+    factor = reduction(size)
     picture = Image.new("RGB", (CANVAS, CANVAS))
     mask = Image.new("L", (CANVAS, CANVAS), 0)
     draw_scene(ImageDraw.Draw(picture), spec.scene, spec.mirrored)
     draw_creature(picture, mask, spec)
     if spec.style == "grey":
         picture = picture.convert("L").convert("RGB")
-    factor = CANVAS // size
     return picture.reduce(factor), mask.reduce(factor)
+
+
+def reduction(size: int) -> int:
+    """How many pixels of the canvas make one of a picture `size` high.
+
+    Raises:
+        ValueError: the size does not divide CANVAS.
+    """
+    if size < 1 or CANVAS % size:
+        raise ValueError(f"size is {size}; it must divide {CANVAS}, for example {PICTURE_SIZE}")
+    return CANVAS // size
 
 
 def draw_creature(

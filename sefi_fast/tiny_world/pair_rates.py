@@ -7,22 +7,18 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from sefi_fast.evaluation import Panel, contact_sheet
+from sefi_fast.evaluation.pair_pictures import generate_pair, pair_pipeline
 from sefi_fast.evaluation.tiny_prompts import identity_words
-from sefi_fast.evaluation.two_subjects import pair_pipeline
-from sefi_fast.pipelines import regions
 from sefi_fast.tiny_world import SAMPLING
-from sefi_fast.tiny_world.captions import SCENE_PHRASES
-from sefi_fast.tiny_world.drawing import PICTURE_SIZE, SCENES, Identity, held_out_identities
+from sefi_fast.tiny_world.drawing import SCENES, Identity, held_out_identities
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge
-from sefi_fast.tiny_world.pairs import HALVES, halves_of
+from sefi_fast.tiny_world.pairs import halves_of
 
 WAYS = ("one sentence", "a sentence for each half")
 
@@ -50,10 +46,16 @@ def measure(out: Path, *, count: int = 24, seed: int = 0) -> dict[str, Any]:
     report: dict[str, Any] = {}
     rows = []
     for way in WAYS:
-        pictures = [
-            _draw(pipe, pair, SCENES[k % len(SCENES)], seed + k, way == WAYS[1])
-            for k, pair in enumerate(pairs)
-        ]
+        pictures = []
+        for k, (first, second) in enumerate(pairs):
+            pictures += generate_pair(
+                pipe,
+                (f"a {identity_words(first)}", f"a {identity_words(second)}"),
+                SCENES[k % len(SCENES)],
+                [seed + k],
+                by_halves=way == WAYS[1],
+                **SAMPLING,
+            )
         report[way] = {}
         for place, half in enumerate(("left", "right")):
             labels = [found.labels for found in judge([halves_of(p)[place] for p in pictures])]
@@ -68,26 +70,6 @@ def measure(out: Path, *, count: int = 24, seed: int = 0) -> dict[str, Any]:
     (out / "pair-rates.json").write_text(json.dumps(report, indent=2) + "\n")
     contact_sheet(rows, title="two creatures, first seeds").save(out / "pairs.png")
     return report
-
-
-@torch.inference_mode()
-def _draw(
-    pipe: Any, pair: tuple[Identity, Identity], scene: str, seed: int, by_halves: bool
-) -> Image.Image:
-    first, second = (f"a {identity_words(identity)}" for identity in pair)
-    where = SCENE_PHRASES[scene]
-    sentences = [f"a photo of {words} {where}" for words in (first, second)]
-    boxes = list(zip(sentences, HALVES, strict=True))
-    with regions(pipe, boxes) if by_halves else nullcontext():
-        picture: Image.Image = pipe(
-            f"a photo of {first} and {second} {where}",
-            width=2 * PICTURE_SIZE,
-            height=PICTURE_SIZE,
-            num_inference_steps=SAMPLING["steps"],
-            guidance_scale=SAMPLING["guidance"],
-            generator=torch.Generator().manual_seed(seed),
-        ).images[0]
-    return picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from sefi_fast.tiny_world.drawing import (
     draw_creature,
     random_identity,
     random_spec,
+    reduction,
 )
 from sefi_fast.tiny_world.scenery import CANVAS, draw_scene
 
@@ -65,13 +66,12 @@ def draw_pair(spec: PairSpec, size: int = PICTURE_SIZE) -> Image.Image:
         spec: what to draw.
         size: a divisor of CANVAS.
     """
-    if size < 1 or CANVAS % size:
-        raise ValueError(f"size is {size}; it must divide {CANVAS}, for example {PICTURE_SIZE}")
+    factor = reduction(size)
     picture, mask = (Image.new(mode, (2 * CANVAS, CANVAS)) for mode in ("RGB", "L"))
     draw_scene(ImageDraw.Draw(picture), spec.left.scene, spec.mirrored, picture.width)
     draw_creature(picture, mask, spec.left)
     draw_creature(picture, mask, spec.right, CANVAS)
-    return picture.reduce(CANVAS // size)
+    return picture.reduce(factor)
 
 
 def halves_of(picture: Image.Image) -> list[Image.Image]:

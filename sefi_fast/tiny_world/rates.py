@@ -16,8 +16,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sefi_fast.evaluation import Panel, contact_sheet
+from sefi_fast.evaluation.tiny_prompts import identity_words
 from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, bundled_model_path
-from sefi_fast.tiny_world.captions import PATTERN_NOUNS, POSITION_PHRASES, SCENE_PHRASES
+from sefi_fast.tiny_world.captions import POSITION_PHRASES, SCENE_PHRASES
 from sefi_fast.tiny_world.drawing import (
     ACCESSORIES,
     POSITIONS,
@@ -42,21 +43,13 @@ def identity_prompt(
     identity: Identity, scene: str, position: str, accessory: str | None = None
 ) -> Asked:
     """A prompt that names a whole identity, the scene, the place and perhaps an accessory."""
-    words = ["a photo of a", identity.shape, identity.colour]
-    if identity.pattern == "plain":
-        words.append("plain")
-    words.append(CLASS_WORD)
-    if identity.second_colour is not None:
-        words.append(f"with {identity.second_colour} {PATTERN_NOUNS[identity.pattern]} and")
-    else:
-        words.append("with")
-    words.append(f"{identity.ears} ears")
+    words = ["a photo of a", identity_words(identity)]
     if accessory is not None:
         words.append(f"with a {accessory}")
     words += [SCENE_PHRASES[scene], POSITION_PHRASES[position]]
     wanted = {
         "colour": identity.colour,
-        "second_colour": identity.second_colour or "none",
+        "second_colour": identity.value("second_colour"),
         "pattern": identity.pattern,
         "ears": identity.ears,
         "shape": identity.shape,

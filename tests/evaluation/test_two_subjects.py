@@ -65,7 +65,7 @@ def test_an_empty_half_is_no_pair():
 
 
 def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("sefi_fast.evaluation.two_subjects.find_spec", lambda name: None)
+    monkeypatch.setattr("sefi_fast.evaluation.pair_pictures.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install peft"):
         compare_two_subjects(output=tmp_path / "evidence")
     assert not any(tmp_path.iterdir())

@@ -308,10 +308,6 @@ def _count(pipe: Any) -> dict[str, Any]:
     return {"num_videos_per_prompt" if "AnimateDiff" in kind else "num_images_per_prompt": 2}
 
 
-def _fuse(pipe: Any) -> None:
-    pipe.unet.fuse_qkv_projections()
-
-
 FEATURES = {
     "plain": Feature(),
     "several pictures": Feature(arguments=_count),
@@ -338,7 +334,7 @@ FEATURES = {
     "FreeU": Feature(
         lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), applies=_lacks("enable_freeu")
     ),
-    "fused QKV": Feature(_fuse),
+    "fused QKV": Feature(lambda pipe: pipe.unet.fuse_qkv_projections()),
     "slicing": Feature(
         lambda pipe: pipe.unet.set_attention_slice(1),
         applies=lambda pipe: _lacks("set_attention_slice")(pipe.unet),

@@ -38,17 +38,10 @@ def test_every_feature(request, family, feature):
     run(request, family, "text to image", feature)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "callback",
-        "clip_skip",
-        "IP-Adapter",
-        "LoRA",
-        "FreeU",
-        "regions",
-    ],
-)
+ACTING = ["callback", "clip_skip", "IP-Adapter", "LoRA", "FreeU", "regions"]
+
+
+@pytest.mark.parametrize("name", ACTING)
 def test_features_act_at_all(sdxl_pipeline, name):
     pipe, feature = sdxl_pipeline, FEATURES[name]
     if feature.applies(pipe) is not None:

@@ -10,12 +10,12 @@ from transformers import CLIPTokenizer
 
 from sefi_fast.tiny_world.captions import VOCABULARY
 from sefi_fast.tiny_world.drawing import Identity, PictureSpec, random_specs
+from sefi_fast.tiny_world.recipe.noising import make_scheduler
 from sefi_fast.tiny_world.recipe.pictures import drawn_pictures
 from sefi_fast.tiny_world.recipe.progress import Budget
 from sefi_fast.tiny_world.recipe.text_encoder import named_attributes
 from sefi_fast.tiny_world.recipe.tokenizer import MAX_LENGTH, CaptionCodes
 from sefi_fast.tiny_world.recipe.train import main, make_model, replace_folder
-from sefi_fast.tiny_world.recipe.unet import make_scheduler
 from sefi_fast.tiny_world.recipe.vae import encode_pictures, make_vae, to_tensor
 
 

@@ -25,6 +25,8 @@ class Budget:
         self.name, self.seconds, self.max_steps, self.show = name, seconds, max_steps, show
         self.share = 0.0
         self.note = ""
+        self.loss = 0.0
+        self._losses = 0
 
     def steps(self) -> Iterator[int]:
         """Step numbers 0, 1, ... until the budget is spent; at least one step."""
@@ -41,6 +43,12 @@ class Budget:
                     self.share = max(self.share, step / self.max_steps)
                 bar.set_postfix_str(f"step {step} {self.note}", refresh=False)
                 bar.update(min(self.share, 1.0) - min(before, 1.0))
+
+    def follow(self, loss: float) -> None:
+        """Take a step's loss into the running mean `loss`, which the progress bar shows."""
+        self._losses += 1
+        self.loss += (loss - self.loss) * max(0.02, 1 / self._losses)
+        self.note = f"loss {self.loss:.4f}"
 
     def rate(self, step: int, *, warm_up: int, flat: float, end: float) -> float:
         """Factor of the learning rate: linear warm-up, flat share, then a cosine down to `end`."""

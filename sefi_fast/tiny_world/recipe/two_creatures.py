@@ -12,26 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sefi_fast.layers import cross_attention_layers, layer_resolutions
+from sefi_fast.pipelines import load_pipeline
 from sefi_fast.processor import SeFiAttnProcessor
-from sefi_fast.region_attention import RegionPrompts
-from sefi_fast.tiny_world import bundled_model_path
+from sefi_fast.region_attention import RegionPrompts, down_factors
 from sefi_fast.tiny_world.captions import caption, pair_caption
 from sefi_fast.tiny_world.pairs import HALVES, PairSpec, draw_pair, random_pair
+from sefi_fast.tiny_world.recipe.noising import Noising
 from sefi_fast.tiny_world.recipe.progress import Budget
 from sefi_fast.tiny_world.recipe.tokenizer import CaptionCodes
-from sefi_fast.tiny_world.recipe.unet import make_scheduler, random_timesteps
 from sefi_fast.tiny_world.recipe.vae import encode_pictures
+from sefi_fast.training.output import write_whole
 
 _CAPTION_DROPOUT = 0.1
 _NARROWEST = 64
 # Share of a batch that has a sentence for each half instead of one for both.
-_BYHALVES = 0.4
+_SHARE_BY_HALVES = 0.4
 
 
 class _Sentences:
@@ -118,17 +117,16 @@ def train_two_creatures(
     rng = random.Random(seed)
     specs = [random_pair(rng) for _ in range(pictures)]
     drawn = np.stack([np.asarray(draw_pair(spec)) for spec in specs])
-    pipe = StableDiffusionPipeline.from_pretrained(bundled_model_path(), torch_dtype=torch.float32)
+    pipe = load_pipeline(dtype=torch.float32, device=device)
     channels_last = torch.channels_last
-    vae = pipe.vae.to(device, memory_format=channels_last).eval().requires_grad_(False)
+    vae = pipe.vae.to(memory_format=channels_last).eval().requires_grad_(False)
     latents = encode_pictures(vae, drawn, torch.device(device))
-    unet = pipe.unet.to(device, memory_format=channels_last).requires_grad_(False)
-    text_encoder = pipe.text_encoder.to(device).eval().requires_grad_(False)
+    unet = pipe.unet.to(memory_format=channels_last).requires_grad_(False)
+    text_encoder = pipe.text_encoder.eval().requires_grad_(False)
     sentences = _Sentences(CaptionCodes(pipe.tokenizer), rng)
     unet.set_attn_processor(SeFiAttnProcessor())
-    resolutions = layer_resolutions(unet)
-    factors = {id(attn): resolutions[name] for name, attn in cross_attention_layers(unet).items()}
-    by_halves = round(_BYHALVES * batch_size)
+    factors = down_factors(unet)
+    by_halves = round(_SHARE_BY_HALVES * batch_size)
     layers = {
         name: layer
         for name, layer in unet.named_modules()
@@ -141,10 +139,8 @@ def train_two_creatures(
     optimizer = torch.optim.AdamW(
         weights, learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    signal = make_scheduler().alphas_cumprod.sqrt().to(device)
-    spread = (1 - signal**2).sqrt()
+    noising = Noising(torch.device(device))
     budget = Budget("two creatures", 60 * minutes, max_steps, progress)
-    running = 1.0
     for step in budget.steps():
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * budget.rate(step, warm_up=100, flat=0.2, end=0.01)
@@ -152,10 +148,7 @@ def train_two_creatures(
         clean = latents[picks].to(device)
         shown = [specs[pick] for pick in picks]
         ids = torch.cat([sentences.of_both(shown), sentences.of_each(shown[-by_halves:])])
-        timesteps = random_timesteps(batch_size).to(device)
-        noise = torch.randn_like(clean)
-        a, s = signal[timesteps, None, None, None], spread[timesteps, None, None, None]
-        noisy = (a * clean + s * noise).contiguous(memory_format=channels_last)
+        noisy, timesteps, wanted = noising(clean)
         with torch.autocast(device, torch.bfloat16):
             encoded = text_encoder(ids.to(device)).last_hidden_state
             text, left, right = encoded.split((batch_size, by_halves, by_halves))
@@ -163,15 +156,14 @@ def train_two_creatures(
                 (left, right), HALVES, by_halves, (clean.shape[2], clean.shape[3]), factors
             )
             velocity = unet(noisy, timesteps, text).sample
-        loss = (velocity.float() - (a * noise - s * clean)).pow(2).mean()
+        loss = (velocity.float() - wanted).pow(2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        running += (loss.item() - running) * max(0.02, 1 / (1 + step))
-        budget.note = f"loss {running:.4f}"
+        budget.follow(loss.item())
     _save(out, layers, added, rank)
-    return running
+    return budget.loss
 
 
 def _save(
@@ -185,10 +177,7 @@ def _save(
         b = low_rank.b.detach().view(outputs, rank, *[1] * (len(inputs) - 1))
         for part, weight in (("A", a), ("B", b)):
             state[f"unet.{name}.lora_{part}.weight"] = weight.cpu().half().contiguous()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}-{os.getpid()}")
-    save_file(state, beside)
-    os.replace(beside, out)
+    write_whole(out, save(state))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
-    DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sefi_fast.tiny_world.captions import caption
 from sefi_fast.tiny_world.drawing import PICTURE_SIZE, PictureSpec
+from sefi_fast.tiny_world.recipe.noising import Noising, make_scheduler
 from sefi_fast.tiny_world.recipe.progress import Budget
 from sefi_fast.tiny_world.recipe.text_encoder import WIDTH
 from sefi_fast.tiny_world.recipe.tokenizer import CaptionCodes
@@ -45,23 +44,6 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=(1, 2, 2),
         norm_num_groups=8,
-    )
-
-
-def make_scheduler() -> DPMSolverMultistepScheduler:
-    """The noise process, v-prediction.
-
-    It ends at a signal of 1.6 %, against Stable Diffusion's 6.8 %: with so few latents the place
-    of a creature shows through 6.8 %, and a model that can read it from its input ignores the
-    prompt's "on the left".
-    """
-    return DPMSolverMultistepScheduler(
-        beta_start=0.00085,
-        beta_end=0.02,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        steps_offset=1,
     )
 
 
@@ -121,11 +103,10 @@ def train_unet(
         weight_decay=0.01,
         fused=True,
     )
-    signal = make_scheduler().alphas_cumprod.sqrt().to(device)
-    spread = (1 - signal**2).sqrt()
+    noising = Noising(device)
     unprompted = torch.tensor(codes(""))
     budget = Budget("unet", seconds, max_steps, progress)
-    running, saved = 1.0, time.perf_counter()
+    saved = time.perf_counter()
     for step in budget.steps():
         rate = learning_rate * budget.rate(step, warm_up=100, flat=0.3, end=0.03)
         for group in optimizer.param_groups:
@@ -134,27 +115,23 @@ def train_unet(
         clean = latents[picks].to(device)
         ids = torch.tensor([codes(caption(specs[pick], rng)) for pick in picks])
         ids[torch.rand(batch_size) < _CAPTION_DROPOUT] = unprompted
-        timesteps = random_timesteps(batch_size).to(device)
-        noise = torch.randn_like(clean)
-        a, s = signal[timesteps, None, None, None], spread[timesteps, None, None, None]
-        noisy = (a * clean + s * noise).contiguous(memory_format=channels_last)
+        noisy, timesteps, wanted = noising(clean)
         with torch.autocast(device.type, torch.bfloat16):
             text = text_encoder(ids.to(device)).last_hidden_state
             velocity = unet(noisy, timesteps, text).sample
-        loss = (velocity.float() - (a * noise - s * clean)).pow(2).mean()
+        loss = (velocity.float() - wanted).pow(2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         keep = min(_AVERAGE, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [weight.detach() for weight in weights], 1 - keep)
-        running += (loss.item() - running) * max(0.02, 1 / (1 + step))
-        budget.note = f"loss {running:.4f}"
+        budget.follow(loss.item())
         if time.perf_counter() - saved > _SNAPSHOT_SECONDS:
             save(assemble(tokenizer, vae, averaged[1], averaged[0]))
             saved = time.perf_counter()
     save(assemble(tokenizer, vae, averaged[1], averaged[0]))
-    return running
+    return budget.loss
 
 
 def assemble(
@@ -178,9 +155,3 @@ def assemble(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def random_timesteps(count: int) -> Tensor:
-    """One timestep a stratum, somewhat more of them at high noise, where places are decided."""
-    places = (torch.randperm(count) + torch.rand(count)) / count
-    return (places**0.85 * 1000).long().clamp(0, 999)
