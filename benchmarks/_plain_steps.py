@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sefi_fast.conditioning import class_token_ids, encode_texts, stage_of, text_parts
+from sefi_fast.conditioning import encode_texts, placeholder_ids, stage_of, text_parts
 from sefi_fast.layers import cross_attention_layers
 from sefi_fast.pipelines.families import is_sdxl
 from sefi_fast.subject import SubjectTokens
@@ -25,9 +25,9 @@ PLACEHOLDER = "<it>"
 CLASS_WORD = "creature"
 
 
-def class_ids(pipe: Any) -> list[int]:
-    """Token id of the class word for each text encoder."""
-    return class_token_ids([part.tokenizer for part in text_parts(pipe)], CLASS_WORD)
+def class_ids(pipe: Any) -> list[list[int]]:
+    """Token ids of the class word, here one, for each text encoder."""
+    return placeholder_ids([part.tokenizer for part in text_parts(pipe)], CLASS_WORD)
 
 
 def start_tokens(pipe: Any, config: TrainConfig) -> tuple[SubjectTokens, ...]:
@@ -35,14 +35,14 @@ def start_tokens(pipe: Any, config: TrainConfig) -> tuple[SubjectTokens, ...]:
     generator = torch.Generator().manual_seed(config.seed)
     return tuple(
         SubjectTokens(
-            part.text_encoder.get_input_embeddings().weight[class_id].detach().float(),
+            part.text_encoder.get_input_embeddings().weight[ids].detach().float(),
             stages=config.stages,
             split=config.split,
             train_base=config.train_base,
             module=config.module,
             generator=generator,
         ).to(pipe.unet.device)
-        for part, class_id in zip(text_parts(pipe), class_ids(pipe), strict=True)
+        for part, ids in zip(text_parts(pipe), class_ids(pipe), strict=True)
     )
 
 
@@ -156,7 +156,7 @@ class PlainStep:
         latents = self.latents.sample(view, latent_noise)
         noised = schedule.add_noise(latents, noise, timesteps)
         stages = stage_of(timesteps, config.stages, schedule.num_train_timesteps)
-        rows = [module()[stages].flatten(0, 1).unsqueeze(1) for module in self.tokens]
+        rows = [module()[stages].flatten(0, 1) for module in self.tokens]
         count = len(rows[0])
         with autocast(self.device, self.dtype):
             encoded, pooled = encode_texts(

@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     study = parser.add_argument_group("studies on the tiny world")
     study.add_argument(
         "--study", nargs="+", metavar="NAME",
-        help="lambda, loss, pairs, peers, module, rate, steps, choices, better or all; or "
+        help="lambda, loss, pairs, vectors, peers, module, rate, steps, choices, better or all; or "
         "two: two subjects in one picture",
     )  # fmt: skip
     study.add_argument(

@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("embedding", type=Path, help="a .safetensors file")
     add_model(parser)
-    parser.add_argument("--class-word", required=True, help="what it is, one token: person, cat …")
+    parser.add_argument("--class-word", required=True, help="what it is: person, cat …")
     parser.add_argument("--placeholder", help="its name in prompts (default: its name in the file)")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("subject.safetensors"), metavar="FILE",

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
         "image", type=Path, nargs="?", help="the picture; may stand in the config file instead"
     )
     add_model(parser)
-    parser.add_argument("--class-word", help="what the subject is, one token: person, cat, car …")
+    parser.add_argument("--class-word", help="what the subject is: person, cat, golden retriever …")
     parser.add_argument("--placeholder", help="its name in prompts (default: <it>)")
     parser.add_argument(
         "--mask", type=Path, help="picture, white where the subject is, for --attention-loss mask"

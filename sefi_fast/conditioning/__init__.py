@@ -7,8 +7,8 @@ from sefi_fast.conditioning.packing import pack, packed_stages, select_stage, un
 from sefi_fast.conditioning.parts import TextPart, text_parts
 from sefi_fast.conditioning.prompt import (
     PromptTokens,
-    class_token_id,
     class_token_ids,
+    placeholder_ids,
     tokenize_prompts,
     word_positions,
 )
@@ -20,7 +20,6 @@ __all__ = [
     "Encoded",
     "PromptTokens",
     "TextPart",
-    "class_token_id",
     "class_token_ids",
     "encode",
     "encode_text",
@@ -30,6 +29,7 @@ __all__ = [
     "install_stage_hook",
     "pack",
     "packed_stages",
+    "placeholder_ids",
     "select_stage",
     "stage_of",
     "text_parts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from sefi_fast.conditioning.packing import pack
 from sefi_fast.conditioning.parts import TextPart, text_parts
-from sefi_fast.conditioning.prompt import class_token_id, tokenize_prompts
+from sefi_fast.conditioning.prompt import tokenize_prompts
 from sefi_fast.conditioning.text import encode_text, encode_text_pooled, token_table
 from sefi_fast.errors import SubjectFileError
 
@@ -37,7 +38,7 @@ class _Plan(NamedTuple):
     """What one prompt asks of a text encoder: its distinct sequences only.
 
     stages, streams: of the subjects that stand in this prompt; 1, 1 without any.
-    rows: [stages · streams, K, C], the subjects' rows of each sequence.
+    rows: [stages · streams, K, C], the rows of all subjects in each sequence.
     """
 
     stages: int
@@ -161,7 +162,7 @@ def _encode_part(
     penultimate: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Streams [B, stages, 2, M, C] and pooled [B, stages · P] of one text encoder."""
-    placeholders = [(s.placeholder, class_token_id(part.tokenizer, s.class_word)) for s in chosen]
+    placeholders = [subject.in_prompts(part.tokenizer) for subject in chosen]
     input_ids, slots = tokenize_prompts(part.tokenizer, texts, placeholders)
     plans = [_plan(chosen, row, number) for row in slots]
     counts = torch.tensor([plan.rows.shape[0] for plan in plans])
@@ -191,7 +192,9 @@ def _encode_part(
 
 
 def _plan(subjects: Sequence[Subject], slots: Tensor, encoder: int) -> _Plan:
-    present = [bool((slots == number).any()) for number in range(1, len(subjects) + 1)]
+    named = set(slots.tolist())
+    ends = itertools.accumulate(subject.num_vectors for subject in subjects)
+    present = [end in named for end in ends]
     standing = [subject for subject, there in zip(subjects, present, strict=True) if there]
     stages = math.lcm(*(subject.stages for subject in standing))
     streams = 2 if any(subject.split for subject in standing) else 1
@@ -200,11 +203,11 @@ def _plan(subjects: Sequence[Subject], slots: Tensor, encoder: int) -> _Plan:
         tokens = subject.tokens[encoder]
         if there:
             by_stage = tokens.repeat_interleave(stages // subject.stages, 0)
-            rows.append(by_stage.expand(-1, streams, -1).flatten(0, 1))
+            rows.append(by_stage.expand(-1, streams, -1, -1).flatten(0, 1))
         else:
             # No slot names these rows: only their number matters.
-            rows.append(tokens.new_zeros(stages * streams, tokens.shape[-1]))
-    return _Plan(stages, streams, torch.stack(rows, 1) if rows else torch.empty(1, 0, 0))
+            rows.append(tokens.new_zeros(stages * streams, *tokens.shape[2:]))
+    return _Plan(stages, streams, torch.cat(rows, 1) if rows else torch.empty(1, 0, 0))
 
 
 def _common_stages(stages: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import threading
@@ -20,14 +21,20 @@ logger = logging.getLogger(__name__)
 # share one would pad, or not pad, each other's prompts.
 TOKENIZING = threading.RLock()
 
+Placeholder = tuple[str, Sequence[int]]
+"""A placeholder, and the class word's token ids where its own tokens stand in a sentence."""
+
+_MOST_CLASS_TOKENS = 8
+
 
 class PromptTokens(NamedTuple):
     """Token ids of P prompts of M positions, and where the subjects stand in them.
 
-    input_ids: int64 [P, M], with the class word's id where a placeholder stood, so that the ids
+    input_ids: int64 [P, M], with the class word's ids where a placeholder stood, so that the ids
         alone are the reference prompt.
-    slots: int64 [P, M], 0 where the token table's own row belongs and k where the row of the k-th
-        placeholder (counted from 1) does.
+    slots: int64 [P, M], 0 where the token table's own row belongs and k where the k-th row
+        (counted from 1) of the placeholders does, those of the first one before those of the
+        second.
     """
 
     input_ids: Tensor
@@ -39,50 +46,82 @@ class _Token(NamedTuple):
     slot: int
 
 
-def class_token_id(tokenizer: Any, class_word: str) -> int:
-    """The token id of a class word.
+def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
+    """The token ids of a class word, one a word: of "person" one, of "golden retriever" two.
 
     Raises:
-        PromptError: if the tokenizer does not know the word, or splits it into several tokens.
+        PromptError: the tokenizer does not know one of its words, or cuts it into pieces; or there
+            are more than 8.
     """
     ids = _ids(tokenizer, class_word)
-    if len(ids) > 1:
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        raise PromptError(
-            f"the class word {class_word!r} is {len(ids)} tokens ({' '.join(pieces)}); choose a "
-            "word that is one token, such as the general word for it (person, dog, toy)"
-        )
-    if not ids or ids[0] == tokenizer.unk_token_id:
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    if not ids or tokenizer.unk_token_id in ids:
         raise PromptError(
             f"the tokenizer does not know the class word {class_word!r}; choose a common word "
             "that is one token (person, dog, toy)"
         )
-    return ids[0]
+    added = tokenizer.get_added_vocab()
+    if any(not piece.endswith("</w>") and piece not in added for piece in pieces):
+        raise PromptError(
+            f"the class word {class_word!r} falls into pieces ({' '.join(pieces)}); choose words "
+            "that are one token each, such as the general word for it (person, dog, toy)"
+        )
+    if len(ids) > _MOST_CLASS_TOKENS:
+        raise PromptError(
+            f"the class word {class_word!r} is {len(ids)} tokens, at most {_MOST_CLASS_TOKENS} are "
+            "possible; choose the general word for it (person, dog, toy)"
+        )
+    return ids
 
 
-def class_token_ids(tokenizers: Sequence[Any], class_word: str) -> list[int]:
-    """The token id of a class word in each tokenizer of a pipeline.
+def placeholder_ids(
+    tokenizers: Sequence[Any], class_word: str, num_vectors: int | None = None
+) -> list[list[int]]:
+    """For each tokenizer of a pipeline, the class word's token ids where a placeholder stands.
+
+    Args:
+        tokenizers: of the pipeline.
+        class_word: one token or several.
+        num_vectors: how many tokens stand for the placeholder; default: as many as the class word
+            has. Where it has fewer its last one is repeated.
 
     Raises:
-        PromptError: it is no single known token in one of them, which is named.
+        PromptError: a tokenizer does not know the class word, or it has more than `num_vectors`
+            tokens; the tokenizer is named.
     """
     found = []
     for number, tokenizer in enumerate(tokenizers, 1):
         try:
-            found.append(class_token_id(tokenizer, class_word))
+            found.append(class_token_ids(tokenizer, class_word))
+            padded(found[-1], num_vectors or len(found[-1]), class_word)
         except PromptError as error:
             if len(tokenizers) == 1:
                 raise
             raise PromptError(
                 f"for the tokenizer of text encoder {number} of {len(tokenizers)}, {error}"
             ) from error
-    return found
+    count = num_vectors or max(map(len, found))
+    return [padded(ids, count, class_word) for ids in found]
+
+
+def padded(ids: Sequence[int], count: int, class_word: str) -> list[int]:
+    """Ids of a class word, the last one repeated up to `count`.
+
+    Raises:
+        PromptError: there are more than that.
+    """
+    if len(ids) > count:
+        raise PromptError(
+            f"the class word {class_word!r} is {len(ids)} tokens, and {count} stand(s) for the "
+            "subject (num_vectors); use more, or a class word of fewer tokens"
+        )
+    return [*ids, *[ids[-1]] * (count - len(ids))]
 
 
 def tokenize_prompts(
     tokenizer: Any,
     prompts: Sequence[str],
-    placeholders: Sequence[tuple[str, int]],
+    placeholders: Sequence[Placeholder],
     *,
     require: bool = False,
 ) -> PromptTokens:
@@ -97,7 +136,8 @@ def tokenize_prompts(
     Args:
         tokenizer: a CLIPTokenizer or CLIPTokenizerFast.
         prompts: P sentences.
-        placeholders: (placeholder, id of its class word); the order gives the slot numbers. A
+        placeholders: each with the class word's ids that stand in its place in the reference
+            prompt, as many as the placeholder has tokens; the order gives the slot numbers. A
             placeholder counts where it stands as it is written and not inside a longer word.
         require: refuse prompts without any of the placeholders.
 
@@ -117,7 +157,7 @@ def tokenize_prompts(
 
 
 def word_positions(
-    tokenizer: Any, prompt: str, word: str, placeholders: Sequence[tuple[str, int]] = ()
+    tokenizer: Any, prompt: str, word: str, placeholders: Sequence[Placeholder] = ()
 ) -> list[int]:
     """Token positions of each place where a word, a phrase or a placeholder stands in a prompt.
 
@@ -140,7 +180,7 @@ def word_positions(
 def _layout(
     tokenizer: Any,
     prompt: str,
-    placeholders: Sequence[tuple[str, int]],
+    placeholders: Sequence[Placeholder],
     require: bool,
     warn: bool = True,
 ) -> list[_Token]:
@@ -155,8 +195,9 @@ def _layout(
     room = length - 2
     for position, token in enumerate(content[room:], start=room + 1):
         if token.slot:
+            name = _names_by_slot(placeholders)[token.slot - 1]
             raise PromptError(
-                f"the placeholder {placeholders[token.slot - 1][0]!r} is token {position} of the "
+                f"the placeholder {name!r} is token {position} of the "
                 f"prompt {prompt!r}, of which only the first {room} are used; shorten the prompt "
                 "or move the placeholder to its front"
             )
@@ -174,18 +215,24 @@ def _layout(
     return row + [pad] * (length - len(row))
 
 
-def _content(tokenizer: Any, text: str, placeholders: Sequence[tuple[str, int]]) -> list[_Token]:
+def _content(tokenizer: Any, text: str, placeholders: Sequence[Placeholder]) -> list[_Token]:
+    slots = itertools.count(1)
+    places = [[_Token(token_id, next(slots)) for token_id in ids] for _, ids in placeholders]
     tokens: list[_Token] = []
     last = 0
-    for begin, end, slot in _occurrences(text, [name for name, _ in placeholders]):
+    for begin, end, place in _occurrences(text, [name for name, _ in placeholders]):
         tokens += [_Token(token_id, 0) for token_id in _ids(tokenizer, text[last:begin])]
-        tokens.append(_Token(placeholders[slot - 1][1], slot))
+        tokens += places[place]
         last = end
     return tokens + [_Token(token_id, 0) for token_id in _ids(tokenizer, text[last:])]
 
 
+def _names_by_slot(placeholders: Sequence[Placeholder]) -> list[str]:
+    return [name for name, ids in placeholders for _ in ids]
+
+
 def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, slot) of every placeholder in a text, from left to right."""
+    """(begin, end, number of the placeholder) wherever one stands in a text, left to right."""
     if not placeholders:
         return
     for placeholder in placeholders:
@@ -205,7 +252,7 @@ def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int,
                 f"the placeholder {match.group()!r} runs into a longer word (…{longer}…) in the "
                 f"prompt {text!r}; put a space or a punctuation mark between them"
             )
-        yield begin, end, placeholders.index(match.group()) + 1
+        yield begin, end, placeholders.index(match.group())
 
 
 def _as_word(placeholder: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sefi_fast.attention_record import LayerRecord
 from sefi_fast.conditioning import encode
-from sefi_fast.conditioning.prompt import class_token_id, word_positions
+from sefi_fast.conditioning.prompt import word_positions
 from sefi_fast.layers import cross_attention_layers, layer_resolutions, reduced_size
 from sefi_fast.pipelines.families import unwrap
 from sefi_fast.subject import Subject
@@ -119,7 +119,7 @@ def attention_overfit(
 def _columns(pipe: Any, subject: Subject, prompt: str) -> tuple[list[int], list[int]]:
     """Positions of the subject's word (or the class word), and of all other words."""
     tokenizer = pipe.tokenizer
-    known = [(subject.placeholder, class_token_id(tokenizer, subject.class_word))]
+    known = [subject.in_prompts(tokenizer)]
     words = prompt.split()
     own = subject.placeholder if subject.placeholder in words else subject.class_word
     mine = word_positions(tokenizer, prompt, own, known)

@@ -46,6 +46,9 @@ class Variant:
                 if not f.metadata["free"]}  # fmt: skip
         if kept["weight_lambda"] == 0 or kept["attention_loss"] == "none":
             kept |= {"weight_lambda": 0.0, "attention_loss": "none"}
+        if kept["num_vectors"] is None:
+            # As before there was the setting, so that older results are found again.
+            del kept["num_vectors"]
         if not self.scene_named:
             kept["scene_named"] = False
         if self.place_named:
@@ -73,7 +76,18 @@ class Study:
     log: bool = False
 
 
-STUDIES = ("lambda", "loss", "pairs", "peers", "module", "rate", "steps", "choices", "better")
+STUDIES = (
+    "lambda",
+    "loss",
+    "pairs",
+    "vectors",
+    "peers",
+    "module",
+    "rate",
+    "steps",
+    "choices",
+    "better",
+)
 
 
 def make_studies(
@@ -130,9 +144,28 @@ def _pairs(base: TrainConfig) -> Study:
     return Study("pairs", "number of K-V pairs", (*split, *tied), "pairs")
 
 
-def _peers(base: TrainConfig) -> Study:
+def _vectors(base: TrainConfig) -> Study:
+    found = [_variant(base, f"{n} vectors", n, num_vectors=n) for n in (2, 3, 5)]
+    found.insert(0, Variant("1 vector", base, 1))
+    # Without the loss, and with one tied stage: whether the method adds to what vectors give.
+    lone = _variant(base, "3 vectors, λ = 0", num_vectors=3, weight_lambda=0.0)
+    plain = _preset(
+        base,
+        "textual-inversion",
+        "Textual Inversion in our recipe, 3 vectors",
+        num_vectors=3,
+        **_recipe(base),
+    )
+    return Study("vectors", "tokens that stand for the placeholder", (*found, lone, plain))
+
+
+def _recipe(base: TrainConfig) -> dict[str, Any]:
     same = ("schedule", "flip", "learning_rate", "snr_gamma")
-    ours = {name: getattr(base, name) for name in same}
+    return {name: getattr(base, name) for name in same}
+
+
+def _peers(base: TrainConfig) -> Study:
+    ours = _recipe(base)
     variants = (
         _preset(base, "textual-inversion", "Textual Inversion"),
         _preset(base, "textual-inversion", "Textual Inversion in our recipe", **ours),
@@ -195,6 +228,7 @@ _MAKERS = {
     "lambda": _lambda,
     "loss": _loss,
     "pairs": _pairs,
+    "vectors": _vectors,
     "peers": _peers,
     "module": _module,
     "rate": _rate,

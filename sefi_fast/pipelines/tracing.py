@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sefi_fast.attention_record import LayerRecord
-from sefi_fast.conditioning.prompt import class_token_id, word_positions
+from sefi_fast.conditioning.prompt import word_positions
 from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.layers import (
     call_argument,
@@ -25,9 +25,6 @@ from sefi_fast.layers import (
 from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, unwrap
 from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
-
-if TYPE_CHECKING:
-    from sefi_fast.subject import Subject
 
 
 class _Call:
@@ -177,7 +174,7 @@ class _Tracer:
         tokenizer = self._pipe.tokenizer
         if isinstance(self._pipe, TextualInversionLoaderMixin):
             prompt = self._pipe.maybe_convert_prompt(prompt, tokenizer)
-        placeholders = [_placeholder(subject, tokenizer) for subject in self._encoder.subjects]
+        placeholders = [subject.in_prompts(tokenizer) for subject in self._encoder.subjects]
         return [word_positions(tokenizer, prompt, word, placeholders) for word in self._found.words]
 
     def before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -263,7 +260,3 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
             hook.remove()
         encoder.watchers.remove(tracer)
         encoder.release()
-
-
-def _placeholder(subject: Subject, tokenizer: Any) -> tuple[str, int]:
-    return subject.placeholder, class_token_id(tokenizer, subject.class_word)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sefi_fast.subject.subject import Subject
 
 FORMAT = "sefi_fast.subject"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format 1 had one vector a placeholder and no axis for it."""
 SIZE_LIMIT = 100_000
 _READ_LIMIT = 16 * 2**20
 _TEXTS = ("placeholder", "class_word", "base_model", "library_version")
@@ -51,6 +52,7 @@ def _content(subject: Subject) -> bytes:
         "format_version": str(FORMAT_VERSION),
         "stages": str(subject.stages),
         "split": json.dumps(subject.split),
+        "num_vectors": str(subject.num_vectors),
         "text_encoders": str(len(subject.tokens)),
         "settings": _json("settings", subject.settings),
         "summary": _json("summary", summarise(subject.history) or subject.summary),
@@ -134,14 +136,20 @@ def read(path: Path) -> dict[str, Any]:
     stages = _number(path, metadata, "stages")
     streams = 2 if _value(path, metadata, "split", bool) else 1
     count = _number(path, metadata, "text_encoders")
+    vectors = _number(path, metadata, "num_vectors") if version > 1 else 1
     wanted = {f"{kind}.{n}" for n in range(count) for kind in ("tokens", "class_embedding")}
     if count < 1 or set(tensors) != wanted:
         raise _damaged(path, f"it holds {sorted(tensors)}, wanted {sorted(wanted)}")
+    if version == 1:
+        tensors = {name: x.unsqueeze(-2) if x.ndim else x for name, x in tensors.items()}
     for name, tensor in tensors.items():
-        _check_tensor(path, name, tensor, (stages, streams) if name.startswith("tokens") else ())
+        leading = (stages, streams, vectors) if name.startswith("tokens") else (None,)
+        _check_tensor(path, name, tensor, leading)
     for n in range(count):
         if tensors[f"tokens.{n}"].shape[-1] != tensors[f"class_embedding.{n}"].shape[-1]:
             raise _damaged(path, f"tokens and class embedding {n} differ in width")
+        if len(tensors[f"class_embedding.{n}"]) > vectors:
+            raise _damaged(path, f"its class word has more than {vectors} tokens")
     texts = {name: _text(path, metadata, name) for name in _TEXTS}
     if texts["placeholder"].split() != [texts["placeholder"]] or not texts["class_word"].strip():
         raise _damaged(path, "its placeholder or its class word is no word")
@@ -177,11 +185,15 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _check_tensor(path: Path, name: str, tensor: Tensor, leading: tuple[int, ...]) -> None:
+def _check_tensor(path: Path, name: str, tensor: Tensor, leading: tuple[int | None, ...]) -> None:
+    """Raises unless the tensor is [*leading, C], None standing for any number."""
     if tensor.dtype not in (torch.float32, torch.float16):
         raise _damaged(path, f"{name} is {tensor.dtype}, wanted float32 or float16")
-    if tensor.dim() != len(leading) + 1 or tensor.shape[:-1] != leading or not tensor.numel():
-        shape = ", ".join(map(str, (*leading, "C")))
+    fits = tensor.dim() == len(leading) + 1 and all(
+        wanted in (None, found) for wanted, found in zip(leading, tensor.shape, strict=False)
+    )
+    if not fits or not tensor.numel():
+        shape = ", ".join("n" if size is None else str(size) for size in (*leading, "C"))
         raise _damaged(path, f"{name} has shape {list(tensor.shape)}, wanted [{shape}]")
     if not bool(torch.isfinite(tensor).all()):
         raise _damaged(path, f"{name} holds NaN or infinity")

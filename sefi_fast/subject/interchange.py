@@ -1,8 +1,8 @@
 """Textual Inversion files: subjects for other programs, and other programs' embeddings as subjects.
 
-A Textual Inversion file of one text encoder holds one tensor [1, C] under the word's name, which
+A Textual Inversion file of one text encoder holds one tensor [W, C] under the word's name, which
 diffusers' `load_textual_inversion`, A1111 and ComfyUI all read; one of SDXL holds `clip_l` and
-`clip_g`.
+`clip_g`. W is the number of vectors that stand for the word.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from sefi_fast.conditioning.prompt import class_token_id
+from sefi_fast.conditioning.prompt import class_token_ids, padded
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import SubjectFileError
 from sefi_fast.subject.file import write_whole
@@ -28,9 +28,9 @@ _READ_LIMIT = 64 * 2**20
 def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False) -> Path:
     """Write the subject as a Textual Inversion embedding in a safetensors file.
 
-    Such a file has one row for all stages and for keys and values alike. A tied subject of one
-    stage is kept exactly; of any other only the mean of its rows is left, which is another, weaker
-    subject, so it must be asked for.
+    Such a file has one row a vector for all stages and for keys and values alike. A tied subject of
+    one stage is kept exactly; of any other only the mean of its rows is left, which is another,
+    weaker subject, so it must be asked for.
 
     Args:
         subject: what to export.
@@ -54,10 +54,10 @@ def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False)
         raise ValueError(
             f"{subject.placeholder!r} has {subject.stages} stage(s) with "
             f"{'separate K and V tokens' if subject.split else 'tied tokens'}, and an embedding "
-            "file holds one row: pass lossy=True to write their mean, or train with "
+            "file holds one row a vector: pass lossy=True to write their mean, or train with "
             "preset='textual-inversion'"
         )
-    rows = [tokens.mean((0, 1), keepdim=True)[0].contiguous() for tokens in subject.tokens]
+    rows = [tokens.mean((0, 1)).contiguous() for tokens in subject.tokens]
     if len(rows) > len(_SDXL_NAMES):
         raise ValueError(f"no format is known for embeddings of {len(rows)} text encoders")
     names = (subject.placeholder,) if len(rows) == 1 else _SDXL_NAMES
@@ -78,17 +78,17 @@ def import_embedding(
     """A Textual Inversion embedding as a tied subject of one stage.
 
     Args:
-        path: a safetensors file with one row [C] or [1, C] for each text encoder of `pipe`.
+        path: a safetensors file with rows [W, C], or [C], for each text encoder of `pipe`.
         pipe: the pipeline it was made for.
-        class_word: the general word for it, one token: what the subject-wise loss and `attach`
-            compare with.
+        class_word: the general word for it, of at most W tokens: what the subject-wise loss and
+            `attach` compare with.
         placeholder: its word in prompts; default: the name in the file where that is a word of its
             own, else the file's name in angle brackets.
 
     Raises:
         SubjectFileError: the file is missing, of another format (.pt and .bin are never opened:
-            they can run code), damaged, of several rows, or of another width than the pipeline.
-        PromptError: the class word is not one token.
+            they can run code), damaged, or of another width than the pipeline.
+        PromptError: the tokenizer does not know the class word, or it is of more than W tokens.
     """
     path = Path(path)
     tensors = _read(path)
@@ -103,23 +103,29 @@ def import_embedding(
             f"pipeline has {len(parts)} text encoders: wanted one row for each"
         )
     names = list(tensors) if len(parts) == 1 else list(_SDXL_NAMES)
-    rows, class_rows = [], []
+    vectors, class_rows = [], []
     for name, (tokenizer, encoder) in zip(names, parts, strict=True):
         if name not in tensors:
             raise SubjectFileError(
                 f"{path} holds {', '.join(sorted(tensors))}; for two text encoders the names are "
                 f"{' and '.join(_SDXL_NAMES)}"
             )
-        table = token_table(encoder)
-        index = torch.tensor([class_token_id(tokenizer, class_word)], device=encoder.device)
+        table: Any = token_table(encoder)
+        rows = _rows(path, name, tensors[name], table.embedding_dim)
+        class_ids = class_token_ids(tokenizer, class_word)
+        padded(class_ids, len(rows), class_word)
         with torch.no_grad():
-            class_row = table(index)[0].float().cpu()
-        rows.append(_row(path, name, tensors[name], len(class_row)))
-        class_rows.append(class_row)
+            class_rows.append(table(torch.tensor(class_ids, device=encoder.device)).float().cpu())
+        vectors.append(rows)
+    if len({len(rows) for rows in vectors}) > 1:
+        raise SubjectFileError(
+            f"{path} holds {' and '.join(str(len(rows)) for rows in vectors)} rows for the text "
+            "encoders: wanted as many for each"
+        )
     return Subject(
         placeholder=placeholder or _word(path, names[0]),
         class_word=class_word,
-        tokens=[row[None, None] for row in rows],
+        tokens=[rows[None, None] for rows in vectors],
         class_embeddings=class_rows,
         base_model=str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__),
         settings={"imported": path.name},
@@ -145,21 +151,18 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise SubjectFileError(f"{path} is no readable safetensors file ({error})") from error
 
 
-def _row(path: Path, name: str, tensor: Tensor, width: int) -> Tensor:
+def _rows(path: Path, name: str, tensor: Tensor, width: int) -> Tensor:
     if not tensor.is_floating_point() or tensor.dim() not in (1, 2) or tensor.shape[-1] != width:
         raise SubjectFileError(
             f"{path}: {name!r} is {tensor.dtype} {list(tensor.shape)}, and this pipeline's text "
-            f"encoder wants [1, {width}]: it was made for another base model"
+            f"encoder wants rows [W, {width}]: it was made for another base model"
         )
-    if tensor.dim() == 2 and len(tensor) != 1:
-        raise SubjectFileError(
-            f"{path}: {name!r} has {len(tensor)} rows, one word of {len(tensor)} tokens; only "
-            "embeddings of one row can become a subject"
-        )
-    row = tensor.reshape(-1).float()
-    if not bool(torch.isfinite(row).all()):
+    rows = tensor.reshape(-1, width).float()
+    if not len(rows):
+        raise SubjectFileError(f"{path}: {name!r} holds no row at all")
+    if not bool(torch.isfinite(rows).all()):
         raise SubjectFileError(f"{path}: {name!r} holds NaN or infinity")
-    return row
+    return rows
 
 
 def _word(path: Path, name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sefi_fast import __version__
-from sefi_fast.conditioning.prompt import class_token_id
+from sefi_fast.conditioning.prompt import Placeholder, class_token_ids, padded
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import PromptError, SubjectFileError
 from sefi_fast.subject import file
@@ -21,14 +21,16 @@ LEAST_SIMILARITY = 0.9
 
 @dataclass(eq=False)
 class Subject:
-    """What training leaves behind: 2·S tokens for each text encoder (docs/method.md §1).
+    """What training leaves behind: 2·S·W tokens for each text encoder (docs/method.md §1).
 
     Attributes:
         placeholder: the word that stands for the subject in prompts, such as "<me>".
-        class_word: the general word that anchors it.
-        tokens: one [S, 2, C] for each text encoder (axis 1: K row, V row), or [S, 1, C] if one row
-            serves both streams; kept as a float32 copy on the CPU.
-        class_embeddings: one [C] for each text encoder, the base model's class-word row; likewise.
+        class_word: the general word that anchors it, one token or several.
+        tokens: one [S, 2, W, C] for each text encoder (axis 1: K row, V row; W tokens stand for the
+            placeholder), or [S, 1, W, C] if one row serves both streams; [S, 2, C] is taken as
+            W = 1. Kept as a float32 copy on the CPU.
+        class_embeddings: one [n, C] for each text encoder, the base model's rows of the class
+            word's n tokens, at most W; [C] is taken as n = 1. Likewise.
         base_model: name or folder of the model it was trained on.
         settings: the training's settings (anything that JSON can hold).
         library_version: version of sefi_fast that trained it.
@@ -57,27 +59,28 @@ class Subject:
         if not self.class_word.strip():
             raise ValueError("class_word is empty; name what the subject is (person, cat, toy)")
         # Copies, so that training that goes on does not change a subject already taken from it.
-        self.tokens = [_own_copy(tokens) for tokens in self.tokens]
-        self.class_embeddings = [_own_copy(row) for row in self.class_embeddings]
+        self.tokens = [_with_axis(_own_copy(tokens), 4) for tokens in self.tokens]
+        self.class_embeddings = [_with_axis(_own_copy(rows), 2) for rows in self.class_embeddings]
         if not self.tokens or len(self.tokens) != len(self.class_embeddings):
             raise ValueError(
                 f"a subject needs tokens and a class embedding for each text encoder, got "
                 f"{len(self.tokens)} and {len(self.class_embeddings)}"
             )
-        first = self.tokens[0].shape[:2]
-        for tokens, row in zip(self.tokens, self.class_embeddings, strict=True):
+        first = self.tokens[0].shape[:3]
+        for tokens, rows in zip(self.tokens, self.class_embeddings, strict=True):
             shape = tuple(tokens.shape)
-            if len(shape) != 3 or shape[0] < 1 or shape[1] not in (1, 2) or shape[:2] != first:
+            fits = len(shape) == 4 and shape[1] in (1, 2) and shape[:3] == first
+            if not fits or 0 in shape[:3]:
                 raise ValueError(
-                    "tokens must be [stages, 2, C], or [stages, 1, C], alike for all text "
-                    f"encoders, got {[tuple(t.shape) for t in self.tokens]}"
+                    "tokens must be [stages, 2, vectors, C], or [stages, 1, vectors, C], alike for "
+                    f"all text encoders, got {[tuple(t.shape) for t in self.tokens]}"
                 )
-            if tuple(row.shape) != shape[2:]:
+            if rows.ndim != 2 or rows.shape[1] != shape[3] or not 1 <= len(rows) <= shape[2]:
                 raise ValueError(
-                    f"a class embedding of shape {tuple(row.shape)} does not fit tokens of shape "
+                    f"a class embedding of shape {tuple(rows.shape)} does not fit tokens of shape "
                     f"{shape}"
                 )
-            for name, values in (("tokens", tokens), ("class embedding", row)):
+            for name, values in (("tokens", tokens), ("class embedding", rows)):
                 if not bool(torch.isfinite(values).all()):
                     raise ValueError(f"the {name} of {self.placeholder!r} hold NaN or infinity")
 
@@ -91,18 +94,35 @@ class Subject:
         """Whether K and V have rows of their own."""
         return self.tokens[0].shape[1] == 2
 
+    @property
+    def num_vectors(self) -> int:
+        """Number of tokens W that stand for the placeholder in a sentence."""
+        return self.tokens[0].shape[2]
+
+    def in_prompts(self, tokenizer: Any) -> Placeholder:
+        """The placeholder and the class word's ids in its place, as `tokenize_prompts` takes them.
+
+        Raises:
+            PromptError: the tokenizer does not know the class word, or cuts it into more tokens
+                than the subject has.
+        """
+        ids = class_token_ids(tokenizer, self.class_word)
+        return self.placeholder, padded(ids, self.num_vectors, self.class_word)
+
     def __repr__(self) -> str:
         kind = "K and V" if self.split else "tied"
+        several = f" of {self.num_vectors} vectors" if self.num_vectors > 1 else ""
         return (
-            f"Subject({self.placeholder!r}, a {self.class_word}, {self.stages} stages {kind}, "
-            f"trained on {self.base_model!r})"
+            f"Subject({self.placeholder!r}, a {self.class_word}, {self.stages} stages {kind}"
+            f"{several}, trained on {self.base_model!r})"
         )
 
     def save(self, path: str | Path) -> None:
         """Writes the subject to one safetensors file, whole or not at all.
 
         The numbers are float32 up to a file of 100 KB (Stable Diffusion 1.x at S = 5: 34 KB) and
-        rounded to float16 beyond (10 stages for two text encoders: 87 KB).
+        rounded to float16 beyond (10 stages for two text encoders: 87 KB; four vectors at S = 5:
+        65 KB).
 
         Raises:
             OSError: the file cannot be written.
@@ -122,7 +142,7 @@ class Subject:
     def check_fits(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> None:
         """Checks that the subject was made for text encoders like these.
 
-        The class word's embedding row is compared with the one the subject was trained from: a
+        The class word's embedding rows are compared with those the subject was trained from: a
         fine-tuned model is close to its base (cosine at least 0.9), another family is not.
 
         Raises:
@@ -139,20 +159,22 @@ class Subject:
         ):
             own = self.class_embeddings[number]
             table = token_table(text_encoder)
-            if table.embedding_dim != own.shape[0]:
+            if table.embedding_dim != own.shape[1]:
                 raise SubjectFileError(
-                    f"{made_for}, whose text encoder is {own.shape[0]} wide; this pipeline's is "
+                    f"{made_for}, whose text encoder is {own.shape[1]} wide; this pipeline's is "
                     f"{table.embedding_dim} wide; use it with a model of the same family"
                 )
             try:
-                class_id = class_token_id(tokenizer, self.class_word)
-            except PromptError as error:
+                class_ids = class_token_ids(tokenizer, self.class_word)
+            except PromptError:
+                class_ids = []
+            if len(class_ids) != len(own):
                 raise SubjectFileError(
-                    f"{made_for}, where {self.class_word!r} is one token; in this pipeline it is "
-                    "not; use it with a model of the same family"
-                ) from error
-            row = _table_row(table, class_id)
-            similarity = torch.cosine_similarity(row, own.cpu(), dim=0).item()
+                    f"{made_for}, where {self.class_word!r} is {_tokens(len(own))}; in this "
+                    "pipeline it is not; use it with a model of the same family"
+                )
+            rows = _table_rows(table, class_ids)
+            similarity = torch.cosine_similarity(rows, own, dim=1).min().item()
             if not similarity >= LEAST_SIMILARITY:
                 raise SubjectFileError(
                     f"{made_for}; this pipeline's embedding of {self.class_word!r} is another "
@@ -165,9 +187,18 @@ def _own_copy(values: Tensor) -> Tensor:
     return values.detach().to("cpu", torch.float32, copy=True)
 
 
-def _table_row(table: nn.Module, token_id: int) -> Tensor:
+def _with_axis(values: Tensor, rank: int) -> Tensor:
+    """With an axis of one before the last if it lacks one to `rank`."""
+    return values.unsqueeze(-2) if values.ndim == rank - 1 else values
+
+
+def _tokens(count: int) -> str:
+    return "one token" if count == 1 else f"{count} tokens"
+
+
+def _table_rows(table: nn.Module, token_ids: Sequence[int]) -> Tensor:
     # Called, not read from its weight: offloading keeps an empty weight until the module runs.
     device = next(table.parameters()).device
-    index = torch.tensor([token_id], device="cpu" if device.type == "meta" else device)
+    index = torch.tensor(token_ids, device="cpu" if device.type == "meta" else device)
     with torch.no_grad():
-        return table(index)[0].float().cpu()
+        return table(index).float().cpu()

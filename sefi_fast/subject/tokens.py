@@ -1,4 +1,4 @@
-"""The trainable module that turns one class embedding into a token for each stage and stream."""
+"""The trainable module that turns the class embedding into tokens for each stage and stream."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ def _dividing_heads(width: int, heads: int) -> int:
 def mixed_rows(tensors: Mapping[str, Tensor], heads: int) -> Tensor:
     """Equation 2 of docs/method.md: the rows [..., n, C] of one subject, or of many side by side.
 
+    Row j is of vector j mod W, and is added to that vector's base embedding.
+
     Args:
         tensors: parameters and buffers of `SubjectTokens` with ``module="attention"`` by name, all
             with the same leading axes, one entry a subject, or none.
         heads: attention heads.
     """
-    base = tensors["base"].unsqueeze(-2)
-    normed = nn.functional.layer_norm(base + tensors["slots"], base.shape[-1:])
+    slots, base = tensors["slots"], tensors["base"]
+    if base.shape[-2] > 1:
+        repeats = slots.shape[-2] // base.shape[-2]
+        base = base.unsqueeze(-3).expand(*base.shape[:-2], repeats, -1, -1).flatten(-3, -2)
+    normed = nn.functional.layer_norm(base + slots, base.shape[-1:])
     normed = normed * tensors["norm.weight"].unsqueeze(-2) + tensors["norm.bias"].unsqueeze(-2)
     projected = normed @ tensors["in_weight"].mT + tensors["in_bias"].unsqueeze(-2)
     # A few dozen rows: plain products are as fast as a fused kernel, and deterministic.
@@ -33,23 +38,24 @@ def mixed_rows(tensors: Mapping[str, Tensor], heads: int) -> Tensor:
 
 
 class SubjectTokens(nn.Module):
-    """Tokens ``P_i^K, P_i^V`` of a placeholder, one pair a stage (docs/method.md §1).
+    """Tokens ``P_i^K, P_i^V`` of a placeholder, W pairs a stage (docs/method.md §1).
 
-    With ``module="attention"`` each of the ``n = 2·S`` tokens (``S`` when tied) is
+    With ``module="attention"`` each of the ``n = 2·S·W`` tokens (``S·W`` when tied) is
 
         ``token_j = P_t + W_out · attention(LayerNorm(P_t + slot))_j``
 
-    where ``P_t`` is the base embedding, ``slot`` are learned slot embeddings, the attention is one
-    multi-head self-attention over the ``n`` slots, and ``W_out`` (no bias) starts at zero. The slot
-    embeddings stand inside the attention only, so at the start every token equals the class
-    embedding bit for bit. ``W_out`` is kept in units of the class embedding's root mean square, so
-    that a learning rate means the same on text encoders of different scale.
+    where ``P_t`` is its vector's base embedding, ``slot`` are learned slot embeddings, the
+    attention is one multi-head self-attention over the ``n`` slots, and ``W_out`` (no bias) starts
+    at zero. The slot embeddings stand inside the attention only, so at the start every token equals
+    its class embedding bit for bit. ``W_out`` is kept in units of the class embeddings' root mean
+    square, so that a learning rate means the same on text encoders of different scale.
     With ``module="free"`` the tokens are plain trainable rows with the same start.
 
     All parameters are float32; the forward pass leaves autocast off.
 
     Args:
-        class_embedding: [C], the class word's row of the text encoder's token table.
+        class_embedding: [W, C], what each vector starts from: the class word's rows of the text
+            encoder's token table; or [C] for W = 1.
         stages: number of stages S, at least 1.
         split: True for a K and a V token a stage, False for one token used in both streams.
         heads: most attention heads; the largest count not above it that divides C is used.
@@ -58,7 +64,8 @@ class SubjectTokens(nn.Module):
         generator: source of the random start values; the result depends on nothing else.
 
     Raises:
-        ValueError: for a class embedding that is no finite vector, or an argument out of range.
+        ValueError: for a class embedding of another shape or not finite, or an argument out of
+            range.
     """
 
     class_embedding: Tensor
@@ -76,9 +83,11 @@ class SubjectTokens(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if class_embedding.dim() != 1 or not class_embedding.is_floating_point():
+        if class_embedding.dim() == 1:
+            class_embedding = class_embedding.unsqueeze(0)
+        if class_embedding.dim() != 2 or not class_embedding.is_floating_point():
             raise ValueError(
-                f"class_embedding must be a floating-point vector [C], got "
+                f"class_embedding must be floating-point vectors [W, C] or [C], got "
                 f"{class_embedding.dtype} of shape {tuple(class_embedding.shape)}"
             )
         if not bool(torch.isfinite(class_embedding).all()):
@@ -90,16 +99,16 @@ class SubjectTokens(nn.Module):
         if module not in ("attention", "free"):
             raise ValueError(f"module must be 'attention' or 'free', got {module!r}")
         start = class_embedding.detach().to(torch.float32).clone()
-        width = start.shape[0]
+        vectors, width = start.shape
         device = start.device
         self.stages = stages
         self.split = split
         self.module = module
         self.heads = _dividing_heads(width, heads)
         self.register_buffer("class_embedding", start)
-        count = stages * self.streams
+        count = stages * self.streams * vectors
         if module == "free":
-            self.rows = nn.Parameter(start.expand(count, width).clone())
+            self.rows = nn.Parameter(start.repeat(stages * self.streams, 1))
             return
 
         scale = start.square().mean().sqrt()
@@ -130,11 +139,16 @@ class SubjectTokens(nn.Module):
     @property
     def width(self) -> int:
         """Width C of the text encoder's token table."""
+        return self.class_embedding.shape[1]
+
+    @property
+    def vectors(self) -> int:
+        """Tokens W that stand side by side for the placeholder."""
         return self.class_embedding.shape[0]
 
     def forward(self) -> Tensor:
-        """The tokens, float32 [S, 2, C] (axis 1: K row, V row), or [S, 1, C] when tied."""
-        shape = (self.stages, self.streams, self.width)
+        """The tokens, float32 [S, 2, W, C] (axis 1: K row, V row), or [S, 1, W, C] when tied."""
+        shape = (self.stages, self.streams, self.vectors, self.width)
         if self.module == "free":
             return self.rows.view(shape)
         own = dict(self.named_parameters()) | dict(self.named_buffers())

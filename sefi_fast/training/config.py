@@ -18,6 +18,7 @@ AttentionLoss = Literal["subject", "mask", "class", "none"]
 Capture = Literal["auto", "always", "never"]
 
 _LARGEST_SEED = 2**63 - 1
+_MOST_VECTORS = 32
 _COUNTS = (
     "steps",
     "batch_size",
@@ -87,6 +88,9 @@ class TrainConfig:
         5.0, "weigh timesteps by Min-SNR with this γ; none: all alike"
     )
     stages: int = _setting(5, "stages of denoising, each with tokens of its own")
+    num_vectors: int | None = _setting(
+        None, "tokens that stand for the placeholder in a sentence; as many as the class word has"
+    )
     split: bool = _setting(True, "separate K and V tokens; tied otherwise")
     module: Module = _setting("attention", "tokens from self-attention over slots, or free rows")
     train_base: bool = _setting(True, "train the base embedding that the tokens share")
@@ -145,6 +149,8 @@ class TrainConfig:
         if self.checkpoint_every is not None:
             self._check_integer("checkpoint_every", 0)
         self._check_integer("seed", 0, _LARGEST_SEED)
+        if self.num_vectors is not None:
+            self._check_integer("num_vectors", 1, _MOST_VECTORS)
         for name in ("resolution", "patience"):
             if getattr(self, name) is not None:
                 self._check_integer(name, 1)

@@ -155,12 +155,12 @@ class Engine:
         return self._started[lane]
 
     def rows(self) -> Tensor:
-        """Copies of the tokens of the lanes in training, [active, S, 2 or 1, C], on the device."""
+        """Copies of the tokens in training, [active, S, 2 or 1, W, C], on the device."""
         with torch.no_grad():
             return self._step.state.rows().detach().clone()
 
     def current(self, lane: int = 0) -> Tensor:
-        """A lane's tokens as they are now, float32 [S, 2 or 1, C] on the CPU.
+        """A lane's tokens as they are now, float32 [S, 2 or 1, W, C] on the CPU.
 
         If the latest update took them out of the numbers, the last ones that gave a finite loss.
         """

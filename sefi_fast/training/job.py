@@ -72,7 +72,7 @@ class Job:
 
     Attributes:
         image: a picture file, a PIL image or an array [h, w, 3].
-        class_word: what it is, in one token.
+        class_word: what it is.
         placeholder: the new word.
         seed: of everything drawn at random; default: the configuration's.
         scene: where the picture was taken; default: the configuration's.
@@ -131,6 +131,6 @@ def class_word_for(class_word: str | None, model: Any) -> str:
 
         return CLASS_WORD
     raise ValueError(
-        "class_word is missing: say in one word what the subject is (person, cat, car); only the "
+        "class_word is missing: say what the subject is (person, cat, car); only the "
         "bundled model has a class word of its own"
     )

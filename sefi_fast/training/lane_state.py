@@ -42,7 +42,7 @@ class LaneState:
         parameters: float32 [L, P], the leaf that gradients are taken in.
         rate: float64 [L], factor of the learning rate in the next update.
         scale: float32 [L], what a lane's loss is multiplied by before its gradient is taken.
-        last_good: float32 [L, S, 2 or 1, C], the newest tokens that gave a finite loss; those of
+        last_good: float32 [L, S, 2 or 1, W, C], the newest tokens that gave a finite loss; those of
             all text encoders side by side, C being the sum of their widths.
 
     Args:
@@ -64,7 +64,7 @@ class LaneState:
         self._layout = [parameter for part in members for parameter in part]
         self._group_sizes = [sum(p.shape.numel() for p in part) for part in members]
         self._kinds = [(module.module, module.heads) for module in first]
-        self._tokens_shape = (first[0].stages, first[0].streams)
+        self._tokens_shape = (first[0].stages, first[0].streams, first[0].vectors)
         self.scaling = scaling
         own = [[dict(module.named_parameters()) for module in lane] for lane in modules]
         rows = [
@@ -97,7 +97,7 @@ class LaneState:
         return self.parameters.shape[0]
 
     def rows(self) -> Tensor:
-        """The tokens of all lanes, float32 [L, S, 2 or 1, C], differentiable in `parameters`."""
+        """The tokens of all lanes, float32 [L, S, 2 or 1, W, C], differentiable in `parameters`."""
         # One split, whose backward is one concatenation; slices would add up a matrix each.
         parts = self.parameters.split([parameter.shape.numel() for parameter in self._layout], 1)
         own: list[dict[str, Tensor]] = [{} for _ in self._kinds]
@@ -116,7 +116,7 @@ class LaneState:
 
         Args:
             gradient: [L, P], of the scaled losses.
-            evaluated: [L, S, 2 or 1, C], the tokens the losses were computed with.
+            evaluated: [L, S, 2 or 1, W, C], the tokens the losses were computed with.
             loss_is_finite: bool [L].
 
         Returns:

@@ -77,6 +77,7 @@ def _shape(lane: Lane) -> dict[str, object]:
         "the number of stages": first.stages,
         "split": first.split,
         "the tokens' module": first.module,
+        "the number of vectors": first.vectors,
         "the tokens' width": [tokens.width for tokens in lane.tokens],
         "the trained parameters": [
             [name for name, _ in tokens.named_parameters()] for tokens in lane.tokens

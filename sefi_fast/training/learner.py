@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sefi_fast.conditioning import class_token_ids, text_parts
+from sefi_fast.conditioning import class_token_ids, placeholder_ids, text_parts
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.pipelines.families import is_sdxl
 from sefi_fast.subject import Subject, SubjectTokens
@@ -71,16 +71,21 @@ class Learner:
         pipe = source.pipe
         self._source, self.size = source, resolution_of(pipe, config.resolution)
         tokenizers = [part.tokenizer for part in text_parts(pipe)]
-        class_ids = class_token_ids(tokenizers, job.class_word)
+        class_ids = placeholder_ids(tokenizers, job.class_word, config.num_vectors)
         prompts = TrainingPrompts(
             tokenizers, self.config.sentences(), job.placeholder, class_ids, source.device
         )
         pixels = prepare(picture, self.size, config.crop)
         tables = [token_table(encoder) for encoder in source.text_encoders]
         with torch.no_grad():
+            # One row a vector: rows that only repeat the last one are not kept with the subject.
+            self._start_rows = [
+                table(torch.tensor(ids, device=source.device)).float()
+                for table, ids in zip(tables, class_ids, strict=True)
+            ]
             self._class_embeddings = [
-                table(torch.tensor([class_id], device=source.device))[0].float()
-                for table, class_id in zip(tables, class_ids, strict=True)
+                rows[: len(class_token_ids(tokenizer, job.class_word))]
+                for rows, tokenizer in zip(self._start_rows, tokenizers, strict=True)
             ]
         tokens = self._start_tokens()
         mask = self._mask(picture)
@@ -102,7 +107,9 @@ class Learner:
             "class_word": job.class_word,
             "model": source.name,
             "the picture": _checksum(pixels),
-            "the model's class word": _checksum(torch.cat(self._class_embeddings)),
+            "the model's class word": _checksum(
+                torch.cat([rows.flatten() for rows in self._class_embeddings])
+            ),
             "mask": "none" if mask is None else _checksum(mask),
         }
         if sizes is not None:
@@ -156,13 +163,13 @@ class Learner:
         )
 
     def subject(self, tokens: Tensor) -> Subject:
-        """The subject with these tokens [S, 2 or 1, C], those of all encoders side by side."""
-        widths = [len(row) for row in self._class_embeddings]
+        """The subject with these tokens [S, 2 or 1, W, C], all encoders' side by side."""
+        widths = [rows.shape[1] for rows in self._class_embeddings]
         return Subject(
             placeholder=self.job.placeholder,
             class_word=self.job.class_word,
             tokens=list(tokens.cpu().split(widths, -1)),
-            class_embeddings=[row.cpu() for row in self._class_embeddings],
+            class_embeddings=[rows.cpu() for rows in self._class_embeddings],
             base_model=self._source.name,
             settings={**self.config.as_dict(), "model": self._source.model},
             history=self.history,
@@ -204,14 +211,14 @@ class Learner:
         generator = torch.Generator().manual_seed(config.seed)
         return tuple(
             SubjectTokens(
-                row,
+                rows,
                 stages=config.stages,
                 split=config.split,
                 train_base=config.train_base,
                 module=config.module,
                 generator=generator,
             ).to(self._source.device)
-            for row in self._class_embeddings
+            for rows in self._start_rows
         )
 
     def _mask(self, picture: Any) -> Tensor | None:

@@ -37,7 +37,7 @@ class Entry:
 
     Attributes:
         image: a picture file, a PIL image or an array [h, w, 3].
-        class_word: what it is, in one token; default: what `train_many` was told.
+        class_word: what it is; default: what `train_many` was told.
         name: of its file; default: the picture's file name.
         placeholder: its word in prompts; default: its name in angle brackets.
         seed: default: the configuration's.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from sefi_fast.conditioning import text_parts
 from sefi_fast.errors import TrainingError
 from sefi_fast.training.checkpoint import discard
 from sefi_fast.training.config import TrainConfig
@@ -24,6 +25,7 @@ from sefi_fast.training.many_checks import (
     check_entries,
     check_folder,
     finished_subject,
+    vectors_of,
 )
 from sefi_fast.training.run import Run, running
 from sefi_fast.training.shard import current_shard
@@ -170,12 +172,24 @@ class _Many:
                     group = group[: self._limit]
                 if not group:
                     continue
+                group, others = self._alike(group, source)
+                if others:
+                    self._groups.appendleft(others)
                 self._check_stop(stop)
                 if not self._train_group(group, source, bar, progress):
                     self._groups.appendleft(group)
                 if time.monotonic() - self._written > _SECONDS_BETWEEN_SUMMARIES:
                     self._summary.write(self._rows())
                     self._written = time.monotonic()
+
+    def _alike(
+        self, group: Sequence[_Numbered], source: Source
+    ) -> tuple[list[_Numbered], list[_Numbered]]:
+        """Those with as many vectors as the first, which can be one batch, and the others."""
+        tokenizers = [part.tokenizer for part in text_parts(source.pipe)]
+        counts = [vectors_of(one.job, tokenizers, self._config) for one in group]
+        alike = [one for one, count in zip(group, counts, strict=True) if count == counts[0]]
+        return alike, [one for one in group if one not in alike]
 
     def _train_group(
         self, group: Sequence[_Numbered], source: Source, bar: Any, progress: bool

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from sefi_fast.errors import SubjectFileError, TrainingError
+from sefi_fast.conditioning import placeholder_ids
+from sefi_fast.errors import PromptError, SubjectFileError, TrainingError
 from sefi_fast.subject import Subject
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.job import Job
@@ -70,7 +71,7 @@ def check_entries(
     for entry in entries:
         if model is not None and not (entry.class_word or class_word):
             problems.append(
-                f"{entry.where}: class_word is missing: say in one word what the subject is"
+                f"{entry.where}: class_word is missing: say what the subject is (person, cat)"
             )
         if (entry.mask is not None) != (config.attention_loss == "mask"):
             has = "has no mask" if entry.mask is None else "has a mask"
@@ -81,6 +82,14 @@ def check_entries(
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ManifestError("nothing was begun:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def vectors_of(job: Job, tokenizers: Sequence[Any], config: TrainConfig) -> int:
+    """How many tokens stand for a job's placeholder; 0 if training will refuse its class."""
+    try:
+        return len(placeholder_ids(tokenizers, job.class_word, config.num_vectors)[0])
+    except PromptError:
+        return 0
 
 
 def check_folder(output: str | os.PathLike[str]) -> Path:

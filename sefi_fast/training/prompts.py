@@ -31,7 +31,7 @@ class TrainingPrompts:
         tokenizers: of the pipeline, one for each text encoder.
         sentences: P sentences with {} where the subject stands.
         placeholder: what stands for the subject.
-        class_ids: token id of the class word in each tokenizer.
+        class_ids: for each tokenizer the W ids of the class word in the placeholder's place.
         device: where the text encoders are.
 
     Attributes:
@@ -48,13 +48,13 @@ class TrainingPrompts:
         tokenizers: Sequence[Any],
         sentences: Sequence[str],
         placeholder: str,
-        class_ids: Sequence[int],
+        class_ids: Sequence[Sequence[int]],
         device: torch.device,
     ) -> None:
         prompts = [sentence.replace("{}", placeholder) for sentence in sentences]
         tokens = [
-            tokenize_prompts(tokenizer, prompts, [(placeholder, class_id)], require=True)
-            for tokenizer, class_id in zip(tokenizers, class_ids, strict=True)
+            tokenize_prompts(tokenizer, prompts, [(placeholder, ids)], require=True)
+            for tokenizer, ids in zip(tokenizers, class_ids, strict=True)
         ]
         slots = tokens[0].slots
         for sentence, *placed in zip(prompts, *(each.slots for each in tokens), strict=True):
@@ -115,16 +115,16 @@ class LanePrompts:
 
         Args:
             text_encoders: frozen.
-            tokens: [L, S, 2, C], or [L, S, 1, C] for one row in both streams; those of all
+            tokens: [L, S, 2, W, C], or [L, S, 1, W, C] for one row in both streams; those of all
                 encoders side by side, C being the sum of their widths.
             stages, templates: int64 [L, B], on the device of `tokens`.
         """
-        _, steps, rows, width = tokens.shape
+        _, steps, rows, vectors, width = tokens.shape
         ids, slots = list(self.input_ids.unbind(1)), self.slots
         pairwise = steps * self.sentences <= stages.shape[1]
         if pairwise:
             # [L, S, P, …] in all.
-            tokens = tokens.unsqueeze(2).expand(-1, -1, self.sentences, -1, -1).flatten(1, 2)
+            tokens = tokens.unsqueeze(2).expand(-1, -1, self.sentences, -1, -1, -1).flatten(1, 2)
             *ids, slots = (
                 x.unsqueeze(1).expand(-1, steps, -1, -1).flatten(1, 2) for x in (*ids, slots)
             )
@@ -132,9 +132,8 @@ class LanePrompts:
             tokens = take(tokens, stages)
             *ids, slots = (take(x, templates) for x in (*ids, slots))
         *ids, slots = (x.flatten(0, 1).repeat_interleave(rows, 0) for x in (*ids, slots))
-        encoded, pooled = encode_texts(
-            text_encoders, ids, slots, _by_encoder(tokens.reshape(-1, 1, width), text_encoders)
-        )
+        own = _by_encoder(tokens.reshape(-1, vectors, width), text_encoders)
+        encoded, pooled = encode_texts(text_encoders, ids, slots, own)
         encoded = encoded.view(*tokens.shape[:3], *encoded.shape[1:])
         if pooled is not None:
             # Of the rows of a pair or sample the last is V's, or the only one.
@@ -148,7 +147,7 @@ class LanePrompts:
 
 
 def _by_encoder(rows: Tensor, text_encoders: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """Rows [n, 1, C] of all encoders, taken apart into each one's own."""
+    """Rows [n, W, C] of all encoders, taken apart into each one's own."""
     if len(text_encoders) == 1:
         return (rows,)
     tables: list[Any] = [token_table(encoder) for encoder in text_encoders]

@@ -96,7 +96,7 @@ class TrainingStep:
         self.results.copy_(torch.cat([sums, good.to(sums.dtype).unsqueeze(0)]))
 
     def terms(self, rows: Tensor, draw: Draw) -> LaneTerms:
-        """Both terms of the loss for tokens [L, S, 2 or 1, C] and one draw of [L, B, …]."""
+        """Both terms of the loss for tokens [L, S, 2 or 1, W, C] and one draw of [L, B, …]."""
         models = self._models
         device = rows.device
         lanes, batch = draw.timesteps.shape

@@ -44,7 +44,7 @@ def train(
         model: a diffusers folder, a hub id, a .safetensors checkpoint of Stable Diffusion 1.x,
             2.x or SDXL, or a ready pipeline, of which nothing is changed in the end. Default: the
             bundled tiny model.
-        class_word: what the subject is, in one token: person, cat, car. Needed for every model but
+        class_word: what the subject is: person, cat, golden retriever. Needed for every model but
             the bundled one.
         placeholder: the new word, without spaces.
         mask: a picture of the same size as `image`, white where the subject is; for
@@ -67,7 +67,8 @@ def train(
     Raises:
         ImageError: the picture is missing, unreadable or of a kind that cannot be used.
         ModelError: there is no such model, or the method does not fit its family.
-        PromptError: the class word is several tokens, or a template is too long.
+        PromptError: the tokenizer does not know the class word, it has more tokens than
+            `num_vectors`, or a template is too long.
         ValueError, TypeError: a setting is out of range or of the wrong type.
         OSError: the output cannot be written; told before training begins.
         CheckpointError: `resume` and the checkpoints that are there do not go together.

@@ -152,7 +152,7 @@ def test_textual_inversion_changes_one_row_a_table(built: Architecture) -> None:
     before = [table.detach().clone() for table in step._tables]
     step()
     for table, old, row in zip(step._tables, before, step._rows, strict=True):
-        assert (table.detach() != old).any(1).nonzero().flatten().tolist() == [row]
+        assert (table.detach() != old).any(1).nonzero().flatten().tolist() == row
         assert step._optimizer.state[table]["exp_avg"].shape == old.shape
 
 

@@ -9,7 +9,7 @@ import accelerate
 import pytest
 import torch
 
-from sefi_fast.conditioning import class_token_id, encode, pack, tokenize_prompts, unpack
+from sefi_fast.conditioning import class_token_ids, encode, pack, tokenize_prompts, unpack
 from sefi_fast.errors import ModelError, PromptError, SubjectFileError
 from sefi_fast.subject import Subject
 
@@ -17,12 +17,12 @@ from sefi_fast.subject import Subject
 def make_subject(pipe, placeholder="<me>", word="person", stages=5, split=True, seed=0, width=48):
     generator = torch.Generator().manual_seed(seed)
     table = pipe.text_encoder.get_input_embeddings().weight
-    row = table[class_token_id(pipe.tokenizer, word)]
+    rows = table[class_token_ids(pipe.tokenizer, word)]
     return Subject(
         placeholder,
         word,
-        [torch.randn(stages, 2 if split else 1, width, generator=generator)],
-        [row if width == len(row) else torch.ones(width)],
+        [torch.randn(stages, 2 if split else 1, len(rows), width, generator=generator)],
+        [rows if width == rows.shape[1] else torch.ones(len(rows), width)],
         "base",
     )
 
@@ -33,9 +33,9 @@ def expected_stream(pipe, prompt, subjects, stage, total, stream):
     text_encoder = copy.deepcopy(pipe.text_encoder)
     for subject in subjects:
         tokens = subject.tokens[0]
-        row = tokens[stage * subject.stages // total, min(stream, tokens.shape[1] - 1)]
-        token_id = class_token_id(pipe.tokenizer, subject.class_word)
-        text_encoder.get_input_embeddings().weight[token_id] = row
+        rows = tokens[stage * subject.stages // total, min(stream, tokens.shape[1] - 1)]
+        token_ids = class_token_ids(pipe.tokenizer, subject.class_word)
+        text_encoder.get_input_embeddings().weight[token_ids] = rows
         prompt = prompt.replace(subject.placeholder, subject.class_word)
     ids = pipe.tokenizer(
         prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
@@ -76,7 +76,7 @@ def test_one_subject(sd15_pipeline, stages, split):
 def test_several_subjects_of_different_stages_and_kinds(sd15_pipeline):
     subjects = [
         make_subject(sd15_pipeline, "<me>", "person", stages=2),
-        make_subject(sd15_pipeline, "<it>", "dog", stages=3, split=False, seed=1),
+        make_subject(sd15_pipeline, "<it>", "old dog", stages=3, split=False, seed=1),
     ]
     prompts = ["<me> with <it> in the snow", "a <it>", "the <me>", "a red hat"]
     assert_encodes(sd15_pipeline, prompts, subjects, 6)

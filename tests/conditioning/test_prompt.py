@@ -10,7 +10,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from models import WORDS, make_tokenizer
 
-from sefi_fast.conditioning import class_token_id, tokenize_prompts, word_positions
+from sefi_fast.conditioning import (
+    class_token_ids,
+    placeholder_ids,
+    tokenize_prompts,
+    word_positions,
+)
 from sefi_fast.errors import PromptError
 
 
@@ -21,12 +26,12 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def person(tokenizer) -> int:
-    return class_token_id(tokenizer, "person")
+    return class_token_ids(tokenizer, "person")[0]
 
 
 @pytest.fixture(scope="module")
 def dog(tokenizer) -> int:
-    return class_token_id(tokenizer, "dog")
+    return class_token_ids(tokenizer, "dog")[0]
 
 
 def whole(tokenizer, sentences: list[str]) -> torch.Tensor:
@@ -71,7 +76,7 @@ def test_tokens_are_those_of_the_whole_sentence(tokenizer, person, parts):
     # Two class words without a space are one word of the whole sentence.
     assume(all(parts[1:-1]))
     try:
-        found = tokenize_prompts(tokenizer, [prompt], [("<me>", person)])
+        found = tokenize_prompts(tokenizer, [prompt], [("<me>", [person])])
     except PromptError as error:
         assume("longer word" not in str(error) and "only the first" not in str(error))
         raise
@@ -84,7 +89,7 @@ def test_tokens_are_those_of_the_whole_sentence(tokenizer, person, parts):
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=120))
 def test_plain_prompts_are_tokenised_as_diffusers_does(tokenizer, person, prompt):
     assume("<me>" not in prompt)
-    found = tokenize_prompts(tokenizer, [prompt], [("<me>", person)])
+    found = tokenize_prompts(tokenizer, [prompt], [("<me>", [person])])
     assert torch.equal(found.input_ids, whole(tokenizer, [prompt]))
     assert not found.slots.any()
 
@@ -95,7 +100,7 @@ def test_several_subjects_and_the_class_word_beside_them(tokenizer, person, dog)
         "<dog>",
         "a person with a dog",
     ]
-    found = tokenize_prompts(tokenizer, prompts, [("<me>", person), ("<dog>", dog)])
+    found = tokenize_prompts(tokenizer, prompts, [("<me>", [person]), ("<dog>", [dog])])
     plain = [p.replace("<me>", "person").replace("<dog>", "dog") for p in prompts]
     assert torch.equal(found.input_ids, whole(tokenizer, plain))
     assert found.input_ids.dtype == found.slots.dtype == torch.int64
@@ -106,14 +111,14 @@ def test_several_subjects_and_the_class_word_beside_them(tokenizer, person, dog)
 
 
 def test_placeholders_side_by_side_and_one_within_another(tokenizer, person, dog):
-    names = [("<me>", person), ("<<me>>", dog)]
+    names = [("<me>", [person]), ("<<me>>", [dog])]
     found = tokenize_prompts(tokenizer, ["<me><me> <<me>>"], names)
     assert slots_of(found) == {1: 1, 2: 1, 3: 2}
 
 
 def test_a_quoted_placeholder_stays_one_token(tokenizer, dog):
     # The whole sentence would read the contraction 'd and "og" in place of the dog.
-    found = tokenize_prompts(tokenizer, ["a '<it>' photo"], [("<it>", dog)])
+    found = tokenize_prompts(tokenizer, ["a '<it>' photo"], [("<it>", [dog])])
     assert slots_of(found) == {3: 1}
     assert found.input_ids[0, 3] == dog
 
@@ -123,34 +128,34 @@ def test_a_quoted_placeholder_stays_one_token(tokenizer, dog):
 )
 def test_a_placeholder_in_a_longer_word_is_told(tokenizer, person, prompt):
     with pytest.raises(PromptError, match="longer word"):
-        tokenize_prompts(tokenizer, ["fine <me>", prompt], [("<me>", person)])
+        tokenize_prompts(tokenizer, ["fine <me>", prompt], [("<me>", [person])])
 
 
 @pytest.mark.parametrize("prompt", ["sks", "a sks's hat", "(sks)", "sks-like", "sksy sks"])
 def test_a_placeholder_without_brackets(tokenizer, person, prompt):
-    found = tokenize_prompts(tokenizer, [prompt], [("sks", person)])
+    found = tokenize_prompts(tokenizer, [prompt], [("sks", [person])])
     assert list(slots_of(found).values()) == [1]
 
 
 def test_a_word_that_contains_a_plain_placeholder_is_another_word(tokenizer, person):
-    found = tokenize_prompts(tokenizer, ["sksy and asks"], [("sks", person)])
+    found = tokenize_prompts(tokenizer, ["sksy and asks"], [("sks", [person])])
     assert torch.equal(found.input_ids, whole(tokenizer, ["sksy and asks"]))
     assert slots_of(found) == {}
 
 
 def test_placeholders_are_matched_as_written_not_as_patterns(tokenizer, person):
-    found = tokenize_prompts(tokenizer, ["a V* and VVV and <ME> and V."], [("V*", person)])
+    found = tokenize_prompts(tokenizer, ["a V* and VVV and <ME> and V."], [("V*", [person])])
     assert list(slots_of(found)) == [2]
 
 
 @pytest.mark.parametrize("placeholder", ["", "my self", " me"])
 def test_impossible_placeholders_are_told(tokenizer, person, placeholder):
     with pytest.raises(PromptError, match="one word"):
-        tokenize_prompts(tokenizer, ["a photo"], [(placeholder, person)])
+        tokenize_prompts(tokenizer, ["a photo"], [(placeholder, [person])])
 
 
 def test_a_required_placeholder(tokenizer, person, dog):
-    names = [("<me>", person), ("<dog>", dog)]
+    names = [("<me>", [person]), ("<dog>", [dog])]
     tokenize_prompts(tokenizer, ["a <dog>"], names, require=True)
     with pytest.raises(PromptError, match="'<me>' or '<dog>'"):
         tokenize_prompts(tokenizer, ["a <dog>", "a person"], names, require=True)
@@ -159,24 +164,24 @@ def test_a_required_placeholder(tokenizer, person, dog):
 def test_a_long_prompt_is_cut_with_a_warning(tokenizer, person, caplog):
     prompt = "<me> " + "red hat " * 40 + "in the snow"
     with caplog.at_level(logging.WARNING):
-        found = tokenize_prompts(tokenizer, [prompt], [("<me>", person)])
+        found = tokenize_prompts(tokenizer, [prompt], [("<me>", [person])])
     assert "snow" in caplog.text and "75 tokens" in caplog.text
     assert torch.equal(found.input_ids, whole(tokenizer, [prompt.replace("<me>", "person")]))
     assert found.input_ids[0, 76] == tokenizer.eos_token_id
 
 
 def test_a_placeholder_at_the_edge_of_the_prompt(tokenizer, person):
-    last = tokenize_prompts(tokenizer, ["a " * 74 + "<me>"], [("<me>", person)])
+    last = tokenize_prompts(tokenizer, ["a " * 74 + "<me>"], [("<me>", [person])])
     assert slots_of(last) == {75: 1}
     with pytest.raises(PromptError, match=r"'<me>' is token 76 .* first 75 are used"):
-        tokenize_prompts(tokenizer, ["a " * 75 + "<me>"], [("<me>", person)])
+        tokenize_prompts(tokenizer, ["a " * 75 + "<me>"], [("<me>", [person])])
 
 
 def test_padding_is_the_tokenizers_own(tmp_path):
     # Stable Diffusion 2.x pads with "!", not with the end of text.
     tokenizer = make_tokenizer(tmp_path)
     tokenizer.pad_token = "!"
-    names = [("<me>", class_token_id(tokenizer, "person"))]
+    names = [("<me>", class_token_ids(tokenizer, "person"))]
     found = tokenize_prompts(tokenizer, ["a <me>", ""], names)
     assert torch.equal(found.input_ids, whole(tokenizer, ["a person", ""]))
     assert found.input_ids[1, 2] != tokenizer.eos_token_id
@@ -190,31 +195,61 @@ def test_no_prompts_and_no_placeholders(tokenizer):
 
 def test_a_lone_string_is_told(tokenizer, person):
     with pytest.raises(TypeError, match="list"):
-        tokenize_prompts(tokenizer, "a <me>", [("<me>", person)])
+        tokenize_prompts(tokenizer, "a <me>", [("<me>", [person])])
     with pytest.raises(TypeError, match="strings"):
-        tokenize_prompts(tokenizer, ["a", 3], [("<me>", person)])
+        tokenize_prompts(tokenizer, ["a", 3], [("<me>", [person])])
 
 
 def test_a_tokenizer_without_a_length_is_told(tokenizer, person, monkeypatch):
     monkeypatch.setattr(tokenizer, "model_max_length", int(1e30))
     with pytest.raises(ValueError, match="model_max_length"):
-        tokenize_prompts(tokenizer, ["a <me>"], [("<me>", person)])
+        tokenize_prompts(tokenizer, ["a <me>"], [("<me>", [person])])
 
 
 def test_class_word(tokenizer):
-    assert class_token_id(tokenizer, "dog") == tokenizer("dog").input_ids[1]
-    assert class_token_id(tokenizer, " Dog ") == class_token_id(tokenizer, "dog")
-    with pytest.raises(PromptError, match="wibble.*tokens.*person, dog"):
-        class_token_id(tokenizer, "wibble")
-    with pytest.raises(PromptError, match="red hat"):
-        class_token_id(tokenizer, "red hat")
+    (dog,) = class_token_ids(tokenizer, "dog")
+    assert dog == tokenizer("dog").input_ids[1]
+    assert class_token_ids(tokenizer, " Dog ") == [dog]
+    assert class_token_ids(tokenizer, "red dog") == tokenizer("red dog").input_ids[1:-1]
+    for cut in ("wibble", "red wibble"):
+        with pytest.raises(PromptError, match=rf"'{cut}' falls into pieces \(.*person, dog"):
+            class_token_ids(tokenizer, cut)
+    with pytest.raises(PromptError, match=r"9 tokens.*at most 8.*the general word"):
+        class_token_ids(tokenizer, "dog " * 9)
     for empty in ("", "  ", "<|endoftext|>"):
         with pytest.raises(PromptError, match="does not know"):
-            class_token_id(tokenizer, empty)
+            class_token_ids(tokenizer, empty)
+
+
+def test_a_placeholder_of_several_tokens(tokenizer):
+    ids = class_token_ids(tokenizer, "red dog")
+    names = [("<me>", ids), ("<it>", class_token_ids(tokenizer, "hat"))]
+    found = tokenize_prompts(tokenizer, ["a <me> with a <it>", "a <it>, <me>"], names)
+    # The ids alone are the sentences with the class words.
+    assert torch.equal(
+        found.input_ids, whole(tokenizer, ["a red dog with a hat", "a hat, red dog"])
+    )
+    assert found.slots[0, :8].tolist() == [0, 0, 1, 2, 0, 0, 3, 0]
+    assert found.slots[1, :7].tolist() == [0, 0, 3, 0, 1, 2, 0]
+    assert word_positions(tokenizer, "a <me> with a <it>", "<me>", names) == [2, 3]
+    assert word_positions(tokenizer, "a <me>, a red dog", "red dog", names) == [6, 7]
+    with pytest.raises(PromptError, match=r"'<me>' is token 76 "):
+        tokenize_prompts(tokenizer, ["a " * 74 + "<me>"], names)
+
+
+def test_the_last_token_of_the_class_word_is_repeated(tokenizer):
+    red, dog = class_token_ids(tokenizer, "red dog")
+    two = [tokenizer, tokenizer]
+    assert placeholder_ids(two, "red dog") == [[red, dog]] * 2
+    assert placeholder_ids([tokenizer], "red dog", 4) == [[red, dog, dog, dog]]
+    with pytest.raises(PromptError, match=r"^the class word 'red dog' is 2 tokens.*num_vectors"):
+        placeholder_ids([tokenizer], "red dog", 1)
+    with pytest.raises(PromptError, match="tokenizer of text encoder 1 of 2, the class word"):
+        placeholder_ids(two, "red dog", 1)
 
 
 def test_word_positions(tokenizer, person):
-    names = [("<me>", person)]
+    names = [("<me>", [person])]
     prompt = "a person, <me> and a person's red hat, wibble"
     ids = whole(tokenizer, [prompt.replace("<me>", "person")])[0]
     assert word_positions(tokenizer, prompt, "<me>", names) == [4]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sefi_fast.conditioning import class_token_id, encode_text, tokenize_prompts
+from sefi_fast.conditioning import class_token_ids, encode_text, tokenize_prompts
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def parts(sd15_pipeline):
 
 def tokens_of(tokenizer, prompts):
     names = [
-        ("<me>", class_token_id(tokenizer, "person")),
-        ("<it>", class_token_id(tokenizer, "cat")),
+        ("<me>", class_token_ids(tokenizer, "person")),
+        ("<it>", class_token_ids(tokenizer, "cat")),
     ]
     return tokenize_prompts(tokenizer, prompts, names)
 
@@ -61,8 +61,8 @@ def test_rows_equal_a_changed_token_table(parts):
         changed = with_table_rows(
             text_encoder,
             {
-                class_token_id(tokenizer, "person"): rows[index, 0],
-                class_token_id(tokenizer, "cat"): rows[index, 1],
+                class_token_ids(tokenizer, "person")[0]: rows[index, 0],
+                class_token_ids(tokenizer, "cat")[0]: rows[index, 1],
             },
         )
         expected = changed(ids[index : index + 1]).last_hidden_state[0]
@@ -74,7 +74,7 @@ def test_rows_equal_a_changed_token_table(parts):
 def test_the_class_words_own_row_changes_nothing(parts):
     tokenizer, text_encoder = parts
     ids, slots = tokens_of(tokenizer, ["a photo of <me> in the forest"])
-    row = text_encoder.get_input_embeddings().weight[class_token_id(tokenizer, "person")]
+    row = text_encoder.get_input_embeddings().weight[class_token_ids(tokenizer, "person")[0]]
     found = encode_text(text_encoder, ids, slots, row.expand(1, 1, -1))
     assert torch.equal(found, encode_text(text_encoder, ids))
 

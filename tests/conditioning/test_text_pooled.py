@@ -7,7 +7,7 @@ import torch
 
 from sefi_fast.conditioning import encode_text_pooled, text_parts, tokenize_prompts
 
-PLACEHOLDER = [("<me>", 7)]
+PLACEHOLDER = [("<me>", [7])]
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sefi_fast.conditioning.prompt import class_token_id
+from sefi_fast.conditioning.prompt import class_token_ids
 from sefi_fast.evaluation import attention_overfit
 from sefi_fast.pipelines import attach, load_pipeline, trace
 from sefi_fast.subject import Subject
@@ -36,7 +36,7 @@ def subject_like(pipe, *words: str) -> Subject:
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
 
     def row(word: str) -> torch.Tensor:
-        return table[class_token_id(pipe.tokenizer, word)]
+        return table[class_token_ids(pipe.tokenizer, word)[0]]
 
     tokens = torch.stack([torch.stack([row(word)] * 2) for word in words])
     return Subject("<it>", CLASS_WORD, [tokens], [row(CLASS_WORD)], "tiny", {})

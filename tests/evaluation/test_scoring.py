@@ -10,7 +10,7 @@ from PIL import Image
 
 import sefi_fast
 from sefi_fast.cli import main
-from sefi_fast.conditioning.prompt import class_token_id
+from sefi_fast.conditioning.prompt import class_token_ids
 from sefi_fast.errors import ModelError
 from sefi_fast.evaluation import evaluate, scoring
 from sefi_fast.evaluation.prompt_classes import (
@@ -33,7 +33,7 @@ RED = Identity("red", None, "plain", "long", "tall")
 def subject_of(pipe, word: str, model: str | None = None) -> Subject:
     """A subject that draws what a word of the model's vocabulary draws."""
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
-    rows = [table[class_token_id(pipe.tokenizer, one)] for one in (word, CLASS_WORD)]
+    rows = [table[class_token_ids(pipe.tokenizer, one)[0]] for one in (word, CLASS_WORD)]
     tokens = rows[0].expand(1, 2, -1)
     return Subject("<it>", CLASS_WORD, [tokens], [rows[1]], "tiny", {"model": model})
 
@@ -109,7 +109,7 @@ def test_other_models_score_by_clip_and_dino(
     sd15_pipeline, sd15_folder, clip_folder, dino_folder, tmp_path
 ):
     table = sd15_pipeline.text_encoder.get_input_embeddings().weight.detach()
-    row = table[class_token_id(sd15_pipeline.tokenizer, "cat")]
+    row = table[class_token_ids(sd15_pipeline.tokenizer, "cat")[0]]
     subject = Subject(
         "<it>", "cat", [row.expand(5, 2, -1)], [row], "sd", {"model": str(sd15_folder)}
     )

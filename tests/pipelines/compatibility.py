@@ -149,8 +149,8 @@ diffusers has no such pipeline or feature.
 | model offload, sequential offload | accelerate's hooks, onto the CPU itself |
 
 Not run here: xformers and CUDA. Refused in words: SD 3, Flux and other transformers (no U-Net with
-cross-attention layers), the SDXL refiner (it has one of the two text encoders), tracing a pipeline
-whose U-Net is compiled, and class words of several tokens."""
+cross-attention layers), the SDXL refiner (it has one of the two text encoders), and tracing a
+pipeline whose U-Net is compiled."""
 
 
 def main() -> int:

@@ -53,19 +53,21 @@ def subject_for(
     stages: int = 5,
     split: bool = True,
     distance: float = 1.0,
+    vectors: int | None = None,
 ) -> Subject:
     """A subject whose tokens lie so far from its class word's rows: 0 for an untrained one."""
     encoders = [pipe.text_encoder]
     if hasattr(pipe, "text_encoder_2"):
         encoders.append(pipe.text_encoder_2)
     generator = torch.Generator().manual_seed(len(placeholder) + stages)
-    token_id = pipe.tokenizer.convert_tokens_to_ids(class_word + "</w>")
+    ids = [pipe.tokenizer.convert_tokens_to_ids(word + "</w>") for word in class_word.split()]
     tokens, rows = [], []
     for encoder in encoders:
-        row = encoder.get_input_embeddings().weight[token_id].detach().clone()
-        noise = torch.randn(stages, 2 if split else 1, row.shape[0], generator=generator)
-        tokens.append(row + distance * row.std() * noise)
-        rows.append(row)
+        own = encoder.get_input_embeddings().weight[ids].detach().clone()
+        start = torch.cat([own, own[-1:].expand((vectors or len(ids)) - len(ids), -1)])
+        noise = torch.randn(stages, 2 if split else 1, *start.shape, generator=generator)
+        tokens.append(start + distance * own.std() * noise)
+        rows.append(own)
     return Subject(placeholder, class_word, tokens, rows, base_model="random")
 
 
@@ -129,8 +131,9 @@ def sample_by_hand(
 
     def encode(text, stage_rows):
         ids = tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
-        for word, row in stage_rows.items():
-            table.weight[tokenizer.convert_tokens_to_ids(word + "</w>")] = row
+        for words, rows in stage_rows.items():
+            for word, row in zip(words.split(), rows, strict=True):
+                table.weight[tokenizer.convert_tokens_to_ids(word + "</w>")] = row
         encoded = pipe.text_encoder(ids)[0]
         table.weight.copy_(original)
         return encoded

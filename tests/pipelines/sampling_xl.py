@@ -30,8 +30,9 @@ def encode_by_hand(
         for subject in subjects:
             tokens = subject.tokens[number]
             own_stage = stage * len(tokens) // stages
-            token_id = tokenizer.convert_tokens_to_ids(subject.class_word + "</w>")
-            table[token_id] = tokens[own_stage, min(stream, tokens.shape[1] - 1)]
+            rows = tokens[own_stage, min(stream, tokens.shape[1] - 1)]
+            for word, row in zip(subject.class_word.split(), rows, strict=True):
+                table[tokenizer.convert_tokens_to_ids(word + "</w>")] = row
         ids = tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
         output = encoder(ids, output_hidden_states=True)
         table.copy_(original)

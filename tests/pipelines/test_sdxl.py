@@ -272,7 +272,7 @@ def test_subjects_stay_with_their_family(sdxl_pipeline, sd15_pipeline, tmp_path)
     small, large = subject_for(sd15_pipeline), subject_for(sdxl_pipeline)
     large.save(tmp_path / "large.safetensors")
     loaded = Subject.load(tmp_path / "large.safetensors")
-    assert [t.shape for t in loaded.tokens] == [(5, 2, 48), (5, 2, 64)]
+    assert [t.shape for t in loaded.tokens] == [(5, 2, 1, 48), (5, 2, 1, 64)]
     assert all(map(torch.equal, loaded.tokens, large.tokens))
     before = state_of(sdxl_pipeline)
     with pytest.raises(SubjectFileError, match=r"with 1 text encoder\(s\), this pipeline has 2"):

@@ -1,4 +1,4 @@
-"""Four subjects in one prompt, each from a file of its own, with stages of their own."""
+"""Four subjects in one prompt, each from a file of its own, with stages and words of their own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pipelines.sampling_xl import sample_xl_by_hand
 from sefi_fast import attach, trace
 
 PROMPT = "a photo of a <a> and a <b> with a <c> on a <d>"
-# Stages that meet on ten, one tied.
-FOUR = {"<a>": ("cat", 5, True), "<b>": ("dog", 10, True), "<c>": ("bear", 1, True)} | {
+# Stages that meet on ten, one tied, one of two vectors.
+FOUR = {"<a>": ("cat", 5, True), "<b>": ("red dog", 10, True), "<c>": ("bear", 1, True)} | {
     "<d>": ("person", 2, False)
 }
 
@@ -44,7 +44,7 @@ def test_each_draws_from_its_own_file(request, family, tmp_path):
 
 def test_untrained_ones_draw_their_class_words(sd15_pipeline, tmp_path):
     pipe = sd15_pipeline
-    expected = draw(pipe, "a photo of a cat and a dog with a bear on a person")
+    expected = draw(pipe, "a photo of a cat and a red dog with a bear on a person")
     _, files = four(pipe, tmp_path, distance=0)
     attach(pipe, files)
     torch.testing.assert_close(draw(pipe, PROMPT), expected, rtol=0, atol=2e-4)

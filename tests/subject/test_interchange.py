@@ -12,11 +12,13 @@ from sefi_fast import Subject, attach, detach, export_embedding, import_embeddin
 from sefi_fast.errors import PromptError, SubjectFileError
 
 
-def subject_of(pipe, stages: int = 1, split: bool = False, encoders: int = 1) -> Subject:
+def subject_of(
+    pipe, stages: int = 1, split: bool = False, encoders: int = 1, vectors: int = 1
+) -> Subject:
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
     row = table[pipe.tokenizer.convert_tokens_to_ids("cat</w>")].clone()
     generator = torch.Generator().manual_seed(stages)
-    noise = torch.randn(stages, 2 if split else 1, len(row), generator=generator)
+    noise = torch.randn(stages, 2 if split else 1, vectors, len(row), generator=generator)
     tokens = row + row.std() * noise
     return Subject("<it>", "cat", [tokens] * encoders, [row] * encoders, base_model="random")
 
@@ -26,8 +28,9 @@ def latents(pipe, prompt: str) -> torch.Tensor:
     return pipe(prompt, num_inference_steps=3, generator=generator, output_type="latent").images
 
 
-def test_diffusers_draws_what_the_subject_draws(sd15_pipeline, tmp_path):
-    subject = subject_of(sd15_pipeline)
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_diffusers_draws_what_the_subject_draws(sd15_pipeline, tmp_path, vectors):
+    subject = subject_of(sd15_pipeline, vectors=vectors)
     path = export_embedding(subject, tmp_path / "it.safetensors")
     assert list(load_file(path)) == ["<it>"]
     attach(sd15_pipeline, subject)
@@ -39,10 +42,13 @@ def test_diffusers_draws_what_the_subject_draws(sd15_pipeline, tmp_path):
     assert (ours - latents(sd15_pipeline, "a photo of a cat")).abs().max() > 1e-2
 
 
-def test_what_was_exported_comes_back(sd15_pipeline, tmp_path):
-    subject = subject_of(sd15_pipeline)
+@pytest.mark.parametrize("vectors", [1, 4])
+def test_what_was_exported_comes_back(sd15_pipeline, tmp_path, vectors):
+    subject = subject_of(sd15_pipeline, vectors=vectors)
     path = export_embedding(subject, tmp_path / "it.safetensors")
+    assert load_file(path)["<it>"].shape == (vectors, 48)
     back = import_embedding(path, sd15_pipeline, class_word="cat")
+    assert back.num_vectors == vectors
     assert (back.placeholder, back.class_word, back.stages, back.split) == ("<it>", "cat", 1, False)
     torch.testing.assert_close(back.tokens[0], subject.tokens[0], rtol=0, atol=0)
     torch.testing.assert_close(back.class_embeddings[0], subject.class_embeddings[0])
@@ -80,7 +86,7 @@ def test_the_name_comes_from_the_file_where_it_holds_none(sd15_pipeline, tmp_pat
 def bad_files(folder: Path, width: int) -> dict[str, Path]:
     files = {name: folder / f"{name}.safetensors" for name in ("missing", "wide", "rows", "nan")}
     save_file({"<it>": torch.randn(1, width + 8)}, files["wide"])
-    save_file({"<it>": torch.randn(4, width)}, files["rows"])
+    save_file({"<it>": torch.randn(0, width)}, files["rows"])
     save_file({"<it>": torch.full((1, width), torch.nan)}, files["nan"])
     files["pickle"] = folder / "it.pt"
     torch.save({"<it>": torch.randn(1, width)}, files["pickle"])
@@ -94,7 +100,7 @@ def bad_files(folder: Path, width: int) -> dict[str, Path]:
     [
         ("missing", "not there"),
         ("wide", "another base model"),
-        ("rows", "4 rows"),
+        ("rows", "no row"),
         ("nan", "NaN"),
         ("pickle", "can run code"),
         ("text", "no readable safetensors"),
@@ -111,5 +117,7 @@ def test_bad_arguments(sd15_pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         export_embedding(subject, tmp_path / "it.pt")
     path = export_embedding(subject, tmp_path / "it.safetensors")
-    with pytest.raises(PromptError):
+    with pytest.raises(PromptError, match="falls into pieces"):
         import_embedding(path, sd15_pipeline, class_word="a very special cat")
+    with pytest.raises(PromptError, match="2 tokens, and 1 stand"):
+        import_embedding(path, sd15_pipeline, class_word="red cat")

@@ -1,4 +1,4 @@
-"""The subject and its file: exact, small, whole or not at all, and every damage is told."""
+"""The subject file: exact, small, whole or not at all, and every damage is told."""
 
 from __future__ import annotations
 
@@ -12,25 +12,10 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from subject.making import make_subject
 
-from sefi_fast.conditioning import class_token_id
 from sefi_fast.errors import SubjectFileError
 from sefi_fast.subject import Subject
-
-
-def make_subject(stages: int = 5, split: bool = True, widths=(48,), seed: int = 0, **fields):
-    generator = torch.Generator().manual_seed(seed)
-    streams = 2 if split else 1
-    values = {
-        "placeholder": "<me>",
-        "class_word": "person",
-        "tokens": [torch.randn(stages, streams, c, generator=generator) for c in widths],
-        "class_embeddings": [torch.randn(c, generator=generator) for c in widths],
-        "base_model": "some/model",
-        "settings": {"steps": 500, "flip": True, "templates": ["a photo of {}"]},
-        **fields,
-    }
-    return Subject(**values)
 
 
 def rewrite(path: Path, metadata=None, tensors=None, drop=()) -> None:
@@ -56,11 +41,14 @@ def saved(tmp_path) -> Path:
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("widths", [(48,), (48, 80)])
-def test_what_was_saved_is_loaded_bit_for_bit(tmp_path, split, widths):
-    subject = make_subject(3, split, widths, placeholder="<ich-ü>", class_word="Person")
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_what_was_saved_is_loaded_bit_for_bit(tmp_path, split, widths, vectors):
+    subject = make_subject(
+        3, split, widths, vectors=vectors, placeholder="<ich-ü>", class_word="Person"
+    )
     subject.save(tmp_path / "a.safetensors")
     loaded = Subject.load(str(tmp_path / "a.safetensors"))
-    assert (loaded.stages, loaded.split) == (3, split)
+    assert (loaded.stages, loaded.split, loaded.num_vectors) == (3, split, vectors)
     for name in ("placeholder", "class_word", "base_model", "settings", "library_version"):
         assert getattr(loaded, name) == getattr(subject, name)
     for old, new in zip(subject.tokens, loaded.tokens, strict=True):
@@ -85,6 +73,8 @@ def test_sizes(tmp_path):
     assert path.stat().st_size <= 36_000
     assert Subject.load(path).tokens[0].dtype == torch.float32
 
+    make_subject(5, True, (768,), vectors=4).save(path)
+    assert path.stat().st_size <= 66_000
     large = make_subject(10, True, (768, 1280))
     large.save(path)
     assert path.stat().st_size <= 100_000
@@ -95,7 +85,7 @@ def test_sizes(tmp_path):
 
 def test_tokens_beyond_float16_are_not_saved_as_infinity(tmp_path):
     large = make_subject(10, True, (768, 1280))
-    large.tokens[0][0, 0, 0] = 1e6
+    large.tokens[0][0, 0, 0, 0] = 1e6
     with pytest.raises(ValueError, match="float16"):
         large.save(tmp_path / "s.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +136,7 @@ def test_save_makes_the_folder(tmp_path):
     ("metadata", "message"),
     [
         ({"format": "lora"}, "holds no subject"),
-        ({"format_version": "2"}, "update sefi_fast"),
+        ({"format_version": "3"}, "update sefi_fast"),
         ({"format_version": "one"}, "format_version"),
         ({"stages": "4"}, "shape"),
         ({"stages": "-5"}, "stages"),
@@ -154,6 +144,8 @@ def test_save_makes_the_folder(tmp_path):
         ({"split": "false"}, "shape"),
         ({"split": "maybe"}, "split"),
         ({"split": "3"}, "split"),
+        ({"num_vectors": "2"}, "shape"),
+        ({"num_vectors": "many"}, "num_vectors"),
         ({"text_encoders": "2"}, "wanted"),
         ({"text_encoders": "0"}, "wanted"),
         ({"settings": "[1]"}, "settings"),
@@ -171,7 +163,16 @@ def test_wrong_metadata_is_told(saved, metadata, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["format_version", "stages", "split", "settings", "base_model", "library_version"]
+    "name",
+    [
+        "format_version",
+        "stages",
+        "split",
+        "num_vectors",
+        "settings",
+        "base_model",
+        "library_version",
+    ],
 )
 def test_missing_metadata_is_told(saved, name):
     rewrite(saved, drop=[name])
@@ -182,15 +183,21 @@ def test_missing_metadata_is_told(saved, name):
 @pytest.mark.parametrize(
     ("tensors", "drop", "message"),
     [
-        ({"tokens.0": torch.zeros(5, 2, 47)}, [], "width"),
-        ({"tokens.0": torch.zeros(5, 3, 48)}, [], "shape"),
+        ({"tokens.0": torch.zeros(5, 2, 1, 47)}, [], "width"),
+        ({"tokens.0": torch.zeros(5, 3, 1, 48)}, [], "shape"),
+        ({"tokens.0": torch.zeros(5, 2, 48)}, [], "shape"),
         ({"tokens.0": torch.zeros(480)}, [], "shape"),
-        ({"tokens.0": torch.zeros(5, 2, 48, dtype=torch.int32)}, [], "int32"),
-        ({"tokens.0": torch.zeros(5, 2, 48, dtype=torch.float64)}, [], "float64"),
-        ({"tokens.0": torch.full((5, 2, 48), float("nan"))}, [], "NaN"),
-        ({"tokens.0": torch.full((5, 2, 48), float("inf"))}, [], "infinity"),
-        ({"tokens.0": torch.zeros(5, 2, 0), "class_embedding.0": torch.zeros(0)}, [], "shape"),
-        ({"class_embedding.0": torch.zeros(2, 24)}, [], "shape"),
+        ({"tokens.0": torch.zeros(5, 2, 1, 48, dtype=torch.int32)}, [], "int32"),
+        ({"tokens.0": torch.zeros(5, 2, 1, 48, dtype=torch.float64)}, [], "float64"),
+        ({"tokens.0": torch.full((5, 2, 1, 48), float("nan"))}, [], "NaN"),
+        ({"tokens.0": torch.full((5, 2, 1, 48), float("inf"))}, [], "infinity"),
+        (
+            {"tokens.0": torch.zeros(5, 2, 1, 0), "class_embedding.0": torch.zeros(1, 0)},
+            [],
+            "shape",
+        ),
+        ({"class_embedding.0": torch.zeros(48)}, [], "shape"),
+        ({"class_embedding.0": torch.zeros(2, 48)}, [], "more than 1 tokens"),
         ({"more": torch.zeros(1)}, [], "wanted"),
         ({}, ["tokens.0"], "wanted"),
         ({}, ["class_embedding.0"], "wanted"),
@@ -200,6 +207,26 @@ def test_wrong_tensors_are_told(saved, tensors, drop, message):
     rewrite(saved, tensors=tensors, drop=drop)
     with pytest.raises(SubjectFileError, match=message):
         Subject.load(saved)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_files_of_the_first_format_are_read(saved, rank):
+    subject = Subject.load(saved)
+    first = {
+        "tokens.0": subject.tokens[0].squeeze(2),
+        "class_embedding.0": subject.class_embeddings[0].squeeze(0),
+    }
+    if rank == 0:
+        first["class_embedding.0"] = torch.tensor(1.0)
+    rewrite(saved, {"format_version": "1"}, first, drop=["num_vectors"])
+    if rank == 0:
+        with pytest.raises(SubjectFileError, match="class_embedding.0 has shape"):
+            Subject.load(saved)
+        return
+    again = Subject.load(saved)
+    assert again.num_vectors == 1
+    assert torch.equal(again.tokens[0], subject.tokens[0])
+    assert torch.equal(again.class_embeddings[0], subject.class_embeddings[0])
 
 
 def test_other_files_are_told(tmp_path):
@@ -258,78 +285,5 @@ def test_any_damage_is_a_subject_file_error_or_harmless(sound_bytes, data):
         assert str(path) in str(error)
     else:
         assert kept == len(sound)
-        assert subject.tokens[0].shape == (2, 2, 4)
+        assert subject.tokens[0].shape == (2, 2, 1, 4)
         assert torch.isfinite(subject.tokens[0]).all()
-
-
-def test_a_subject_does_not_follow_its_training():
-    rows = torch.zeros(5, 2, 4, requires_grad=True)
-    subject = Subject("<me>", "person", [rows], [torch.zeros(4, dtype=torch.float16)], "base")
-    with torch.no_grad():
-        rows += 1
-    assert torch.equal(subject.tokens[0], torch.zeros(5, 2, 4))
-    assert not subject.tokens[0].requires_grad
-    assert subject.class_embeddings[0].dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"placeholder": ""}, "placeholder"),
-        ({"placeholder": "my self"}, "placeholder"),
-        ({"class_word": " "}, "class_word"),
-        ({"tokens": []}, "each text encoder"),
-        ({"tokens": [torch.zeros(5, 3, 48)]}, r"\[stages, 2, C\]"),
-        ({"tokens": [torch.zeros(5, 48)]}, r"\[stages, 2, C\]"),
-        ({"tokens": [torch.zeros(5, 2, 40)]}, "does not fit"),
-        ({"tokens": [torch.full((5, 2, 48), float("nan"))]}, "NaN"),
-    ],
-)
-def test_parts_that_do_not_fit_are_told(fields, message):
-    with pytest.raises(ValueError, match=message):
-        make_subject(**fields)
-
-
-def test_text_encoders_must_agree_on_stages():
-    with pytest.raises(ValueError, match="alike"):
-        make_subject(
-            widths=(8, 8),
-            tokens=[torch.zeros(5, 2, 8), torch.zeros(4, 2, 8)],
-        )
-
-
-@pytest.fixture
-def fitting(sd15_pipeline) -> Subject:
-    pipe = sd15_pipeline
-    table = pipe.text_encoder.get_input_embeddings().weight
-    row = table[class_token_id(pipe.tokenizer, "person")]
-    return make_subject(class_embeddings=[row.detach()])
-
-
-def test_a_subject_fits_its_base_and_a_fine_tuned_one(sd15_pipeline, fitting):
-    pipe = sd15_pipeline
-    fitting.check_fits([pipe.tokenizer], [pipe.text_encoder])
-    weight = pipe.text_encoder.get_input_embeddings().weight
-    with torch.no_grad():
-        weight += 0.2 * weight.std() * torch.randn(weight.shape)
-    fitting.check_fits([pipe.tokenizer], [pipe.text_encoder.half()])
-
-
-def test_a_subject_does_not_fit_other_models(sd15_pipeline, fitting):
-    pipe = sd15_pipeline
-    with pytest.raises(SubjectFileError, match="2 text encoder.*has 1"):
-        make_subject(widths=(48, 48)).check_fits([pipe.tokenizer], [pipe.text_encoder])
-    with pytest.raises(SubjectFileError, match="some/model.* 64 wide.* 48 wide"):
-        make_subject(widths=(64,)).check_fits([pipe.tokenizer], [pipe.text_encoder])
-    fitting.class_word = "wibble"
-    with pytest.raises(SubjectFileError, match="one token"):
-        fitting.check_fits([pipe.tokenizer], [pipe.text_encoder])
-    fitting.class_word = "dog"
-    with pytest.raises(SubjectFileError, match="some/model.*cosine similarity"):
-        fitting.check_fits([pipe.tokenizer], [pipe.text_encoder])
-
-
-def test_a_zero_embedding_does_not_pass_for_similar(sd15_pipeline, fitting):
-    fitting.class_embeddings = [torch.zeros(48)]
-    with pytest.raises(SubjectFileError, match="cosine similarity"):
-        fitting.check_fits([sd15_pipeline.tokenizer], [sd15_pipeline.text_encoder])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sefi_fast.subject import SubjectTokens
 
 
-def embedding(width: int = 48, seed: int = 0) -> torch.Tensor:
-    return torch.randn(width, generator=torch.Generator().manual_seed(seed)) * 0.014
+def embedding(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape or 48, generator=torch.Generator().manual_seed(seed)) * 0.014
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -23,24 +23,31 @@ def seeded(seed: int = 0) -> torch.Generator:
     width=st.integers(1, 50),
     stages=st.integers(1, 12),
     split=st.booleans(),
+    vectors=st.integers(1, 4),
     heads=st.integers(1, 12),
     train_base=st.booleans(),
     module=st.sampled_from(["attention", "free"]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
 def test_every_token_starts_as_the_class_embedding(
-    width, stages, split, heads, train_base, module, dtype
+    width, stages, split, vectors, heads, train_base, module, dtype
 ):
-    start = embedding(width).to(dtype)
+    start = embedding(vectors, width).to(dtype)
     tokens = SubjectTokens(start, stages, split, heads, train_base, module, seeded())()
-    assert tokens.shape == (stages, 2 if split else 1, width)
+    assert tokens.shape == (stages, 2 if split else 1, vectors, width)
     assert tokens.dtype == torch.float32
     assert torch.equal(tokens, start.float().expand_as(tokens))
 
 
 def test_a_class_embedding_of_zeros_still_starts_exactly():
     tokens = SubjectTokens(torch.zeros(16), generator=seeded())()
-    assert torch.equal(tokens, torch.zeros(5, 2, 16))
+    assert torch.equal(tokens, torch.zeros(5, 2, 1, 16))
+
+
+def test_one_vector_may_come_without_an_axis():
+    one = SubjectTokens(embedding(), generator=seeded()).state_dict()
+    same = SubjectTokens(embedding()[None], generator=seeded()).state_dict()
+    assert all(torch.equal(one[name], same[name]) for name in same)
 
 
 def test_generator_alone_decides_the_start():
@@ -62,10 +69,11 @@ def test_generator_leaves_the_global_one_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_everything_moves_after_one_step():
-    module = SubjectTokens(embedding(), generator=seeded())
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_everything_moves_after_one_step(vectors):
+    module = SubjectTokens(embedding(vectors, 48), generator=seeded())
     optimizer = torch.optim.Adam(module.parameter_groups(1e-3))
-    target = torch.randn(5, 2, 48, generator=seeded(1))
+    target = torch.randn(5, 2, vectors, 48, generator=seeded(1))
     for _ in range(2):
         optimizer.zero_grad()
         (module() - target).square().sum().backward()
@@ -74,10 +82,12 @@ def test_everything_moves_after_one_step():
     assert missing == []
 
 
+@pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("module", ["attention", "free"])
-def test_tokens_of_all_stages_and_streams_can_become_different(module):
-    tokens = SubjectTokens(embedding(), stages=3, module=module, generator=seeded())
-    target = embedding() + 0.014 * torch.randn(3, 2, 48, generator=seeded(1))
+def test_tokens_of_all_stages_streams_and_vectors_can_become_different(module, vectors):
+    start = embedding().expand(vectors, -1)
+    tokens = SubjectTokens(start, stages=3, module=module, generator=seeded())
+    target = embedding() + 0.014 * torch.randn(3, 2, vectors, 48, generator=seeded(1))
     optimizer = torch.optim.Adam(tokens.parameter_groups(1e-3))
     start = (tokens() - target).square().mean().item()
     for _ in range(150):
@@ -135,7 +145,7 @@ def test_state_dict_restores_the_tokens():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_embedding": torch.zeros(2, 3)}, "vector"),
+        ({"class_embedding": torch.zeros(2, 3, 4)}, r"vectors \[W, C\]"),
         ({"class_embedding": torch.zeros(3, dtype=torch.int64)}, "floating-point"),
         ({"class_embedding": torch.tensor([1.0, float("nan")])}, "NaN"),
         ({"stages": 0}, "stages"),

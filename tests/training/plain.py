@@ -63,18 +63,19 @@ class PlainTraining:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         self.class_word = class_word
-        self.class_id = pipe.tokenizer(class_word, add_special_tokens=False).input_ids[0]
+        self.class_ids = pipe.tokenizer(class_word, add_special_tokens=False).input_ids
 
-    def encode(self, row: Tensor | None) -> Tensor:
-        """[P, M, C]: the templates with `row` in the class word's place; None for the word."""
+    def encode(self, rows: Tensor | None) -> Tensor:
+        """[P, M, C]: the templates with `rows` in the class words' places; None for the words."""
         texts = [text.replace("{}", self.class_word) for text in self.config.sentences()]
         tokenizer, text_encoder = self.pipe.tokenizer, self.pipe.text_encoder
         ids = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
         self.ids = ids
-        if row is None:
+        if rows is None:
             return text_encoder(ids)[0]
-        table = text_encoder.get_input_embeddings().weight
-        changed = torch.where(torch.arange(len(table))[:, None] == self.class_id, row, table)
+        table = changed = text_encoder.get_input_embeddings().weight
+        for class_id, row in zip(self.class_ids, rows, strict=True):
+            changed = torch.where(torch.arange(len(table))[:, None] == class_id, row, changed)
         name = next(n for n, p in text_encoder.named_parameters() if p is table)
         return torch.func.functional_call(text_encoder, {name: changed}, (ids,))[0]
 
@@ -100,7 +101,8 @@ class PlainTraining:
             noised, drawn.timesteps, step["key"], added_cond_kwargs=added
         ).sample
         wanted = config.loss_resolutions
-        columns = [self.ids[template] == self.class_id for template in drawn.template]
+        is_subject = torch.isin(self.ids, torch.tensor(self.class_ids))
+        columns = [is_subject[template] for template in drawn.template]
         terms = [
             self.attention(maps, reference, columns, drawn.view.tolist())
             for maps, reference in step["maps"].values()
@@ -118,7 +120,7 @@ class PlainTraining:
     def condition(self, drawn: Draw) -> dict[str, Tensor] | None:
         """Sets the samples' prompts; what the U-Net is given beside them."""
         rows = self.rows().to(self.mean.dtype)
-        encoded = torch.stack([torch.stack([self.encode(row) for row in stage]) for stage in rows])
+        encoded = torch.stack([torch.stack([self.encode(own) for own in stage]) for stage in rows])
         stages = drawn.timesteps * self.config.stages // 1000
         picked = encoded[stages, :, drawn.template]
         self.step_data.update(

@@ -33,10 +33,11 @@ class PlainTrainingXL(PlainTraining):
             table = encoder.get_input_embeddings().weight
             changed = table
             if rows is not None:
-                is_word = torch.arange(len(table)) == tokenizer.convert_tokens_to_ids(
-                    self.class_word + "</w>"
-                )
-                changed = torch.where(is_word[:, None], rows[number], table)
+                for word, row in zip(self.class_word.split(), rows[number], strict=True):
+                    is_word = torch.arange(len(table)) == tokenizer.convert_tokens_to_ids(
+                        word + "</w>"
+                    )
+                    changed = torch.where(is_word[:, None], row, changed)
             name = next(n for n, p in encoder.named_parameters() if p is table)
             output = torch.func.functional_call(
                 encoder, {name: changed}, (ids,), {"output_hidden_states": True}

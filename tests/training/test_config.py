@@ -26,6 +26,8 @@ def test_defaults_are_valid_and_frozen():
         ("steps", -5),
         ("batch_size", 0),
         ("stages", 0),
+        ("num_vectors", 0),
+        ("num_vectors", 33),
         ("seed", -1),
         ("seed", 2**64),
         ("resolution", 0),

@@ -37,6 +37,10 @@ CASES = {
     "ten stages": {"stages": 10, "batch_size": 6},
     "one sample": {"batch_size": 1},
     "no flip": {"flip": False},
+    "two vectors": {"num_vectors": 2, "module": "attention", "templates": SENTENCES},
+    "two vectors, tied": {"num_vectors": 2, "split": False},
+    "two vectors, class": {"num_vectors": 2, "attention_loss": "class"},
+    "two vectors, mask": {"num_vectors": 2, "attention_loss": "mask", "weight_lambda": 1.0},
     "Min-SNR": {"snr_gamma": 2.5},
     "class": {"attention_loss": "class"},
     "class, reference gradient": {"attention_loss": "class", "reference_grad": True},
@@ -56,13 +60,21 @@ def picture():
     return load_image(torch.rand(80, 90, 3, generator=torch.Generator().manual_seed(4)).numpy())
 
 
+def class_word(config):
+    """Of as many words as there are vectors: the plain step tells them apart by their ids."""
+    return "red cat" if config.num_vectors == 2 else "cat"
+
+
+def class_ids(pipe, config):
+    return pipe.tokenizer(class_word(config), add_special_tokens=False).input_ids
+
+
 def make_tokens(pipe, config, disturb=0.2):
     """The module, moved away from the class word, where the alignment and its gradient vanish."""
-    class_id = pipe.tokenizer("cat", add_special_tokens=False).input_ids[0]
-    row = pipe.text_encoder.get_input_embeddings().weight[class_id].detach()
+    rows = pipe.text_encoder.get_input_embeddings().weight[class_ids(pipe, config)].detach()
     generator = torch.Generator().manual_seed(9)
     tokens = SubjectTokens(
-        row,
+        rows,
         stages=config.stages,
         split=config.split,
         train_base=config.train_base,
@@ -72,7 +84,7 @@ def make_tokens(pipe, config, disturb=0.2):
     with torch.no_grad():
         for parameter in tokens.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter += disturb * row.square().mean().sqrt() * noise
+            parameter += disturb * rows.square().mean().sqrt() * noise
     return tokens
 
 
@@ -86,9 +98,9 @@ def make_engine(pipe, picture, config, tokens):
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.requires_grad_(False).eval()
     size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    class_id = pipe.tokenizer("cat", add_special_tokens=False).input_ids[0]
     latents = encode_picture(pipe.vae, prepare(picture, size), config.flip)
-    prompts = TrainingPrompts([pipe.tokenizer], config.sentences(), "<it>", [class_id], CPU)
+    ids = [class_ids(pipe, config)]
+    prompts = TrainingPrompts([pipe.tokenizer], config.sentences(), "<it>", ids, CPU)
     return Engine(
         unet=pipe.unet,
         text_encoders=[pipe.text_encoder],
@@ -130,7 +142,7 @@ def test_loss_and_gradient_are_those_of_the_plain_step(sd15_pipeline, picture, c
     for part in (plain_pipe.unet, plain_pipe.text_encoder, plain_pipe.vae):
         part.double()
     mask = None if make_mask(config) is None else make_mask(config).double()
-    plain = PlainTraining(plain_pipe, picture, config, "cat", plain_tokens, mask)
+    plain = PlainTraining(plain_pipe, picture, config, class_word(config), plain_tokens, mask)
     noise, alignment = plain.terms()
     (noise + config.weight_lambda * alignment).backward()
 

@@ -11,12 +11,12 @@ from sefi_fast.training.lane_state import LaneState
 CPU = torch.device("cpu")
 
 
-def modules_of(count, widths=(16,)):
+def modules_of(count, widths=(16,), vectors=1):
     """Of each lane one module for each text encoder."""
     generator = torch.Generator().manual_seed(1)
     return [
         [
-            SubjectTokens((1 + lane) * torch.randn(width, generator=generator), stages=3)
+            SubjectTokens((1 + lane) * torch.randn(vectors, width, generator=generator), stages=3)
             for width in widths
         ]
         for lane in range(count)
@@ -28,14 +28,15 @@ def rows_of(modules):
     return torch.stack([torch.cat([module() for module in lane], -1).detach() for lane in modules])
 
 
+@pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("widths", [(16,), (16, 24)])
-def test_rows_are_those_of_the_modules(widths):
+def test_rows_are_those_of_the_modules(widths, vectors):
     for kind in ("attention", "free"):
         for train_base in (True, False):
             modules = [
                 [
-                    SubjectTokens(torch.randn(n), stages=3, train_base=train_base, module=kind)
-                    for n in widths
+                    SubjectTokens(start, stages=3, train_base=train_base, module=kind)
+                    for start in (torch.randn(vectors, n) for n in widths)
                 ]
                 for _ in range(3)
             ]
@@ -43,13 +44,14 @@ def test_rows_are_those_of_the_modules(widths):
                 for parameter in (p for lane in modules for m in lane for p in m.parameters()):
                     parameter += 0.1 * torch.randn(parameter.shape)
             state = LaneState(modules, 1e-3, CPU, scaling=False)
-            assert state.rows().shape == (3, 3, 2, sum(widths))
+            assert state.rows().shape == (3, 3, 2, vectors, sum(widths))
             torch.testing.assert_close(state.rows().detach(), rows_of(modules))
 
 
+@pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("widths", [(16,), (16, 24)])
-def test_updates_are_those_of_adamw_with_steps_left_out(widths):
-    modules = modules_of(2, widths)
+def test_updates_are_those_of_adamw_with_steps_left_out(widths, vectors):
+    modules = modules_of(2, widths, vectors)
     state = LaneState(modules, 1e-2, CPU, scaling=False)
     plain = [
         torch.optim.AdamW([g for m in lane for g in m.parameter_groups(1e-2)], weight_decay=0.0)
@@ -58,7 +60,7 @@ def test_updates_are_those_of_adamw_with_steps_left_out(widths):
     generator = torch.Generator().manual_seed(2)
     factors = (1.0, 0.5, 0.25, 2.0)
     for number, factor in enumerate(factors):
-        target = torch.randn(2, 3, 2, sum(widths), generator=generator)
+        target = torch.randn(2, 3, 2, vectors, sum(widths), generator=generator)
         rows = state.rows()
         (gradient,) = torch.autograd.grad(((rows - target) ** 2).sum(), state.parameters)
         good = torch.tensor([True, number != 1])

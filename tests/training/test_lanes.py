@@ -52,7 +52,7 @@ def make_lane(pipe, number, config=CONFIG):
     return Lane(
         tokens=(tokens,),
         latents=encode_picture(pipe.vae, prepare(picture, 64), config.flip),
-        prompts=TrainingPrompts([pipe.tokenizer], config.sentences(), "<it>", [class_id], CPU),
+        prompts=TrainingPrompts([pipe.tokenizer], config.sentences(), "<it>", [[class_id]], CPU),
         seed=number,
         mask=prepare(picture, 64).mean(0) / 2 + 0.5 if config.attention_loss == "mask" else None,
     )
@@ -302,6 +302,7 @@ def on_cuda(lane):
     [
         ({"tokens": (SubjectTokens(torch.ones(48), stages=4),)}, "number of stages is 5 .* and 4"),
         ({"tokens": (SubjectTokens(torch.ones(48), split=False),)}, "split is True"),
+        ({"tokens": (SubjectTokens(torch.ones(3, 48)),)}, "number of vectors is 1 .* and 3"),
         ({"tokens": (SubjectTokens(torch.ones(48), module="free"),)}, "module is attention"),
         ({"mask": torch.ones(64, 64)}, "the side of the mask"),
     ],

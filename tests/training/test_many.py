@@ -84,6 +84,22 @@ def test_each_is_as_if_alone(sd15_pipeline, tmp_path):
     ]
 
 
+def test_class_words_of_different_lengths_train_in_batches_of_their_own(sd15_pipeline, tmp_path):
+    words = ("cat", "red cat", "dog", "wibble", "old dog")
+    given = [
+        {"image": picture(n), "name": word, "class_word": word} for n, word in enumerate(words)
+    ]
+    results = sefi_fast.train_many(given, model=sd15_pipeline, output=tmp_path, **FAST)
+    assert [result.name for result in results] == list(words)
+    assert "falls into pieces" in str(results[3].error)
+    for number in (0, 1, 4):
+        alone = sefi_fast.train(
+            picture(number), model=sd15_pipeline, class_word=words[number], **FAST
+        )
+        assert results[number].subject.num_vectors == len(words[number].split())
+        assert_as_if_alone(results[number].subject, alone)
+
+
 def test_the_bundled_model(tmp_path):
     settings = {"steps": 3, "batch_size": 2, "resolution": 32, "progress": False}
     given = [picture(0), picture(1)]

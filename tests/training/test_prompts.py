@@ -15,10 +15,11 @@ SENTENCES = ("a photo of a {}", "{} in the snow")
 
 
 def prompts_for(pipe, word):
-    class_id = pipe.tokenizer(word, add_special_tokens=False).input_ids[0]
-    return TrainingPrompts([pipe.tokenizer], SENTENCES, "<it>", [class_id], CPU)
+    class_ids = pipe.tokenizer(word, add_special_tokens=False).input_ids
+    return TrainingPrompts([pipe.tokenizer], SENTENCES, "<it>", [class_ids], CPU)
 
 
+@pytest.mark.parametrize("vectors", [1, 3])
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize(
     ("stages", "templates"),
@@ -30,12 +31,13 @@ def prompts_for(pipe, word):
         ([[3, 3, 0, 3, 0, 1, 1, 1], [0, 3, 3, 2, 2, 2, 2, 3]], [[1, 0, 1, 1, 1, 0, 0, 1]] * 2),
     ],
 )
-def test_streams_are_those_of_each_sample(sd15_pipeline, streams, stages, templates):
+def test_streams_are_those_of_each_sample(sd15_pipeline, streams, stages, templates, vectors):
     text_encoder = sd15_pipeline.text_encoder
     generator = torch.Generator().manual_seed(0)
     words = ("dog", "cat", "bear")[: len(stages)]
-    lanes = [prompts_for(sd15_pipeline, word) for word in words]
-    tokens = torch.randn(len(stages), 4, streams, 48, generator=generator, requires_grad=True)
+    lanes = [prompts_for(sd15_pipeline, " ".join([word] * vectors)) for word in words]
+    shape = (len(stages), 4, streams, vectors, 48)
+    tokens = torch.randn(shape, generator=generator, requires_grad=True)
     stages, templates = torch.tensor(stages), torch.tensor(templates)
     got, pooled = LanePrompts(lanes).condition([text_encoder], tokens, stages, templates)
     assert pooled is None
@@ -44,7 +46,7 @@ def test_streams_are_those_of_each_sample(sd15_pipeline, streams, stages, templa
     for lane, prompts in enumerate(lanes):
         for sample, (stage, template) in enumerate(zip(stages[lane], templates[lane], strict=True)):
             for stream in range(2):
-                row = tokens[lane, stage, min(stream, streams - 1)].view(1, 1, -1)
+                row = tokens[lane, stage, min(stream, streams - 1)][None]
                 ids, slots = prompts.input_ids[0, template], prompts.slots[template]
                 alone = encode_text(text_encoder, ids[None], slots[None], row)[0]
                 part = got[lane, sample, stream]
@@ -62,7 +64,7 @@ def test_the_class_words_row_gives_the_reference(sd15_pipeline):
     words = ("dog", "cat")
     lanes = LanePrompts([prompts_for(sd15_pipeline, word) for word in words])
     ids = [sd15_pipeline.tokenizer(w, add_special_tokens=False).input_ids[0] for w in words]
-    tokens = table[ids].detach()[:, None, None].expand(-1, 1, 2, -1)
+    tokens = table[ids].detach()[:, None, None, None].expand(-1, 1, 2, -1, -1)
     templates = torch.tensor([[0, 1]] * 2)
     stages = torch.zeros(2, 2, dtype=torch.long)
     streams = lanes.condition([text_encoder], tokens, stages, templates).streams
@@ -94,7 +96,7 @@ def test_take_is_an_indexing_with_a_gradient_in_float64():
 
 def test_a_placeholder_behind_the_cut_is_refused(sd15_pipeline):
     with pytest.raises(PromptError, match="<it>"):
-        TrainingPrompts([sd15_pipeline.tokenizer], ["a " * 80 + "{}"], "<it>", [5], CPU)
+        TrainingPrompts([sd15_pipeline.tokenizer], ["a " * 80 + "{}"], "<it>", [[5]], CPU)
 
 
 def test_latents_are_scaled_and_mirrored(sd15_pipeline):

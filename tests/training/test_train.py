@@ -38,8 +38,8 @@ def test_a_photo_becomes_a_subject_that_draws(sd15_pipeline, tmp_path, name, wor
     )
     table = sd15_pipeline.text_encoder.get_input_embeddings().weight
     row = table[sd15_pipeline.tokenizer(word, add_special_tokens=False).input_ids[0]]
-    assert subject.tokens[0].shape == (5, 2, 48)
-    assert torch.equal(subject.class_embeddings[0], row)
+    assert subject.tokens[0].shape == (5, 2, 1, 48)
+    assert torch.equal(subject.class_embeddings[0], row[None])
     assert (subject.tokens[0] - row).abs().max() > 1e-4
     assert (subject.placeholder, subject.class_word) == ("<it>", word)
     assert subject.settings["steps"] == 3
@@ -56,6 +56,31 @@ def test_a_folder_as_the_model(sd15_folder, photo):
     subject = train(photo, model=sd15_folder, class_word="cat", **FAST)
     assert subject.base_model == subject.settings["model"] == str(sd15_folder)
     assert len(subject.history.loss) == 3
+
+
+@pytest.mark.parametrize("module", ["attention", "free"])
+def test_a_class_word_of_two_words_and_more_vectors(sd15_pipeline, photo, tmp_path, module):
+    path = tmp_path / "cat.safetensors"
+    subject = train(
+        photo, model=sd15_pipeline, class_word="red cat", num_vectors=3, module=module,
+        output=path, **FAST,
+    )  # fmt: skip
+    rows = sd15_pipeline.text_encoder.get_input_embeddings().weight
+    red, cat = rows[sd15_pipeline.tokenizer("red cat", add_special_tokens=False).input_ids]
+    assert torch.equal(subject.class_embeddings[0], torch.stack([red, cat]))
+    assert (subject.stages, subject.num_vectors) == (5, 3)
+    moved = (subject.tokens[0] - torch.stack([red, cat, cat])).abs()
+    # Every vector is near where it began, and none is there still, nor equal to another.
+    assert moved.amax((0, 1, 3)).min() > 1e-4
+    assert moved.max() < 0.05
+    assert not torch.equal(subject.tokens[0][:, :, 1], subject.tokens[0][:, :, 2])
+    # The untrained tokens are the reference itself, and the first step is taken from there.
+    assert subject.history.alignment[0] == pytest.approx(0, abs=1e-9)
+    assert subject.history.alignment[-1] > 0
+    sefi_fast.attach(sd15_pipeline, path)
+    with sefi_fast.trace(sd15_pipeline, ["<it>", "snow"]) as found:
+        sefi_fast.generate(sd15_pipeline, "a photo of a <it> in the snow", steps=1)
+    assert all(bool(one.any()) for one in found.maps.values())
 
 
 def test_history_and_callback(sd15_pipeline, photo):
@@ -144,9 +169,9 @@ def test_one_tied_stage_without_weight_is_textual_inversion(sd15_pipeline, photo
         losses.append(loss.item())
     assert subject.history.loss == pytest.approx(losses, rel=1e-4)
     assert subject.history.alignment == [0.0] * 3
-    assert subject.tokens[0].shape == (1, 1, 48)
+    assert subject.tokens[0].shape == (1, 1, 1, 48)
     # Adam's first steps follow the gradient's sign, so where that is near zero they may differ.
-    torch.testing.assert_close(subject.tokens[0][0, 0], row.detach(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(subject.tokens[0][0, 0, 0], row.detach(), rtol=0, atol=2e-3)
     assert (row - table[word]).abs().max() > 0.02
 
 

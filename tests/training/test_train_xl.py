@@ -49,11 +49,11 @@ def test_a_photo_becomes_a_subject_that_draws(sdxl_pipeline, photo, tmp_path):
     arguments = {**FAST, "resolution": None, "learning_rate": 0.1}
     subject = train(photo, model=sdxl_pipeline, class_word="cat", output=path, **arguments)
     assert resolution_of(sdxl_pipeline, None) == 128
-    assert [tokens.shape for tokens in subject.tokens] == [(5, 2, 48), (5, 2, 64)]
+    assert [tokens.shape for tokens in subject.tokens] == [(5, 2, 1, 48), (5, 2, 1, 64)]
     for tokens, own, row in zip(
         subject.tokens, subject.class_embeddings, class_rows(sdxl_pipeline, "cat"), strict=True
     ):
-        assert torch.equal(own, row)
+        assert torch.equal(own, row[None])
         assert (tokens - row).abs().max() > 1e-2
     assert subject.history.alignment[0] == pytest.approx(0, abs=1e-9)
     assert subject.history.alignment[-1] > 0
@@ -75,7 +75,7 @@ def test_before_training_every_token_is_the_class_word_of_its_encoder(sdxl_pipel
     with running(sdxl_pipeline, config) as source:
         engine = Run(source, config, [Job(photo, "cat")]).engine
         rows = torch.cat(class_rows(sdxl_pipeline, "cat"))
-        assert torch.equal(engine.current(), rows.expand(5, 2, -1))
+        assert torch.equal(engine.current(), rows.expand(5, 2, 1, -1))
         assert engine._step.time_ids.tolist() == [[300, 451, 0, 32, 64, 64]]
 
 
@@ -141,7 +141,7 @@ def test_textual_inversion_goes_to_diffusers_and_draws_the_same(sdxl_pipeline, p
     pipe = sdxl_pipeline
     settings = {**FAST, "preset": "textual-inversion", "learning_rate": 0.1}
     subject = train(photo, model=pipe, class_word="cat", **settings)
-    assert [tokens.shape for tokens in subject.tokens] == [(1, 1, 48), (1, 1, 64)]
+    assert [tokens.shape for tokens in subject.tokens] == [(1, 1, 1, 48), (1, 1, 1, 64)]
     assert subject.history.alignment == [0.0] * 3
     draw = {"steps": 2, "guidance": 5.0, "negative_prompt": "a car"}
     sefi_fast.attach(pipe, subject)
@@ -298,7 +298,7 @@ def test_the_refiner_is_refused(sdxl_pipeline, photo, tmp_path):
 
 def test_class_words_that_one_encoder_splits_are_refused(sdxl_pipeline, photo):
     sdxl_pipeline.tokenizer.add_tokens(["xylophone"])
-    with pytest.raises(PromptError, match=r"text encoder 2 of 2, the class word 'xylophone' is"):
+    with pytest.raises(PromptError, match=r"text encoder 2 of 2, the class word 'xylophone' falls"):
         train(photo, model=sdxl_pipeline, class_word="xylophone", **FAST)
 
 
