@@ -1,6 +1,6 @@
 """Train many drawn creatures side by side on the bundled model, and show each on one sheet.
 
-python benchmarks/subjects_sheet.py --subjects 32 --output subjects_sheet
+python benchmarks/subjects_sheet.py --subjects 32 -o subjects_sheet
 
 Interrupted, the same command goes on. The creatures are identities that the bundled model has never
 seen; a judge that knows them by sight says for each how many of its five marks the pictures show.
@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=2, help="drawn of each subject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--panel", type=int, default=80, help="side of a picture on the sheet")
-    parser.add_argument("--output", type=Path, default=Path("subjects_sheet"), help="folder")
+    parser.add_argument("-o", "--output", type=Path, default=Path("subjects_sheet"), help="folder")
     options = parser.parse_args(arguments)
     most = len(held_out_identities())
     if not 1 <= options.subjects <= most:

@@ -145,8 +145,8 @@ def _pairs(base: TrainConfig) -> Study:
 
 
 def _vectors(base: TrainConfig) -> Study:
-    found = [_variant(base, f"{n} vectors", n, num_vectors=n) for n in (2, 3, 5)]
-    found.insert(0, Variant("1 vector", base, 1))
+    more = [_variant(base, f"{n} vectors", num_vectors=n) for n in (2, 3, 5)]
+    one = Variant("1 vector", base)
     # Without the loss, and with one tied stage: whether the method adds to what vectors give.
     lone = _variant(base, "3 vectors, λ = 0", num_vectors=3, weight_lambda=0.0)
     plain = _preset(
@@ -156,7 +156,7 @@ def _vectors(base: TrainConfig) -> Study:
         num_vectors=3,
         **_recipe(base),
     )
-    return Study("vectors", "tokens that stand for the placeholder", (*found, lone, plain))
+    return Study("vectors", "tokens that stand for the placeholder", (one, *more, lone, plain))
 
 
 def _recipe(base: TrainConfig) -> dict[str, Any]:
