@@ -46,8 +46,8 @@ def _export(options: argparse.Namespace) -> int:
     exact = subject.stages == 1 and not subject.split
     if not exact and not options.mean_of_stages:
         raise ValueError(
-            f"{options.subject} holds {subject!r}, and an embedding file holds one row: pass "
-            "--mean-of-stages to write their mean, a weaker subject, or train with --preset "
+            f"{options.subject} holds {subject!r}, and an embedding file holds one row a vector: "
+            "pass --mean-of-stages to write their mean, a weaker subject, or train with --preset "
             "textual-inversion"
         )
     path = export_embedding(subject, options.output, lossy=not exact)

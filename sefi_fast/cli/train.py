@@ -39,7 +39,9 @@ def add(commands: Any) -> None:
         "--save-config", type=Path, metavar="FILE",
         help="where to leave all options of this run (default: beside the output, as me.run.yaml)",
     )  # fmt: skip
-    parser.add_argument("--preset", help="settings by name: sefi, textual-inversion or prospect")
+    parser.add_argument(
+        "--preset", help="settings by name: sefi, likeness, textual-inversion or prospect"
+    )
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=None,
         help="go on from the newest checkpoint; --no-resume removes it and begins anew",

@@ -27,7 +27,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "-n", "--batch-subjects", type=int, help="how many train side by side (default: 8)"
     )
-    parser.add_argument("--preset", help="settings by name: sefi, textual-inversion or prospect")
+    parser.add_argument(
+        "--preset", help="settings by name: sefi, likeness, textual-inversion or prospect"
+    )
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
         help="go on from checkpoints; --no-resume removes them and begins anew",

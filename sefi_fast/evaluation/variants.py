@@ -146,17 +146,25 @@ def _pairs(base: TrainConfig) -> Study:
 
 def _vectors(base: TrainConfig) -> Study:
     more = [_variant(base, f"{n} vectors", num_vectors=n) for n in (2, 3, 5)]
-    one = Variant("1 vector", base)
-    # Without the loss, and with one tied stage: whether the method adds to what vectors give.
-    lone = _variant(base, "3 vectors, λ = 0", num_vectors=3, weight_lambda=0.0)
-    plain = _preset(
-        base,
-        "textual-inversion",
-        "Textual Inversion in our recipe, 3 vectors",
-        num_vectors=3,
-        **_recipe(base),
-    )
-    return Study("vectors", "tokens that stand for the placeholder", (one, *more, lone, plain))
+    weights = (0.0, 0.01, 0.05)
+    three = [
+        _variant(base, f"3 vectors, λ = {w:g}", num_vectors=3, weight_lambda=w) for w in weights
+    ]
+    half = max(1, base.steps // 2)
+    variants = (
+        Variant("1 vector", base),
+        *more,
+        *three,
+        _variant(
+            base, "3 vectors, λ = 0.01, half the steps",
+            num_vectors=3, weight_lambda=0.01, steps=half,
+        ),
+        _preset(
+            base, "textual-inversion", "Textual Inversion in our recipe, 3 vectors",
+            num_vectors=3, **_recipe(base),
+        ),
+    )  # fmt: skip
+    return Study("vectors", "tokens that stand for the placeholder", variants)
 
 
 def _recipe(base: TrainConfig) -> dict[str, Any]:

@@ -214,8 +214,8 @@ class TrainConfig:
         """The settings of a preset, with some fields replaced.
 
         Args:
-            name: "sefi" (the defaults), "textual-inversion" or "prospect"; `presets.PRESETS` says
-                what each sets.
+            name: "sefi" (the defaults), "likeness", "textual-inversion" or "prospect";
+                `presets.PRESETS` says what each sets.
             **overrides: fields by name; they win over the preset.
 
         Raises:

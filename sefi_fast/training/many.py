@@ -69,7 +69,7 @@ def train_many(
         output: folder for a file `<name>.safetensors` a subject, and `summary.jsonl`.
         class_word: of the subjects that have none of their own.
         batch_subjects: how many train side by side; halved, with a word, when memory runs out.
-        preset: "sefi", "textual-inversion" or "prospect" in place of `config`.
+        preset: "sefi", "likeness", "textual-inversion" or "prospect" in place of `config`.
         config: settings that all subjects share; default: TrainConfig().
         resume: go on from checkpoints; False removes what an unfinished run left and begins anew.
         overwrite: learn those anew too whose file is there.

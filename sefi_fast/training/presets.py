@@ -1,4 +1,4 @@
-"""Named settings: the method itself, and two older ones it contains as special cases."""
+"""Named settings: the method, a likelier variant of it, and two older methods within it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _OLDER_METHODS: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "sefi": {},
+    "likeness": {"num_vectors": 3, "weight_lambda": 0.01},
     "textual-inversion": {
         **_OLDER_METHODS,
         "stages": 1,
@@ -26,9 +27,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What each preset sets; everything else keeps `TrainConfig`'s default.
 
-"textual-inversion" is one free row for all timesteps and both streams, with the steps, the batch
-and the rate of diffusers' example (whose 5e-4 is scaled by its batch of 4). "prospect" is ten free
-rows, one a stage, for both streams, in the 600 steps of its paper.
+"likeness" gives the subject three vectors: nearer to the picture, and less ready to follow a prompt
+that contradicts it (docs/evidence.md §4). "textual-inversion" is one free row for all timesteps and
+both streams, with the steps, the batch and the rate of diffusers' example (whose 5e-4 is scaled by
+its batch of 4). "prospect" is ten free rows, one a stage, for both streams, in the 600 steps of its
+paper.
 """
 
 

@@ -49,7 +49,7 @@ def train(
         placeholder: the new word, without spaces.
         mask: a picture of the same size as `image`, white where the subject is; for
             `attention_loss="mask"`.
-        preset: "sefi", "textual-inversion" or "prospect" in place of `config`.
+        preset: "sefi", "likeness", "textual-inversion" or "prospect" in place of `config`.
         config: settings; default: TrainConfig().
         output: file to save the subject to. It is replaced at the end, whole or not at all, or
             when the run is interrupted.

@@ -27,8 +27,17 @@ def test_overrides_win(name):
     assert TrainConfig.preset(name, stages=3, steps=5).stages == 3
 
 
+def test_likeness_is_the_method_with_three_vectors():
+    config = TrainConfig.preset("likeness")
+    assert config == TrainConfig(num_vectors=3, weight_lambda=0.01)
+    subject = train(sefi_fast.bundled_subject_image(), config=config, steps=2, batch_size=2)
+    assert subject.num_vectors == 3 and subject.stages == 5 and subject.split
+
+
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="'sefi', 'textual-inversion', 'prospect', got 'sifi'"):
+    with pytest.raises(
+        ValueError, match="'sefi', 'likeness', 'textual-inversion', 'prospect', got 'sifi'"
+    ):
         TrainConfig.preset("sifi")
     with pytest.raises(TypeError, match=r"no setting stage \(did you mean stages\?\)"):
         TrainConfig.preset("sefi", stage=1)
