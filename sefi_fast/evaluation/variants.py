@@ -150,15 +150,15 @@ def _vectors(base: TrainConfig) -> Study:
     three = [
         _variant(base, f"3 vectors, λ = {w:g}", num_vectors=3, weight_lambda=w) for w in weights
     ]
+    likeness = {"num_vectors": 3, "weight_lambda": 0.01}
     half = max(1, base.steps // 2)
     variants = (
         Variant("1 vector", base),
         *more,
         *three,
-        _variant(
-            base, "3 vectors, λ = 0.01, half the steps",
-            num_vectors=3, weight_lambda=0.01, steps=half,
-        ),
+        _variant(base, "3 vectors, λ = 0.01, half the steps", **likeness, steps=half),
+        _variant(base, "3 vectors, λ = 0.01, 1 stage", **likeness, stages=1),
+        _variant(base, "3 vectors, λ = 0.01, 1 tied stage", **likeness, stages=1, split=False),
         _preset(
             base, "textual-inversion", "Textual Inversion in our recipe, 3 vectors",
             num_vectors=3, **_recipe(base),
