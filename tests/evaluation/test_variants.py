@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from dataclasses import fields
+
 import pytest
 
 from sefi_fast.evaluation.variants import STUDIES, Variant, make_studies
@@ -58,8 +63,33 @@ def test_the_base_holds_for_every_variant():
         assert all(config.precision == "bf16" for config in configs)
         if study.name not in ("rate", "peers", "better"):
             assert all(config.learning_rate == 0.1 for config in configs)
-        assert study.name == "steps" or all(config.steps == 8 for config in configs)
+        if study.name == "vectors":
+            assert [variant.name for variant in study.variants if variant.config.steps != 8] == [
+                "3 vectors, λ = 0.01, half the steps"
+            ]
+        else:
+            assert study.name == "steps" or all(config.steps == 8 for config in configs)
     assert [v.value for v in by_name("pairs").values()] == [1, 3, 5, 7, 9, 10, 1, 5, 10]
+
+
+def test_vectors_change_what_their_names_say():
+    found = {name: variant.config for name, variant in by_name("vectors").items()}
+    assert found["1 vector"] == TrainConfig()
+    for name, config in found.items():
+        assert str(config.num_vectors or 1) == re.search(r"(\d) vector", name).group(1)
+    assert found["3 vectors, λ = 0.01"] == TrainConfig.preset("likeness")
+    plain = found["Textual Inversion in our recipe, 3 vectors"]
+    assert (plain.stages, plain.split, plain.module) == (1, False, "free")
+    assert plain.weight_lambda == 0 and plain.learning_rate == TrainConfig().learning_rate
+
+
+def test_results_from_before_there_were_vectors_are_found():
+    one, three = (TrainConfig(num_vectors=count) for count in (None, 3))
+    kept = {field.name: getattr(one, field.name) for field in fields(one)
+            if not field.metadata["free"] and field.name != "num_vectors"}  # fmt: skip
+    text = json.dumps(kept, sort_keys=True, default=list)
+    assert Variant("x", one).key == hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert Variant("x", three).key != Variant("x", one).key
 
 
 @pytest.mark.parametrize("name", ["lamda", "", []])

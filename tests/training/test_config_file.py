@@ -54,7 +54,11 @@ def test_fields_win_over_the_files_preset(tmp_path):
         ("learning_rate: fast", TypeError, "learning_rate must be a number, got 'fast'"),
         ("steps: -1", ValueError, "steps must be at least 1"),
         ("image: 3", ValueError, "image must be a string, got 3"),
-        ("preset: best", ValueError, "preset must be one of 'sefi', 'textual-inversion'"),
+        (
+            "preset: best",
+            ValueError,
+            "preset must be one of 'sefi', 'likeness', 'textual-inversion'",
+        ),
         ("- steps", ValueError, "line by line, as 'steps: 600', got list"),
         ("", ValueError, "line by line"),
         ("a: [1", ValueError, "is no YAML"),
