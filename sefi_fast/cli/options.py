@@ -24,6 +24,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_preset(parser: argparse.ArgumentParser) -> None:
+    """The option --preset."""
+    from sefi_fast.training.presets import PRESETS
+
+    parser.add_argument("--preset", help=f"settings by name: {', '.join(PRESETS)}")
+
+
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """The prompt, in its place on the command line."""
     parser.add_argument("prompt", help="what to draw; a subject stands in it by its placeholder")

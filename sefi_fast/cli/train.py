@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sefi_fast.cli.options import add_config_fields, add_model, config_overrides
+from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
 
 if TYPE_CHECKING:
     from sefi_fast.training import Callbacks, TrainConfig
@@ -39,9 +39,7 @@ def add(commands: Any) -> None:
         "--save-config", type=Path, metavar="FILE",
         help="where to leave all options of this run (default: beside the output, as me.run.yaml)",
     )  # fmt: skip
-    parser.add_argument(
-        "--preset", help="settings by name: sefi, likeness, textual-inversion or prospect"
-    )
+    add_preset(parser)
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=None,
         help="go on from the newest checkpoint; --no-resume removes it and begins anew",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sefi_fast.cli.options import add_config_fields, add_model, config_overrides
+from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
 
 
 def add(commands: Any) -> None:
@@ -27,9 +27,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "-n", "--batch-subjects", type=int, help="how many train side by side (default: 8)"
     )
-    parser.add_argument(
-        "--preset", help="settings by name: sefi, likeness, textual-inversion or prospect"
-    )
+    add_preset(parser)
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
         help="go on from checkpoints; --no-resume removes them and begins anew",

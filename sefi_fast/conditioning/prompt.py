@@ -92,15 +92,15 @@ def placeholder_ids(
     found = []
     for number, tokenizer in enumerate(tokenizers, 1):
         try:
-            found.append(class_token_ids(tokenizer, class_word))
-            padded(found[-1], num_vectors or len(found[-1]), class_word)
+            ids = class_token_ids(tokenizer, class_word)
+            found.append(padded(ids, num_vectors or len(ids), class_word))
         except PromptError as error:
             if len(tokenizers) == 1:
                 raise
             raise PromptError(
                 f"for the tokenizer of text encoder {number} of {len(tokenizers)}, {error}"
             ) from error
-    count = num_vectors or max(map(len, found))
+    count = max(map(len, found))
     return [padded(ids, count, class_word) for ids in found]
 
 

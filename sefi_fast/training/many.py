@@ -188,8 +188,11 @@ class _Many:
         """Those with as many vectors as the first, which can be one batch, and the others."""
         tokenizers = [part.tokenizer for part in text_parts(source.pipe)]
         counts = [vectors_of(one.job, tokenizers, self._config) for one in group]
-        alike = [one for one, count in zip(group, counts, strict=True) if count == counts[0]]
-        return alike, [one for one in group if one not in alike]
+        alike: list[_Numbered] = []
+        others: list[_Numbered] = []
+        for one, count in zip(group, counts, strict=True):
+            (alike if count == counts[0] else others).append(one)
+        return alike, others
 
     def _train_group(
         self, group: Sequence[_Numbered], source: Source, bar: Any, progress: bool

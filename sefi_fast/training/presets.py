@@ -1,4 +1,4 @@
-"""Named settings: the method, a likelier variant of it, and two older methods within it."""
+"""Named settings: the method, a variant nearer to the picture, and two older methods in it."""
 
 from __future__ import annotations
 
