@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Container, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,6 +13,8 @@ from _shapes import Problem, problems
 from _workload import Workload
 from torch import Tensor
 
+ACCURACY = "accuracy against float64"
+FEATURES = "maps, masks, weights, reference"
 REPEATS = 50
 DTYPES = ("bfloat16", "float16", "float32")
 _OVERFLOW_PROBLEM = Problem("sd15", 4096, 40, 8)
@@ -68,12 +68,23 @@ def accuracy_problems(small: bool) -> list[Problem]:
     return odd + problems(["sd15", "sd21", "sdxl"], [2])
 
 
-def accuracy(contender: Contender, device: torch.device, dtype: torch.dtype, small: bool) -> Check:
-    """Each result against float64: at most twice the eager path's error in the same dtype."""
+def accuracy(
+    contender: Contender,
+    device: torch.device,
+    dtype: torch.dtype,
+    small: bool,
+    places: Container[int] | None = None,
+) -> Check:
+    """Each result against float64: at most twice the eager path's error in the same dtype.
+
+    places: which of accuracy_problems(small), by their place in the list; None for all.
+    """
 
     def body() -> str | None:
         eager = Contender("eager-maps", "eager", True, eager_maps)
         for seed, problem in enumerate(accuracy_problems(small)):
+            if places is not None and seed not in places:
+                continue
             inputs = make_inputs(problem, device, dtype, seed)
             wanted = float64_results(inputs)
             measure = errors(Workload(eager, inputs).results(), wanted)
@@ -83,7 +94,7 @@ def accuracy(contender: Contender, device: torch.device, dtype: torch.dtype, sma
                 return f"{problem.queries}x{problem.head_dim}, {problem.keys} keys: {wrong}"
         return None
 
-    return _answer("accuracy against float64", contender, dtype, body)
+    return _answer(ACCURACY, contender, dtype, body)
 
 
 def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
@@ -202,57 +213,36 @@ def features(contender: Contender, device: torch.device, dtype: torch.dtype) -> 
     def body() -> str | None:
         return wrong_feature(contender.name.removeprefix("sefi-"), device, dtype)
 
-    return _answer("maps, masks, weights, reference", contender, dtype, body)
+    return _answer(FEATURES, contender, dtype, body)
 
 
-def against_float64(name: str, device_word: str, dtype_word: str, small: bool) -> list[Check]:
-    """The checks that compile most kernels, by words, so that another process can run them."""
-    device, dtype = torch.device(device_word), getattr(torch, dtype_word)
-    contender = next(one for one in sefi_contenders(device) if one.name == name)
-    return [accuracy(contender, device, dtype, small), features(contender, device, dtype)]
-
-
-def _in_processes(names: list[str], device: torch.device, small: bool, add: AddCheck) -> None:
-    """Compiling takes longer than checking: each dtype in a process, the disk cache is shared."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(DTYPES), mp_context=context) as pool:
-        futures = [
-            pool.submit(against_float64, name, device.type, dtype, small)
-            for name in names
-            for dtype in DTYPES
-        ]
-        for future in as_completed(futures):
-            for check in future.result():
-                add(check)
+def repeats(contender: Contender, device: torch.device, small: bool) -> Iterator[Check]:
+    """The checks of a device's order and memory: on the CPU bitwise repeats alone."""
+    for word in DTYPES:
+        dtype = getattr(torch, word)
+        yield races(contender, device, dtype, small)
+        if device.type == "cuda":
+            yield graph_replay(contender, device, dtype)
+            yield side_stream(contender, device, dtype)
+    if device.type == "cuda" and contender.name != "sefi-eager":
+        yield overflow(contender, device, torch.bfloat16)
 
 
 def all_checks(
-    device: torch.device, small: bool, tick: AddCheck = lambda check: None, apart: bool = False
+    device: torch.device, small: bool, tick: AddCheck = lambda check: None
 ) -> list[Check]:
-    """Every check that fits `device`; on the CPU accuracy and repeats, on CUDA all.
-
-    apart: run those against float64 in processes of their own, one a dtype.
-    """
+    """Every check that fits `device`, in this process."""
     found: list[Check] = []
 
     def add(check: Check) -> None:
         found.append(check)
         tick(check)
 
-    backends = sefi_contenders(device)
-    if apart:
-        _in_processes([contender.name for contender in backends], device, small, add)
-    for contender in backends:
+    for contender in sefi_contenders(device):
         for word in DTYPES:
             dtype = getattr(torch, word)
-            if not apart:
-                add(accuracy(contender, device, dtype, small))
-                add(features(contender, device, dtype))
-            add(races(contender, device, dtype, small))
-            if device.type != "cuda":
-                continue
-            add(graph_replay(contender, device, dtype))
-            add(side_stream(contender, device, dtype))
-        if device.type == "cuda" and contender.name != "sefi-eager":
-            add(overflow(contender, device, torch.bfloat16))
+            add(accuracy(contender, device, dtype, small))
+            add(features(contender, device, dtype))
+        for check in repeats(contender, device, small):
+            add(check)
     return found

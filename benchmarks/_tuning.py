@@ -136,6 +136,23 @@ def candidates(place: Place) -> list[KernelConfig]:
     return list(dict.fromkeys([default_of(place), *tried]))
 
 
+def among(trials: list[Trial], ranked: list[dict[str, Any]], best: int) -> list[Trial]:
+    """The default and the `best` others by what a static run's JSON says of each.
+
+    ranked: its "trials". What it dropped or what spills is left out; where it tells nothing of the
+    place, all trials stay. The compiler does not know the number of queries: "few" are ranked as
+    "many".
+    """
+    place = trials[0].place._replace(bucket="many")
+    here = [one for one in ranked if all(one[key] == word for key, word in place._asdict().items())]
+    if not here:
+        return trials
+    sound = [one for one in here if one["dropped"] is None and not one["spill_bytes"]]
+    order = [one["config"] for one in sorted(sound, key=lambda one: one["cost"])]
+    chosen = order[:best]
+    return [trial for trial in trials if trial.default or trial.config._asdict() in chosen]
+
+
 def as_code(config: KernelConfig) -> str:
     """The configuration as the table writes it: block, warps, stages, then what is not usual."""
     named = [

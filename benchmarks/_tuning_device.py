@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -96,6 +99,44 @@ class Bench:
             self.scale, self.device, config,
         )  # fmt: skip
         return Planned(launches, {"grad_key": grad_key, "grad_value": grad_value})
+
+
+def compile_configs(
+    problem: Problem, dtype: str, device: Device, kernel: str, configs: list[KernelConfig]
+) -> None:
+    """Compile configurations of one kernel into Triton's cache; one that fails is tried again."""
+    bench = Bench(kernel, problem, getattr(torch, dtype), device)
+    for config in configs:
+        with contextlib.suppress(Exception):
+            for launch in bench.plan(config).launches:
+                launch.compile()
+
+
+def compile_all(
+    groups: list[tuple[list[Trial], list[Problem]]],
+    dtype: torch.dtype,
+    device: Device,
+    jobs: int,
+    tick: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Compile all trials over some processes, which share the cache; `tick` is told how many.
+
+    Compiling one takes a second or more and trying it far less.
+    """
+    a_task = 4
+    word = str(dtype).removeprefix("torch.")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        pending = {}
+        for trials, problems in groups:
+            for first in range(0, len(trials), a_task):
+                configs = [trial.config for trial in trials[first : first + a_task]]
+                kernel = trials[0].place.kernel
+                task = pool.submit(compile_configs, problems[0], word, device, kernel, configs)
+                pending[task] = len(configs)
+        for task in as_completed(pending):
+            task.result()
+            tick(pending[task])
 
 
 def difference(found: Planned, wanted: Planned, dtype: torch.dtype) -> str | None:

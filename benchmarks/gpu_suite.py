@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,23 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
         sys.path.append(_place)
 
 import attn_bench  # noqa: E402
-import step_bench  # noqa: E402
-import subjects_bench  # noqa: E402
 import torch  # noqa: E402
 from _bars import bars_of  # noqa: E402
+from _check_processes import checks_apart, checks_of_cpu  # noqa: E402
 from _contenders import COMPILED, contenders  # noqa: E402
 from _gpu_checks import Check, all_checks  # noqa: E402
-from _measure import FULL  # noqa: E402
+from _measure import Effort  # noqa: E402
 from _rates import device_name  # noqa: E402
-from _record import ProblemRecord  # noqa: E402
 from _report import bars_table, environment, table, write_json  # noqa: E402
 from _run import reason  # noqa: E402
 from _shapes import problems  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 NO_GPU = "no CUDA device on this machine: nothing here was measured on a GPU"
+SHORT = Effort(0.1, 0.02, 15)
 _BUILD_SECONDS = 150
-_TRAINING_SECONDS = 150
+_TRAINING_SECONDS = 90
+_COMPILED_SECONDS = 60
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -86,7 +87,8 @@ def run_checks(device: torch.device, small: bool) -> list[Check]:
             bar.update()
             bar.set_description(f"{check.contender} {check.dtype} {check.name}"[:60])
 
-        return all_checks(device, small, tick, apart=device.type == "cuda")
+        check = checks_apart if device.type == "cuda" else all_checks
+        return check(device, small, tick)
 
 
 def checks_table(checks: list[Check]) -> str:
@@ -95,52 +97,71 @@ def checks_table(checks: list[Check]) -> str:
     return table(["backend", "dtype", "check", "answer", "detail"], rows)
 
 
-def measure_gpu(device: torch.device, deadline: float, small: bool, folder: Path) -> dict[str, Any]:
-    """attn_bench at full size, without what compiles first, then that on SD 1.5 and SDXL.
-
-    Compiling takes longer than measuring, so it comes last and stops at the deadline; what was
-    left out is named in the report.
-    """
+def measure_gpu(
+    device: torch.device, deadline: float, small: bool, red: set[str], folder: Path
+) -> dict[str, Any]:
+    """attn_bench at full size, of all but those with a red check and those that compile first."""
     options = attn_bench.parse(["--device", device.type])
     torch._functorch.config.donated_buffer = False
     field, absent = contenders(device)
-    ready = [contender for contender in field if contender.family not in COMPILED]
+    absent |= dict.fromkeys(sorted(red), "a check is red: see gpu_suite.json")
+    ready = [one for one in field if one.family not in COMPILED and one.name not in red]
     chosen = problems(["sd15:1024"], [2]) if small else attn_bench.chosen_problems(options, device)
     records, rates = attn_bench.measure_all(
-        chosen, ready, device, ["bfloat16"], FULL, options, deadline
+        chosen, ready, device, ["bfloat16"], SHORT, options, deadline
     )
-    with_compiled = [] if small else problems(["sd15", "sdxl"], [4])
-    compiled_records, _ = attn_bench.measure_all(
-        with_compiled, field, device, ["bfloat16"], FULL, options, deadline
-    )
-    newer = {record.problem: record for record in compiled_records}
-    merged: list[ProblemRecord] = [newer.get(record.problem, record) for record in records]
     measured = {record.problem for record in records}
     settings = {
         "dtypes": ["bfloat16"],
-        "seconds_a_call": FULL.seconds,
-        "rounds_at_least": FULL.rounds,
+        "seconds_a_call": SHORT.seconds,
+        "rounds_at_least": SHORT.rounds,
         "seed": options.seed,
         "left_out_for_time": [p.name for p in chosen if p not in measured],
-        "compiled_contenders_on": [p.name for p in newer],
     }
-    report = attn_bench.content(merged, rates, absent, device, settings)
-    attn_bench.write_results(merged, report, folder)
-    print(bars_table(bars_of(merged)))
+    report = attn_bench.content(records, rates, absent, device, settings)
+    attn_bench.write_results(records, report, folder)
+    print(bars_table(bars_of(records)))
+    return report
+
+
+def measure_compiled(
+    device: torch.device, deadline: float, red: set[str], folder: Path
+) -> dict[str, Any]:
+    """Everybody, those that torch.compile makes too, on SD 1.5 and SDXL while there is time.
+
+    Compiling takes longer than measuring: it comes last, and no layer is begun near the deadline.
+    """
+    options = attn_bench.parse(["--device", device.type])
+    field, absent = contenders(device)
+    field = [contender for contender in field if contender.name not in red]
+    records, rates = attn_bench.measure_all(
+        problems(["sd15:4096", "sdxl:4096", "sd15:1024", "sd15:256", "sdxl:1024"], [4]),
+        field, device, ["bfloat16"], SHORT, options, deadline - _COMPILED_SECONDS,
+    )  # fmt: skip
+    report = attn_bench.content(records, rates, absent, device, {"with_compiled": True})
+    if records:
+        attn_bench.write_results(records, report, folder / "compiled")
     return report
 
 
 def measure_training(device: torch.device, deadline: float, folder: Path) -> dict[str, Any]:
-    """The short forms of the training benchmarks; none is begun after `deadline`.
+    """The short forms of the training benchmarks on SD 1.5; none is begun after `deadline`.
 
     One that fails is named with its reason, and the others are measured all the same.
     """
+    # Not above: each process of the checks imports this file, and these import diffusers.
+    import step_bench
+    import subjects_bench
+
     found: dict[str, Any] = {}
-    for name, bench in (("step_bench", step_bench), ("subjects_bench", subjects_bench)):
+    for name, bench, more in (
+        ("step_bench", step_bench, ["--models", "sd15"]),
+        ("subjects_bench", subjects_bench, []),
+    ):
         if time.monotonic() > deadline:
             found[name] = "left out for time"
             continue
-        arguments = ["--quick", "--device", device.type, "--output", str(folder)]
+        arguments = ["--quick", "--device", device.type, "--output", str(folder), *more]
         try:
             report = bench.run(bench.parse(arguments))
         except Exception as error:  # noqa: BLE001 - the operator's figures must not be lost with it
@@ -154,19 +175,30 @@ def measure_training(device: torch.device, deadline: float, folder: Path) -> dic
     return found
 
 
+def _chosen_backend(device: torch.device) -> str:
+    """The contender whose backend a call on this device gets by itself."""
+    from sefi_fast.ops import choose_backend
+
+    tensor = torch.empty(1, 1, 1, 64, device=device, dtype=torch.bfloat16)
+    return f"sefi-{choose_backend(tensor, tensor, tensor, tensor)}"
+
+
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """Build, check, and on a GPU with nothing red measure; the report and where it was written."""
     started = time.monotonic()
     built = build(options.no_build)
     gpu = torch.cuda.is_available()
-    devices = [torch.device("cpu")] + ([torch.device("cuda")] if gpu else [])
-    checks: list[Check] = []
-    for device in devices:
-        # On a machine with a GPU the CPU's checks stay small: the time belongs to the GPU.
-        checks += run_checks(device, options.small or device.type == "cpu")
+    device = torch.device("cuda" if gpu else "cpu")
+    if gpu:
+        # The time belongs to the GPU: the CPU is checked beside it.
+        with ThreadPoolExecutor(1) as aside:
+            beside = aside.submit(checks_of_cpu)
+            checks = run_checks(device, options.small)
+            checks = beside.result() + checks
+    else:
+        checks = run_checks(device, options.small)
     print(checks_table(checks))
     red = [check for check in checks if check.status == "failed"]
-    device = devices[-1]
     folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
     report: dict[str, Any] = {
         "benchmark": "gpu_suite",
@@ -179,14 +211,26 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     }
     if not gpu:
         report["note"] = NO_GPU
-    elif red:
-        report["note"] = "checks are red: nothing was timed"
     else:
         deadline = started + 60.0 * options.minutes
-        bench = measure_gpu(device, deadline - _TRAINING_SECONDS, options.small, folder)
-        report["note"] = "all checks passed; figures in attn_bench.json and beside it"
+        wrong = {check.contender for check in red}
+        report["note"] = (
+            f"checks are red: {', '.join(sorted(wrong))} got no time"
+            if wrong
+            else "all checks passed; figures in attn_bench.json and beside it"
+        )
+        # Written before what may break the process, and again with the rest.
+        write_json(folder / "gpu_suite.json", report)
+        before_training = deadline - _TRAINING_SECONDS
+        bench = measure_gpu(device, before_training, options.small, wrong, folder)
         report["bars"] = bench["bars"]
-        report["training"] = measure_training(device, deadline, folder)
+        # Training takes the backend that a call chooses: none if that one is red.
+        if _chosen_backend(device) in wrong:
+            report["training"] = "the backend that training would take is red"
+        else:
+            report["training"] = measure_training(device, deadline, folder)
+        if not options.small:
+            measure_compiled(device, deadline, wrong, folder)
     report["seconds"] = round(time.monotonic() - started, 1)
     write_json(folder / "gpu_suite.json", report)
     return report, folder

@@ -2,6 +2,7 @@
 
     python benchmarks/tune_kernels.py                        # on a CUDA device: checks, then times
     python benchmarks/tune_kernels.py --static --arch 80 90  # no GPU: by what the compiler makes
+    python benchmarks/tune_kernels.py --jobs 8 --among static.json   # the best of a static run
 
 Nothing is changed by it, and no training or generation ever starts it: the lines are for pasting.
 """
@@ -9,6 +10,7 @@ Nothing is changed by it, and no training or generation ever starts it: the line
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -45,9 +47,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=(*WIDTHS, 256), help="upper ends of the table's head width buckets",
     )  # fmt: skip
     parser.add_argument("--buckets", nargs="+", choices=_tuning.BUCKETS, default=_tuning.BUCKETS)
-    parser.add_argument("--jobs", type=int, default=1, help="with --static: compiling processes")
+    parser.add_argument("--jobs", type=int, default=1, help="compiling processes")
+    parser.add_argument(
+        "--among",
+        type=Path,
+        metavar="FILE",
+        help="on a device: try the best of what a static run's --json ranked, not all",
+    )
+    parser.add_argument("--best", type=int, default=8, metavar="N", help="with --among: so many")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was tried")
     options = parser.parse_args(arguments)
+    if options.among and options.static:
+        parser.error("--among goes with a device: --static ranks everything itself")
     if options.arch and not options.static:
         parser.error("--arch goes with --static: on a device its own architecture is tuned")
     return options
@@ -115,7 +126,7 @@ def tune_static(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]
 def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]:
     """Check and time all candidates on this machine's CUDA device."""
     import torch
-    from _tuning_device import measure_place
+    from _tuning_device import compile_all, measure_place
     from sefi_fast.kernels import Device
 
     from sefi_fast.ops.devices import cuda_device
@@ -123,10 +134,17 @@ def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]
     found = cuda_device(torch.cuda.current_device())
     device = Device(found.capability, found.multiprocessors, False)
     dtype = getattr(torch, options.dtype)
+    ranked = json.loads(options.among.read_text())["trials"] if options.among else []
     groups = [
-        (trials_of(place), _tuning.problems_of(place.kernel, dtype, place.width, place.bucket))
+        (
+            _tuning.among(trials_of(place), ranked, options.best),
+            _tuning.problems_of(place.kernel, dtype, place.width, place.bucket),
+        )
         for place in places(options, [found.capability])
     ]
+    if options.jobs > 1:
+        with tqdm(total=sum(len(trials) for trials, _ in groups), unit="kernel") as bar:
+            compile_all(groups, dtype, device, options.jobs, bar.update)
     winners = []
     total = sum(len(trials) * len(problems) for trials, problems in groups)
     with tqdm(total=total, unit="run") as bar:

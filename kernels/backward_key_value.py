@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    COUNTS,
     accumulate,
     block_offset,
     exponentials,
@@ -118,7 +119,7 @@ def add_key_gradients(
     return key_sum, value_sum, reference_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cross_attention_backward_key_value(
     query, key, value, reference_key, token_weights, key_mask, map_tokens,
     grad_output, grad_alignment, grad_maps, statistics, grad_key, grad_value, grad_reference_key,
@@ -320,7 +321,7 @@ def write_total(partials, total, elements, count, BLOCK: tl.constexpr):
     tl.store(total + group * elements + place, sums.to(total.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sum_partials(
     first_partials, second_partials, third_partials, first_total, second_total, third_total,
     elements, count, BLOCK: tl.constexpr,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    COUNTS,
     accumulate,
     add_to_column,
     block_offset,
@@ -24,7 +25,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cross_attention_backward_query(
     query, key, value, reference_key, token_weights, key_mask, map_tokens,
     grad_output, grad_alignment, grad_maps, grad_query, statistics,

@@ -67,7 +67,9 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         divisible = isinstance(value, Tensor)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = parameter.do_not_specialize
+        one = type(value) is int and value == 1 and not plain
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
@@ -77,7 +79,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = value % 16 == 0 and not plain
         if divisible:
             promises[index,] = [["tt.divisibility", 16]]
     return signature, constants, promises

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    COUNTS,
     accumulate,
     block_offset,
     head_offset,
@@ -21,7 +22,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cross_attention_forward(
     query, key, value, reference_key, token_weights, key_mask, map_tokens,
     output, alignment, maps,

@@ -31,7 +31,7 @@ class Device(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel with its grid and all its arguments by name; `run` starts it."""
+    """One kernel with its grid and all its arguments by name."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -43,6 +43,13 @@ class Launch(NamedTuple):
         self.kernel[self.grid](
             **self.arguments, num_warps=self.config.warps, num_stages=self.config.stages
         )
+
+    def compile(self) -> None:
+        """Compile for these arguments and the current device into Triton's cache; nothing runs."""
+        self.kernel.warmup(
+            **self.arguments, grid=self.grid,
+            num_warps=self.config.warps, num_stages=self.config.stages,
+        )  # fmt: skip
 
 
 class Inputs(NamedTuple):

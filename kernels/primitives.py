@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+COUNTS = ("heads", "tokens", "blocks_a_program", "count")
+"""Arguments of the kernels that only count: a 1 or a multiple of 16 among them, which a batch or a
+resolution decides, is not worth a kernel of its own."""
+
 
 @triton.jit
 def head_offset(batch, head, stride_batch, stride_head, ALIGNMENT: tl.constexpr):

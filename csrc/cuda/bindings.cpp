@@ -56,4 +56,6 @@ PYBIND11_MODULE(_cuda, module) {
                "What the kernels are compiled for: sm_80 is machine code, compute_80 is PTX.");
     module.def("runtime_version", [] { return SEFI_CUDA_VERSION; },
                "Version of the CUDA runtime inside: major * 1000 + minor * 10.");
+    module.def("driver_version", &sefi::cuda::driver_version,
+               "Newest CUDA that the driver knows, counted alike; 0 without a driver.");
 }

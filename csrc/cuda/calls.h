@@ -1,4 +1,4 @@
-// The two entry points of the CUDA device side. Pointers inside the calls are device pointers.
+// The entry points of the CUDA device side. Pointers inside the calls are device pointers.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,9 @@
 #include "problem.h"
 
 namespace sefi::cuda {
+
+// The newest CUDA that the driver knows, major * 1000 + minor * 10; 0 where there is no driver.
+int driver_version();
 
 // Bytes of device memory that a call needs beside its results (partial sums of the alignment and of
 // the maps; row statistics and partial sums of the key-side gradients). The caller hands them over

@@ -130,6 +130,11 @@ const char* refusal(const Problem& p) {
 
 }  // namespace
 
+int driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 int64_t forward_scratch(const ForwardCall& call, int multiprocessors) {
     return refusal(call) ? 0 : ForwardPlan(call, nullptr, multiprocessors).bytes;
 }

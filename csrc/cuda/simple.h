@@ -8,6 +8,7 @@ namespace sefi::cuda::simple {
 constexpr int kThreads = 128, kRows = 16;
 // A piece of the keys on its way through shared memory; the padding spreads it over the banks.
 constexpr int kPieceKeys = 32, kPieceColumns = 64, kPieceStride = kPieceColumns + 1;
+constexpr int kTerms = 8;
 constexpr int kPiece = kPieceKeys * kPieceStride;
 constexpr int kRowThreads = kThreads / kRows;  // the threads of one warp that share a row
 
@@ -106,13 +107,18 @@ SEFI_DEVICE void weighted_sums(const float* weights, const Rows<E>& rows,
                 const float* left =
                     (turn ? other_weights : weights) + row * padded(keys) + first;
                 const int count = min(kPieceKeys, keys - first);
-                for (int k = 0; k < count; ++k) {
-                    const float w0 = left[k], w1 = left[padded(keys) + k];
-                    for (int i = 0; i < 4; ++i) {
-                        const float y = piece[k * kPieceStride + mine + 16 * i];
-                        sums[0][i] = fmaf(w0, y, sums[0][i]);
-                        sums[1][i] = fmaf(w1, y, sums[1][i]);
+                // Few terms a sum: one after the other, many would err more than the eager path's.
+                for (int start = 0; start < count; start += kTerms) {
+                    float part[2][4] = {};
+                    for (int k = start; k < min(start + kTerms, count); ++k) {
+                        const float w0 = left[k], w1 = left[padded(keys) + k];
+                        for (int i = 0; i < 4; ++i) {
+                            const float y = piece[k * kPieceStride + mine + 16 * i];
+                            part[0][i] = fmaf(w0, y, part[0][i]);
+                            part[1][i] = fmaf(w1, y, part[1][i]);
+                        }
                     }
+                    for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] += part[i / 4][i % 4];
                 }
             }
         }

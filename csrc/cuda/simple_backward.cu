@@ -128,16 +128,19 @@ size_t key_value_bytes(const BackwardCall& p) {
 // sums[column] += sum over the rows of weights[row] * rows[row][column], for one key.
 SEFI_DEVICE void add_rows(const float* weights, const float* rows, int width,
                           float (&sums)[kColumns]) {
+    float part[kColumns] = {};
     for (int r = 0; r < kRows; ++r) {
         const float weight = weights[r * kKeys];
         const float* row = rows + r * padded(width) + threadIdx.x % kKeyThreads;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             if (i * kKeyThreads + int(threadIdx.x % kKeyThreads) < width) {
-                sums[i] = fmaf(weight, row[i * kKeyThreads], sums[i]);
+                part[i] = fmaf(weight, row[i * kKeyThreads], part[i]);
             }
         }
     }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) sums[i] += part[i];
 }
 
 // Block z has the keys [kKeys * z, kKeys * (z + 1)).

@@ -40,7 +40,7 @@ def covers(target: str, capability: int) -> bool:
 @functools.cache
 def _driver_version() -> int:
     """The newest CUDA that the driver knows, major * 1000 + minor * 10."""
-    return torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return _cuda.driver_version()
 
 
 def _version(number: int) -> str:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 LOWEST_CAPABILITY = 80
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# Older ones reuse the registers of a warp group's operands before its product has read them, and
+# the kernels then read wrong numbers or addresses: seen on an H200 with 12.8, gone with 13.4;
+# NVIDIA's release notes of 13.3 tell of it. Triton 3.9 brings 13.4 along.
+SOUND_ASSEMBLER = (13, 3)
+
 # The interpreter has no multiprocessors; a small number makes every loop and split run there.
 INTERPRETED_MULTIPROCESSORS = 2
 
@@ -50,6 +55,25 @@ def _device_of(query: Tensor) -> Device:
     return Device(90, INTERPRETED_MULTIPROCESSORS, True)
 
 
+@functools.cache
+def _why_not_assembler(capability: int) -> str | None:
+    """Why Triton's assembler must not make these kernels for a device, None where it may."""
+    if capability // 10 != 9:
+        return None
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    version = get_ptxas(capability).version
+    if tuple(map(int, version.split(".")[:2])) >= SOUND_ASSEMBLER:
+        return None
+    sound = ".".join(map(str, SOUND_ASSEMBLER))
+    return (
+        f"Triton {triton.__version__} uses the assembler ptxas {version}, which miscompiles "
+        f"warp-group products on compute capability 9.0: install triton 3.9 or newer, or let "
+        f"TRITON_PTXAS_PATH name a ptxas of CUDA {sound} or newer (docs/performance.md)"
+    )
+
+
 def why_not(
     query: Tensor,
     key: Tensor,
@@ -75,6 +99,8 @@ def why_not(
                 f"the device has compute capability {capability // 10}.{capability % 10}, "
                 "and the kernels need 8.0 (A100) or newer"
             )
+        if (reason := _why_not_assembler(capability)) is not None:
+            return reason
     if query.dtype not in DTYPES:
         return f"the dtype is {query.dtype}, and the kernels take float32, float16 and bfloat16"
     return None

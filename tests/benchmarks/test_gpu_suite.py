@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import _check_processes
 import _feature_checks
 import _gpu_checks
 import gpu_suite
@@ -90,3 +92,50 @@ def test_a_feature_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     wrong = _feature_checks.wrong_feature("other", CPU, torch.float32)
     assert wrong is not None
     assert wrong.startswith("gradient through the reference: grad_reference_key is off by 0.01")
+
+
+def test_checks_in_processes_find_what_this_process_finds() -> None:
+    """Every accuracy once, pieced together, and the repeats after it."""
+    told: list[_gpu_checks.Check] = []
+    found = _check_processes.checks_apart(CPU, True, told.append)
+    assert told == found
+    alone = _gpu_checks.all_checks(CPU, True)
+    assert sorted(check[:4] for check in found) == sorted(check[:4] for check in alone)
+    assert {check.status for check in found} == {"passed"}
+
+
+def test_a_process_that_ends_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = _check_processes.Task("sefi-eager", "float32", (0,))
+    monkeypatch.setattr(_check_processes, "_run_task", _ends)
+    check = _check_processes._checked(task, "cpu", True)
+    assert (check.status, check.name) == ("failed", _gpu_checks.ACCURACY)
+    assert "BrokenProcessPool" in check.detail
+    monkeypatch.setattr(_check_processes, "_run_repeats", _ends)
+    assert [one.status for one in _check_processes._repeated("sefi-eager", "cpu", True)] == [
+        "failed"
+    ]
+
+
+def _ends(*_: object) -> None:
+    os._exit(3)
+
+
+def test_triton_is_compiled_in_more_pieces_than_the_others() -> None:
+    for dtype in _gpu_checks.DTYPES:
+        pieces = _check_processes._pieces("sefi-triton", dtype, 19)
+        assert [place for piece in pieces for place in piece] == list(range(19))
+        assert len(pieces) > 1 == len(_check_processes._pieces("sefi-cuda", dtype, 19))
+
+
+def test_one_accuracy_fails_when_a_piece_of_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_check_processes, "_pieces", lambda *_: [(0,), (1,)])
+
+    def answer(task: _check_processes.Task, *_: object) -> _gpu_checks.Check:
+        status = "failed" if task.places == (1,) else "passed"
+        return _gpu_checks.Check("name", task.backend, task.dtype, status, str(task.places))
+
+    monkeypatch.setattr(_check_processes, "_checked", answer)
+    found: list[_gpu_checks.Check] = []
+    _check_processes._against_float64(["one"], "cpu", True, found.append)
+    red = [check for check in found if check.status == "failed"]
+    assert len(red) == len(_gpu_checks.DTYPES) and {check.detail for check in red} == {"(1,)"}

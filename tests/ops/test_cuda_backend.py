@@ -113,6 +113,13 @@ def test_the_binding_tells_what_was_built(module: ModuleType) -> None:
     assert module.runtime_version() == VERSION
 
 
+def test_the_driver_is_asked_through_the_binding(module: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_cuda", module)
+    cuda._driver_version.cache_clear()
+    assert cuda._driver_version() == module.driver_version() == VERSION
+    cuda._driver_version.cache_clear()
+
+
 def test_without_the_module_the_reason_says_how_to_have_it(monkeypatch) -> None:
     monkeypatch.setattr(cuda, "_cuda", None)
     monkeypatch.setattr(cuda, "_missing", "not built", raising=False)

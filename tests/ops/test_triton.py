@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,3 +195,36 @@ def test_reasons_are_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "meta" in str(backend.why_not(meta, meta, meta, None, None))
     monkeypatch.setattr(backend, "_installed", lambda: False)
     assert "not installed" in str(backend.why_not(query, query, query, None, None))
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "refused"),
+    [
+        (90, "12.8", True),
+        (90, "12.9", True),
+        (90, "13.0", True),
+        (90, "13.3", False),
+        (90, "13.4", False),
+        (90, "14.0", False),
+        (80, "12.8", False),
+        (100, "12.9", False),
+    ],
+)
+def test_an_assembler_that_miscompiles_for_hopper_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, capability: int, version: str, refused: bool
+) -> None:
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    tool = SimpleNamespace(version=version)
+    monkeypatch.setattr(compiler, "get_ptxas", lambda arch: tool)
+    backend._why_not_assembler.cache_clear()
+    reason = backend._why_not_assembler(capability)
+    backend._why_not_assembler.cache_clear()
+    assert (reason is not None) == refused
+    if refused:
+        assert f"ptxas {version}" in reason and "triton 3.9" in reason
+        assert "TRITON_PTXAS_PATH" in reason
+
+
+def test_the_assembler_of_this_triton_has_a_version() -> None:
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    assert len(compiler.get_ptxas(90).version.split(".")) == 2
