@@ -57,6 +57,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _assembler(capability: tuple[int, int]) -> str | None:
+    """Version of the ptxas that Triton takes for a device: old ones miscompile for Hopper."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        return get_ptxas(10 * capability[0] + capability[1]).version
+    except (ImportError, RuntimeError):
+        return None
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device and load; no path or name of the machine."""
     found: dict[str, Any] = {
@@ -81,6 +91,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "capability": list(torch.cuda.get_device_capability(device)),
             "cuda": torch.version.cuda,
+            "ptxas": _assembler(torch.cuda.get_device_capability(device)),
         }
     return found
 

@@ -22,6 +22,7 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
         sys.path.append(_place)
 
 import attn_bench  # noqa: E402
+import kernel_times  # noqa: E402
 import torch  # noqa: E402
 from _bars import bars_of  # noqa: E402
 from _check_processes import checks_apart, checks_of_cpu  # noqa: E402
@@ -224,6 +225,10 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         before_training = deadline - _TRAINING_SECONDS
         bench = measure_gpu(device, before_training, options.small, wrong, folder)
         report["bars"] = bench["bars"]
+        if time.monotonic() < deadline and not options.small:
+            kernels = [name for name in ("sefi-triton", "sefi-cuda") if name not in wrong]
+            arguments = ["--output", str(folder), "--only", *kernels, "sdpa-cudnn"]
+            kernel_times.run(kernel_times.parse(arguments), device)
         # Training takes the backend that a call chooses: none if that one is red.
         if _chosen_backend(device) in wrong:
             report["training"] = "the backend that training would take is red"

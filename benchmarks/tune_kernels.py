@@ -101,6 +101,24 @@ def teller(bar: tqdm[Any]) -> Callable[[Trial], None]:
     return tell
 
 
+def save(options: argparse.Namespace, trials: list[Trial], winners: list[Winner]) -> None:
+    """Write everything that was tried to the file asked for, if one was."""
+    import torch
+
+    if not options.json:
+        return
+    device = torch.device("cpu" if options.static else "cuda")
+    report = {
+        "benchmark": "tune_kernels",
+        "measured": not options.static,
+        "dtype": options.dtype,
+        "environment": environment(device),
+        "lines": list(_tuning.table_lines(winners)),
+        "trials": [trial.as_dict() for trial in trials],
+    }
+    write_json(options.json, report)
+
+
 def tune_static(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]:
     """Compile all candidates for every architecture asked for and rank them."""
     from _tuning_static import static_winner, try_all
@@ -145,15 +163,19 @@ def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]
     if options.jobs > 1:
         with tqdm(total=sum(len(trials) for trials, _ in groups), unit="kernel") as bar:
             compile_all(groups, dtype, device, options.jobs, bar.update)
-    winners = []
+    winners: list[Winner] = []
+    tried: list[Trial] = []
     total = sum(len(trials) * len(problems) for trials, problems in groups)
     with tqdm(total=total, unit="run") as bar:
         tell = teller(bar)
         for trials, problems in groups:
             winner = measure_place(trials, problems, dtype, device, tell)
             winners += [winner] if winner else []
+            tried += trials
+            # After each place: a run that is cut short keeps what it found.
+            save(options, tried, winners)
             torch.cuda.empty_cache()
-    return [trial for trials, _ in groups for trial in trials], winners
+    return tried, winners
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -172,17 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     trials, winners = (tune_static if options.static else tune_device)(options)
-    if options.json:
-        device = torch.device("cpu" if options.static else "cuda")
-        report = {
-            "benchmark": "tune_kernels",
-            "measured": not options.static,
-            "dtype": options.dtype,
-            "environment": environment(device),
-            "lines": list(_tuning.table_lines(winners)),
-            "trials": [trial.as_dict() for trial in trials],
-        }
-        write_json(options.json, report)
+    save(options, trials, winners)
     if not winners:
         print("no candidate is better than the defaults")
     for line in _tuning.table_lines(winners):

@@ -22,7 +22,7 @@ from _measure import Effort, Timing  # noqa: E402
 from _shapes import Problem  # noqa: E402
 from _tuning import Place, Trial, Winner  # noqa: E402
 from _tuning_static import judge, static_winner  # noqa: E402
-from sefi_fast.kernels import Device, KernelConfig  # noqa: E402
+from sefi_fast.kernels import Device, KernelConfig, Launch  # noqa: E402
 from sefi_fast.kernels.configs import TABLE  # noqa: E402
 
 from sefi_fast.ops.triton import interpreted  # noqa: E402
@@ -43,6 +43,58 @@ def test_the_default_comes_first_and_nothing_twice() -> None:
                 tried = _tuning.candidates(place)
                 assert tried[0] == _tuning.default_of(place)
                 assert len(tried) == len(set(tried)) > 10
+
+
+def ranked(config: KernelConfig, cost: float, spills: int = 0, dropped: str | None = None) -> dict:
+    figures = {"cost": cost, "spill_bytes": spills, "dropped": dropped}
+    return {**PLACE._asdict(), "config": config._asdict(), **figures}
+
+
+def test_the_best_of_a_static_run_are_tried_and_the_default() -> None:
+    configs = [KernelConfig(block, 4, 1) for block in (16, 32, 64, 128, 256)]
+    tried = trials(*configs)
+    costs = [50.0, 40.0, 10.0, 20.0, 30.0]
+    told = [ranked(config, cost) for config, cost in zip(configs, costs, strict=True)]
+    told[2]["spill_bytes"] = 8
+    told[3]["dropped"] = "does not compile"
+    assert [t.config.block for t in _tuning.among(tried, told, 2)] == [16, 32, 256]
+    few = [Trial(PLACE._replace(bucket="few"), t.config, t.default) for t in tried]
+    assert [t.config.block for t in _tuning.among(few, told, 1)] == [16, 256]
+    elsewhere = [Trial(PLACE._replace(width=64), t.config, t.default) for t in tried]
+    assert _tuning.among(elsewhere, told, 2) == elsewhere
+
+
+def test_a_run_that_is_cut_short_keeps_what_it_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sefi_fast.ops import devices
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(devices, "cuda_device", lambda index: devices.CudaDevice(90, 132))
+    monkeypatch.setattr(tune_kernels, "environment", lambda device: {})
+    seen: list[list[Trial]] = []
+
+    def measure(tried: list[Trial], *_: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(tried)
+
+    monkeypatch.setattr(device_tuning, "measure_place", measure)
+    file = tmp_path / "tried.json"
+    options = tune_kernels.parse(
+        ["--kernels", "forward", "--widths", "48", "64", "--json", str(file)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        tune_kernels.tune_device(options)
+    report = json.loads(file.read_text())
+    assert len(report["trials"]) == len(seen[0]) > 1 and report["measured"]
+
+
+def test_static_runs_rank_everything_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tune_kernels.parse(["--static", "--among", "some.json"])
+    assert "--among goes with a device" in capsys.readouterr().err
 
 
 def test_the_kernel_of_the_keys_looks_up_wider_tiles() -> None:
@@ -132,6 +184,26 @@ class TestOnTheInterpreter:
     """The device's part, with the interpreter as the device and made-up times."""
 
     problems = [Problem("custom", 40, 16, 1, 1, 20)]
+
+    def test_all_launches_of_all_configurations_are_compiled(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        compiled: list[tuple[str, KernelConfig]] = []
+
+        def compile_launch(launch: Launch) -> None:
+            compiled.append((launch.kernel.fn.__name__, launch.config))
+            if launch.config.block == 16:
+                raise RuntimeError("too little shared memory")
+
+        monkeypatch.setattr(Launch, "compile", compile_launch)
+        configs = [KernelConfig(16, 4, 1), KernelConfig(32, 4, 1, separate=True)]
+        device = Device(90, 2, True)
+        device_tuning.compile_configs(
+            self.problems[0], "float32", device, "backward_key_value", configs
+        )
+        keys = [config for name, config in compiled if name.endswith("key_value")]
+        assert keys == [configs[0], configs[1], configs[1]]
+
     configs = (KernelConfig(16, 4, 1), KernelConfig(32, 4, 1), KernelConfig(64, 4, 1))
 
     def run(self, kernel: str, factors: list[float], spread: float = 0.01) -> Any:

@@ -20,6 +20,27 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("cuda_emulated"))
 
 
+@pytest.fixture(scope="session")
+def cuda_module(emulated_library: Path) -> types.ModuleType:
+    """The binding of those sources, as sefi_fast._cuda."""
+    from cuda_emulation.module import build_module
+
+    return build_module(emulated_library)
+
+
+@pytest.fixture
+def emulated_cuda(
+    cuda_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> types.ModuleType:
+    """The backend "cuda" on CPU tensors; only the questions to a device are answered here."""
+    from sefi_fast.ops import cuda
+
+    monkeypatch.setattr(cuda, "_cuda", cuda_module)
+    monkeypatch.setattr(cuda, "_why_not_device", lambda query: None)
+    monkeypatch.setattr(cuda, "_place", lambda query: (2, 0))
+    return cuda_module
+
+
 @pytest.fixture
 def calls_of(monkeypatch) -> Callable[..., list[types.SimpleNamespace]]:
     """calls_of("cpu", "eager") → a list that grows by every call of those backends' functions."""

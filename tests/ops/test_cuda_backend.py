@@ -6,12 +6,11 @@ Only the questions to a device are answered by the tests: there is none here.
 from __future__ import annotations
 
 import types
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from cuda_emulation.module import TARGETS, VERSION, build_module
+from cuda_emulation.module import TARGETS, VERSION
 from ops.oracle import check_backend, check_results, make_inputs, operator_results
 
 from sefi_fast.errors import BackendError
@@ -20,19 +19,6 @@ from sefi_fast.ops.devices import CudaDevice
 
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 ALL = {"weights": True, "mask": True, "tokens": 3, "reference_grad": True}
-
-
-@pytest.fixture(scope="session")
-def module(emulated_library: Path) -> ModuleType:
-    return build_module(emulated_library)
-
-
-@pytest.fixture
-def emulated(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setattr(cuda, "_cuda", module)
-    monkeypatch.setattr(cuda, "_why_not_device", lambda query: None)
-    monkeypatch.setattr(cuda, "_place", lambda query: (2, 0))
-    return module
 
 
 @pytest.mark.parametrize(
@@ -50,11 +36,11 @@ def emulated(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_every_option_keeps_the_accuracy_rule(emulated: ModuleType, options: dict) -> None:
+def test_every_option_keeps_the_accuracy_rule(emulated_cuda: ModuleType, options: dict) -> None:
     check_backend("cuda", make_inputs(**options))
 
 
-def test_the_operator_and_autograd_reach_the_kernels(emulated: ModuleType, calls_of) -> None:
+def test_the_operator_and_autograd_reach_the_kernels(emulated_cuda: ModuleType, calls_of) -> None:
     calls = calls_of("cuda", "cpu", "eager")
     inputs = make_inputs(dtype=BFLOAT16, **ALL)
     results = operator_results(inputs, "cuda")
@@ -63,7 +49,7 @@ def test_the_operator_and_autograd_reach_the_kernels(emulated: ModuleType, calls
     check_results(results, inputs)
 
 
-def test_only_the_wanted_gradients_are_made(emulated: ModuleType) -> None:
+def test_only_the_wanted_gradients_are_made(emulated_cuda: ModuleType) -> None:
     inputs = make_inputs(head_dim=40, dtype=BFLOAT16)
     grads = cuda.backward(
         None, inputs.grad_alignment, None, *inputs.tensors, **inputs.options,
@@ -75,7 +61,7 @@ def test_only_the_wanted_gradients_are_made(emulated: ModuleType) -> None:
 
 
 def test_a_call_takes_the_scratch_it_asks_for(
-    emulated: ModuleType, monkeypatch: pytest.MonkeyPatch
+    emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
     make = cuda._scratch
@@ -97,26 +83,28 @@ def test_a_call_takes_the_scratch_it_asks_for(
     assert backward > 2 * 4 * (2 * 2 * 77 * 40)
 
 
-def test_failures_of_the_kernels_are_one_sentence(module: ModuleType) -> None:
+def test_failures_of_the_kernels_are_one_sentence(cuda_module: ModuleType) -> None:
     absent = (0, 0, 0, 0, 0)
     problem = ((1, 1, 1, 1, 8), 0, 1.0, [absent] * 4, [(0, 0, 0)] * 3, False)
     with pytest.raises(RuntimeError, match="scratch memory"):
-        module.backward(*problem, absent, 0, 0, False, [absent] * 4, 0, 2, 0)
+        cuda_module.backward(*problem, absent, 0, 0, False, [absent] * 4, 0, 2, 0)
     with pytest.raises(ValueError, match="no gradient reaches the reference key"):
-        module.backward(*problem, absent, 0, 0, False, [absent] * 3 + [(8, 1, 8, 8, 8)], 8, 2, 0)
+        cuda_module.backward(
+            *problem, absent, 0, 0, False, [absent] * 3 + [(8, 1, 8, 8, 8)], 8, 2, 0
+        )
     with pytest.raises(ValueError, match="dtype code"):
-        module.forward((1, 1, 1, 1, 8), 7, *problem[2:], absent, 0, 0, 0, 2, 0)
+        cuda_module.forward((1, 1, 1, 1, 8), 7, *problem[2:], absent, 0, 0, 0, 2, 0)
 
 
-def test_the_binding_tells_what_was_built(module: ModuleType) -> None:
-    assert module.architectures() == TARGETS.split(",")
-    assert module.runtime_version() == VERSION
+def test_the_binding_tells_what_was_built(cuda_module: ModuleType) -> None:
+    assert cuda_module.architectures() == TARGETS.split(",")
+    assert cuda_module.runtime_version() == VERSION
 
 
-def test_the_driver_is_asked_through_the_binding(module: ModuleType, monkeypatch) -> None:
-    monkeypatch.setattr(cuda, "_cuda", module)
+def test_the_driver_is_asked_through_the_binding(cuda_module: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_cuda", cuda_module)
     cuda._driver_version.cache_clear()
-    assert cuda._driver_version() == module.driver_version() == VERSION
+    assert cuda._driver_version() == cuda_module.driver_version() == VERSION
     cuda._driver_version.cache_clear()
 
 
@@ -129,8 +117,8 @@ def test_without_the_module_the_reason_says_how_to_have_it(monkeypatch) -> None:
     assert cuda.architectures() is None
 
 
-def test_cpu_tensors_are_refused_by_name(module: ModuleType, monkeypatch) -> None:
-    monkeypatch.setattr(cuda, "_cuda", module)
+def test_cpu_tensors_are_refused_by_name(cuda_module: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "_cuda", cuda_module)
     inputs = make_inputs()
     with pytest.raises(BackendError, match="on cpu, and the kernels run on CUDA devices"):
         fused_cross_attention(inputs.query, inputs.key, inputs.value, backend="cuda")
@@ -162,9 +150,9 @@ def test_what_code_for_a_target_runs_on(target: str, runs: tuple, does_not: tupl
     ],
 )
 def test_devices_are_refused_in_words(
-    module: ModuleType, monkeypatch, capability: int, driver: int, said: str | None
+    cuda_module: ModuleType, monkeypatch, capability: int, driver: int, said: str | None
 ) -> None:
-    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(cuda, "_cuda", cuda_module)
     _pretend(monkeypatch, capability, driver)
     reason = cuda._why_not_device(_OnCuda())
     if said is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 
 import pytest
 import torch
@@ -168,6 +169,25 @@ def test_a_few_random_calls(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_thousands_of_random_calls(backend: str) -> None:
     _hold_to_float64(backend, FULL, 256)
+
+
+def _hold_emulated_to_float64(count: int, largest: int) -> None:
+    def check(case: Case) -> None:
+        inputs = case.inputs("cpu")
+        _check(backend_results("cuda", inputs), inputs)
+
+    _fuzz("cuda", count, largest, check)
+
+
+def test_a_few_random_calls_of_the_emulated_cuda_kernels(emulated_cuda: ModuleType) -> None:
+    _hold_emulated_to_float64(20, 80)
+
+
+@pytest.mark.long
+def test_thousands_of_random_calls_of_the_emulated_cuda_kernels(
+    emulated_cuda: ModuleType,
+) -> None:
+    _hold_emulated_to_float64(FULL, 128)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

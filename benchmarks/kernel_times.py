@@ -1,0 +1,152 @@
+"""What each kernel of forward and backward takes on a CUDA device, by PyTorch's profiler.
+
+python benchmarks/kernel_times.py
+python benchmarks/kernel_times.py --shapes sd15:4096 --batches 1 16 --only sefi-triton sdpa-cudnn
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
+    if _place not in sys.path:
+        sys.path.append(_place)
+
+import torch  # noqa: E402
+from _contenders import Contender, contenders  # noqa: E402
+from _rates import device_name  # noqa: E402
+from _reference import make_inputs  # noqa: E402
+from _report import environment, table, write_json  # noqa: E402
+from _run import reason  # noqa: E402
+from _shapes import Problem, problems  # noqa: E402
+from _workload import Workload  # noqa: E402
+
+CALLS = 10
+_FLUSH_BYTES = 256 << 20
+# The write that empties the L2 cache before each call.
+_FLUSH = re.compile(r"FillFunctor|Memset", re.I)
+
+
+def short_name(name: str) -> str:
+    """A kernel's own name and the numbers it is made for, without namespaces and arguments."""
+    bare = re.sub(r"\([^()]*\)$", "", name.strip().removeprefix("void "))
+    head, _, parameters = bare.partition("<")
+    numbers = re.findall(r"(?<![\w:])\(?(?:int\))?(\d+)(?![\w:])", parameters)
+    own = re.split(r"::", head.replace("(anonymous namespace)::", ""))[-1]
+    return f"{own}<{', '.join(numbers)}>" if numbers else own
+
+
+def by_kernel(events: Iterable[tuple[str, float]], calls: int = CALLS) -> dict[str, float]:
+    """Seconds a call of each kernel, from (name, microseconds) of every run in `calls` calls."""
+    totals: dict[str, float] = {}
+    for name, microseconds in events:
+        if not _FLUSH.search(name):
+            short = short_name(name)
+            totals[short] = totals.get(short, 0.0) + microseconds * 1e-6
+    return {name: seconds / calls for name, seconds in totals.items()}
+
+
+def profile(workload: Workload, device: torch.device) -> dict[str, float]:
+    """Seconds a call of each kernel, behind a write that empties the L2 cache each time."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    call = workload.call("both")
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(CALLS):
+            flush.zero_()
+            call()
+        torch.cuda.synchronize()
+    return by_kernel(
+        (event.name, event.device_time)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+
+
+def rows_of(problem: Problem, contender: Contender, kernels: dict[str, float]) -> list[dict]:
+    """A flat row a kernel, the longest first."""
+    ordered = sorted(kernels.items(), key=lambda item: -item[1])
+    return [
+        {
+            "layer": problem.layer,
+            "batch": problem.batch,
+            "contender": contender.name,
+            "kernel": name,
+            "seconds": seconds,
+            "picoseconds_a_row": seconds / problem.rows * 1e12,
+        }
+        for name, seconds in ordered
+    ]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["sd15", "sdxl"], metavar="SHAPE")
+    parser.add_argument("--batches", nargs="+", type=int, default=[16], metavar="B")
+    parser.add_argument(
+        "--only", nargs="+", default=["sefi-triton", "sefi-cuda", "sdpa-cudnn"], metavar="NAME"
+    )
+    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Every contender on every layer; the report, which is written too."""
+    field, absent = contenders(device, options.only)
+    field = [contender for contender in field if contender.family != "eager"]
+    found: list[dict] = []
+    for problem in problems(options.shapes, options.batches):
+        for contender in field:
+            try:
+                inputs = make_inputs(problem, device, torch.bfloat16)
+                with contender.context():
+                    kernels = profile(Workload(contender, inputs), device)
+            except Exception as error:  # noqa: BLE001 - one that cannot leaves the others theirs
+                print(f"{problem.name}, {contender.name}: {reason(error)}", file=sys.stderr)
+                continue
+            rows = rows_of(problem, contender, kernels)
+            found += rows
+            cells = [
+                [row["kernel"], f"{row['seconds'] * 1e6:.1f}", f"{row['picoseconds_a_row']:.0f}"]
+                for row in rows
+            ]
+            print(f"\n{problem.name}, {contender.name}")
+            print(table(["kernel", "us", "ps a row"], cells))
+    report = {
+        "benchmark": "kernel_times",
+        "environment": environment(device),
+        "absent": absent,
+        "results": found,
+    }
+    folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
+    write_json(folder / "kernel_times.json", report)
+    print(f"wrote {os.path.relpath(folder / 'kernel_times.json')}")
+    return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 2 where there is no CUDA device or a word fits nothing."""
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        print("kernel_times: no CUDA device on this machine", file=sys.stderr)
+        return 2
+    try:
+        run(options, torch.device("cuda"))
+    except ValueError as error:
+        print(f"kernel_times: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

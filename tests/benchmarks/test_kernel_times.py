@@ -1,0 +1,53 @@
+"""Kernels by name and time: what the profiler says, put together."""
+
+from __future__ import annotations
+
+import kernel_times
+import pytest
+import torch
+from _contenders import Contender, eager_maps
+from _shapes import Problem
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("cross_attention_forward", "cross_attention_forward"),
+        (
+            "void sefi::cuda::tensor::(anonymous namespace)::query_kernel<40, "
+            "sefi::cuda::BFloat16>(sefi::cuda::BackwardArguments)",
+            "query_kernel<40>",
+        ),
+        ("sefi::cuda::alignment_kernel(sefi::cuda::AlignmentArguments)", "alignment_kernel"),
+        (
+            "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128>>"
+            "(pytorch_flash::Flash_fwd_params)",
+            "flash_fwd_kernel<64, 128>",
+        ),
+    ],
+)
+def test_a_kernel_is_called_by_its_own_name(name: str, short: str) -> None:
+    assert kernel_times.short_name(name) == short
+
+
+def test_runs_are_added_up_and_the_flush_is_left_out() -> None:
+    events = [("a", 3.0), ("b", 1.0), ("a", 5.0), ("b", 1.0), ("Memset (Device)", 90.0)]
+    events.append(("void at::native::vectorized_elementwise_kernel<FillFunctor<char>>", 80.0))
+    found = kernel_times.by_kernel(events, calls=2)
+    assert found == pytest.approx({"a": 4e-6, "b": 1e-6})
+
+
+def test_rows_tell_the_longest_first_and_the_time_a_row() -> None:
+    problem = Problem("sd15", 100, 40, 2, batch=5)
+    contender = Contender("one", "sefi", True, eager_maps)
+    rows = kernel_times.rows_of(problem, contender, {"short": 1e-6, "long": 4e-6})
+    assert [row["kernel"] for row in rows] == ["long", "short"]
+    assert rows[0]["picoseconds_a_row"] == pytest.approx(4e-6 / 1000 * 1e12)
+
+
+def test_without_a_device_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernel_times.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
