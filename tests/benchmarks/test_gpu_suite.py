@@ -94,14 +94,19 @@ def test_a_feature_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert wrong.startswith("gradient through the reference: grad_reference_key is off by 0.01")
 
 
-def test_checks_in_processes_find_what_this_process_finds() -> None:
+def test_checks_in_processes_are_all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every accuracy once, pieced together, and the repeats after it."""
+    eager = [one for one in _gpu_checks.sefi_contenders(CPU) if one.name == "sefi-eager"]
+    monkeypatch.setattr(_check_processes, "sefi_contenders", lambda device: eager)
+    monkeypatch.setattr(_check_processes, "DTYPES", ("float32",))
     told: list[_gpu_checks.Check] = []
     found = _check_processes.checks_apart(CPU, True, told.append)
     assert told == found
-    alone = _gpu_checks.all_checks(CPU, True)
-    assert sorted(check[:4] for check in found) == sorted(check[:4] for check in alone)
     assert {check.status for check in found} == {"passed"}
+    against = {(_gpu_checks.ACCURACY, "float32"), (_gpu_checks.FEATURES, "float32")}
+    repeated = {(f"{_gpu_checks.REPEATS} bitwise repeats", dtype) for dtype in _gpu_checks.DTYPES}
+    assert {(check.name, check.dtype) for check in found} == against | repeated
+    assert len(found) == len(against) + len(repeated)
 
 
 def test_a_process_that_ends_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,8 @@ def _rounded_anew(inputs: Inputs, seed: int) -> Results:
 def _cancelled(inputs: Inputs, which: str) -> dict[str, float]:
     """What rounding each dA and its mean leaves in the gradients where equation 8 takes them apart.
 
-    Sixteen units of float32 in every dA − rowsum(A ∘ dA), carried on to the gradients.
+    Sixteen units of float32 in every dA − rowsum(A ∘ dA), carried on to the gradients, and what
+    large scores leave: two kernels that add up a score in another order have other probabilities.
     """
     wide = inputs.double()
     largest = 0.0
@@ -142,9 +143,13 @@ def _cancelled(inputs: Inputs, which: str) -> dict[str, float]:
         largest += pull * sharpest
     if which in ("maps", "all") and wide.grad_maps.numel():
         largest += wide.grad_maps.abs().max().item()
-    unit = 16 * torch.finfo(torch.float32).eps * abs(wide.scale) * largest
+    share = 16 * torch.finfo(torch.float32).eps + _of_large_scores(inputs)
+    unit = share * abs(wide.scale) * largest
     streams = [x for x in (wide.key, wide.reference_key) if x is not None]
-    rows = unit * wide.query.abs().max().item() * wide.query.shape[2] ** 0.5
+    # Errors of unlike rows add up like a random walk, those of one row repeated all the way.
+    alike = inputs.query.stride(2) == 0
+    count = wide.query.shape[2] ** (1.0 if alike else 0.5)
+    rows = unit * wide.query.abs().max().item() * count
     return {
         "grad_query": unit * max(x.abs().max().item() for x in streams),
         "grad_key": rows,
