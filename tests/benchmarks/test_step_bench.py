@@ -16,6 +16,7 @@ import gpu_suite
 import numpy as np
 import pytest
 import step_bench
+import subjects_bench
 import torch
 from _measure import Effort, Timing
 from _step_bars import step_bars
@@ -245,8 +246,8 @@ def test_the_suite_names_what_failed_or_had_no_time(
     def fails(options: Any) -> Any:
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr(gpu_suite.step_bench, "run", fails)
-    monkeypatch.setattr(gpu_suite.subjects_bench, "run", lambda options: {"results": [1]})
+    monkeypatch.setattr(step_bench, "run", fails)
+    monkeypatch.setattr(subjects_bench, "run", lambda options: {"results": [1]})
     found = gpu_suite.measure_training(CPU, float("inf"), tmp_path)
     assert found == {
         "step_bench": "failed: RuntimeError: out of registers",
