@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from types import ModuleType
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from sefi_fast.errors import BackendError
 
+logger = logging.getLogger(__name__)
+
 NAMES = ("triton", "cuda", "cpu", "eager")
 
-# The first that takes the input; eager where none does. No GPU has yet told whether the C++ kernels
-# are faster than Triton's, so they serve where Triton cannot.
+# The first that takes the input; eager where none does. On an H200 Triton's kernels were faster
+# at most layers (docs/performance-gpu.md), so the C++ ones serve where Triton cannot.
 _FASTEST = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 
@@ -51,6 +54,15 @@ def _why_not(name: str, tensors: _Tensors) -> str | None:
     return module if isinstance(module, str) else module.why_not(*tensors)
 
 
+@functools.cache
+def _warn_of_eager(refused: tuple[str, ...]) -> None:
+    """Once for the same reasons: the plain path costs what the library is there to save."""
+    logger.warning(
+        "attention on this GPU takes the plain PyTorch path, with its maps in memory. %s",
+        "; ".join(refused),
+    )
+
+
 def choose_backend(
     query: Tensor,
     key: Tensor,
@@ -68,9 +80,14 @@ def choose_backend(
     """
     tensors = (query, key, value, reference_key, map_tokens)
     if backend is None:
+        refused = []
         for name in _FASTEST.get(query.device.type, ()):
-            if _why_not(name, tensors) is None:
+            reason = _why_not(name, tensors)
+            if reason is None:
                 return name
+            refused.append(f"{name}: {reason}")
+        if query.device.type == "cuda" and query.dtype != torch.float64:
+            _warn_of_eager(tuple(refused))
         return "eager"
     reason = _why_not(backend, tensors)
     if reason is not None:

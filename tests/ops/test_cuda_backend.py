@@ -195,3 +195,16 @@ def test_cuda_tensors_go_to_triton_then_to_these_kernels(
     )
     query = _OnCuda()
     assert choose_backend(query, query, query) == chosen
+
+
+def test_a_gpu_without_kernels_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "_why_not", lambda name, tensors: f"{name} is not here")
+    backends._warn_of_eager.cache_clear()
+    for _ in range(2):
+        assert choose_backend(_OnCuda(), None, None) == "eager"
+    (record,) = caplog.records
+    assert "plain PyTorch path" in record.message
+    assert "triton: triton is not here; cuda: cuda is not here" in record.message
+    backends._warn_of_eager.cache_clear()
