@@ -36,6 +36,15 @@ def rehearse(run: Callable[[], None], changed: Iterable[Tensor], times: int = _R
             tensor.copy_(copy)
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether an illegal access or the like has left this process nothing but errors there."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 class Replay:
     """A captured step; a call does what `run()` did, on the same tensors.
 

@@ -13,7 +13,7 @@ from sefi_fast.attention_record import AttentionRecord
 from sefi_fast.pipelines.families import unwrap
 from sefi_fast.training.attention_term import AttentionTerm
 from sefi_fast.training.borrow import TrainingProcessors
-from sefi_fast.training.capture import Replay, wants_capture
+from sefi_fast.training.capture import Replay, is_lost, wants_capture
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.lane_state import LaneState
 from sefi_fast.training.lanes import Lane, check_lanes
@@ -262,7 +262,7 @@ class Engine:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                if self._config.capture == "always":
+                if self._config.capture == "always" or is_lost(self._device):
                     raise
                 logger.warning(
                     "the training step cannot be captured as a CUDA graph here (%s); it runs "

@@ -12,7 +12,7 @@ from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
 from sefi_fast.training import engine as engine_module
 from sefi_fast.training import step as step_module
-from sefi_fast.training.capture import Replay, rehearse, wants_capture
+from sefi_fast.training.capture import Replay, is_lost, rehearse, wants_capture
 from sefi_fast.training.engine import Engine
 from sefi_fast.training.image import load_image, prepare
 from sefi_fast.training.lanes import Lane
@@ -243,6 +243,37 @@ def test_a_capture_changes_no_number_and_is_made_anew_only_when_it_must(pipe, mo
     engine.refill(lanes)
     assert steps(engine, 1) == wanted[:1]
     assert Imitation.made == 3
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_failed_capture_ends_the_run_only_where_the_device_is_lost(pipe, monkeypatch, lost):
+    def fails(run, changed, device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine_module, "Replay", fails)
+    monkeypatch.setattr(engine_module, "wants_capture", lambda setting, device: True)
+    monkeypatch.setattr(engine_module, "is_lost", lambda device: lost)
+    engine = make_engine(pipe, [make_lane(pipe, 0)])
+    if lost:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            engine.step()
+    else:
+        assert steps(engine, 1) == steps(make_engine_without_capture(pipe, monkeypatch), 1)
+
+
+def make_engine_without_capture(pipe, monkeypatch):
+    monkeypatch.setattr(engine_module, "wants_capture", lambda setting, device: False)
+    return make_engine(pipe, [make_lane(pipe, 0)])
+
+
+def test_a_device_that_answers_with_an_error_is_lost(monkeypatch):
+    def answer(device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not is_lost(CPU)
+    monkeypatch.setattr(torch.cuda, "synchronize", answer)
+    assert is_lost(CPU)
 
 
 @pytest.mark.parametrize("loss", ["subject", "class", "mask", "none"])
