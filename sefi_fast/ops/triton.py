@@ -55,22 +55,28 @@ def _device_of(query: Tensor) -> Device:
     return Device(90, INTERPRETED_MULTIPROCESSORS, True)
 
 
+def assembler_version(capability: int) -> str:
+    """Version of the ptxas that Triton takes for a compute capability of major * 10 + minor."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(capability).version
+
+
 @functools.cache
 def _why_not_assembler(capability: int) -> str | None:
     """Why Triton's assembler must not make these kernels for a device, None where it may."""
     if capability // 10 != 9:
         return None
     import triton
-    from triton.backends.nvidia.compiler import get_ptxas
 
-    version = get_ptxas(capability).version
+    version = assembler_version(capability)
     if tuple(map(int, version.split(".")[:2])) >= SOUND_ASSEMBLER:
         return None
     sound = ".".join(map(str, SOUND_ASSEMBLER))
     return (
         f"Triton {triton.__version__} uses the assembler ptxas {version}, which miscompiles "
         f"warp-group products on compute capability 9.0: install triton 3.9 or newer, or let "
-        f"TRITON_PTXAS_PATH name a ptxas of CUDA {sound} or newer (docs/performance.md)"
+        f"TRITON_PTXAS_PATH name a ptxas of CUDA {sound} or newer (docs/performance-gpu.md)"
     )
 
 
