@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from typing import NamedTuple, TypeVar
 
 import torch
+from _contenders import Contender
 from _gpu_checks import (
     ACCURACY,
     DTYPES,
     FEATURES,
-    AddCheck,
     Check,
     accuracy,
     accuracy_problems,
@@ -35,9 +35,13 @@ class Task(NamedTuple):
     places: tuple[int, ...] | None
 
 
+def _contender(backend: str, device: torch.device) -> Contender:
+    return next(one for one in sefi_contenders(device) if one.name == backend)
+
+
 def _run_task(task: Task, device_word: str, small: bool) -> Check:
     device, dtype = torch.device(device_word), getattr(torch, task.dtype)
-    contender = next(one for one in sefi_contenders(device) if one.name == task.backend)
+    contender = _contender(task.backend, device)
     if task.places is None:
         return features(contender, device, dtype)
     return accuracy(contender, device, dtype, small, task.places)
@@ -45,8 +49,7 @@ def _run_task(task: Task, device_word: str, small: bool) -> Check:
 
 def _run_repeats(backend: str, device_word: str, small: bool) -> list[Check]:
     device = torch.device(device_word)
-    contender = next(one for one in sefi_contenders(device) if one.name == backend)
-    return list(repeats(contender, device, small))
+    return list(repeats(_contender(backend, device), device, small))
 
 
 def _alone(work: Callable[..., _Result], *arguments: object) -> _Result:
@@ -59,7 +62,7 @@ def _alone(work: Callable[..., _Result], *arguments: object) -> _Result:
 def _run_on_cpu() -> list[Check]:
     # The other threads belong to the compilers that run beside it.
     torch.set_num_threads(2)
-    return all_checks(torch.device("cpu"), small=True)
+    return list(all_checks(torch.device("cpu"), small=True))
 
 
 def checks_of_cpu() -> list[Check]:
@@ -92,7 +95,7 @@ def _repeated(backend: str, device_word: str, small: bool) -> list[Check]:
         return [Check("repeats", backend, "all", "failed", broken)]
 
 
-def _against_float64(names: list[str], device_word: str, small: bool, add: AddCheck) -> None:
+def _against_float64(names: list[str], device_word: str, small: bool) -> Iterator[Check]:
     """The accuracy and the features; an accuracy is told when all its pieces are known."""
     count = len(accuracy_problems(small))
     tasks = [
@@ -109,28 +112,18 @@ def _against_float64(names: list[str], device_word: str, small: bool, add: AddCh
         for future in as_completed(pending):
             task, check = pending[future], future.result()
             if task.places is None:
-                add(check)
+                yield check
                 continue
             known = answers.setdefault((task.backend, task.dtype), [])
             known.append(check)
             if len(known) == len(_pieces(task.backend, task.dtype, count)):
                 red = [one for one in known if one.status == "failed"]
-                add((red or known)[0])
+                yield (red or known)[0]
 
 
-def checks_apart(
-    device: torch.device, small: bool, tick: AddCheck = lambda check: None
-) -> list[Check]:
+def checks_apart(device: torch.device, small: bool) -> Iterator[Check]:
     """Every check of `device`, none in this process; with what compiles in many at once."""
-    found: list[Check] = []
-
-    def add(check: Check) -> None:
-        found.append(check)
-        tick(check)
-
     names = [contender.name for contender in sefi_contenders(device)]
-    _against_float64(names, device.type, small, add)
+    yield from _against_float64(names, device.type, small)
     for name in names:
-        for check in _repeated(name, device.type, small):
-            add(check)
-    return found
+        yield from _repeated(name, device.type, small)

@@ -31,9 +31,6 @@ class Check(NamedTuple):
     detail: str
 
 
-AddCheck = Callable[[Check], None]
-
-
 def sefi_contenders(device: torch.device) -> list[Contender]:
     """sefi's own backends that run on `device`."""
     found, _ = contenders(device, ["sefi"])
@@ -228,21 +225,11 @@ def repeats(contender: Contender, device: torch.device, small: bool) -> Iterator
         yield overflow(contender, device, torch.bfloat16)
 
 
-def all_checks(
-    device: torch.device, small: bool, tick: AddCheck = lambda check: None
-) -> list[Check]:
+def all_checks(device: torch.device, small: bool) -> Iterator[Check]:
     """Every check that fits `device`, in this process."""
-    found: list[Check] = []
-
-    def add(check: Check) -> None:
-        found.append(check)
-        tick(check)
-
     for contender in sefi_contenders(device):
         for word in DTYPES:
             dtype = getattr(torch, word)
-            add(accuracy(contender, device, dtype, small))
-            add(features(contender, device, dtype))
-        for check in repeats(contender, device, small):
-            add(check)
-    return found
+            yield accuracy(contender, device, dtype, small)
+            yield features(contender, device, dtype)
+        yield from repeats(contender, device, small)

@@ -43,7 +43,7 @@ class Effort(NamedTuple):
 FULL = Effort(1.0, 0.02, 9)
 QUICK = Effort(0.25, 0.01, 5)
 _MOST_ROUNDS = 60
-_FLUSH_BYTES = 256 << 20
+FLUSH_BYTES = 256 << 20
 
 
 def _timing(samples: list[float]) -> Timing:
@@ -89,7 +89,7 @@ def interleaved_cuda(
     The write also hides the host's launch time of the first kernels; a call of many small kernels
     may still wait for the host, which is why graph replays are timed beside it.
     """
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=flush_device)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=flush_device)
     longest = 0.0
     for call in calls.values():
         call()

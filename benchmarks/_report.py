@@ -58,11 +58,11 @@ def _version(package: str) -> str | None:
 
 
 def _assembler(capability: tuple[int, int]) -> str | None:
-    """Version of the ptxas that Triton takes for a device: old ones miscompile for Hopper."""
-    try:
-        from triton.backends.nvidia.compiler import get_ptxas
+    """Version of Triton's assembler for a device, without which its times tell half."""
+    from sefi_fast.ops.triton import assembler_version
 
-        return get_ptxas(10 * capability[0] + capability[1]).version
+    try:
+        return assembler_version(10 * capability[0] + capability[1])
     except (ImportError, RuntimeError):
         return None
 

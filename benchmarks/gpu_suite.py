@@ -82,14 +82,13 @@ def build(skip: bool) -> str:
 
 def run_checks(device: torch.device, small: bool) -> list[Check]:
     """All checks with a progress line each."""
+    found = []
     with tqdm(unit="check", file=sys.stderr) as bar:
-
-        def tick(check: Check) -> None:
+        for check in (checks_apart if device.type == "cuda" else all_checks)(device, small):
             bar.update()
             bar.set_description(f"{check.contender} {check.dtype} {check.name}"[:60])
-
-        check = checks_apart if device.type == "cuda" else all_checks
-        return check(device, small, tick)
+            found.append(check)
+    return found
 
 
 def checks_table(checks: list[Check]) -> str:

@@ -21,6 +21,7 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
 
 import torch  # noqa: E402
 from _contenders import Contender, contenders  # noqa: E402
+from _measure import FLUSH_BYTES  # noqa: E402
 from _rates import device_name  # noqa: E402
 from _reference import make_inputs  # noqa: E402
 from _report import environment, table, write_json  # noqa: E402
@@ -29,7 +30,6 @@ from _shapes import Problem, problems  # noqa: E402
 from _workload import Workload  # noqa: E402
 
 CALLS = 10
-_FLUSH_BYTES = 256 << 20
 # The write that empties the L2 cache before each call.
 _FLUSH = re.compile(r"FillFunctor|Memset", re.I)
 
@@ -55,7 +55,7 @@ def by_kernel(events: Iterable[tuple[str, float]], calls: int = CALLS) -> dict[s
 
 def profile(workload: Workload, device: torch.device) -> dict[str, float]:
     """Seconds a call of each kernel, behind a write that empties the L2 cache each time."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     call = workload.call("both")
     for _ in range(3):
         call()

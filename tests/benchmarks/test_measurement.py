@@ -101,7 +101,7 @@ def test_events_time_each_call_behind_a_flush(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(_measure, "_FLUSH_BYTES", 1 << 10)
+    monkeypatch.setattr(_measure, "FLUSH_BYTES", 1 << 10)
     calls = {"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)}
     times = interleaved_cuda(calls, Effort(0.02, 0.0, 4), flush_device="cpu")
     assert times["slow"].rounds == times["fast"].rounds >= 4

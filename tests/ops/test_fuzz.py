@@ -157,9 +157,9 @@ def _cancelled(inputs: Inputs, which: str) -> dict[str, float]:
     }
 
 
-def _hold_to_float64(backend: str, count: int, largest: int) -> None:
+def _hold_to_float64(backend: str, count: int, largest: int, device: str | None = None) -> None:
     def check(case: Case) -> None:
-        inputs = case.inputs(_device(backend))
+        inputs = case.inputs(device or _device(backend))
         _check(backend_results(backend, inputs), inputs)
 
     _fuzz(backend, count, largest, check)
@@ -176,23 +176,15 @@ def test_thousands_of_random_calls(backend: str) -> None:
     _hold_to_float64(backend, FULL, 256)
 
 
-def _hold_emulated_to_float64(count: int, largest: int) -> None:
-    def check(case: Case) -> None:
-        inputs = case.inputs("cpu")
-        _check(backend_results("cuda", inputs), inputs)
-
-    _fuzz("cuda", count, largest, check)
-
-
 def test_a_few_random_calls_of_the_emulated_cuda_kernels(emulated_cuda: ModuleType) -> None:
-    _hold_emulated_to_float64(20, 80)
+    _hold_to_float64("cuda", 20, 80, device="cpu")
 
 
 @pytest.mark.long
 def test_thousands_of_random_calls_of_the_emulated_cuda_kernels(
     emulated_cuda: ModuleType,
 ) -> None:
-    _hold_emulated_to_float64(FULL, 128)
+    _hold_to_float64("cuda", FULL, 128, device="cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
