@@ -22,6 +22,7 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
         sys.path.append(_place)
 
 import attn_bench  # noqa: E402
+import host_times  # noqa: E402
 import kernel_times  # noqa: E402
 import torch  # noqa: E402
 from _bars import bars_of  # noqa: E402
@@ -228,6 +229,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             kernels = [name for name in ("sefi-triton", "sefi-cuda") if name not in wrong]
             arguments = ["--output", str(folder), "--only", *kernels, "sdpa-cudnn"]
             kernel_times.run(kernel_times.parse(arguments), device)
+            host_times.run(device, folder, wrong)
         # Training takes the backend that a call chooses: none if that one is red.
         if _chosen_backend(device) in wrong:
             report["training"] = "the backend that training would take is red"

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from .configs import KernelConfig
-from .launch import (
-    MAX_ROW_STRIDE,
-    Device,
-    Gradients,
-    Inputs,
-    Launch,
-    plan_backward_key_value,
-    plan_backward_query,
-    plan_forward,
-)
+from .launch import Device, Launch
+from .layouts import MAX_ROW_STRIDE, Gradients, Inputs
+from .plan import plan_backward_key_value, plan_backward_query, plan_forward
 
 __all__ = [
     "MAX_ROW_STRIDE",

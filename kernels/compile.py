@@ -16,11 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .configs import KernelConfig
-from .launch import (
-    Device,
-    Gradients,
-    Inputs,
-    Launch,
+from .launch import Device, Launch
+from .layouts import Gradients, Inputs
+from .plan import (
+    KEY_GRADIENTS,
     plan_backward_key_value,
     plan_backward_query,
     plan_forward,
@@ -34,7 +33,6 @@ POINTERS = {
     torch.uint8: "*u8",
 }
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148}
-GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
 HEAD_DIMS = (40, 64, 80, 160)
 
 
@@ -191,7 +189,7 @@ def example_launches(
     )
     launches = {"forward": forward, "backward_query": backward_query}
     for launch in keys_launches:
-        written = [name for name in GRADIENTS if launch.arguments.get(name) is not None]
+        written = [name for name in KEY_GRADIENTS if launch.arguments.get(name) is not None]
         name = "backward_key_value" if written else "sum_partials"
         if name in launches:
             name += f" ({written[0]})"

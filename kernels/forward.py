@@ -39,7 +39,7 @@ def cross_attention_forward(
     """Equations 4 and 5 for blocks_a_program blocks of rows of one head.
 
     Grid (B·H, programs along the rows). Writes output [B, N, H, D], alignment [B, H, programs]
-    (partial sums over this program's rows, not divided by H) and maps [B, H, T, N]; reference_key,
+    (this program's rows' part of the sum in equation 5) and maps [B, H, T, N]; reference_key,
     token_weights, key_mask and maps may be None. FULL_KEYS says that the key tiles hold M keys
     exactly.
     """
@@ -118,4 +118,4 @@ def cross_attention_forward(
         store_rows(target, output_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
     if HAS_REFERENCE:
         place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(alignment + place, tl.sum(distance))
+        tl.store(alignment + place, tl.sum(distance) / heads)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sefi_fast import keep_freed_memory
+
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,6 +22,14 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(_threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 sys.path.insert(0, str(Path(__file__).parent))
+keep_freed_memory()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among several processes, files with slow tests first: the last file is waited for alone."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

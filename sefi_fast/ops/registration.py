@@ -160,13 +160,13 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether below autograd the dispatcher would go straight to the backend of CPU tensors."""
+    """Whether below autograd the dispatcher would go straight to the backend."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
     for tensor in tensors:
         if tensor is not None and (
             (type(tensor) is not Tensor and type(tensor) is not Parameter)
-            or not tensor.is_cpu
+            or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.is_neg()
         ):
             return False

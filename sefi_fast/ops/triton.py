@@ -40,19 +40,18 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _device(index: int) -> Device:
+def _device(index: int | None) -> Device:
+    """The CUDA device of that number; the interpreter for None."""
     from sefi_fast.kernels import Device
 
+    if index is None:
+        return Device(90, INTERPRETED_MULTIPROCESSORS, True)
     found = cuda_device(index)
-    return Device(found.capability, found.multiprocessors, False)
+    return Device(found.capability, found.multiprocessors, False, index)
 
 
 def _device_of(query: Tensor) -> Device:
-    from sefi_fast.kernels import Device
-
-    if query.device.type == "cuda":
-        return _device(query.get_device())
-    return Device(90, INTERPRETED_MULTIPROCESSORS, True)
+    return _device(query.get_device() if query.is_cuda else None)
 
 
 def assembler_version(capability: int) -> str:
@@ -112,6 +111,13 @@ def why_not(
     return None
 
 
+@functools.cache
+def _max_row_stride() -> int:
+    from sefi_fast.kernels import MAX_ROW_STRIDE
+
+    return MAX_ROW_STRIDE
+
+
 def _dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -122,12 +128,12 @@ def _reachable(tensor: Tensor) -> Tensor: ...
 def _reachable(tensor: None) -> None: ...
 def _reachable(tensor: Tensor | None) -> Tensor | None:
     """The tensor with a dense last axis and rows near enough for 32-bit offsets inside a tile."""
-    from sefi_fast.kernels import MAX_ROW_STRIDE
-
-    dense = _dense(tensor)
-    if dense is None or dense.shape[2] == 1 or dense.stride(2) <= MAX_ROW_STRIDE:
-        return dense
-    return dense.contiguous()
+    if tensor is None:
+        return None
+    _, _, step, last = tensor.stride()
+    if last == 1 and (step <= _max_row_stride() or tensor.shape[2] == 1):
+        return tensor
+    return tensor.contiguous()
 
 
 def _mask_bytes(key_mask: Tensor | None) -> Tensor | None:
@@ -163,7 +169,9 @@ def forward(
     shape = (batch, rows, heads, head_dim)
     output = query.new_empty(shape, dtype=_work_dtype(query, device))
     tokens = 0 if map_tokens is None else map_tokens.shape[1]
-    maps = query.new_empty((batch, heads, tokens, rows), dtype=torch.float32)
+    maps = None
+    if tokens:
+        maps = query.new_empty((batch, heads, tokens, rows), dtype=torch.float32)
     alignment = None
     if output.numel() > 0:
         inputs = Inputs(
@@ -175,14 +183,17 @@ def forward(
             _mask_bytes(key_mask),
             _dense(map_tokens) if tokens else None,
         )
-        launch, partials = plan_forward(inputs, output, maps if tokens else None, scale, device)
+        launch, partials = plan_forward(inputs, output, maps, scale, device)
         with on_device(query):
             launch.run()
         if partials is not None:
-            alignment = partials.sum((1, 2)) / heads
+            alignment = partials.sum((1, 2))
     if alignment is None:
         alignment = query.new_zeros(batch, dtype=torch.float32)
-    if not map_all_heads:
+    if maps is None:
+        kept = (heads,) if map_all_heads else ()
+        maps = query.new_empty((batch, *kept, 0, rows), dtype=torch.float32)
+    elif not map_all_heads:
         maps = maps.mean(1) if maps.numel() else maps.new_zeros((batch, tokens, rows))
     return output.to(query.dtype).transpose(1, 2), alignment, maps
 

@@ -24,6 +24,7 @@ from _tuning import Place, Trial, Winner  # noqa: E402
 from _tuning_static import judge, static_winner  # noqa: E402
 from sefi_fast.kernels import Device, KernelConfig, Launch  # noqa: E402
 from sefi_fast.kernels.configs import TABLE  # noqa: E402
+from sefi_fast.kernels.launch import Prepared  # noqa: E402
 
 from sefi_fast.ops.triton import interpreted  # noqa: E402
 
@@ -252,7 +253,10 @@ class TestOnTheInterpreter:
             planned = plan(bench, config)
             if config == self.configs[1]:
                 # Half the rows of the problem are left out.
-                planned.launches[0].arguments["rows"] //= 2
+                launch = planned.launches[0]
+                numbers = {**launch.prepared.numbers, "rows": launch.prepared.numbers["rows"] // 2}
+                fewer = Prepared(launch.kernel, launch.prepared.grid, numbers, config)
+                planned.launches[0] = launch._replace(prepared=fewer)
             if config == self.configs[2]:
                 raise ValueError("out of resources")
             return planned

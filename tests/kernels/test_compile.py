@@ -104,6 +104,7 @@ def test_half_precision_uses_the_matrix_units_and_wide_loads(capability: int) ->
             assert report["warp_group_instructions"] > 0, (head_dim, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", OTHERS)
 def test_the_other_architectures_compile_too(capability: int) -> None:
     found = other_reports()[capability]

@@ -35,6 +35,7 @@ def facts(capability: int) -> dict[tuple[str, int], Any]:
     return {(one.choice.kernel, one.choice.head_dim): one for one in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_of_every_width_meets_the_line(capability: int) -> None:
     wanted = {(kernel, width) for kernel in _cuda_compiled.SOURCES for width in (40, 64, 80, 160)}

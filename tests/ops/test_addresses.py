@@ -111,8 +111,10 @@ def test_nothing_outside_the_tensors_is_touched(watched: _Watched, options: dict
     assert not watched.outside
 
 
-def test_one_element_too_many_is_seen(watched: _Watched, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sefi_fast.kernels import launch as planning
+def test_one_element_too_many_is_seen(
+    watched: _Watched, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    from sefi_fast.kernels import plan as planning
 
     common = planning._common
 
@@ -121,6 +123,8 @@ def test_one_element_too_many_is_seen(watched: _Watched, monkeypatch: pytest.Mon
         return found | {"rows": found["rows"] + 1}
 
     monkeypatch.setattr(planning, "_common", one_row_more)
+    planning._prepare_forward.cache_clear()
+    request.addfinalizer(planning._prepare_forward.cache_clear)
     inputs = make_inputs(1, 1, 20, 9, 16, strided=False)
     with torch.no_grad():
         backend.forward(*inputs.tensors, **inputs.options)

@@ -146,7 +146,8 @@ def test_only_the_gradient_asked_for_comes_back(place: int) -> None:
             assert one[index] is None
 
 
-def test_fifty_repeats_agree_bit_for_bit() -> None:
+def test_repeats_agree_bit_for_bit() -> None:
+    """Fifty where programs race; the interpreter runs one after the other."""
     inputs = inputs_for(batch=1, queries=70, keys=21, head_dim=16, tokens=1, reference_grad=True)
 
     def bits() -> list[torch.Tensor]:
@@ -155,7 +156,7 @@ def test_fifty_repeats_agree_bit_for_bit() -> None:
         return [*backend.forward(*inputs.tensors, **inputs.options), *grads]
 
     first = bits()
-    for _ in range(50):
+    for _ in range(50 if DEVICE == "cuda" else 3):
         assert all(torch.equal(was, now) for was, now in zip(first, bits(), strict=True))
 
 

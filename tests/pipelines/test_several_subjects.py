@@ -37,7 +37,7 @@ def test_each_draws_from_its_own_file(request, family, tmp_path):
     attach(pipe, files)
     actual = draw(pipe, PROMPT, num_inference_steps=7)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-3)
-    for left_out in subjects:
+    for left_out in subjects if family == "sd15" else subjects[:1]:
         prompt = PROMPT.replace(left_out.placeholder, left_out.class_word)
         assert (draw(pipe, prompt, num_inference_steps=7) - actual).abs().max() > 1e-2
 
