@@ -25,6 +25,8 @@ _SHAPES = {
     "single": ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8)),
 }
 KEY_TILES = (0, 16, 32, 64)
+# By warps: the compiler's choice, and what lets three or four (of eight warps: two) be resident.
+_REGISTERS = {4: (0, 128, 168), 8: (0, 128)}
 
 
 class Place(NamedTuple):
@@ -117,7 +119,10 @@ def default_of(place: Place) -> KernelConfig:
 
 
 def candidates(place: Place) -> list[KernelConfig]:
-    """The default first, then every other configuration worth a try, each once."""
+    """The default first, then every other configuration worth a try, each once.
+
+    Of these nobody knows yet how many programs of them are resident; compiling tells.
+    """
     from sefi_fast.kernels import KernelConfig
 
     shapes = _SHAPES[place.precision]
@@ -130,10 +135,13 @@ def candidates(place: Place) -> list[KernelConfig]:
         ]
     else:
         tried = [
-            KernelConfig(block, warps, stages, reload)
+            KernelConfig(block, warps, stages, reload, registers=registers)
             for (block, warps), stages, reload in product(shapes, (1, 2), (False, True))
+            for registers in _REGISTERS[warps]
         ]
-    return list(dict.fromkeys([default_of(place), *tried]))
+    default = default_of(place)
+    others = [c for c in tried if c._replace(resident=default.resident) != default]
+    return list(dict.fromkeys([default, *others]))
 
 
 def among(trials: list[Trial], ranked: list[dict[str, Any]], best: int) -> list[Trial]:
@@ -143,14 +151,17 @@ def among(trials: list[Trial], ranked: list[dict[str, Any]], best: int) -> list[
     place, all trials stay. The compiler does not know the number of queries: "few" are ranked as
     "many".
     """
+    from sefi_fast.kernels import KernelConfig
+
     place = trials[0].place._replace(bucket="many")
     here = [one for one in ranked if all(one[key] == word for key, word in place._asdict().items())]
     if not here:
         return trials
     sound = [one for one in here if one["dropped"] is None and not one["spill_bytes"]]
-    order = [one["config"] for one in sorted(sound, key=lambda one: one["cost"])]
-    chosen = order[:best]
-    return [trial for trial in trials if trial.default or trial.config._asdict() in chosen]
+    order = [KernelConfig(**one["config"]) for one in sorted(sound, key=lambda one: one["cost"])]
+    default = next(trial for trial in trials if trial.default)
+    others = [config for config in order[:best] if config != default.config]
+    return [default, *(Trial(default.place, config, False) for config in others)]
 
 
 def as_code(config: KernelConfig) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from _measure import Effort, Timing, interleaved_cuda
+from _occupancy import LIMITS, occupancy
 from _reference import Inputs as Tensors
 from _reference import make_inputs
 from _report import time_text
@@ -38,6 +39,14 @@ class Planned(NamedTuple):
     def run(self) -> None:
         for launch in self.launches:
             launch.run()
+
+    def resident(self, capability: int) -> int | None:
+        """Programs on a multiprocessor at once, as compiled; None where nothing tells."""
+        compiled = self.launches[0].prepared.compiled
+        if compiled is None or capability not in LIMITS:
+            return None
+        warps, shared = self.launches[0].config.warps, compiled.metadata.shared
+        return occupancy(capability, compiled.n_regs, warps, shared).blocks
 
 
 class Bench:
@@ -184,6 +193,11 @@ def check(
             try:
                 planned = bench.plan(trial.config)
                 planned.run()
+                resident = planned.resident(bench.device.capability)
+                if not trial.default and resident not in (None, trial.config.resident):
+                    trial.config = trial.config._replace(resident=resident)
+                    planned = bench.plan(trial.config)
+                    planned.run()
                 _synchronize(bench.device)
                 trial.dropped = difference(planned, wanted, dtype)
             except Exception as error:  # noqa: BLE001 - too little shared memory has many names

@@ -54,8 +54,11 @@ def judge(trial: Trial, launches: list[Facts]) -> None:
         "warps_resident": min(facts.warps_resident for facts in launches),
         "launches": [facts.as_dict() for facts in launches],
     }
-    if any(facts.blocks_resident == 0 for facts in launches):
+    resident = min(facts.blocks_resident for facts in launches)
+    if resident == 0:
         trial.dropped = "its registers or shared memory fit on no multiprocessor"
+    elif not trial.default:
+        trial.config = trial.config._replace(resident=resident)
 
 
 def rank(trial: Trial) -> tuple[bool, float]:

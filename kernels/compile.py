@@ -106,14 +106,14 @@ def compile_launch(launch: Launch, capability: int) -> Report:
         )
     signature, constants, promises = _signature(launch)
     source = ASTSource(launch.kernel, signature, constants, promises)
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
     log = io.StringIO()
     knobs = triton.knobs
     with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
         knobs.cache.dir = folder
         knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+            target = GPUTarget("cuda", capability, 32)
+            compiled = triton.compile(source, target, launch.config.options)
     text = log.getvalue()
     registers = re.search(r"Used (\d+) registers", text)
     if registers is None:

@@ -13,7 +13,9 @@ class KernelConfig(NamedTuple):
     kernel of the keys alone: one launch a gradient, where the accumulators of two do not fit into
     the registers together. key_tile, for the same kernel: so many keys a program, a power of two
     from 16 on, where the accumulators of all keys do not fit; 0 is all keys. Programs of the same
-    rows then read them once each, from the L2 cache but for the first.
+    rows then read them once each, from the L2 cache but for the first. registers: the most a
+    thread, for the compiler to keep to; 0 leaves it to the compiler. resident: so many programs fit
+    on a multiprocessor at once, by the registers and the shared memory that come of it.
     """
 
     block: int
@@ -22,6 +24,14 @@ class KernelConfig(NamedTuple):
     reload: bool = False
     separate: bool = False
     key_tile: int = 0
+    registers: int = 0
+    resident: int = 2
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.registers} if self.registers else options
 
 
 WIDTHS = (48, 64, 80, 160, 256)
@@ -45,54 +55,54 @@ def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
 # Lines as benchmarks/tune_kernels.py prints them. Chosen by what the compiler makes of 77 keys with
 # alignment: no spills where that can be reached, then the least time by its counts; the forward
 # lines of 90 were held against the next five by those counts on an H200 as well. The registers
-# stand in docs/performance.md; tests/kernels/test_compile.py holds them.
+# stand in docs/performance.md; tests/kernels/test_compile.py holds them and what is resident.
 TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("forward", 90, "half"): _lines(
-        # Measured on an H200, many: 6 % faster than with two stages, noise 3 %.
-        (48, KernelConfig(64, 4, 1), KernelConfig(64, 4, 2)),
-        (64, KernelConfig(64, 4, 1)),
-        (80, KernelConfig(64, 4, 1)),
+        # Measured on an H200: 6 % faster than with two stages, noise 3 %.
+        (48, KernelConfig(64, 4, 1, resident=3)),
+        (64, KernelConfig(64, 4, 1, resident=3)),
+        (80, KernelConfig(64, 4, 1, resident=3)),
         (160, KernelConfig(64, 4, 1)),
-        (256, KernelConfig(64, 8, 1)),
+        (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_query", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1)),
-        (64, KernelConfig(64, 4, 1)),
+        (48, KernelConfig(64, 4, 1, registers=168, resident=3)),
+        (64, KernelConfig(64, 4, 1, resident=3)),
         (80, KernelConfig(64, 4, 1)),
-        (160, KernelConfig(64, 4, 1)),
-        (256, KernelConfig(64, 8, 1)),
+        (160, KernelConfig(64, 4, 1, resident=1)),
+        (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_key_value", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
         (64, KernelConfig(64, 4, 1)),
         (80, KernelConfig(64, 4, 1, key_tile=64)),
-        (160, KernelConfig(128, 8, 1, key_tile=64)),
-        (256, KernelConfig(64, 8, 1, separate=True)),
+        (160, KernelConfig(128, 8, 1, key_tile=64, resident=1)),
+        (256, KernelConfig(64, 8, 1, separate=True, resident=1)),
     ),
     ("forward", 100, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
         (64, KernelConfig(64, 4, 1)),
         (80, KernelConfig(64, 4, 1)),
         (160, KernelConfig(64, 4, 1)),
-        (256, KernelConfig(64, 8, 1)),
+        (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_query", 100, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
-        (64, KernelConfig(64, 4, 1, reload=True)),
+        (64, KernelConfig(64, 4, 1, reload=True, resident=3)),
         (80, KernelConfig(64, 4, 1, reload=True)),
-        (160, KernelConfig(128, 8, 1)),
-        (256, KernelConfig(64, 8, 1)),
+        (160, KernelConfig(128, 8, 1, resident=1)),
+        (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("forward", 80, "half"): _lines(
         (48, KernelConfig(64, 4, 1, reload=True)),
-        (64, KernelConfig(32, 4, 1, reload=True)),
+        (64, KernelConfig(32, 4, 1, reload=True, resident=4)),
         (80, KernelConfig(64, 4, 1, reload=True)),
         (160, KernelConfig(16, 4, 1)),
         (256, KernelConfig(16, 4, 1)),
     ),
     ("backward_query", 80, "half"): _lines(
         (48, KernelConfig(64, 4, 1, reload=True)),
-        (64, KernelConfig(32, 4, 1, reload=True)),
+        (64, KernelConfig(32, 4, 1, reload=True, resident=3)),
         (80, KernelConfig(64, 4, 2, reload=True)),
         (160, KernelConfig(16, 4, 1, reload=True)),
         (256, KernelConfig(16, 4, 1, reload=True)),
@@ -108,27 +118,24 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (48, KernelConfig(16, 4, 1, reload=True)),
         (64, KernelConfig(16, 4, 1, reload=True)),
         (80, KernelConfig(16, 4, 1, reload=True)),
-        (160, KernelConfig(16, 8, 1, reload=True)),
-        (256, KernelConfig(16, 8, 1, reload=True)),
+        (160, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (256, KernelConfig(16, 8, 1, reload=True, resident=1)),
     ),
     ("backward_query", 80, "single"): _lines(
         (48, KernelConfig(16, 4, 1, reload=True)),
         (64, KernelConfig(16, 4, 1, reload=True)),
         (80, KernelConfig(16, 4, 1, reload=True)),
-        (160, KernelConfig(16, 8, 1, reload=True)),
-        (256, KernelConfig(16, 8, 1, reload=True)),
+        (160, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (256, KernelConfig(16, 8, 1, reload=True, resident=1)),
     ),
     ("backward_key_value", 80, "single"): _lines(
-        (48, KernelConfig(16, 8, 1, reload=True)),
-        (64, KernelConfig(16, 8, 1, reload=True)),
-        (80, KernelConfig(16, 8, 1, reload=True)),
-        (160, KernelConfig(16, 8, 1, reload=True, separate=True)),
-        (256, KernelConfig(16, 8, 1, reload=True, separate=True)),
+        (48, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (64, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (80, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (160, KernelConfig(16, 8, 1, reload=True, separate=True, resident=1)),
+        (256, KernelConfig(16, 8, 1, reload=True, separate=True, resident=1)),
     ),
 }
-
-PROGRAMS = {"forward": 4, "backward_query": 3, "backward_key_value": 2}
-"""Programs of one multiprocessor that a launch aims at: more rows a program beyond that."""
 
 
 def choose_config(
@@ -148,7 +155,7 @@ def choose_config(
         return config
     # More than 80 keys hold more probabilities a row: fewer rows, or more warps to hold them.
     if key_width > 80:
-        config = config._replace(warps=8, stages=1)
+        config = config._replace(warps=8, stages=1, registers=0, resident=1)
     if key_width > 128:
         config = config._replace(block=max(config.block // 2, 16))
     return config

@@ -46,14 +46,12 @@ class Prepared:
         count = len(kernel.arg_names) - len(numbers)
         self.tensor_names = tuple(kernel.arg_names[:count])
         self._values = tuple(numbers[name] for name in kernel.arg_names[count:])
+        self.compiled: Any = None
+        """Triton's compiled kernel of the first start; None before, and in the interpreter."""
         self._starts: dict[tuple[bool | None, ...], Callable[..., None]] = {}
 
     def _arguments(self, tensors: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
         return (*map(tensors.get, self.tensor_names), *self._values)
-
-    @property
-    def _options(self) -> dict[str, int]:
-        return {"num_warps": self.config.warps, "num_stages": self.config.stages}
 
     def run(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Start the kernel on the current device and stream; tensors not named are None.
@@ -66,13 +64,14 @@ class Prepared:
         if start is not None:
             start(*given, *self._values)
             return
-        compiled = self.kernel[self.grid](*given, *self._values, **self._options)
+        compiled = self.kernel[self.grid](*given, *self._values, **self.config.options)
         if compiled is not None:  # the interpreter compiles nothing
+            self.compiled = self.compiled or compiled
             self._starts[kind] = compiled[(*self.grid, 1, 1)[:3]]
 
     def compile(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Compile for these tensors and the current device into Triton's cache; nothing runs."""
-        self.kernel.warmup(*self._arguments(tensors), grid=self.grid, **self._options)
+        self.kernel.warmup(*self._arguments(tensors), grid=self.grid, **self.config.options)
 
 
 class Launch(NamedTuple):

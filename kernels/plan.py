@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .backward_key_value import cross_attention_backward_key_value, sum_partials
 from .backward_query import cross_attention_backward_query
-from .configs import PROGRAMS, SUM_BLOCK, KernelConfig, choose_config, split_tile
+from .configs import SUM_BLOCK, KernelConfig, choose_config, split_tile
 from .forward import cross_attention_forward
 from .launch import Device, Launch, Prepared
 from .layouts import (
@@ -28,6 +28,12 @@ SMALLEST_SCALE = 1e-30
 """Stands for a scale of 0: hidden scores are -inf, and -inf times 0 would be NaN."""
 
 LOG2_E = math.log2(math.e)
+
+START = 0.5
+"""What a program takes besides its blocks of rows, the keys' loads above all, in such blocks."""
+
+KEYS_START = 2.0
+"""The same for the kernel of the keys: each program writes sums, which another kernel adds up."""
 
 KEY_GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
 
@@ -72,14 +78,26 @@ def _config(
 
 
 def _split_rows(
-    kernel: str, inputs: InputLayouts, block: int, device: Device, key_tiles: int = 1
+    inputs: InputLayouts, config: KernelConfig, device: Device, start: float, key_tiles: int = 1
 ) -> tuple[int, int]:
-    """(programs along the rows, blocks of rows a program): about one wave of resident programs."""
+    """(programs along the rows, blocks of rows a program) that are expected to end first.
+
+    A multiprocessor holds config.resident programs at once, and one program more than all of them
+    hold keeps most of the device waiting for it. So what counts is the turns that the programs take
+    together, times what one takes: its blocks of rows and its `start`, in blocks.
+    """
     batch, heads, rows, _ = inputs.query.shape
-    blocks = -(-rows // block)
-    wanted = max(1, PROGRAMS[kernel] * device.multiprocessors // (batch * heads * key_tiles))
-    blocks_a_program = -(-blocks // min(wanted, blocks))
-    return -(-blocks // blocks_a_program), blocks_a_program
+    blocks = -(-rows // config.block)
+    places = config.resident * device.multiprocessors
+    best = (math.inf, 0, 0)
+    blocks_a_program = blocks
+    while blocks_a_program > 0:
+        programs = -(-blocks // blocks_a_program)
+        blocks_a_program = -(-blocks // programs)
+        turns = -(-batch * heads * key_tiles * programs // places)
+        best = min(best, (turns * (blocks_a_program + start), programs, blocks_a_program))
+        blocks_a_program -= 1
+    return best[1:]
 
 
 def _common(inputs: InputLayouts, tiles: dict[str, Any], scale: float) -> dict[str, Any]:
@@ -113,7 +131,7 @@ def _prepare_forward(
 ) -> Prepared:
     tiles = _tiles(inputs, 32)
     config = config or _config("forward", inputs, tiles, device)
-    programs, blocks = _split_rows("forward", inputs, config.block, device)
+    programs, blocks = _split_rows(inputs, config, device, START)
     batch, heads, _, head_dim = inputs.query.shape
     numbers = _common(inputs, tiles, scale) | {
         "blocks_a_program": blocks,
@@ -153,10 +171,10 @@ def _backward_numbers(
     as_rows = kernel == "backward_key_value" and inputs.query.dtype != torch.float32
     tiles = _tiles(inputs, 64 if as_rows else 32)
     config = config or _config(kernel, inputs, tiles, device)
-    key_tiles = 1
+    key_tiles, start = 1, START
     if kernel == "backward_key_value":
-        key_tiles = _tile_keys(tiles, inputs.key.shape[2], config.key_tile)
-    programs, blocks = _split_rows(kernel, inputs, config.block, device, key_tiles)
+        key_tiles, start = _tile_keys(tiles, inputs.key.shape[2], config.key_tile), KEYS_START
+    programs, blocks = _split_rows(inputs, config, device, start, key_tiles)
     heads, _, head_dim = inputs.query.shape[1:]
     maps = gradients.maps
     all_heads = maps is not None and len(maps.shape) == 4

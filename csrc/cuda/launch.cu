@@ -29,15 +29,33 @@ private:
     int64_t used_ = 0;
 };
 
-// About `blocks` blocks a multiprocessor over all heads, each of a multiple of `unit` rows.
-Cut cut_rows(const Problem& p, int multiprocessors, int blocks, int64_t unit) {
+// What a block takes besides its rows, in units of rows: the keys' loads above all. In the kernel of
+// the keys each block also writes sums that another kernel adds up.
+constexpr double kStart = 0.5, kKeysStart = 2.0;
+
+// Splits of the rows, each of a multiple of `unit` rows, that are expected to end first. A
+// multiprocessor holds `resident` blocks at once, and one block more than all of them hold keeps
+// most of the device waiting for it. So what counts is the turns that the blocks take together,
+// times what one takes.
+Cut cut_rows(const Problem& p, int multiprocessors, int resident, int64_t unit, double start) {
     constexpr float kLog2e = 1.44269504088896341f, kSmallest = 1e-30f;
     const int64_t units = (p.queries + unit - 1) / unit;
-    const int64_t wanted = int64_t(blocks) * std::max(multiprocessors, 1) / (p.batch * p.heads);
-    const int64_t most = std::min<int64_t>(std::clamp<int64_t>(wanted, 1, units), 65535);
+    const int64_t places = int64_t(resident) * std::max(multiprocessors, 1);
+    double least = 0;
     Cut cut;
-    cut.rows_a_block = (units + most - 1) / most * unit;
-    cut.splits = (p.queries + cut.rows_a_block - 1) / cut.rows_a_block;
+    // From all rows in one block down to one unit a block, past those that need as many blocks.
+    for (int64_t units_a_block = units; units_a_block >= 1; --units_a_block) {
+        const int64_t splits = (units + units_a_block - 1) / units_a_block;
+        if (splits > 65535) break;
+        units_a_block = (units + splits - 1) / splits;
+        const int64_t turns = (p.batch * p.heads * splits + places - 1) / places;
+        const double cost = double(turns) * (double(units_a_block) + start);
+        if (splits == 1 || cost < least) {
+            least = cost;
+            cut.rows_a_block = units_a_block * unit;
+            cut.splits = splits;
+        }
+    }
     // Hidden scores are -inf, and -inf times 0 would be NaN.
     cut.scale_log2 = std::max(std::fabs(p.scale) * kLog2e, kSmallest);
     cut.sign = p.scale < 0 ? -1.0f : 1.0f;
@@ -55,8 +73,8 @@ struct ForwardPlan {
         arguments.call = call;
         arguments.cut =
             tensor ? cut_rows(call, multiprocessors, tensor::forward_blocks(call.head_dim),
-                              tensor::kBlockRows)
-                   : cut_rows(call, multiprocessors, kSimpleBlocks, kSimpleRows);
+                              tensor::kBlockRows, kStart)
+                   : cut_rows(call, multiprocessors, kSimpleBlocks, kSimpleRows, kStart);
         const int64_t heads = call.batch * call.heads;
         if (call.reference_key.data) {
             arguments.partials = arena.floats(heads * arguments.cut.splits);
@@ -90,13 +108,13 @@ struct BackwardPlan {
         key_value = query;
         if (tensor) {
             query.cut = cut_rows(call, multiprocessors, tensor::query_blocks(call.head_dim),
-                                 tensor::kBlockRows);
+                                 tensor::kBlockRows, kStart);
             key_value.cut = cut_rows(call, multiprocessors, tensor::key_blocks(call.head_dim),
-                                     tensor::kBlockRows);
+                                     tensor::kBlockRows, kKeysStart);
         } else {
-            query.cut = cut_rows(call, multiprocessors, kSimpleBlocks, kSimpleRows);
+            query.cut = cut_rows(call, multiprocessors, kSimpleBlocks, kSimpleRows, kStart);
             // Each tile of 16 keys is another block, and each split another partial sum.
-            key_value.cut = cut_rows(call, multiprocessors, 1, kSimpleRows);
+            key_value.cut = cut_rows(call, multiprocessors, 1, kSimpleRows, kKeysStart);
         }
         const int64_t partial =
             call.batch * call.heads * key_value.cut.splits * call.keys * call.head_dim;

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,7 +59,8 @@ def test_the_best_of_a_static_run_are_tried_and_the_default() -> None:
     told = [ranked(config, cost) for config, cost in zip(configs, costs, strict=True)]
     told[2]["spill_bytes"] = 8
     told[3]["dropped"] = "does not compile"
-    assert [t.config.block for t in _tuning.among(tried, told, 2)] == [16, 32, 256]
+    assert [t.config.block for t in _tuning.among(tried, told, 2)] == [16, 256, 32]
+    assert [t.default for t in _tuning.among(tried, told, 2)] == [True, False, False]
     few = [Trial(PLACE._replace(bucket="few"), t.config, t.default) for t in tried]
     assert [t.config.block for t in _tuning.among(few, told, 1)] == [16, 256]
     elsewhere = [Trial(PLACE._replace(width=64), t.config, t.default) for t in tried]
@@ -172,6 +174,23 @@ def test_no_spills_first_then_the_bound_with_enough_warps(
     assert (winner is not None) == wins
     if winner:
         assert winner.config == pair[1].config and "static, not measured" in winner.evidence
+
+
+def test_what_is_resident_is_known_once_it_is_compiled_and_the_default_keeps_its_own() -> None:
+    for default in (True, False):
+        trial = Trial(PLACE, KernelConfig(64, 4, 1, resident=2), default)
+        judge(trial, [facts(60.0, blocks=4), facts(60.0, blocks=3)])
+        assert trial.config.resident == (2 if default else 3)
+    device = device_tuning.Planned([SimpleNamespace(**launch(200, 30_000))], {})  # type: ignore[list-item]
+    assert device.resident(90) == 2
+    device = device_tuning.Planned([SimpleNamespace(**launch(168, 30_000))], {})  # type: ignore[list-item]
+    assert device.resident(90) == 3 and device.resident(77) is None
+
+
+def launch(registers: int, shared: int) -> dict[str, Any]:
+    compiled = SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(shared=shared))
+    prepared = SimpleNamespace(compiled=compiled)
+    return {"prepared": prepared, "config": KernelConfig(64, 4, 1)}
 
 
 def test_two_launches_cost_what_both_take() -> None:
@@ -300,7 +319,7 @@ def test_a_static_run_compiles_ranks_and_writes_what_it_tried(tmp_path: Path) ->
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "(64, KernelConfig(64, 4, 1))," in done.stdout
+    assert "(64, KernelConfig(64, 4, 1, resident=3))," in done.stdout
     assert "static, not measured" in done.stdout
     report = json.loads(output.read_text())
     assert [trial["default"] for trial in report["trials"]] == [True, False]

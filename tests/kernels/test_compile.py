@@ -19,6 +19,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from _occupancy import occupancy  # noqa: E402
+
 # Spilled bytes (stores and loads together) reached with Triton 3.9. A change may lower them, not
 # raise them; what is not listed spills nothing.
 SPILLS: dict[tuple[int, int, str], int] = {
@@ -42,8 +47,8 @@ for head_dim in head_dims or HEAD_DIMS:
     for name, launch in example_launches(capability, torch.bfloat16, head_dim, 4096).items():
         if head_dims and name == "sum_partials":
             continue
-        report = compile_launch(launch, capability)
-        print(json.dumps([head_dim, name, report._asdict()]))
+        report = compile_launch(launch, capability)._asdict()
+        print(json.dumps([head_dim, name, report | {"resident": launch.config.resident}]))
 if not head_dims:
     launch = example_launches(capability, torch.float32, 40, 64)["forward"]
     print(json.dumps([40, "float32", compile_launch(launch, capability)._asdict()]))
@@ -53,8 +58,7 @@ if not head_dims:
 @functools.cache
 def reports(capability: int, *head_dims: int) -> dict[tuple[int, str], dict[str, Any]]:
     """By head width and kernel; without head widths all of them, and one float32 kernel."""
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(capability), *map(str, head_dims)],
@@ -83,6 +87,15 @@ def test_no_configuration_spills_more_than_was_reached(capability: int) -> None:
         if report["spill_bytes"] > SPILLS.get((capability, head_dim, name), 0)
     ]
     assert not worse, "\n".join(worse)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_as_many_programs_are_resident_as_the_table_says(capability: int) -> None:
+    for (head_dim, name), report in reports(capability).items():
+        if name in KERNELS:
+            measures = (report[key] for key in ("registers", "warps", "shared_bytes"))
+            found = occupancy(capability, *measures).blocks
+            assert found == report["resident"], (head_dim, name)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

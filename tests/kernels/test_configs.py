@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sefi_fast.kernels.configs import TABLE, choose_config, split_tile
+from sefi_fast.kernels import Device
+from sefi_fast.kernels.configs import TABLE, KernelConfig, choose_config, split_tile
+from sefi_fast.kernels.layouts import InputLayouts, Layout
+from sefi_fast.kernels.plan import START, _split_rows
 
 KERNELS = ("forward", "backward_query", "backward_key_value")
 
@@ -62,3 +68,47 @@ def test_a_newer_device_takes_the_newest_row_that_is_not_newer() -> None:
     for kernel in KERNELS:
         known = choose_config(kernel, newest, "half", 48, 80, 4096)
         assert choose_config(kernel, newest + 30, "half", 48, 80, 4096) == known
+
+
+def split(heads: int, rows: int, config: KernelConfig, start: float = START) -> tuple[int, int]:
+    query = Layout((1, heads, rows, 40), (1, 1, 1, 1), torch.bfloat16)
+    inputs = InputLayouts(query, query, query, None, None, None, None)
+    return _split_rows(inputs, config, Device(90, 132, False), start)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "resident", "programs"),
+    [
+        # 4 programs a head would be 512 on 396 places: two turns for a third more than one.
+        (128, 4096, 3, (3, 22)),
+        (128, 4096, 2, (2, 32)),
+        (128, 1024, 3, (3, 6)),
+        # Everything fits at once: as many as there are blocks.
+        (8, 1024, 3, (16, 1)),
+        # Two turns of few rows are longer than one of more: what a program begins with counts.
+        (8, 4096, 3, (32, 2)),
+        (1, 1, 3, (1, 1)),
+    ],
+)
+def test_programs_fill_whole_turns(
+    heads: int, rows: int, resident: int, programs: tuple[int, int]
+) -> None:
+    assert split(heads, rows, KernelConfig(64, 4, 1, resident=resident)) == programs
+
+
+@given(
+    st.integers(1, 3000), st.integers(1, 20_000), st.integers(1, 4),
+    st.sampled_from([16, 32, 64, 128]), st.sampled_from([0.5, 2.0]),
+)  # fmt: skip
+def test_every_row_has_a_program_and_no_other_split_is_expected_to_end_before(
+    heads: int, rows: int, resident: int, block: int, start: float
+) -> None:
+    programs, each = split(heads, rows, KernelConfig(block, 4, 1, resident=resident), start)
+    blocks = -(-rows // block)
+    assert (programs - 1) * each < blocks <= programs * each
+
+    def cost(programs: int) -> float:
+        turns = -(-heads * programs // (132 * resident))
+        return turns * (-(-blocks // programs) + start)
+
+    assert cost(programs) == min(map(cost, range(1, blocks + 1)))

@@ -63,8 +63,7 @@ for kind in ("plain", "plain", "unaligned", "no reference", "other", "unaligned"
         launch.run()
         jit.run = run
         # And as Triton starts it, with all arguments by name.
-        options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-        launch.kernel[launch.prepared.grid](**launch.arguments, **options)
+        launch.kernel[launch.prepared.grid](**launch.arguments, **launch.config.options)
         ours, own = map(facts, driver.starts)
         found.append([kind, launch.kernel.fn.__name__, len(tries), ours, own])
 print(json.dumps(found))
