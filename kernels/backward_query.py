@@ -14,6 +14,7 @@ from .primitives import (
     inner_products,
     load_operands,
     load_rows,
+    load_tiles,
     load_weights,
     probabilities,
     row_offsets,
@@ -99,17 +100,15 @@ def cross_attention_backward_query(
     # Without hoisting the loop keeps its shared-memory descriptors out of the registers.
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
-        if RELOAD:
-            (key_main, key_tail, value_main, value_tail,
-             reference_main, reference_tail) = load_operands(
-                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-                HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
-                ALIGNMENT, UPCAST,
-            )  # fmt: skip
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        if RELOAD:
+            key_main, key_tail = load_tiles(
+                key, key_stride_m, keys,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         main, tail, peak, inverse = probabilities(
             queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
             DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
@@ -119,6 +118,11 @@ def cross_attention_backward_query(
             grad_outputs = load_rows(
                 source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
             )
+            if RELOAD:
+                value_main, value_tail = load_tiles(
+                    value, value_stride_m, keys,
+                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                )  # fmt: skip
             grad_main = inner_products(grad_outputs, value_main, DIM_TAIL)
             grad_tail = grad_main
             if KEY_TAIL > 0:
@@ -134,6 +138,11 @@ def cross_attention_backward_query(
                     KEY_MAIN, KEY_TAIL,
                 )  # fmt: skip
         if HAS_ALIGNMENT:
+            if RELOAD:
+                reference_main, reference_tail = load_tiles(
+                    reference_key, reference_stride_m, keys,
+                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                )  # fmt: skip
             other_main, other_tail, other_peak, other_inverse = probabilities(
                 queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
                 DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
@@ -145,6 +154,13 @@ def cross_attention_backward_query(
                 pull_tail = (tail - other_tail) * (weight_tail * alignment_factor)[None, :]
                 grad_tail += pull_tail
         grad_main, grad_tail, mean = softmax_gradient(main, tail, grad_main, grad_tail, KEY_TAIL)
+        if RELOAD:
+            # Not the tiles from above, which would fill the registers until here.
+            tl.debug_barrier()
+            key_main, key_tail = load_tiles(
+                key, key_stride_m, keys,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         sums = accumulate(zero_rows(BLOCK, DIM_MAIN, DIM_TAIL), grad_main, key_main, DIM_TAIL)
         if KEY_TAIL > 0:
             sums = accumulate(sums, grad_tail, key_tail, DIM_TAIL)
@@ -152,6 +168,11 @@ def cross_attention_backward_query(
             pull_main, pull_tail, other_mean = softmax_gradient(
                 other_main, other_tail, -pull_main, -pull_tail, KEY_TAIL
             )
+            if RELOAD:
+                reference_main, reference_tail = load_tiles(
+                    reference_key, reference_stride_m, keys,
+                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                )  # fmt: skip
             sums = accumulate(sums, pull_main, reference_main, DIM_TAIL)
             if KEY_TAIL > 0:
                 sums = accumulate(sums, pull_tail, reference_tail, DIM_TAIL)

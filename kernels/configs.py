@@ -94,16 +94,16 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("forward", 80, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, reload=True)),
-        (64, KernelConfig(32, 4, 1, reload=True, resident=4)),
+        (48, KernelConfig(64, 4, 1, reload=True, resident=3)),
+        (64, KernelConfig(64, 4, 1, reload=True)),
         (80, KernelConfig(64, 4, 1, reload=True)),
         (160, KernelConfig(16, 4, 1)),
         (256, KernelConfig(16, 4, 1)),
     ),
     ("backward_query", 80, "half"): _lines(
         (48, KernelConfig(64, 4, 1, reload=True)),
-        (64, KernelConfig(32, 4, 1, reload=True, resident=3)),
-        (80, KernelConfig(64, 4, 2, reload=True)),
+        (64, KernelConfig(64, 4, 1, reload=True)),
+        (80, KernelConfig(64, 4, 1, reload=True)),
         (160, KernelConfig(16, 4, 1, reload=True)),
         (256, KernelConfig(16, 4, 1, reload=True)),
     ),
@@ -114,26 +114,28 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (160, KernelConfig(32, 4, 1, reload=True, key_tile=16)),
         (256, KernelConfig(16, 4, 1, reload=True, separate=True)),
     ),
+    # Without tensor cores a thread's part of a product is long, and ptxas gives up early where it
+    # has no limit to keep to: 32 registers and all else in memory, at 160 columns.
     ("forward", 80, "single"): _lines(
-        (48, KernelConfig(16, 4, 1, reload=True)),
-        (64, KernelConfig(16, 4, 1, reload=True)),
-        (80, KernelConfig(16, 4, 1, reload=True)),
-        (160, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (256, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (48, KernelConfig(16, 8, 1, resident=1)),
+        (64, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (80, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (160, KernelConfig(16, 8, 1, reload=True, registers=255, resident=1)),
+        (256, KernelConfig(16, 8, 1, reload=True, registers=255, resident=1)),
     ),
     ("backward_query", 80, "single"): _lines(
-        (48, KernelConfig(16, 4, 1, reload=True)),
-        (64, KernelConfig(16, 4, 1, reload=True)),
-        (80, KernelConfig(16, 4, 1, reload=True)),
-        (160, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (256, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (48, KernelConfig(16, 8, 1, resident=1)),
+        (64, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (80, KernelConfig(16, 8, 1, reload=True, resident=1)),
+        (160, KernelConfig(16, 8, 1, reload=True, registers=255, resident=1)),
+        (256, KernelConfig(16, 8, 1, reload=True, registers=255, resident=1)),
     ),
     ("backward_key_value", 80, "single"): _lines(
         (48, KernelConfig(16, 8, 1, reload=True, resident=1)),
         (64, KernelConfig(16, 8, 1, reload=True, resident=1)),
         (80, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (160, KernelConfig(16, 8, 1, reload=True, separate=True, resident=1)),
-        (256, KernelConfig(16, 8, 1, reload=True, separate=True, resident=1)),
+        (160, KernelConfig(16, 8, 1, True, True, key_tile=32, registers=255, resident=1)),
+        (256, KernelConfig(16, 4, 1, True, True, key_tile=16, registers=255)),
     ),
 }
 
@@ -147,18 +149,38 @@ def choose_config(
     precision "half" or "single"; width and key_width are columns of main and tail tile together;
     rows is the number of queries of a head.
     """
+    if capability // 10 == 12:
+        capability = 89  # consumer Blackwell: matrix instructions and shared memory as on 8.9
     listed = [c for k, c, p in TABLE if k == kernel and p == precision and c <= capability]
     table = TABLE[kernel, max(listed, default=80), precision]
     bucket = "few" if rows <= FEW_ROWS else "many"
     config = table[next(limit for limit in WIDTHS if width <= limit)][bucket]
     if config.key_tile:
         return config
-    # More than 80 keys hold more probabilities a row: fewer rows, or more warps to hold them.
+    # More than 80 keys hold more probabilities a row: more warps to hold them, or fewer rows, but
+    # no fewer than a warp group's 64 where there are warp groups.
     if key_width > 80:
-        config = config._replace(warps=8, stages=1, registers=0, resident=1)
+        config = config._replace(warps=8, stages=1, registers=255, resident=1)
+    if kernel == "backward_key_value" and key_width > (128 if precision == "half" else 80):
+        return config._replace(key_tile=64 if precision == "half" else 32)
     if key_width > 128:
+        if capability >= 90 and precision == "half":
+            # 160 keys of 160 columns, three times, are what shared memory holds.
+            reload = config.reload or key_width * width > 160 * 160
+            return config._replace(block=64, reload=reload)
         config = config._replace(block=max(config.block // 2, 16))
     return config
+
+
+def single_shared_bytes(width: int, key_main: int) -> int:
+    """Shared memory that the float32 kernels need for a program, at most.
+
+    width is columns of main and tail tile together, key_main rows of the main tile of keys. The
+    kernel of the keys needs up to 88 KiB whatever these are, which every device has. So do the
+    half-precision kernels have what they need.
+    """
+    rows = key_main + 32 if width <= 160 else 2 * key_main + 48
+    return max(4 * width * rows, 88 * 1024)
 
 
 def split_tile(size: int, smallest: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from .primitives import (
     head_offset,
     load_operands,
     load_rows,
+    load_tiles,
     load_weights,
     pick_column,
     probabilities,
@@ -80,17 +81,15 @@ def cross_attention_forward(
     last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
-        if RELOAD:
-            (key_main, key_tail, value_main, value_tail,
-             reference_main, reference_tail) = load_operands(
-                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-                True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
-                ALIGNMENT, UPCAST,
-            )  # fmt: skip
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        if RELOAD:
+            key_main, key_tail = load_tiles(
+                key, key_stride_m, keys,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         main, tail, _, _ = probabilities(
             queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
             DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
@@ -101,6 +100,11 @@ def cross_attention_forward(
                 picked = pick_column(main, tail, column, KEY_MAIN, KEY_TAIL)
                 tl.store(maps + token * rows + row, picked, mask=row_valid)
         if HAS_REFERENCE:
+            if RELOAD:
+                reference_main, reference_tail = load_tiles(
+                    reference_key, reference_stride_m, keys,
+                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                )  # fmt: skip
             other_main, other_tail, _, _ = probabilities(
                 queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
                 DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
@@ -111,6 +115,11 @@ def cross_attention_forward(
                 difference = tail - other_tail
                 squared += tl.sum(difference * difference * weight_tail[None, :], axis=1)
             distance += tl.where(row_valid, squared, 0.0)
+        if RELOAD:
+            value_main, value_tail = load_tiles(
+                value, value_stride_m, keys,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         sums = accumulate(zero_rows(BLOCK, DIM_MAIN, DIM_TAIL), main, value_main, DIM_TAIL)
         if KEY_TAIL > 0:
             sums = accumulate(sums, tail, value_tail, DIM_TAIL)

@@ -23,6 +23,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # NVIDIA's release notes of 13.3 tell of it. Triton 3.9 brings 13.4 along.
 SOUND_ASSEMBLER = (13, 3)
 
+SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+"""Shared memory that a program may have, by compute capability; 99 on the others from 8.6 on."""
+
 # The interpreter has no multiprocessors; a small number makes every loop and split run there.
 INTERPRETED_MULTIPROCESSORS = 2
 
@@ -79,6 +82,23 @@ def _why_not_assembler(capability: int) -> str | None:
     )
 
 
+def _why_not_shared(query: Tensor, key: Tensor) -> str | None:
+    """Why a device has too little shared memory for float32 tensors, None where it has enough."""
+    if query.dtype != torch.float32:
+        return None
+    from sefi_fast.kernels import single_shared_bytes, split_tile
+
+    head_dim, keys = query.shape[3], key.shape[2]
+    needed = single_shared_bytes(sum(split_tile(head_dim, 32)), split_tile(keys, 64)[0])
+    there = SHARED_KIB.get(cuda_device(query.get_device()).capability, 99)
+    if needed <= 1024 * there:
+        return None
+    return (
+        f"float32 with {keys} keys of {head_dim} columns may need {-(-needed // 1024)} KiB of "
+        f"shared memory, and the device gives a program {there} KiB: bfloat16 fits"
+    )
+
+
 def why_not(
     query: Tensor,
     key: Tensor,
@@ -98,13 +118,15 @@ def why_not(
     elif (reason := why_not_cuda(query)) is not None:
         return reason
     else:
-        capability = _device_of(query).capability
+        capability = cuda_device(query.get_device()).capability
         if capability < LOWEST_CAPABILITY:
             return (
                 f"the device has compute capability {capability // 10}.{capability % 10}, "
                 "and the kernels need 8.0 (A100) or newer"
             )
         if (reason := _why_not_assembler(capability)) is not None:
+            return reason
+        if (reason := _why_not_shared(query, key)) is not None:
             return reason
     if query.dtype not in DTYPES:
         return f"the dtype is {query.dtype}, and the kernels take float32, float16 and bfloat16"

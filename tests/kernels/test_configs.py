@@ -70,6 +70,27 @@ def test_a_newer_device_takes_the_newest_row_that_is_not_newer() -> None:
         assert choose_config(kernel, newest + 30, "half", 48, 80, 4096) == known
 
 
+def test_consumer_blackwell_has_the_lines_of_the_older_matrix_unit() -> None:
+    for kernel in KERNELS:
+        for width in (64, 80, 160):
+            known = choose_config(kernel, 89, "half", width, 80, 4096)
+            assert choose_config(kernel, 120, "half", width, 80, 4096) == known
+
+
+@pytest.mark.parametrize("key_width", [144, 160, 192, 256])
+def test_many_keys_keep_a_warp_group_s_rows_and_fit_shared_memory(key_width: int) -> None:
+    for kernel in ("forward", "backward_query"):
+        for width in (48, 64, 80, 160):
+            config = choose_config(kernel, 90, "half", width, key_width, 4096)
+            assert config.block >= 64
+            # Without reload three sets of keys are held, two bytes an element.
+            assert config.reload or 3 * 2 * key_width * width < 227 * 1024
+            assert choose_config(kernel, 80, "half", width, key_width, 4096).block <= 32
+    assert choose_config("backward_key_value", 90, "half", 64, key_width, 4096).key_tile == 64
+    single = choose_config("backward_key_value", 90, "single", 80, 96, 4096)
+    assert single.key_tile == 32
+
+
 def split(heads: int, rows: int, config: KernelConfig, start: float = START) -> tuple[int, int]:
     query = Layout((1, heads, rows, 40), (1, 1, 1, 1), torch.bfloat16)
     inputs = InputLayouts(query, query, query, None, None, None, None)

@@ -226,6 +226,31 @@ def test_an_assembler_that_miscompiles_for_hopper_is_refused_in_words(
         assert "TRITON_PTXAS_PATH" in reason
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "keys", "refused"),
+    [
+        (86, torch.float32, 160, 77, False),
+        (86, torch.float32, 160, 154, True),
+        (80, torch.float32, 160, 154, False),
+        (80, torch.float32, 256, 77, True),
+        (90, torch.float32, 256, 77, False),
+        (90, torch.float32, 80, 256, False),
+        (120, torch.bfloat16, 256, 256, False),
+    ],
+)
+def test_float32_that_no_program_can_hold_is_refused_in_words(
+    monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype, head_dim: int,
+    keys: int, refused: bool,
+) -> None:  # fmt: skip
+    device = SimpleNamespace(capability=capability)
+    monkeypatch.setattr(backend, "cuda_device", lambda index: device)
+    query = SimpleNamespace(dtype=dtype, shape=(1, 1, 4096, head_dim), get_device=lambda: 0)
+    reason = backend._why_not_shared(query, SimpleNamespace(shape=(1, 1, keys, head_dim)))
+    assert (reason is not None) == refused
+    if refused:
+        assert f"{keys} keys of {head_dim} columns" in reason and "bfloat16" in reason
+
+
 def test_the_assembler_of_this_triton_has_a_version() -> None:
     compiler = pytest.importorskip("triton.backends.nvidia.compiler")
     assert len(compiler.get_ptxas(90).version.split(".")) == 2
