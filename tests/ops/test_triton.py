@@ -57,6 +57,24 @@ def test_any_number_of_queries(queries: int) -> None:
     check_backend("triton", inputs_for(batch=1, queries=queries, keys=20, head_dim=16, tokens=1))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a device has its own configurations only")
+@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize(("head_dim", "keys"), [(40, 77), (80, 77), (160, 21), (80, 154)])
+def test_the_configurations_of_every_architecture(
+    monkeypatch: pytest.MonkeyPatch, capability: int, head_dim: int, keys: int
+) -> None:
+    from sefi_fast.kernels import Device
+
+    monkeypatch.setattr(backend, "_device", lambda _: Device(capability, 2, True))
+    check_backend(
+        "triton",
+        inputs_for(
+            batch=1, queries=70, keys=keys, head_dim=head_dim, dtype=FLOAT16, weights=True,
+            mask=True, tokens=2, reference_grad=True, seed=capability + head_dim,
+        ),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("map_all_heads", [False, True])
 @pytest.mark.parametrize("reference_grad", [False, True])
 @pytest.mark.parametrize("mask", [False, True])
