@@ -27,6 +27,8 @@ _SHAPES = {
 KEY_TILES = (0, 16, 32, 64)
 # By warps: the compiler's choice, and what lets three or four (of eight warps: two) be resident.
 _REGISTERS = {4: (0, 128, 168), 8: (0, 128)}
+# Bytes of spills that one program more on a multiprocessor may be worth: for a device to say.
+_FEW = 64
 
 
 class Place(NamedTuple):
@@ -147,9 +149,9 @@ def candidates(place: Place) -> list[KernelConfig]:
 def among(trials: list[Trial], ranked: list[dict[str, Any]], best: int) -> list[Trial]:
     """The default and the `best` others by what a static run's JSON says of each.
 
-    ranked: its "trials". What it dropped or what spills is left out; where it tells nothing of the
-    place, all trials stay. The compiler does not know the number of queries: "few" are ranked as
-    "many".
+    ranked: its "trials". What it dropped or what spills more than a few words is left out; where it
+    tells nothing of the place, all trials stay. The compiler does not know the number of queries:
+    "few" are ranked as "many".
     """
     from sefi_fast.kernels import KernelConfig
 
@@ -157,7 +159,7 @@ def among(trials: list[Trial], ranked: list[dict[str, Any]], best: int) -> list[
     here = [one for one in ranked if all(one[key] == word for key, word in place._asdict().items())]
     if not here:
         return trials
-    sound = [one for one in here if one["dropped"] is None and not one["spill_bytes"]]
+    sound = [one for one in here if one["dropped"] is None and one["spill_bytes"] <= _FEW]
     order = [KernelConfig(**one["config"]) for one in sorted(sound, key=lambda one: one["cost"])]
     default = next(trial for trial in trials if trial.default)
     others = [config for config in order[:best] if config != default.config]

@@ -57,7 +57,8 @@ def test_the_best_of_a_static_run_are_tried_and_the_default() -> None:
     tried = trials(*configs)
     costs = [50.0, 40.0, 10.0, 20.0, 30.0]
     told = [ranked(config, cost) for config, cost in zip(configs, costs, strict=True)]
-    told[2]["spill_bytes"] = 8
+    told[1]["spill_bytes"] = 40
+    told[2]["spill_bytes"] = 80
     told[3]["dropped"] = "does not compile"
     assert [t.config.block for t in _tuning.among(tried, told, 2)] == [16, 256, 32]
     assert [t.default for t in _tuning.among(tried, told, 2)] == [True, False, False]
