@@ -204,8 +204,6 @@ def cross_attention_backward_key_value(
         grad_output += head_offset(batch, head, output_stride_b, output_stride_h, ALIGNMENT)
 
     query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
-    query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
-    output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
     statistics += plane.to(tl.int64) * 6 * rows
     columns_main = first_key + tl.arange(0, KEY_MAIN)
     key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
@@ -224,10 +222,12 @@ def cross_attention_backward_key_value(
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
+        query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
         grad_outputs = queries
         if grad_output is not None:
             source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
+            output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
             grad_outputs = load_rows(
                 source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
             )

@@ -88,9 +88,6 @@ def cross_attention_backward_query(
         grad_maps += head_offset(batch, head, map_stride_b, map_stride_h, 1)
 
     query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
-    query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
-    output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
-    target_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
     if grad_query is not None:
         grad_query += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
     if statistics is not None:
@@ -103,6 +100,8 @@ def cross_attention_backward_query(
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
+        # Found again in each turn, as those below: held, they cost a program its place.
+        query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
         if RELOAD:
             key_main, key_tail = load_tiles(
@@ -115,6 +114,7 @@ def cross_attention_backward_query(
         )  # fmt: skip
         if HAS_OUTPUT:
             source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
+            output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
             grad_outputs = load_rows(
                 source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
             )
@@ -179,6 +179,7 @@ def cross_attention_backward_query(
         if grad_query is not None:
             sums = scale_rows(sums, scale, DIM_TAIL)
             target = grad_query + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
+            target_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
             store_rows(target, target_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
         if statistics is not None:
             tl.store(statistics + row, peak, mask=row_valid)

@@ -74,8 +74,8 @@ def cross_attention_forward(
 
     query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
     output += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
-    query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
-    output_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
+    if RELOAD:
+        query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
     distance = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(1) * blocks_a_program
     last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
@@ -84,6 +84,9 @@ def cross_attention_forward(
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
+        if not RELOAD:
+            # Found again in each turn: four registers, and with others a program more at once.
+            query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
         if RELOAD:
             key_main, key_tail = load_tiles(
@@ -124,6 +127,7 @@ def cross_attention_forward(
         if KEY_TAIL > 0:
             sums = accumulate(sums, tail, value_tail, DIM_TAIL)
         target = output + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
+        output_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
         store_rows(target, output_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
     if HAS_REFERENCE:
         place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
