@@ -58,8 +58,9 @@ def test_any_number_of_queries(queries: int) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device has its own configurations only")
-@pytest.mark.parametrize("capability", [80, 100])
-@pytest.mark.parametrize(("head_dim", "keys"), [(40, 77), (80, 77), (160, 21), (80, 154)])
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "keys"), [(80, 40, 77), (80, 80, 154), (80, 160, 21), (100, 64, 77)]
+)
 def test_the_configurations_of_every_architecture(
     monkeypatch: pytest.MonkeyPatch, capability: int, head_dim: int, keys: int
 ) -> None:
