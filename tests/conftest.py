@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _threads_as_before():
-    """Recipes and benchmarks set the process's threads, and the tests after them would have them."""
+    """Recipes and benchmarks set the process's threads, which tests after them would have too."""
     before = torch.get_num_threads()
     yield
     if torch.get_num_threads() != before:
