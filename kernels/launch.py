@@ -50,15 +50,15 @@ class Prepared:
         """Triton's compiled kernel of the first start; None before, and in the interpreter."""
         self._starts: dict[tuple[bool | None, ...], Callable[..., None]] = {}
 
-    def _arguments(self, tensors: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
-        return (*map(tensors.get, self.tensor_names), *self._values)
+    def _given(self, tensors: Mapping[str, Tensor | None]) -> list[Tensor | None]:
+        return [*map(tensors.get, self.tensor_names)]
 
     def run(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Start the kernel on the current device and stream; tensors not named are None.
 
         Each tensor has the dtype and layout that `numbers` were made for.
         """
-        given = [*map(tensors.get, self.tensor_names)]
+        given = self._given(tensors)
         kind = tuple([None if x is None else x.data_ptr() % 16 == 0 for x in given])
         start = self._starts.get(kind)
         if start is not None:
@@ -71,7 +71,8 @@ class Prepared:
 
     def compile(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Compile for these tensors and the current device into Triton's cache; nothing runs."""
-        self.kernel.warmup(*self._arguments(tensors), grid=self.grid, **self.config.options)
+        given = self._given(tensors)
+        self.kernel.warmup(*given, *self._values, grid=self.grid, **self.config.options)
 
 
 class Launch(NamedTuple):
