@@ -39,12 +39,26 @@ def test_the_kernels_folder_is_not_taken_for_the_hub_package():
     assert run.stdout.split() == ["False", "False"], run.stderr
 
 
-def test_importing_the_package_is_light():
-    script = "import sys, sefi_fast; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sefi_fast",
+        "command('train', '--help')",
+        "command('generate', 'a <it>', '--number', '0')",
+        "command('evaluate', 'me.safetensors', '--study', 'lambda')",
+        "command('train', 'me.png', '--steps', '0')",
+    ],
+)
+def test_neither_the_import_nor_help_nor_wrong_options_wait_for_pytorch(code):
+    script = (
+        "import sys\nfrom contextlib import suppress\nfrom sefi_fast.cli import main\n"
+        "def command(*words):\n    with suppress(SystemExit):\n        assert main(words) == 1\n"
+        f"{code}\nprint([m for m in ('torch', 'diffusers', 'numpy') if m in sys.modules])"
+    )
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert run.stdout.strip() == "[]", run.stderr
+    assert run.stdout.splitlines()[-1:] == ["[]"], run.stderr
 
 
 def test_info_names_versions_machine_and_backends():

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 from sefi_fast import __version__
 from sefi_fast.errors import SefiError
-from sefi_fast.host_memory import keep_freed_memory_on_cpu
 
 _COMMANDS = (
     "train",
@@ -32,7 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ended it (130: SIGINT, 143: SIGTERM).
     """
     options = _parser().parse_args(arguments)
-    keep_freed_memory_on_cpu()
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sefi_fast.host_memory import keep_freed_memory_on_cpu
+
 
 def add(commands: Any) -> None:
     """Adds the subcommand."""
@@ -24,6 +26,7 @@ def add(commands: Any) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from sefi_fast.demo import run_demo
 
+    keep_freed_memory_on_cpu()
     overrides = {} if options.steps is None else {"steps": options.steps}
     result = run_demo(options.output, image=options.image, seed=options.seed, **overrides)
     print(f"{result.sheet}: the subject in new scenes and with accessories")

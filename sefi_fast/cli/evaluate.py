@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, config_overrides
+from sefi_fast.host_memory import keep_freed_memory_on_cpu
 
 
 def add(commands: Any) -> None:
@@ -62,13 +63,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from sefi_fast.evaluation import run_study
-
     if "two" in options.study:
         return _two(options)
     prompts = options.prompts or "12"
     if not prompts.isdigit():
         raise ValueError(f"a study's --prompts is how many an identity, a number; got {prompts!r}")
+    from sefi_fast.evaluation import run_study
+
+    keep_freed_memory_on_cpu()
     pace = {"workers": options.workers, "side_by_side": options.side_by_side}
     found = run_study(
         options.study,
@@ -88,13 +90,14 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _two(options: argparse.Namespace) -> int:
-    from sefi_fast.evaluation import compare_two_subjects
-
     if options.study != ["two"]:
         raise ValueError("--study two draws pairs of subjects, and stands alone: run it by itself")
     for name in ("prompts", "sampling_steps", "variants", "workers", "side_by_side"):
         if getattr(options, name) is not None:
             raise ValueError(f"--study two has no --{name.replace('_', '-')}: leave it out")
+    from sefi_fast.evaluation import compare_two_subjects
+
+    keep_freed_memory_on_cpu()
     files = compare_two_subjects(
         output=options.output or "evidence",
         identities=options.identities,
@@ -108,14 +111,15 @@ def _two(options: argparse.Namespace) -> int:
 
 
 def _subjects(options: argparse.Namespace) -> int:
-    from sefi_fast.evaluation import evaluate
-
     unused = sorted(config_overrides(options))
     if unused:
         raise ValueError(
             f"finished subjects are not trained, so {', '.join(unused)} means nothing here; "
             "the sampler's steps are --sampling-steps"
         )
+    from sefi_fast.evaluation import evaluate
+
+    keep_freed_memory_on_cpu()
     found = evaluate(
         options.subjects,
         model=options.model,

@@ -28,13 +28,11 @@ def add(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from sefi_fast.pipelines import generate, regions
-
-    if options.number < 1:
-        raise ValueError(f"--number is {options.number}: give 1 or more")
     boxes = [(prompt, _box(box)) for prompt, box in options.region]
     prompts = [options.prompt, *(prompt for prompt, _ in boxes)]
     pipe, sampling = attached_pipeline(options, prompts)
+    from sefi_fast.pipelines import generate, regions
+
     with regions(pipe, boxes) if boxes else nullcontext():
         pictures = generate(pipe, options.prompt, n=options.number, **sampling)
     save_pictures(pictures, options.output, options.seed)

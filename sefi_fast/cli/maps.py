@@ -21,12 +21,10 @@ def add(commands: Any) -> None:
 
 
 def _maps(options: argparse.Namespace) -> int:
+    pipe, sampling = attached_pipeline(options)
     from sefi_fast.evaluation import Panel, contact_sheet
     from sefi_fast.pipelines import generate, trace
 
-    if options.number < 1:
-        raise ValueError(f"--number is {options.number}: give 1 or more")
-    pipe, sampling = attached_pipeline(options)
     with trace(pipe, words=options.words) as traced:
         # The trace holds one call of the pipeline, so all pictures are drawn in one.
         count = options.number

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.pictures import add_pictures, check_pictures, check_steps, with_pictures
+from sefi_fast.host_memory import keep_freed_memory_on_cpu
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,14 +88,19 @@ def attached_pipeline(
 ) -> tuple[Any, dict[str, Any]]:
     """The pipeline with the subjects attached, and the sampling settings to call it with.
 
+    Options that do not go together are told before anything is imported that takes a second.
+
     prompts: what will be drawn, of which at least one must name a subject; default: the one prompt.
     """
+    if options.number < 1:
+        raise ValueError(f"--number is {options.number}: give 1 or more")
+    check_pictures(options)
     from sefi_fast.errors import PromptError
     from sefi_fast.pipelines import attach, load_pipeline
     from sefi_fast.subject import Subject
     from sefi_fast.tiny_world import SAMPLING
 
-    check_pictures(options)
+    keep_freed_memory_on_cpu()
     texts = [options.prompt] if prompts is None else list(prompts)
     subjects = [Subject.load(path) for path in options.subject]
     for subject in subjects:

@@ -41,24 +41,22 @@ def _swap(options: argparse.Namespace) -> int:
 
 
 def _draw_pictures(options: argparse.Namespace, pair: list[str]) -> int:
+    pipe, sampling = attached_pipeline(options, pair)
     from sefi_fast.pipelines import swap
 
-    if options.number < 1:
-        raise ValueError(f"--number is {options.number}: give 1 or more")
-    pipe, sampling = attached_pipeline(options, pair)
     drawn = swap(pipe, key_prompt=pair[0], value_prompt=pair[1], n=options.number, **sampling)
     save_pictures(drawn, options.output or Path("pictures"), options.seed)
     return 0
 
 
 def _draw_sheet(options: argparse.Namespace) -> int:
-    from sefi_fast.evaluation import swap_sheet
-
     if len(options.sheet) < 2:
         raise ValueError("--sheet compares prompts: give two or more")
     if options.number != 1:
         raise ValueError("--sheet draws one picture a pair of prompts: leave --number out")
     pipe, sampling = attached_pipeline(options, options.sheet)
+    from sefi_fast.evaluation import swap_sheet
+
     path = options.output or Path("swap.png")
     swap_sheet(pipe, options.sheet, **sampling).save(path)
     print(path)

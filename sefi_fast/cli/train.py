@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
+from sefi_fast.host_memory import keep_freed_memory_on_cpu
 
 if TYPE_CHECKING:
     from sefi_fast.training import Callbacks, TrainConfig
@@ -54,13 +55,14 @@ def add(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from sefi_fast.training import train
-
     config, given = _settings(options)
     if given["image"] is None:
         raise ValueError("the picture is missing: name its file, here or as image in the config")
     if options.resume is not None and options.resume_from is not None:
         raise ValueError("--resume-from says all that --resume does: give one of them")
+    from sefi_fast.training import train
+
+    keep_freed_memory_on_cpu()
     output = Path(given["output"] or "subject.safetensors")
     given["output"] = str(output)
     placeholder = given["placeholder"] or "<it>"

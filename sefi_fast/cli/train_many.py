@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
+from sefi_fast.host_memory import keep_freed_memory_on_cpu
 
 
 def add(commands: Any) -> None:
@@ -43,6 +44,7 @@ def add(commands: Any) -> None:
 def _train_many(options: argparse.Namespace) -> int:
     from sefi_fast.training import train_many
 
+    keep_freed_memory_on_cpu()
     overrides = config_overrides(options)
     if options.batch_subjects is not None:
         overrides["batch_subjects"] = options.batch_subjects

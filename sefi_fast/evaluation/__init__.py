@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, training_curves
 from sefi_fast.evaluation.swapping import swap_sheet
+from sefi_fast.lazy import lazy_names
 
 # Studies train, and training is not needed to look at pictures.
 _HOME = {
@@ -40,10 +40,4 @@ if TYPE_CHECKING:
     from sefi_fast.evaluation.study import StudyResult, run_study
     from sefi_fast.evaluation.two_subjects import compare_two_subjects
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sefi_fast.evaluation' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOME)

@@ -215,7 +215,16 @@ def _choices(base: TrainConfig) -> Study:
         _variant(base, "gradient through the reference", reference_grad=True),
         _variant(base, "loss at 12×12 alone", loss_resolutions=(12,)),
         _variant(base, "loss at 6×6 alone", loss_resolutions=(6,)),
-    )
+        _variant(
+            base, "half the copies, twice the steps",
+            batch_size=max(1, base.batch_size // 2), steps=2 * base.steps,
+        ),
+        _variant(
+            base, "twice the copies, half the steps",
+            batch_size=2 * base.batch_size, steps=max(1, base.steps // 2),
+        ),
+        _variant(base, "ended on a plateau", patience=max(1, base.steps // 6)),
+    )  # fmt: skip
     return Study("choices", "what the authors leave open", variants)
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from sefi_fast.training.checkpoint import CheckpointError
-from sefi_fast.training.config import TrainConfig
-from sefi_fast.training.history import History
-from sefi_fast.training.image import load_image, prepare
-from sefi_fast.training.job import Callbacks, NonFiniteLossError, UnsavedSubjectError
-from sefi_fast.training.manifest import ManifestError
-from sefi_fast.training.many import train_many
-from sefi_fast.training.signals import TrainingInterrupted
-from sefi_fast.training.summary import ManyResult
-from sefi_fast.training.trainer import train
+from typing import TYPE_CHECKING
 
+from sefi_fast.lazy import lazy_names
+from sefi_fast.training.config import TrainConfig
+
+# The command's options are made of TrainConfig, and --help is not to wait for PyTorch.
+_HOME = {
+    "Callbacks": "sefi_fast.training.job",
+    "CheckpointError": "sefi_fast.training.checkpoint",
+    "History": "sefi_fast.training.history",
+    "ManifestError": "sefi_fast.training.manifest",
+    "ManyResult": "sefi_fast.training.summary",
+    "NonFiniteLossError": "sefi_fast.training.job",
+    "TrainingInterrupted": "sefi_fast.training.signals",
+    "UnsavedSubjectError": "sefi_fast.training.job",
+    "load_image": "sefi_fast.training.image",
+    "prepare": "sefi_fast.training.image",
+    "train": "sefi_fast.training.trainer",
+    "train_many": "sefi_fast.training.many",
+}
 __all__ = [
     "Callbacks",
     "CheckpointError",
@@ -28,3 +37,16 @@ __all__ = [
     "train",
     "train_many",
 ]
+
+if TYPE_CHECKING:
+    from sefi_fast.training.checkpoint import CheckpointError
+    from sefi_fast.training.history import History
+    from sefi_fast.training.image import load_image, prepare
+    from sefi_fast.training.job import Callbacks, NonFiniteLossError, UnsavedSubjectError
+    from sefi_fast.training.manifest import ManifestError
+    from sefi_fast.training.many import train_many
+    from sefi_fast.training.signals import TrainingInterrupted
+    from sefi_fast.training.summary import ManyResult
+    from sefi_fast.training.trainer import train
+
+__getattr__ = lazy_names(__name__, _HOME)
