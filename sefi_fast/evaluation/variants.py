@@ -215,6 +215,8 @@ def _choices(base: TrainConfig) -> Study:
         _variant(base, "gradient through the reference", reference_grad=True),
         _variant(base, "loss at 12×12 alone", loss_resolutions=(12,)),
         _variant(base, "loss at 6×6 alone", loss_resolutions=(6,)),
+        _variant(base, "loss at 6×6 and 3×3", loss_resolutions=(3, 6)),
+        _variant(base, "loss at 6×6 alone, λ = 0.01", loss_resolutions=(6,), weight_lambda=0.01),
         _variant(
             base, "half the copies, twice the steps",
             batch_size=max(1, base.batch_size // 2), steps=2 * base.steps,
