@@ -194,8 +194,8 @@ def cross_attention_backward_key_value(
         (key_main, key_tail, value_main, value_tail,
          reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, own_keys,
-            HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
-            ALIGNMENT, UPCAST,
+            valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
+            KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
     if HAS_MAPS:
         map_tokens += batch.to(tl.int64) * token_stride_b
@@ -251,8 +251,8 @@ def cross_attention_backward_key_value(
             (key_main, key_tail, value_main, value_tail,
              reference_main, reference_tail) = load_operands(
                 key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m,
-                own_keys, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL,
-                FULL_KEYS, ALIGNMENT, UPCAST,
+                own_keys, valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN,
+                DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
         key_sum, value_sum, reference_sum = add_key_gradients(
             key_main, value_main, reference_main, weight_main, columns_main, valid_main,

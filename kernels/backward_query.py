@@ -80,8 +80,8 @@ def cross_attention_backward_query(
         (key_main, key_tail, value_main, value_tail,
          reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-            HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
-            ALIGNMENT, UPCAST,
+            valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
+            KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
     if HAS_MAPS:
         map_tokens += batch.to(tl.int64) * token_stride_b
@@ -105,8 +105,8 @@ def cross_attention_backward_query(
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
         if RELOAD:
             key_main, key_tail = load_tiles(
-                key, key_stride_m, keys,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                key, key_stride_m, keys, valid_main, valid_tail,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
         main, tail, peak, inverse = probabilities(
             queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
@@ -120,8 +120,9 @@ def cross_attention_backward_query(
             )
             if RELOAD:
                 value_main, value_tail = load_tiles(
-                    value, value_stride_m, keys,
-                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                    value, value_stride_m, keys, valid_main, valid_tail,
+                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
+                    UPCAST,
                 )  # fmt: skip
             grad_main = inner_products(grad_outputs, value_main, DIM_TAIL)
             grad_tail = grad_main
@@ -140,8 +141,9 @@ def cross_attention_backward_query(
         if HAS_ALIGNMENT:
             if RELOAD:
                 reference_main, reference_tail = load_tiles(
-                    reference_key, reference_stride_m, keys,
-                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                    reference_key, reference_stride_m, keys, valid_main, valid_tail,
+                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
+                    UPCAST,
                 )  # fmt: skip
             other_main, other_tail, other_peak, other_inverse = probabilities(
                 queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
@@ -158,8 +160,8 @@ def cross_attention_backward_query(
             # Not the tiles from above, which would fill the registers until here.
             tl.debug_barrier()
             key_main, key_tail = load_tiles(
-                key, key_stride_m, keys,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                key, key_stride_m, keys, valid_main, valid_tail,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
         sums = accumulate(zero_rows(BLOCK, DIM_MAIN, DIM_TAIL), grad_main, key_main, DIM_TAIL)
         if KEY_TAIL > 0:
@@ -170,8 +172,9 @@ def cross_attention_backward_query(
             )
             if RELOAD:
                 reference_main, reference_tail = load_tiles(
-                    reference_key, reference_stride_m, keys,
-                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                    reference_key, reference_stride_m, keys, valid_main, valid_tail,
+                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
+                    UPCAST,
                 )  # fmt: skip
             sums = accumulate(sums, pull_main, reference_main, DIM_TAIL)
             if KEY_TAIL > 0:

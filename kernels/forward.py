@@ -65,8 +65,8 @@ def cross_attention_forward(
         (key_main, key_tail, value_main, value_tail,
          reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-            True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS,
-            ALIGNMENT, UPCAST,
+            valid_main, valid_tail, True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL,
+            KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
     if maps is not None:
         map_tokens += batch.to(tl.int64) * token_stride_b
@@ -90,8 +90,8 @@ def cross_attention_forward(
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
         if RELOAD:
             key_main, key_tail = load_tiles(
-                key, key_stride_m, keys,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                key, key_stride_m, keys, valid_main, valid_tail,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
         main, tail, _, _ = probabilities(
             queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
@@ -105,8 +105,9 @@ def cross_attention_forward(
         if HAS_REFERENCE:
             if RELOAD:
                 reference_main, reference_tail = load_tiles(
-                    reference_key, reference_stride_m, keys,
-                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                    reference_key, reference_stride_m, keys, valid_main, valid_tail,
+                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
+                    UPCAST,
                 )  # fmt: skip
             other_main, other_tail, _, _ = probabilities(
                 queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
@@ -120,8 +121,8 @@ def cross_attention_forward(
             distance += tl.where(row_valid, squared, 0.0)
         if RELOAD:
             value_main, value_tail = load_tiles(
-                value, value_stride_m, keys,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+                value, value_stride_m, keys, valid_main, valid_tail,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
         sums = accumulate(zero_rows(BLOCK, DIM_MAIN, DIM_TAIL), main, value_main, DIM_TAIL)
         if KEY_TAIL > 0:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .configs import KernelConfig
 
@@ -65,7 +66,8 @@ class Prepared:
             start(*given, *self._values)
             return
         compiled = self.kernel[self.grid](*given, *self._values, **self.config.options)
-        if compiled is not None:  # the interpreter compiles nothing
+        # The interpreter compiles nothing, and Triton's asynchronous mode gives a promise only.
+        if isinstance(compiled, CompiledKernel):
             self.compiled = self.compiled or compiled
             self._starts[kind] = compiled[(*self.grid, 1, 1)[:3]]
 

@@ -83,22 +83,29 @@ def load_rows(
 
 @triton.jit
 def load_tiles(
-    base, stride_m, keys, DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
-    KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
-    ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
+    base, stride_m, keys, valid_main, valid_tail, DIM: tl.constexpr, DIM_MAIN: tl.constexpr,
+    DIM_TAIL: tl.constexpr, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr,
+    FULL_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """All keys (or values) of one head: the main tile's parts and the tail tile's.
 
-    Without a tail the second result repeats the first and must not be used.
+    Rows that are masked out are zeros, since what stands there may be no number. Without a tail
+    the second result repeats the first and must not be used.
     """
     columns = tl.arange(0, KEY_MAIN)
     offsets = row_offsets(columns, stride_m, ALIGNMENT)
-    MASK_ROWS: tl.constexpr = KEY_TAIL == 0 and not FULL_KEYS
-    main = load_rows(base, offsets, columns < keys, DIM, DIM_MAIN, DIM_TAIL, MASK_ROWS, UPCAST)
+    MASK_ROWS: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
+    inside = columns < keys
+    if HAS_MASK:
+        inside = valid_main
+    main = load_rows(base, offsets, inside, DIM, DIM_MAIN, DIM_TAIL, MASK_ROWS, UPCAST)
     if KEY_TAIL > 0:
         columns = KEY_MAIN + tl.arange(0, KEY_TAIL)
         offsets = row_offsets(columns, stride_m, ALIGNMENT)
-        tail = load_rows(base, offsets, columns < keys, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        inside = columns < keys
+        if HAS_MASK:
+            inside = valid_tail
+        tail = load_rows(base, offsets, inside, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
         return main, tail
     else:
         return main, main
@@ -107,15 +114,15 @@ def load_tiles(
 @triton.jit
 def load_operands(
     key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-    HAS_VALUE: tl.constexpr, HAS_REFERENCE: tl.constexpr, DIM: tl.constexpr,
-    DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, KEY_MAIN: tl.constexpr,
-    KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    UPCAST: tl.constexpr,
+    valid_main, valid_tail, HAS_VALUE: tl.constexpr, HAS_REFERENCE: tl.constexpr,
+    DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, KEY_MAIN: tl.constexpr,
+    KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr, HAS_MASK: tl.constexpr,
+    ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Key, value and reference key tiles of one head; what is absent repeats the keys, unused."""
     key_main, key_tail = load_tiles(
-        key, key_stride_m, keys,
-        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+        key, key_stride_m, keys, valid_main, valid_tail,
+        DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
     )  # fmt: skip
     value_main = key_main
     value_tail = key_tail
@@ -123,13 +130,13 @@ def load_operands(
     reference_tail = key_tail
     if HAS_VALUE:
         value_main, value_tail = load_tiles(
-            value, value_stride_m, keys,
-            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+            value, value_stride_m, keys, valid_main, valid_tail,
+            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
     if HAS_REFERENCE:
         reference_main, reference_tail = load_tiles(
-            reference_key, reference_stride_m, keys,
-            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, ALIGNMENT, UPCAST,
+            reference_key, reference_stride_m, keys, valid_main, valid_tail,
+            DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
     return key_main, key_tail, value_main, value_tail, reference_main, reference_tail
 

@@ -44,13 +44,15 @@ def stage_key_value(
     prompt, stage, tokens = source
     if prompt.is_inference():
         return None
-    if not (_is_plain(attn.to_k) and _is_plain(attn.to_v)):
-        return None
     # A pipeline may hand on a fresh slice of its prompt at each step (ControlNet's guess mode):
     # what is projected is then kept on the tensor that the slices view.
     holder = prompt if prompt._base is None else prompt._base
     kept: dict[Any, Any] = holder.__dict__.setdefault("sefi_projections", {})
     place = (id(attn), prompt.storage_offset(), prompt.shape, prompt.stride())
+    if not (_is_plain(attn.to_k) and _is_plain(attn.to_v)):
+        # An adapter may leave changed weights behind that their version does not tell of.
+        kept.pop(place, None)
+        return None
     fingerprint = (prompt._version, dtype, _fingerprint(attn.to_k), _fingerprint(attn.to_v))
     entry = kept.get(place)
     if entry is None or entry[0] != fingerprint:

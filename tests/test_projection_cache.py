@@ -141,12 +141,29 @@ def change_data(unet, packed):
     layer.to_v.weight.data = layer.to_v.weight.data * 3
 
 
+def change_through_an_adapter(unet, packed):
+    """As peft does: other weights while an adapter is in place, of which nothing tells later."""
+    layer = next(iter(cross_attention_layers(unet).values()))
+    plain = layer.to_v
+    layer.to_v = nn.Sequential(plain)
+    unet(*unet_inputs(), packed)
+    plain.weight.data.mul_(3)
+    layer.to_v = plain
+
+
 def change_prompt(unet, packed):
     packed.mul_(-1)
 
 
 @pytest.mark.parametrize(
-    "change", [change_in_place, change_by_replacing, change_data, change_prompt]
+    "change",
+    [
+        change_in_place,
+        change_by_replacing,
+        change_data,
+        change_through_an_adapter,
+        change_prompt,
+    ],
 )
 def test_what_is_kept_is_dropped_when_weights_or_prompt_change(split_unet, change):
     sample, timestep = unet_inputs()

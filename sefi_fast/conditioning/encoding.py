@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sefi_fast.conditioning.packing import pack
 from sefi_fast.conditioning.parts import TextPart, text_parts
-from sefi_fast.conditioning.prompt import tokenize_prompts
+from sefi_fast.conditioning.prompt import tokenize_prompts, with_all_vectors
 from sefi_fast.conditioning.text import encode_text, encode_text_pooled, token_table
 from sefi_fast.errors import SubjectFileError
 
@@ -133,7 +133,7 @@ def encode_with_pooled(
     named = [s for s in chosen if any(s.placeholder in text for pair in distinct for text in pair)]
     streams, pooled = [], None
     for number, part in enumerate(parts):
-        texts = [pair[number] for pair in distinct]
+        texts = with_all_vectors(pipe, [pair[number] for pair in distinct], part.tokenizer)
         own, pooled = _encode_part(
             part, number, texts, named, stages, device, clip_skip, penultimate=len(parts) > 1
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from sefi_fast.errors import PromptError
@@ -25,6 +26,7 @@ Placeholder = tuple[str, Sequence[int]]
 """A placeholder, and the class word's token ids where its own tokens stand in a sentence."""
 
 _MOST_CLASS_TOKENS = 8
+_CLASS_WORDS = ("person", "dog", "toy", "creature")
 
 
 class PromptTokens(NamedTuple):
@@ -58,20 +60,33 @@ def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
     if not ids or tokenizer.unk_token_id in ids:
         raise PromptError(
             f"the tokenizer does not know the class word {class_word!r}; choose a common word "
-            "that is one token (person, dog, toy)"
+            f"that is one token ({_examples(tokenizer)})"
         )
     added = tokenizer.get_added_vocab()
     if any(not piece.endswith("</w>") and piece not in added for piece in pieces):
         raise PromptError(
             f"the class word {class_word!r} falls into pieces ({' '.join(pieces)}); choose words "
-            "that are one token each, such as the general word for it (person, dog, toy)"
+            f"that are one token each, such as the general word for it ({_examples(tokenizer)})"
         )
     if len(ids) > _MOST_CLASS_TOKENS:
         raise PromptError(
             f"the class word {class_word!r} is {len(ids)} tokens, at most {_MOST_CLASS_TOKENS} are "
-            "possible; choose the general word for it (person, dog, toy)"
+            f"possible; choose the general word for it ({_examples(tokenizer)})"
         )
     return ids
+
+
+def _examples(tokenizer: Any) -> str:
+    """Class words that this tokenizer knows; the bundled model's knows few."""
+    vocabulary = tokenizer.get_vocab()
+    return ", ".join(word for word in _CLASS_WORDS if f"{word}</w>" in vocabulary)
+
+
+def with_all_vectors(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
+    """The prompts with every vector of embeddings that diffusers loaded, which it numbers."""
+    if not isinstance(pipe, TextualInversionLoaderMixin):
+        return list(prompts)
+    return list(pipe.maybe_convert_prompt(list(prompts), tokenizer))
 
 
 def placeholder_ids(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +33,12 @@ class StageHook:
         tokens_per_stream: int,
         num_train_timesteps: int,
         pooled_input: _PooledInput | None = None,
+        before: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.tokens_per_stream = tokens_per_stream
         self.num_train_timesteps = num_train_timesteps
         self.pooled_input = pooled_input
+        self.before = before
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -44,6 +47,8 @@ class StageHook:
         prompt = args[2] if positional else kwargs.get("encoder_hidden_states")
         if not isinstance(prompt, Tensor):
             return None
+        if not torch.compiler.is_compiling() and self.before is not None:
+            self.before(module)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         selected = self.select(prompt, timestep)
         if self.pooled_input is not None:
@@ -101,7 +106,10 @@ class StageHook:
 
 
 def install_stage_hook(
-    model: nn.Module, tokens_per_stream: int, num_train_timesteps: int = 1000
+    model: nn.Module,
+    tokens_per_stream: int,
+    num_train_timesteps: int = 1000,
+    before: Callable[[nn.Module], None] | None = None,
 ) -> RemovableHandle:
     """Installs the stage hook, before all other hooks, on a U-Net or ControlNet.
 
@@ -109,6 +117,8 @@ def install_stage_hook(
         model: called as (sample, timestep, encoder_hidden_states), in order or by name.
         tokens_per_stream: M, tokens of one prompt.
         num_train_timesteps: T of the scheduler.
+        before: called with the model ahead of each of its calls with a prompt, but for compiled
+            ones; it may raise.
 
     Returns:
         The handle; its ``remove()`` takes the hook off.
@@ -124,7 +134,7 @@ def install_stage_hook(
             f"{type(model).__name__} has a stage hook already, and a second one would take the "
             "selected stage for a plain prompt; remove the first"
         )
-    hook = StageHook(tokens_per_stream, num_train_timesteps, _pooled_input(model))
+    hook = StageHook(tokens_per_stream, num_train_timesteps, _pooled_input(model), before)
     return model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 

@@ -42,6 +42,7 @@ def forward(
         and maps [B, (H,) T, N] in float32 (float64 for float64 inputs).
     """
     batch, heads, queries, _ = query.shape
+    key, value, reference_key = _shown(key_mask, key, value, reference_key)
     target = _probabilities(query, key, key_mask, scale)
     output = target.to(query.dtype) @ value
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
@@ -93,6 +94,8 @@ def backward(
     """
     dtype = query.dtype
     heads = max(query.shape[1], 1)
+    like = (key, value, reference_key)
+    key, value, reference_key = _shown(key_mask, key, value, reference_key)
     target = _probabilities(query, key, key_mask, scale)
     grad_target = torch.zeros_like(target)
     if grad_output is not None:
@@ -120,22 +123,34 @@ def backward(
             grad_query = grad_query + reference_scores @ reference_key
         grads[0] = grad_query * scale
     if needs[1]:
-        grads[1] = _fold((scores.transpose(2, 3) @ query) * scale, key)
+        grads[1] = _fold((scores.transpose(2, 3) @ query) * scale, like[0])
     if needs[2]:
         if grad_output is None:
-            grads[2] = torch.zeros_like(value)
+            grads[2] = torch.zeros_like(like[1])
         else:
-            grads[2] = _fold(target.to(dtype).transpose(2, 3) @ grad_output, value)
-    if needs[3] and reference_key is not None:
+            grads[2] = _fold(target.to(dtype).transpose(2, 3) @ grad_output, like[1])
+    if needs[3] and like[2] is not None:
         if reference_scores is None:
-            grads[3] = torch.zeros_like(reference_key)
+            grads[3] = torch.zeros_like(like[2])
         else:
             folded = (reference_scores.transpose(2, 3) @ query) * scale
-            grads[3] = _fold(folded, reference_key)
+            grads[3] = _fold(folded, like[2])
     laid_out = [
         None if g is None else g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads
     ]
     return laid_out[0], laid_out[1], laid_out[2], laid_out[3]
+
+
+def _shown(
+    key_mask: Tensor | None, key: Tensor, value: Tensor, reference_key: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three with zeros in hidden rows: what stands there, be it NaN, has no say."""
+    if key_mask is None:
+        return key, value, reference_key
+    shown = key_mask[:, None, :, None]
+    zero = key.new_zeros(())
+    rest = None if reference_key is None else torch.where(shown, reference_key, zero)
+    return torch.where(shown, key, zero), torch.where(shown, value, zero), rest
 
 
 def _probabilities(query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:

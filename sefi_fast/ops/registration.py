@@ -40,7 +40,7 @@ def cast_for_autocast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The four in autocast's dtype where it is on for the query's device; float64 stays."""
     device = query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return query, key, value, reference_key
     wanted = torch.get_autocast_dtype(device)
 
@@ -174,7 +174,9 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _below_autograd(op: Any, run: Any, arguments: Sequence[Any], tensors: Sequence[Any]) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    # Below views too: else a result that a backend lays out as a view of its own could not be
+    # changed in place, as a Function's result that is a view.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         # The dispatcher would box every argument only to find `run`, and that on cold caches.
         return run(*arguments) if _is_plain(tensors) else op(*arguments)
 
@@ -194,8 +196,15 @@ class _Forward(torch.autograd.Function):
         needs[3] = needs[3] and reference_grad
         if (grads[0] is None and grads[1] is None and grads[2] is None) or True not in needs:
             return (None,) * _ARGUMENTS
-        # Not through the dispatcher, which would only come back to this very function.
-        found = iter(_autograd_backward(*grads, *ctx.saved_tensors, *ctx.options, needs))
+        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+            raise RuntimeError(
+                "fused_cross_attention takes one gradient at a time: leave is_grads_batched and "
+                "vectorize out"
+            )
+        # Not through the dispatcher, which would only come back to this very function. The forward
+        # call had its say about dtypes, whatever autocast is on now.
+        with torch._C._DisableAutocast():
+            found = iter(_autograd_backward(*grads, *ctx.saved_tensors, *ctx.options, needs))
         wanted = [next(found) if need else None for need in needs]
         return (*wanted, *(None,) * (_ARGUMENTS - 4))
 

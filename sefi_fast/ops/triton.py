@@ -50,7 +50,7 @@ def _device(index: int | None) -> Device:
     if index is None:
         return Device(90, INTERPRETED_MULTIPROCESSORS, True)
     found = cuda_device(index)
-    return Device(found.capability, found.multiprocessors, False, index)
+    return Device(found.capability, found.multiprocessors, interpreted(), index)
 
 
 def _device_of(query: Tensor) -> Device:
@@ -77,8 +77,9 @@ def _why_not_assembler(capability: int) -> str | None:
     sound = ".".join(map(str, SOUND_ASSEMBLER))
     return (
         f"Triton {triton.__version__} uses the assembler ptxas {version}, which miscompiles "
-        f"warp-group products on compute capability 9.0: install triton 3.9 or newer, or let "
-        f"TRITON_PTXAS_PATH name a ptxas of CUDA {sound} or newer (docs/performance-gpu.md)"
+        f"warp-group products on compute capability 9.0: let TRITON_PTXAS_PATH name a ptxas of "
+        f"CUDA {sound} or newer (pip install nvidia-cuda-nvcc; docs/performance-gpu.md), or use "
+        "triton 3.9 or newer where PyTorch allows it"
     )
 
 

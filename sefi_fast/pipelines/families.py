@@ -72,6 +72,23 @@ def check_pipeline(pipe: Any) -> None:
         )
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raise ModelError for times that are no steps of the training's noise schedule.
+
+    EDM's schedulers, and Euler's with continuous times, hand the U-Net a quarter of log σ, -2 to 1:
+    there every step would be the subject's cleanest stage.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    continuous = getattr(config, "timestep_type", None) == "continuous"
+    if name.startswith("EDM") or (continuous and config.prediction_type == "v_prediction"):
+        raise ModelError(
+            f"the pipeline's {name} counts time by the logarithm of the noise, but a subject's "
+            "stages are parts of the training's steps: set pipe.scheduler to one of DDIM, "
+            "DPM-Solver++, Euler …; a model that was trained with such times (Playground 2.5, "
+            "CosXL) takes no subject"
+        )
+
+
 def check_not_compiled(models: Iterable[nn.Module], what: str) -> None:
     """Raise ModelError when torch.compile would hide the calls of a model's layers.
 

@@ -43,6 +43,7 @@ class Installation:
         self._num_train_timesteps = num_train_timesteps
         self._replaced: dict[str, Any] = {}
         self._processors: dict[str, Any] = {}
+        self._layers: dict[str, Any] = {}
         self._hook: RemovableHandle | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Installation:
@@ -50,7 +51,7 @@ class Installation:
         # pipeline registers itself with the copy.
         copied = Installation(self._tokens, self._num_train_timesteps)
         memo[id(self)] = copied
-        for name in ("_replaced", "_processors", "_hook"):
+        for name in ("_replaced", "_processors", "_layers", "_hook"):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
         return copied
 
@@ -73,7 +74,9 @@ class Installation:
         if self._hook is None or not any(isinstance(hook, StageHook) for hook in hooks):
             if self._hook is not None:
                 self._hook.remove()
-            self._hook = install_stage_hook(model, self._tokens, self._num_train_timesteps)
+            self._hook = install_stage_hook(
+                model, self._tokens, self._num_train_timesteps, before=self._check_processors
+            )
             missing.append("the stage hook")
         for name in strangers:
             replaced = layers[name].processor
@@ -81,9 +84,22 @@ class Installation:
             self._replaced[name] = replaced
             self._processors[name] = ours
             layers[name].set_processor(ours)
+        self._layers = layers
         if strangers:
             missing.append(f"the attention processors of {len(strangers)} layers")
         return missing
+
+    def _check_processors(self, model: nn.Module) -> None:
+        """Raise ModelError where another processor would take K and V streams for one prompt."""
+        for name, attn in self._layers.items():
+            if attn.processor is not self._processors[name]:
+                raise ModelError(
+                    f"layer {name} of {type(model).__name__} got the processor "
+                    f"{type(attn.processor).__name__} after the prompt was encoded, and would take "
+                    "a subject's key and value streams for one long prompt: set processors before "
+                    "the pipeline is called, or call sefi_fast.detach(pipe) first; pipelines that "
+                    "set their own in each call (Attend-and-Excite) take no subject"
+                )
 
     def remove(self, model: nn.Module) -> None:
         """Put back every processor that is still ours to put back, and take the hook away."""
@@ -120,10 +136,17 @@ def uninstall(model: nn.Module, user: Any) -> None:
     """End `user`'s need; with the last one the model becomes what it was."""
     with _LOCK:
         installation = getattr(model, _ATTRIBUTE, None)
-        if installation is None:
-            return
-        installation.users.discard(user)
-        if not installation.users:
+        if installation is not None:
+            installation.users.discard(user)
+            uninstall_unused(model)
+
+
+def uninstall_unused(model: nn.Module) -> None:
+    """Make the model what it was if nobody needs it otherwise any more."""
+    with _LOCK:
+        installation = getattr(model, _ATTRIBUTE, None)
+        # As a list: the length of a WeakSet may count users that are dying just now.
+        if installation is not None and not list(installation.users):
             installation.remove(model)
             delattr(model, _ATTRIBUTE)
 

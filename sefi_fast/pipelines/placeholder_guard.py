@@ -106,10 +106,16 @@ def unguard(text_encoder: nn.Module, encoder: PromptEncoder) -> None:
     """End that; with the last pipeline the text encoder becomes what it was."""
     with _LOCK:
         found = getattr(text_encoder, _ATTRIBUTE, None)
-        if found is None:
-            return
-        found.users.pop(encoder, None)
-        if not found.users:
+        if found is not None:
+            found.users.pop(encoder, None)
+            unguard_unused(text_encoder)
+
+
+def unguard_unused(text_encoder: nn.Module) -> None:
+    """Make the text encoder what it was if no pipeline needs it otherwise any more."""
+    with _LOCK:
+        found = getattr(text_encoder, _ATTRIBUTE, None)
+        if found is not None and not list(found.users):
             found.handle.remove()
             delattr(text_encoder, _ATTRIBUTE)
 
@@ -117,10 +123,15 @@ def unguard(text_encoder: nn.Module, encoder: PromptEncoder) -> None:
 def _guarded(encoder: PromptEncoder) -> list[Any]:
     """The subjects whose placeholder no prompt can hold by rights once it is encoded.
 
-    A placeholder that is the class word of some subject is what that subject leaves in its place.
+    A placeholder that stands in the class of some subject is what that one leaves in its place.
     """
-    classes = {subject.class_word.strip().lower() for subject in encoder.subjects}
-    return [s for s in encoder.subjects if s.placeholder.lower() not in classes]
+    classes = [subject.class_word.lower() for subject in encoder.subjects]
+
+    def is_class(placeholder: str) -> bool:
+        words = rf"(?<!\w){re.escape(placeholder.lower())}(?!\w)"
+        return any(re.search(words, text) for text in classes)
+
+    return [s for s in encoder.subjects if not is_class(s.placeholder)]
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor, nn
 
 from sefi_fast.conditioning import Encoded, encode_with_pooled, text_parts
 from sefi_fast.conditioning.prompt import TOKENIZING
-from sefi_fast.pipelines.families import conditioned_models, is_sdxl, unwrap
-from sefi_fast.pipelines.installation import adopt, install, uninstall
-from sefi_fast.pipelines.placeholder_guard import copy_guard, guard, unguard
+from sefi_fast.pipelines.families import check_scheduler, conditioned_models, is_sdxl, unwrap
+from sefi_fast.pipelines.installation import adopt, install, uninstall, uninstall_unused
+from sefi_fast.pipelines.placeholder_guard import copy_guard, guard, unguard, unguard_unused
 from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, own_arguments
 from sefi_fast.pipelines.same_packing import same_packing, stages_of
 from sefi_fast.pipelines.text_lora import text_lora
@@ -62,16 +61,25 @@ class PromptEncoder:
         self.watchers: list[Watcher] = []
         self._pipe = weakref.ref(pipe)
         self._replaced = pipe.__dict__.get("encode_prompt")
+        if isinstance(self._replaced, PromptEncoder):
+            self._replaced = self._replaced._replaced
         # What inspect.signature shows of this object: that of the function it stands in for.
         self.__signature__ = inspect.signature(self._own(pipe))
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._text_encoders: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._clean_up_when_dropped()
+
+    def _clean_up_when_dropped(self) -> None:
+        """A pipeline that goes without `detach` leaves nothing on models that others share."""
+        dropped = weakref.finalize(self, _clean_up, self._models, self._text_encoders)
+        dropped.atexit = False
 
     @classmethod
     def of(cls, pipe: Any) -> PromptEncoder | None:
         """The one that stands at `pipe.encode_prompt` now."""
         found = pipe.__dict__.get("encode_prompt")
-        return found if isinstance(found, cls) else None
+        # A shallow copy of a pipeline has its original's.
+        return found if isinstance(found, cls) and found._pipe() is pipe else None
 
     @classmethod
     def acquire(cls, pipe: Any) -> PromptEncoder:
@@ -120,6 +128,7 @@ class PromptEncoder:
         copied._text_encoders = weakref.WeakSet()
         for text_encoder in self._text_encoders:
             copied._text_encoders.add(copy_guard(text_encoder, self, copied, memo))
+        copied._clean_up_when_dropped()
         return copied
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
@@ -230,10 +239,8 @@ class PromptEncoder:
             arguments = own_arguments(self.__signature__, texts, request)
             result = self._own(pipe)(**arguments, clip_skip=clip_skip)
             return Encoded(result[0], result[2] if len(result) > 2 else None)
-        if isinstance(pipe, TextualInversionLoaderMixin):
-            tokenizers = [part.tokenizer for part in text_parts(pipe)]
-            texts = tuple(map(pipe.maybe_convert_prompt, texts, tokenizers))
-        subjects = list(self.subjects)
+        # Others, by their numbers of stages, would make the packed prompt longer for nothing.
+        subjects = [s for s in self.subjects if self._stands_in(s, texts)]
         with text_lora(pipe, request.lora_scale):
             return encode_with_pooled(pipe, *texts, subjects=subjects, clip_skip=clip_skip)
 
@@ -245,16 +252,21 @@ class PromptEncoder:
         return self._replaced or type(pipe).encode_prompt.__get__(pipe)
 
     def _has_placeholder(self, prompts: Sequence[Texts | None]) -> bool:
+        return any(self._stands_in(subject, prompts) for subject in self.subjects)
+
+    @staticmethod
+    def _stands_in(subject: Subject, prompts: Sequence[Texts | None]) -> bool:
         texts = [
             text
             for given in prompts
             if given is not None
             for text in ([given] if isinstance(given, str) else given)
         ]
-        return any(subject.placeholder in text for subject in self.subjects for text in texts)
+        return any(subject.placeholder in text for text in texts)
 
     def _prepare_models(self, pipe: Any) -> list[str]:
         """Install on every model of the pipeline; what had to be put on again, in words."""
+        check_scheduler(pipe.scheduler)
         tokens = pipe.tokenizer.model_max_length
         missing = []
         models = list(conditioned_models(pipe))
@@ -296,6 +308,15 @@ class PromptEncoder:
         for text_encoder in list(self._text_encoders):
             unguard(text_encoder, self)
         self._text_encoders.clear()
+
+
+def _clean_up(
+    models: weakref.WeakSet[nn.Module], text_encoders: weakref.WeakSet[nn.Module]
+) -> None:
+    for model in list(models):
+        uninstall_unused(model)
+    for text_encoder in list(text_encoders):
+        unguard_unused(text_encoder)
 
 
 def _pooled_width(pipe: Any) -> int:

@@ -25,6 +25,7 @@ def swap(
     guidance: float = 7.5,
     negative_prompt: str | None = None,
     batch_size: int = 8,
+    clip_skip: int | None = None,
     **call_arguments: Any,
 ) -> list[Image.Image]:
     """Draw with the attention of one prompt and the content of another.
@@ -39,6 +40,7 @@ def swap(
         pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, with subjects attached or without.
         key_prompt, value_prompt: sentences; placeholders of attached subjects may stand in both.
         n, seed, steps, guidance, negative_prompt, batch_size, call_arguments: as for `generate`.
+        clip_skip: as in the pipeline's call, for both prompts.
 
     Returns:
         `n` pictures; equal seeds start from equal noise, whatever the prompts are.
@@ -54,7 +56,7 @@ def swap(
             raise TypeError(f"{name} must be one sentence, got {prompt!r}")
     encoder = PromptEncoder.acquire(pipe)
     try:
-        joined = _joined(pipe, key_prompt, value_prompt)
+        joined = _joined(pipe, key_prompt, value_prompt, clip_skip)
         return draw(
             pipe,
             lambda count: {
@@ -74,10 +76,12 @@ def swap(
         encoder.release()
 
 
-def _joined(pipe: Any, key_prompt: str, value_prompt: str) -> Encoded:
+def _joined(pipe: Any, key_prompt: str, value_prompt: str, clip_skip: int | None) -> Encoded:
     """One packed prompt: the K streams of the first, the V streams and the pooled of the second."""
     tokens = pipe.tokenizer.model_max_length
-    keys, values = (encode_with_pooled(pipe, text) for text in (key_prompt, value_prompt))
+    keys, values = (
+        encode_with_pooled(pipe, text, clip_skip=clip_skip) for text in (key_prompt, value_prompt)
+    )
     streams = [unpack(part.prompt_embeds, tokens) for part in (keys, values)]
     stages = math.lcm(*(part.shape[1] for part in streams))
     joined = [

@@ -36,6 +36,7 @@ def borrowed(
     Raises:
         ModelError: the weights are offloaded or on the meta device.
     """
+    _check_not_offloaded(module)
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         raise ModelError(
@@ -66,6 +67,23 @@ def borrowed(
                 tensor.requires_grad_(True)
         for part, training in modes:
             part.training = training
+
+
+def _check_not_offloaded(module: nn.Module) -> None:
+    """Raise ModelError where hooks of accelerate or diffusers move the weights at each call."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    registries: list[Any] = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
+    moved = any(type(one).__name__ == "CpuOffload" for one in hooks) or any(
+        registry is not None and registry.get_hook("group_offloading") is not None
+        for registry in registries
+    )
+    if moved:
+        raise ModelError(
+            f"the {type(module).__name__}'s weights are moved to the device for each call alone "
+            "(CPU offload): call pipe.remove_all_hooks() or load the pipeline without offloading, "
+            "and train with low_memory=True where memory is short"
+        )
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

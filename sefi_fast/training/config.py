@@ -49,6 +49,11 @@ def named_with_nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
     return ", ".join(named)
 
 
+def unsaid_settings() -> dict[str, Any]:
+    """What a file of an earlier version was made with in fields that it does not have."""
+    return {**TrainConfig().as_dict(), "snr_gamma": None}
+
+
 def _setting(default: Any, text: str, *, free: bool = False) -> Any:
     """A field; `free` if a run may be resumed with another value of it."""
     return field(default=default, metadata={"help": text, "free": free})

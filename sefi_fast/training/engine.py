@@ -174,8 +174,8 @@ class Engine:
     def state_dict(self, lane: int = 0) -> dict[str, Tensor]:
         """All of a lane that changes in training, as tensors on the CPU.
 
-        A lane that `load_state_dict` is given it goes on as this one would, bit for bit on a CPU,
-        in whatever company.
+        A lane that `load_state_dict` is given it goes on as this one would, bit for bit on a CPU in
+        the same company, else up to rounding.
         """
         row = self._row(lane)
         return {

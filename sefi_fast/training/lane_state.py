@@ -166,6 +166,7 @@ class LaneState:
         grown = self.growth >= _GROWTH_INTERVAL
         self.growth.masked_fill_(grown, 0.0)
         self.scale.mul_(torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0)))
+        self.scale.clamp_(min=_LOWEST_SCALE)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything an update changes, by name, each with one entry a lane: no copies."""

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from sefi_fast.errors import TrainingError
+from sefi_fast.errors import ModelError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,18 @@ def encode_picture(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDist
     """Encode a picture [3, h, w] in [-1, 1], and its mirror image if `flip`, with a float32 VAE.
 
     Raises:
+        ModelError: the VAE is no AutoencoderKL.
         TrainingError: the VAE gives NaN or infinity, as some do in half precision.
     """
     views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
     weight = next(vae.parameters())
-    distribution = vae.encode(views.to(weight.device, weight.dtype)).latent_dist
+    encoded = vae.encode(views.to(weight.device, weight.dtype))
+    if not hasattr(encoded, "latent_dist"):
+        raise ModelError(
+            f"the pipeline's VAE is an {type(vae).__name__}, which gives latents without a "
+            "distribution: set pipe.vae to the model's own AutoencoderKL to train"
+        )
+    distribution = encoded.latent_dist
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     scale = vae.config.scaling_factor
     channel_mean, channel_std = (getattr(vae.config, f"latents_{x}", None) for x in ("mean", "std"))

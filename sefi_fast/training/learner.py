@@ -6,12 +6,14 @@ import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sefi_fast.conditioning import class_token_ids, placeholder_ids, text_parts
+from sefi_fast.conditioning.prompt import with_all_vectors
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.pipelines.families import is_sdxl
 from sefi_fast.subject import Subject, SubjectTokens
@@ -73,8 +75,9 @@ class Learner:
         tokenizers = [part.tokenizer for part in text_parts(pipe)]
         class_ids = placeholder_ids(tokenizers, job.class_word, config.num_vectors)
         prompts = TrainingPrompts(
-            tokenizers, self.config.sentences(), job.placeholder, class_ids, source.device
-        )
+            tokenizers, self.config.sentences(), job.placeholder, class_ids, source.device,
+            partial(with_all_vectors, pipe),
+        )  # fmt: skip
         pixels = prepare(picture, self.size, config.crop)
         tables = [token_table(encoder) for encoder in source.text_encoders]
         with torch.no_grad():

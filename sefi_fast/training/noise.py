@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sefi_fast.errors import ModelError
+from sefi_fast.pipelines.families import check_scheduler
 
 
 class Draw(NamedTuple):
@@ -159,12 +160,13 @@ class NoiseSchedule:
 
     Raises:
         ModelError: the model predicts something else than noise or velocity, or its scheduler has
-            no betas (flow matching).
+            no betas (flow matching) or counts time by the noise's logarithm.
     """
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
         from diffusers import DDPMScheduler
 
+        check_scheduler(scheduler)
         config = scheduler.config
         name = type(scheduler).__name__
         if getattr(config, "num_train_timesteps", None) is None or not hasattr(

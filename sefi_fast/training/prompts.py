@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class TrainingPrompts:
         placeholder: what stands for the subject.
         class_ids: for each tokenizer the W ids of the class word in the placeholder's place.
         device: where the text encoders are.
+        expand: what a tokenizer's prompts are before it reads them.
 
     Attributes:
         input_ids: int64 [E, P, M], as in `PromptTokens`.
@@ -50,10 +51,13 @@ class TrainingPrompts:
         placeholder: str,
         class_ids: Sequence[Sequence[int]],
         device: torch.device,
+        expand: Callable[[Sequence[str], Any], Sequence[str]] = lambda prompts, _: prompts,
     ) -> None:
         prompts = [sentence.replace("{}", placeholder) for sentence in sentences]
         tokens = [
-            tokenize_prompts(tokenizer, prompts, [(placeholder, ids)], require=True)
+            tokenize_prompts(
+                tokenizer, list(expand(prompts, tokenizer)), [(placeholder, ids)], require=True
+            )
             for tokenizer, ids in zip(tokenizers, class_ids, strict=True)
         ]
         slots = tokens[0].slots

@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sefi_fast.training.checkpoint import (
     Checkpoint,
@@ -15,7 +15,7 @@ from sefi_fast.training.checkpoint import (
     folder_of,
     read_checkpoint,
 )
-from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.config import TrainConfig, unsaid_settings
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +112,8 @@ def _whole(folder: CheckpointFolder, subject: Unfinished | None) -> dict[int, Pa
     return found
 
 
-# What checkpoints that lack the field were made with.
-_BEFORE: dict[str, Any] = {"snr_gamma": None}
-
-
 def _check_same(checkpoint: Checkpoint, subject: Unfinished) -> None:
-    config, usual = subject.config, TrainConfig().as_dict() | _BEFORE
+    config, usual = subject.config, unsaid_settings()
     now, then = config.as_dict(), checkpoint.settings
     fixed = [field.name for field in fields(config) if not field.metadata["free"]]
     differing = [

@@ -63,12 +63,13 @@ def test_the_base_holds_for_every_variant():
         assert all(config.precision == "bf16" for config in configs)
         if study.name not in ("rate", "peers", "better"):
             assert all(config.learning_rate == 0.1 for config in configs)
-        if study.name == "vectors":
-            assert [variant.name for variant in study.variants if variant.config.steps != 8] == [
-                "3 vectors, λ = 0.01, half the steps"
-            ]
-        else:
-            assert study.name == "steps" or all(config.steps == 8 for config in configs)
+        others = {variant.name for variant in study.variants if variant.config.steps != 8}
+        wanted = {
+            "vectors": {"3 vectors, λ = 0.01, half the steps"},
+            "choices": {"half the copies, twice the steps", "twice the copies, half the steps"},
+        }
+        if study.name != "steps":
+            assert others == wanted.get(study.name, set())
     assert [v.value for v in by_name("pairs").values()] == [1, 3, 5, 7, 9, 10, 1, 5, 10]
 
 
@@ -90,6 +91,14 @@ def test_results_from_before_there_were_vectors_are_found():
     text = json.dumps(kept, sort_keys=True, default=list)
     assert Variant("x", one).key == hashlib.sha256(text.encode()).hexdigest()[:12]
     assert Variant("x", three).key != Variant("x", one).key
+
+
+def test_batches_of_another_size_see_as_many_noised_copies():
+    found = {name: variant.config for name, variant in by_name("choices").items()}
+    default = TrainConfig()
+    for name, config in found.items():
+        assert config.steps * config.batch_size == default.steps * default.batch_size, name
+    assert found["ended on a plateau"].patience == default.steps // 6
 
 
 @pytest.mark.parametrize("name", ["lamda", "", []])

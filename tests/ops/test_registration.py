@@ -274,11 +274,48 @@ def test_autocast_casts_the_four_and_nothing_inside(backend):
         assert torch.equal(found, wanted.float())
 
 
+def test_autocast_around_the_backward_alone_changes_nothing(backend):
+    inputs = _inputs(backend, 2, 2, 9, 7, 16, tokens=2, reference_grad=True).trainable()
+    result = _call(inputs, backend)
+    leaves = (inputs.query, inputs.key, inputs.value, inputs.reference_key)
+    wanted = torch.autograd.grad(result, leaves, inputs.grads, retain_graph=True)
+    with torch.autocast(inputs.query.device.type, dtype=torch.bfloat16):
+        found = torch.autograd.grad(result, leaves, inputs.grads)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_autocast_takes_tensors_of_several_dtypes(backend):
     inputs = _inputs(backend, 2, 2, 9, 7, 16)
     with torch.autocast(inputs.query.device.type, dtype=torch.bfloat16):
         output = _call(inputs, backend, reference_key=inputs.reference_key.half()).output
     assert output.dtype == torch.bfloat16
+
+
+def test_the_output_may_be_changed_in_place(backend):
+    inputs = _inputs(backend, 2, 2, 9, 7, 16).trainable()
+    plain = _call(inputs, backend).output
+    (wanted,) = torch.autograd.grad((plain * 2 + 1).sum(), inputs.query)
+    changed = _call(inputs, backend).output.transpose(1, 2).flatten(2)
+    changed *= 2
+    changed += 1
+    (found,) = torch.autograd.grad(changed.sum(), inputs.query)
+    assert torch.equal(found, wanted)
+
+
+def test_gradients_in_a_batch_are_refused_in_words(backend):
+    inputs = _inputs(backend, 1, 1, 4, 5, 8).trainable()
+    output = _call(inputs, backend).output
+    several = torch.ones(3, *output.shape, device=output.device)
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.autograd.grad(output, inputs.query, several, is_grads_batched=True)
+
+
+def test_the_function_takes_meta_tensors(backend):
+    inputs = _inputs(backend, 2, 3, 9, 7, 16)
+    query, key, value = (t.to("meta") for t in inputs.tensors[:3])
+    output = fused_cross_attention(query, key, value, backend=backend).output
+    assert output.is_meta and output.shape == query.shape
 
 
 def test_meta_tensors_tell_shapes(backend):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -187,6 +188,27 @@ def test_other_pipelines_are_refused_in_words(sd15_pipeline, make_subject):
 
     with pytest.raises(ModelError, match=r"encode_prompt takes \(prompt, image\)"):
         attach(Editing(**parts, requires_safety_checker=False), subject)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+    ],
+    ids=["EDM", "continuous"],
+)
+def test_times_that_are_no_training_steps_are_refused(sd15_pipeline, make_subject, scheduler):
+    usual, sd15_pipeline.scheduler = sd15_pipeline.scheduler, scheduler
+    before = state_of(sd15_pipeline)
+    with pytest.raises(ModelError, match="logarithm of the noise"):
+        attach(sd15_pipeline, make_subject())
+    assert state_of(sd15_pipeline) == before
+    sd15_pipeline.scheduler = usual
+    attach(sd15_pipeline, make_subject())
+    sd15_pipeline.scheduler = scheduler
+    with pytest.raises(ModelError, match="logarithm of the noise"):
+        draw(sd15_pipeline, "a <it>")
 
 
 def test_the_package_hands_attach_and_detach_on():

@@ -88,6 +88,40 @@ def test_a_pipeline_that_is_gone_does_not_hold_the_shared_unet(sd15_pipeline, ma
     assert not pipe.unet._forward_pre_hooks
 
 
+def test_a_pipeline_dropped_without_detach_leaves_nothing_behind(sd15_pipeline, make_subject):
+    pipe = sd15_pipeline
+    before = state_of(pipe)
+    for another in (second_pipeline, copy.copy):
+        other = attach(another(pipe), make_subject())
+        assert state_of(pipe) != before
+        del other
+        gc.collect()
+        assert state_of(pipe) == before
+
+
+def test_a_shallow_copy_is_attached_and_detached_by_itself(sd15_pipeline, make_subject):
+    pipe = attach(sd15_pipeline, make_subject())
+    mine = draw(pipe, "a <it>")
+    other = copy.copy(pipe)
+    detach(other)
+    torch.testing.assert_close(draw(pipe, "a <it>"), mine, **CLOSE)
+    attach(other, make_subject("<me>", "person"))
+    detach(pipe)
+    assert torch.isfinite(draw(other, "a <me>")).all()
+    detach(other)
+    assert "encode_prompt" not in vars(other) and not pipe.unet._forward_pre_hooks
+
+
+def test_processors_set_while_a_picture_is_drawn_are_told(sd15_pipeline, make_subject):
+    def replace(pipe, step, timestep, tensors):
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
+        return tensors
+
+    attach(sd15_pipeline, make_subject())
+    with pytest.raises(ModelError, match="AttnProcessor2_0 after the prompt was encoded"):
+        draw(sd15_pipeline, "a <it>", callback_on_step_end=replace)
+
+
 def test_threads_with_a_shared_unet(sd15_pipeline, make_subject):
     pipes = [sd15_pipeline, second_pipeline(sd15_pipeline)]
     prompts = ["a photo of a <it>", "a <me> in the snow"]

@@ -94,6 +94,14 @@ def test_words_that_only_look_alike_are_drawn(sd15_pipeline):
         draw(other, "a photo of sks")
     # A placeholder that is a class word stands in every encoded prompt of its subject.
     assert draw(pipe, "a dog with sks", num_inference_steps=1).isfinite().all()
+    attach(
+        pipe,
+        [
+            subject_for(pipe, "cat", class_word="dog"),
+            subject_for(pipe, "<it>", class_word="red cat"),
+        ],
+    )
+    assert draw(pipe, "a <it>", num_inference_steps=1).isfinite().all()
 
 
 def test_the_second_prompt_of_sdxl(sdxl_pipeline, make_sdxl_subject):

@@ -72,7 +72,8 @@ def test_negative_prompts_are_packed_to_match(attached, images):
 
 def test_a_placeholder_in_the_negative_prompt_packs_the_prompt(attached):
     positive, negative = run(attached, "a dog", negative_prompt="a <it>")
-    torch.testing.assert_close(negative, encode(attached, "a <it>"), **EXACT)
+    five, _ = attached.encode_prompt.subjects
+    torch.testing.assert_close(negative, encode(attached, "a <it>", subjects=five), **EXACT)
     stages = packed_stages(negative.shape[1], 77)
     torch.testing.assert_close(positive, every_stage(plain(attached, "a dog"), stages), **EXACT)
 
@@ -89,7 +90,7 @@ def test_packed_prompts_given_as_tensors(attached):
     torch.testing.assert_close(negative, want, **EXACT)
     given = plain(attached, "a car")
     positive, negative = run(attached, "a <it>", negative_prompt_embeds=given)
-    torch.testing.assert_close(negative, every_stage(given, stages), **EXACT)
+    torch.testing.assert_close(negative, every_stage(given, 5), **EXACT)
     with pytest.raises(PromptError, match="154 tokens"):
         run(attached, "a <it>", negative_prompt_embeds=given.repeat(1, 2, 1))
 
@@ -163,6 +164,17 @@ def test_textual_inversion_words_stand_beside_subjects(sd15_pipeline, make_subje
     actual, _ = run(pipe, "a <it> in <style>", guidance=False)
     streams = unpack(actual, 77)
     torch.testing.assert_close(streams, expected[:, None, None].expand_as(streams), **EXACT)
+    torch.testing.assert_close(encode(pipe, "a <it> in <style>"), actual, **EXACT)
+
+
+def test_subjects_that_are_not_in_the_prompt_do_not_count(sd15_pipeline, make_subject):
+    names = {"<seven>": 7, "<eight>": 8, "<nine>": 9}
+    attach(sd15_pipeline, [make_subject(name, stages=n) for name, n in names.items()])
+    for name, stages in names.items():
+        positive, _ = run(sd15_pipeline, f"a {name}")
+        assert packed_stages(positive.shape[1], 77) == stages
+    with pytest.raises(ValueError, match="504 stages together"):
+        run(sd15_pipeline, "a <seven>, a <eight> and a <nine>")
 
 
 def test_wrong_pairs_of_prompts_are_told_in_words(attached):

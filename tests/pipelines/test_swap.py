@@ -6,7 +6,7 @@ import pytest
 import torch
 from pipelines.sampling import draw, sample_by_hand, state_of
 
-from sefi_fast import attach, detach, swap
+from sefi_fast import attach, detach, encode, swap
 from sefi_fast.conditioning import encode_with_pooled, pack, unpack
 from sefi_fast.errors import PromptError
 
@@ -51,6 +51,23 @@ def test_several_pictures_and_a_negative_prompt(sd15_pipeline):
         sd15_pipeline, "a cat", [], value_prompt="a dog", negative="a car", seed=4
     )
     torch.testing.assert_close(one, by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_clip_skip_holds_for_both_prompts(sd15_pipeline, make_subject):
+    attach(sd15_pipeline, make_subject())  # Packed embeddings want it.
+    skipped = swapped(sd15_pipeline, "a cat", "a cat", clip_skip=1)
+    plain = draw(sd15_pipeline, None, prompt_embeds=encode(sd15_pipeline, "a cat", clip_skip=1))
+    torch.testing.assert_close(skipped, plain, rtol=1e-4, atol=1e-4)
+    assert (skipped - draw(sd15_pipeline, "a cat")).abs().max() > 1e-2
+
+
+def test_embeddings_of_several_vectors_are_written_out(sd15_pipeline):
+    vectors = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
+    sd15_pipeline.load_textual_inversion({"<style>": vectors}, token="<style>")
+    text = "a cat in <style>"
+    torch.testing.assert_close(
+        swapped(sd15_pipeline, text, text), draw(sd15_pipeline, text), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("fail", [False, True])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline
 
 from sefi_fast.tiny_world import CLASS_WORD, bundled_model_path
@@ -17,7 +16,7 @@ from sefi_fast.tiny_world.rates import Asked, draw_prompts, obeyed, prompt_sets
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(bundled_model_path(), torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(bundled_model_path())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

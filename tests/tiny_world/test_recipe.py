@@ -27,7 +27,7 @@ def made(tmp_path_factory):
 
 
 def test_two_steps_of_every_stage_give_a_pipeline_that_draws(made):
-    pipe = StableDiffusionPipeline.from_pretrained(made, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(made)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a photo of a red creature", num_inference_steps=2).images[0]
     assert image.size == (48, 48)

@@ -120,6 +120,15 @@ def test_a_scale_that_can_fall_no_further_is_a_failure():
     assert len(found) == 13
 
 
+def test_a_scale_does_not_fall_below_one():
+    state = LaneState(modules_of(1), 1e-2, CPU, scaling=True)
+    for _ in range(20):
+        for value in (float("inf"), 1.0):
+            gradient = torch.full_like(state.parameters, value).detach()
+            state.update(gradient, state.rows().detach(), torch.tensor([True]))
+    assert state.scale.item() == 1.0
+
+
 def test_scales_grow_after_many_good_steps():
     state = LaneState(modules_of(1), 1e-9, CPU, scaling=True)
     first = state.scale.item()

@@ -180,6 +180,12 @@ def test_files_of_other_settings_stay(sd15_pipeline, tmp_path):
     other = {**FAST, "steps": 2}
     results = sefi_fast.train_many(subjects(2), model=sd15_pipeline, output=tmp_path, **other)
     assert "steps was 4, is 2" in str(results[0].error)
+    older = Subject.load(tmp_path / "s0.safetensors")
+    del older.settings["snr_gamma"]
+    older.save(tmp_path / "older.safetensors")
+    one = [{**subjects(1)[0], "name": "older"}]
+    (result,) = sefi_fast.train_many(one, model=sd15_pipeline, output=tmp_path, **FAST)
+    assert "snr_gamma was None, is 5.0" in str(result.error)
     assert "s1.safetensors is damaged" in str(results[1].error)
     assert {path: path.read_bytes() for path in content} == content
     results = sefi_fast.train_many(

@@ -85,6 +85,9 @@ def test_other_models_are_refused():
         NoiseSchedule(DDIMScheduler(prediction_type="sample"), CPU)
     with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler has no beta"):
         NoiseSchedule(FlowMatchEulerDiscreteScheduler(), CPU)
+    continuous = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    with pytest.raises(ModelError, match="logarithm of the noise"):
+        NoiseSchedule(continuous, CPU)
 
 
 def drawn(batch_size, seed=0, **changes):

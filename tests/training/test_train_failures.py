@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import skimage
 import torch
+from accelerate import cpu_offload_with_hook
+from diffusers import AutoencoderTiny
 from PIL import Image
 
 import sefi_fast
@@ -173,3 +175,27 @@ def test_offloaded_weights_are_refused(sd15_pipeline, photo):
     sd15_pipeline.unet.to("meta")
     with pytest.raises(ModelError, match="offload"):
         train(photo, model=sd15_pipeline, class_word="cat", device="cpu", **FAST)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_weights_that_hooks_move_at_each_call_are_refused(sd15_pipeline, photo, part):
+    # What enable_model_cpu_offload puts on each part, but for the device, which it wants there.
+    cpu_offload_with_hook(getattr(sd15_pipeline, part), "cpu")
+    with pytest.raises(ModelError, match=r"CPU offload\): call pipe\.remove_all_hooks"):
+        train(photo, model=sd15_pipeline, class_word="cat", **FAST)
+
+
+def test_group_offloading_is_refused(sd15_pipeline, photo):
+    sd15_pipeline.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ModelError, match="CPU offload"):
+        train(photo, model=sd15_pipeline, class_word="cat", **FAST)
+
+
+def test_a_vae_without_a_distribution_is_refused(sd15_pipeline, photo):
+    sd15_pipeline.vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4,
+    )  # fmt: skip
+    sd15_pipeline.vae.register_to_config(block_out_channels=(8, 8, 8, 8))
+    with pytest.raises(ModelError, match="AutoencoderTiny, which gives latents without"):
+        train(photo, model=sd15_pipeline, class_word="cat", **FAST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -94,6 +95,7 @@ def make_model(
 
         def save(pipeline: StableDiffusionPipeline) -> None:
             pipeline.save_pretrained(folder)
+            _load_in_float32(folder)
             replace_folder(folder, out)
 
         drawn, specs = drawn_pictures(pictures, seed, work, threads)
@@ -112,6 +114,16 @@ def make_model(
     elif (work / "unet").exists():
         replace_folder(work / "unet", out)
     return out
+
+
+def _load_in_float32(folder: Path) -> None:
+    """Let the text encoder load in float32 unasked, as diffusers loads the other parts.
+
+    transformers writes the dtype of the weights down and loads in it again.
+    """
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
 
 
 def replace_folder(source: Path, target: Path) -> None:
