@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,11 +14,14 @@ from torch import Tensor
 from sefi_fast.conditioning.packing import pack
 from sefi_fast.conditioning.parts import TextPart, text_parts
 from sefi_fast.conditioning.prompt import tokenize_prompts, with_all_vectors
+from sefi_fast.conditioning.stage_hook import StageHook
 from sefi_fast.conditioning.text import encode_text, encode_text_pooled, token_table
 from sefi_fast.errors import SubjectFileError
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
+
+logger = logging.getLogger(__name__)
 
 MOST_STAGES = 60
 
@@ -55,9 +59,10 @@ def encode(
 ) -> Tensor:
     """The packed conditioning of prompts: all stages, K and V streams (docs/method.md §1, §3).
 
-    Pass it to the pipeline as ``prompt_embeds``, and that of the negative prompt, encoded with the
-    same subjects, as ``negative_prompt_embeds``. The text encoder sees each distinct sequence once:
-    2·S for a prompt with a subject (S if its K and V are tied), one for a prompt without.
+    Pass it as ``prompt_embeds`` to a pipeline that subjects are attached to, and that of the
+    negative prompt, encoded with the same subjects, as ``negative_prompt_embeds``. The text encoder
+    sees each distinct sequence once: 2·S for a prompt with a subject (S if its K and V are tied),
+    one for a prompt without.
     SDXL wants pooled embeddings beside it: `encode_with_pooled` gives both.
 
     Args:
@@ -109,6 +114,7 @@ def encode_with_pooled(
         ValueError: prompt_2 is of another number than prompt, or the pipeline has one encoder.
     """
     parts = text_parts(pipe)
+    _warn_unless_packed_prompts_are_known(pipe)
     chosen = _subjects(pipe, subjects)
     prompts = _prompts(prompt)
     second = prompts if prompt_2 is None else _prompts(prompt_2)
@@ -148,6 +154,16 @@ def encode_with_pooled(
         packed = packed[places]
         pooled = None if pooled is None else pooled[places]
     return Encoded(packed, pooled)
+
+
+def _warn_unless_packed_prompts_are_known(pipe: Any) -> None:
+    """A U-Net without the stage hook would look at all stages and both streams at once."""
+    unet: Any = getattr(pipe, "unet", None)
+    hooks = getattr(getattr(unet, "_orig_mod", unet), "_forward_pre_hooks", None)
+    if hooks is not None and not any(isinstance(hook, StageHook) for hook in hooks.values()):
+        logger.warning(
+            "this pipeline cannot draw packed prompts: call sefi_fast.attach on the one that is to"
+        )
 
 
 def _encode_part(

@@ -87,10 +87,11 @@ class StageHook:
         tokens = self.tokens_per_stream
         length = prompt.shape[1]
         if packed_stages(length, tokens) is None:
-            if length > tokens and length % tokens:
+            if length > tokens and length % tokens == 1:
                 raise ValueError(
                     f"prompt_embeds of {length} rows are neither a packed prompt (stages·2·{tokens}"
-                    f" + 1 rows) nor a plain one (up to {tokens} rows, or a multiple of that); "
+                    f" + 1 rows) nor a plain one, of which none has one row more than a multiple "
+                    f"of {tokens}: "
                     "make them with sefi_fast.encode for this pipeline"
                 )
             return self._with_source(torch.cat([prompt, prompt], dim=1), prompt, None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from torch import Tensor
 from sefi_fast import __version__
 from sefi_fast.errors import TrainingError
 from sefi_fast.training.output import write_whole
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "sefi_fast.checkpoint"
 FORMAT_VERSION = 1
@@ -147,7 +151,7 @@ class CheckpointFolder:
         steps = self.steps()
         kept = [step for step in steps if step <= newest][: self._keep]
         for step in set(steps) - set(kept):
-            self.file(step).unlink(missing_ok=True)
+            _remove(self.file(step))
         self._remove_partials()
 
     def clear(self) -> None:
@@ -156,15 +160,24 @@ class CheckpointFolder:
             return
         # Oldest first, so that a kill on the way leaves the newest.
         for step in reversed(self.steps()):
-            self.file(step).unlink(missing_ok=True)
+            _remove(self.file(step))
         self._remove_partials()
         if not any(self.path.iterdir()):
-            self.path.rmdir()
+            with suppress(OSError):
+                self.path.rmdir()
 
     def _remove_partials(self) -> None:
         for entry in list(self.path.iterdir()):
             if _PARTIAL.fullmatch(entry.name):
-                entry.unlink(missing_ok=True)
+                _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file that is no longer wanted; one that cannot be removed ends no training."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("the old checkpoint %s stays: %s", path, error.strerror or error)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -113,7 +113,9 @@ class TrainConfig:
     resolution: int | None = _setting(None, "side length in pixels; the model's own")
     crop: Crop = _setting("center", "which square of the picture is kept")
     seed: int = _setting(0, "of everything drawn at random")
-    device: str | None = _setting(None, "cpu, cuda, cuda:1 …; CUDA if there is one", free=True)
+    device: str | None = _setting(
+        None, "cpu, cuda, cuda:1 …; a ready pipeline's own, else CUDA if there is one", free=True
+    )
     precision: Precision = _setting("auto", "auto: bf16 or fp16 on CUDA, fp32 on a CPU")
     attention_backend: str | None = _setting(
         None, "backend of the fused operator, by name", free=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,16 @@ class Job:
     def title(self) -> str:
         """The name for messages."""
         return self.name or self.placeholder
+
+
+def seen_files(job: Job) -> dict[str, str]:
+    """Checksums of the picture and the mask where these are files, to know them again by."""
+    given = {"picture": job.image, "mask": job.mask}
+    return {
+        name: f"{zlib.crc32(Path(source).read_bytes()):08x}"
+        for name, source in given.items()
+        if isinstance(source, (str, os.PathLike)) and Path(source).is_file()
+    }
 
 
 def class_word_for(class_word: str | None, model: Any) -> str:

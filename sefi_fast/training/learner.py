@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sefi_fast.conditioning import class_token_ids, placeholder_ids, text_parts
+from sefi_fast.conditioning import (
+    class_token_ids,
+    placeholder_ids,
+    text_parts,
+    tokenize_prompts,
+)
 from sefi_fast.conditioning.prompt import with_all_vectors
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.pipelines.families import is_sdxl
@@ -22,7 +27,7 @@ from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.engine import StepResult
 from sefi_fast.training.history import History
 from sefi_fast.training.image import load_image, prepare, time_ids
-from sefi_fast.training.job import Callbacks, Job, UnsavedSubjectError
+from sefi_fast.training.job import Callbacks, Job, UnsavedSubjectError, seen_files
 from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import encode_picture
 from sefi_fast.training.output import check_output, remove_partials
@@ -78,6 +83,12 @@ class Learner:
             tokenizers, self.config.sentences(), job.placeholder, class_ids, source.device,
             partial(with_all_vectors, pipe),
         )  # fmt: skip
+        for tokenizer, ids in zip(tokenizers, class_ids, strict=True):
+            # A bad one is to be told now, not when it is drawn.
+            texts = [x.replace("{}", job.placeholder) for x in config.validation_prompts]
+            if texts:
+                texts = with_all_vectors(pipe, texts, tokenizer)
+                tokenize_prompts(tokenizer, texts, [(job.placeholder, ids)])
         pixels = prepare(picture, self.size, config.crop)
         tables = [token_table(encoder) for encoder in source.text_encoders]
         with torch.no_grad():
@@ -174,7 +185,11 @@ class Learner:
             tokens=list(tokens.cpu().split(widths, -1)),
             class_embeddings=[rows.cpu() for rows in self._class_embeddings],
             base_model=self._source.name,
-            settings={**self.config.as_dict(), "model": self._source.model},
+            settings={
+                **self.config.as_dict(),
+                "model": self._source.model,
+                **seen_files(self.job),
+            },
             history=self.history,
         )
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from sefi_fast.conditioning import placeholder_ids
 from sefi_fast.errors import PromptError, SubjectFileError, TrainingError
 from sefi_fast.subject import Subject
-from sefi_fast.training.config import TrainConfig
-from sefi_fast.training.job import Job
+from sefi_fast.training.config import TrainConfig, unsaid_settings
+from sefi_fast.training.job import Job, seen_files
 from sefi_fast.training.manifest import Entry, ManifestError
+from sefi_fast.training.output import check_folder as check_folder
 from sefi_fast.training.shard import Shard
 
 _MOST_PROBLEMS = 10
@@ -48,13 +47,17 @@ def _differing(subject: Subject, job: Job, config: TrainConfig, model: Any) -> s
     now: dict[str, Any] = {
         field.name: wanted[field.name] for field in fields(config) if not field.metadata["free"]
     }
-    usual = TrainConfig().as_dict()
+    usual = unsaid_settings()
     then = {name: subject.settings.get(name, usual[name]) for name in now}
     if model is None or isinstance(model, (str, os.PathLike)):
         now["model"] = None if model is None else os.fspath(model)
     else:
         now["model"] = getattr(model.config, "_name_or_path", None) or None
     then["model"] = subject.settings.get("model")
+    # Subjects of earlier versions do not say what picture they were learnt from.
+    for name, checksum in seen_files(job).items():
+        if name in subject.settings:
+            now[name], then[name] = checksum, subject.settings[name]
     now |= {"class_word": job.class_word, "placeholder": job.placeholder}
     then |= {"class_word": subject.class_word, "placeholder": subject.placeholder}
     return "; ".join(
@@ -90,22 +93,6 @@ def vectors_of(job: Job, tokenizers: Sequence[Any], config: TrainConfig) -> int:
         return len(placeholder_ids(tokenizers, job.class_word, config.num_vectors)[0])
     except PromptError:
         return 0
-
-
-def check_folder(output: str | os.PathLike[str]) -> Path:
-    """The folder, made if it is missing, if files can be made in it."""
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output {folder} is a file: give a folder for the subjects")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"output {folder} cannot be written ({error.strerror or error}): choose another folder"
-        ) from error
-    return folder
 
 
 def check_device(config: TrainConfig, shard: Shard) -> None:

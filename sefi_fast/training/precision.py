@@ -16,7 +16,8 @@ def choose_device(wanted: str | None, current: torch.device | None = None) -> to
         ValueError: there is no such device here.
     """
     if wanted is None:
-        return current or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = current or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _checked(chosen)
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
@@ -25,6 +26,12 @@ def choose_device(wanted: str | None, current: torch.device | None = None) -> to
         raise ValueError(
             f"device {wanted!r} cannot be used here ({reason}); give 'cpu' or None"
         ) from error
+    return _checked(device)
+
+
+def _checked(device: torch.device) -> torch.device:
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"training runs on the CPU and on CUDA, not on {str(device)!r}")
     return device
 
 
@@ -47,7 +54,10 @@ def choose_dtype(precision: str, device: torch.device, model_dtype: torch.dtype)
         return torch.float32
     if model_dtype in (torch.float16, torch.bfloat16):
         return model_dtype
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    with torch.cuda.device(device):
+        # Emulated, as before compute capability 8.0, it is slower than float32.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

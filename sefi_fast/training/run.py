@@ -133,6 +133,11 @@ class Run:
             except KeyboardInterrupt as error:
                 self._leave(error)
                 raise
+            except Exception:
+                # A callback's, or one of the step: what is whole is kept.
+                if self._whole:
+                    self._write_checkpoints(self._learners)
+                raise
         return [outcome for outcome in self._outcomes if outcome is not None]
 
     def _loop(self, bar: Progress, trackers: Trackers, stop: Stop) -> None:
@@ -225,7 +230,12 @@ class Run:
         if not config.validation_prompts or learner.done % config.validation_every:
             return
         subject = learner.subject(self._tokens(number))
-        pictures = validate(self._source, subject, learner.config, learner.size)
+        try:
+            pictures = validate(self._source, subject, learner.config, learner.size)
+        except Exception as error:
+            # Pictures to look at are no reason to lose a run.
+            logger.warning("no validation pictures at step %d: %s", learner.done, error)
+            return
         learner.history.validation.append((learner.done, pictures))
         bar.pictures(pictures)
         trackers.log_images({self._prefix(learner) + "validation": pictures}, learner.done)

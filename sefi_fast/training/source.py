@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,8 @@ from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.image import TIME_IDS
 from sefi_fast.training.precision import choose_device, choose_dtype
+
+logger = logging.getLogger(__name__)
 
 BUNDLED = "the bundled tiny model"
 
@@ -55,6 +58,11 @@ def find_source(model: Any, config: TrainConfig) -> Source:
         check_latent_channels(model)
         check_added_conditioning(model)
         device = choose_device(config.device, unwrap(model.unet).device)
+        if config.device is None and device.type == "cpu" and torch.cuda.is_available():
+            logger.warning(
+                "the pipeline is on the CPU, and so training is: give device='cuda', or call "
+                "pipe.to('cuda') first"
+            )
         dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
         given = getattr(model.config, "_name_or_path", None) or None
         return Source(model, given or type(model).__name__, given, device, dtype, False)
@@ -129,6 +137,11 @@ def check_added_conditioning(pipe: Any) -> None:
     for Stable Diffusion 1.x and 2.x.
     """
     unet = unwrap(pipe.unet).config
+    if getattr(unet, "encoder_hid_dim_type", None) is not None:
+        raise ModelError(
+            f"the U-Net of this {type(pipe).__name__} takes a picture beside the words (an "
+            "IP-Adapter): call pipe.unload_ip_adapter() before training, and load it again behind"
+        )
     kind, wanted = getattr(unet, "addition_embed_type", None), None
     if is_sdxl(pipe):
         wanted = "text_time"

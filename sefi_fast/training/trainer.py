@@ -51,8 +51,8 @@ def train(
             `attention_loss="mask"`.
         preset: "sefi", "likeness", "textual-inversion" or "prospect" in place of `config`.
         config: settings; default: TrainConfig().
-        output: file to save the subject to. It is replaced at the end, whole or not at all, or
-            when the run is interrupted.
+        output: file to save the subject to, written at the end, whole or not at all. A run that is
+            interrupted leaves its latest state there if there was no file before.
         resume: True goes on from the newest whole checkpoint, "auto" does so where there is one,
             False removes what an unfinished run left and begins anew, a path names a checkpoint.
             By default an unfinished run is an error.
@@ -73,7 +73,8 @@ def train(
         OSError: the output cannot be written; told before training begins.
         CheckpointError: `resume` and the checkpoints that are there do not go together.
         NonFiniteLossError: three steps in a row gave no finite loss or gradient. The last good
-            state is in its `subject`, and saved if `output` was given and any step succeeded.
+            state is in its `subject`, and saved if `output` was given, no file was there yet, and
+            any step succeeded.
         UnsavedSubjectError: the disk filled up meanwhile; the result is in its `subject`.
         TrainingInterrupted: SIGTERM or SIGINT came. The step was finished, a checkpoint written.
     """
@@ -87,6 +88,12 @@ def train(
         if preset is None
         else TrainConfig.preset(preset, **overrides)
     )
+    if (mask is not None) != (settings.attention_loss == "mask"):
+        has = "there is no mask" if mask is None else "there is a mask"
+        raise ValueError(
+            f"{has}, but attention_loss is {settings.attention_loss!r}: give a mask with "
+            "attention_loss='mask', and with that only"
+        )
     path = None if output is None else check_output(output)
     job = Job(
         image=load_image(image),
@@ -94,7 +101,8 @@ def train(
         placeholder=placeholder,
         mask=mask,
         output=path,
-        partial=path,
+        # A file that is there already is another subject, or an earlier state that --resume keeps.
+        partial=None if path is None or path.exists() else path,
         callback=callback,
     )
     check_resume(resume, 1)

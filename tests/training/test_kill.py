@@ -33,7 +33,7 @@ def run_killing(folder, kills, seed):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 @pytest.mark.parametrize(
-    "kills", [5, pytest.param(100, marks=pytest.mark.long)], ids=["five", "a hundred"]
+    "kills", [3, pytest.param(100, marks=pytest.mark.long)], ids=["three", "a hundred"]
 )
 def test_runs_killed_at_random_moments_end_as_uninterrupted_ones(tmp_path, kills):
     result = run_killing(tmp_path, kills, seed=kills)

@@ -182,3 +182,18 @@ def test_mixed_base_models(pictures: Path) -> None:
 def test_an_empty_class_word_beside_a_picture(pictures: Path) -> None:
     (pictures / "rex.txt").write_text("\n")
     assert "rex.txt must hold one line" in problems_of(pictures)
+
+
+def test_an_image_or_a_mask_that_is_no_text_is_told_with_the_rest(pictures: Path) -> None:
+    lines = pictures / "bad.jsonl"
+    rows = [{"image": 3}, {"image": "rex.png", "mask": ["a"], "seed": -1}, {"image": "gone.png"}]
+    lines.write_text("\n".join(map(json.dumps, rows)))
+    told = problems_of(lines)
+    for words in (
+        "bad.jsonl line 1: image must be the path of a picture, got 3",
+        "bad.jsonl line 2: mask must be the path of a picture, got ['a']",
+        "bad.jsonl line 2: seed must be",
+        "bad.jsonl line 3: there is no picture",
+    ):
+        assert words in told
+    assert "subject 1: image must be the path of a picture, got 3" in problems_of([{"image": 3}])

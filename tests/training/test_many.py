@@ -194,6 +194,19 @@ def test_files_of_other_settings_stay(sd15_pipeline, tmp_path):
     assert [len(result.subject.history.loss) for result in results] == [2, 2]
 
 
+def test_another_picture_under_the_same_name_is_told(sd15_pipeline, tmp_path):
+    file = tmp_path / "rex.png"
+    picture(1).save(file)
+    entries = [{"image": str(file), "class_word": WORDS[0]}]
+    arguments = {"model": sd15_pipeline, "output": tmp_path / "out", **FAST}
+    (first,) = sefi_fast.train_many(entries, **arguments)
+    (again,) = sefi_fast.train_many(entries, **arguments)
+    assert first.error is None and again.before
+    picture(2).save(file)
+    (changed,) = sefi_fast.train_many(entries, **arguments)
+    assert "picture was" in str(changed.error)
+
+
 def test_an_interrupted_group_goes_on_from_its_checkpoints(sd15_pipeline, tmp_path, monkeypatch):
     whole = sefi_fast.train_many(subjects(), model=sd15_pipeline, output=tmp_path / "whole", **FAST)
     folder = tmp_path / "parts"

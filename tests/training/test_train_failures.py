@@ -16,6 +16,7 @@ import sefi_fast
 from sefi_fast.errors import ImageError, ModelError, PromptError, TrainingError
 from sefi_fast.subject import Subject
 from sefi_fast.training import NonFiniteLossError, train
+from sefi_fast.training import run as run_module
 from sefi_fast.training import step as step_module
 from sefi_fast.training.image import load_image
 
@@ -112,6 +113,79 @@ def test_an_interrupt_saves_what_there_is(sd15_pipeline, photo, tmp_path):
         train(photo, output=path, callback=interrupt, **arguments)
     two = train(photo, **{**arguments, "steps": 2})
     assert torch.equal(Subject.load(path).tokens[0], two.tokens[0])
+
+
+def test_a_run_that_ends_badly_leaves_a_finished_subject_alone(
+    sd15_pipeline, photo, tmp_path, monkeypatch
+):
+    path = tmp_path / "subject.safetensors"
+    arguments = {"model": sd15_pipeline, "class_word": "cat", "output": path, **FAST}
+    train(photo, **arguments)
+    finished = path.read_bytes()
+
+    def interrupt(step, history):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(photo, callback=interrupt, **arguments)
+    assert path.read_bytes() == finished
+    poison(monkeypatch, {1, 2, 3})
+    with pytest.raises(NonFiniteLossError):
+        train(photo, resume=False, **{**arguments, "steps": 9})
+    assert path.read_bytes() == finished
+
+
+def test_an_error_of_a_callback_leaves_a_checkpoint(sd15_pipeline, photo, tmp_path):
+    path = tmp_path / "subject.safetensors"
+
+    def fail(step, history):
+        if step == 2:
+            raise RuntimeError("from the callback")
+
+    arguments = {"model": sd15_pipeline, "class_word": "cat", "output": path, **FAST}
+    with pytest.raises(RuntimeError, match="from the callback"):
+        train(photo, callback=fail, **arguments)
+    subject = train(photo, resume=True, **arguments)
+    assert torch.equal(subject.tokens[0], train(photo, **{**arguments, "output": None}).tokens[0])
+
+
+def test_validation_pictures_that_cannot_be_drawn_end_no_training(
+    sd15_pipeline, photo, monkeypatch, caplog
+):
+    def fail(*arguments):
+        raise ValueError("no picture")
+
+    settings = {**FAST, "validation_prompts": ("a {} here",), "validation_every": 2}
+    monkeypatch.setattr(run_module, "validate", fail)
+    subject = train(photo, model=sd15_pipeline, class_word="cat", **settings)
+    assert len(subject.history.loss) == FAST["steps"]
+    assert "no validation pictures at step 2: no picture" in caplog.text
+    settings["validation_prompts"] = ("a {}ly thing",)
+    with pytest.raises(PromptError, match="longer word"):
+        train(photo, model=sd15_pipeline, class_word="cat", **settings)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_training(
+    sd15_pipeline, photo, tmp_path, monkeypatch, caplog
+):
+    honest = Path.unlink
+
+    def unlink(path, missing_ok=False):
+        if "step-" in path.name:
+            raise PermissionError(13, "held open")
+        honest(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    settings = {**FAST, "steps": 4, "checkpoint_every": 1, "keep_checkpoints": 1}
+    path = tmp_path / "subject.safetensors"
+    train(photo, model=sd15_pipeline, class_word="cat", output=path, **settings)
+    assert Subject.load(path) and "the old checkpoint" in caplog.text
+
+
+def test_an_ip_adapter_is_to_be_unloaded_first(sd15_pipeline, photo):
+    sd15_pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    with pytest.raises(ModelError, match="unload_ip_adapter"):
+        train(photo, model=sd15_pipeline, class_word="cat", **FAST)
 
 
 def test_output_that_cannot_be_written_is_told_before_training(photo, tmp_path):
