@@ -116,10 +116,10 @@ def table(bases: dict[str, Any]) -> tuple[str, int]:
     packages = ", ".join(
         f"{name} {version(name)}" for name in ("diffusers", "transformers", "torch")
     )
-    return "\n".join([_HEAD, "", f"Run with {packages}.", *lines, "", *explained]) + "\n", wrong
+    return "\n".join([HEAD, "", f"Run with {packages}.", *lines, "", *explained]) + "\n", wrong
 
 
-_HEAD = """# What subjects were drawn with
+HEAD = """# What subjects were drawn with
 
 Every mark comes from a run of `python tests/pipelines/compatibility.py docs/compatibility.md` on
 random-weight models of each family's architecture at reduced width, on a CPU.
@@ -148,9 +148,10 @@ diffusers has no such pipeline or feature.
 | regions | `sefi_fast.regions`, a sentence with the subject for a part of the picture |
 | model offload, sequential offload | accelerate's hooks, onto the CPU itself |
 
-Not run here: xformers and CUDA. Refused in words: SD 3, Flux and other transformers (no U-Net with
-cross-attention layers), the SDXL refiner (it has one of the two text encoders), and tracing a
-pipeline whose U-Net is compiled."""
+Not run here: xformers. On CUDA, training, sampling and traces of the bundled model have run
+(`sefi-fast demo` on an H200), and nothing else of this page. Refused with an error message: SD 3, Flux and other
+transformers (no U-Net with cross-attention layers), the SDXL refiner (it has one of the two text
+encoders), and tracing a pipeline whose U-Net is compiled."""
 
 
 def main() -> int:
