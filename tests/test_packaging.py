@@ -75,7 +75,7 @@ def test_info_names_versions_machine_and_backends():
 @pytest.mark.slow
 def test_without_a_compiler_the_wheel_has_everything_else(tmp_path):
     """One line says what is missing and what that costs; the wheel works without the core."""
-    source = _copy_of_the_checkout(tmp_path / "source")
+    source = _copy_of_the_checkout(tmp_path / "source", model=True)
     build = _build_wheel(source, tmp_path, CC="/bin/false", CXX="/bin/false")
     assert build.returncode == 0, build.stdout + build.stderr
     (said,) = _said(build)
@@ -88,6 +88,10 @@ def test_without_a_compiler_the_wheel_has_everything_else(tmp_path):
     assert not any(name.endswith(".so") for name in names)
     assert {"sefi_fast/py.typed", "sefi_fast/kernels/__init__.py"} <= set(names)
     assert not any(name.startswith("kernels/") for name in names)
+    world = ROOT / "sefi_fast" / "tiny_world"
+    data = [*world.glob("model/**/*.*"), *world.glob("*.safetensors"), *world.glob("*.png")]
+    assert len(data) >= 12
+    assert {str(path.relative_to(ROOT).as_posix()) for path in data} <= set(names)
     # An editable installation's finder would supply the module that this wheel lacks.
     script = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)];"
@@ -193,14 +197,16 @@ PYBIND11_MODULE(_C, module) { module.doc() = "Small."; }
 """
 
 
-def _copy_of_the_checkout(target: Path, small_core: bool = False) -> Path:
+def _copy_of_the_checkout(target: Path, *, small_core: bool = False, model: bool = False) -> Path:
     """What a build reads, without the build products that a checkout may hold.
 
-    small_core: with a CPU module of one line, which compiles in a second.
+    small_core: with a CPU module of one line, which compiles in a second. model: with the bundled
+    model's 19 MB.
     """
     import shutil
 
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "build", "*.egg-info", "model")
+    left_out = ("*.so", "__pycache__", "build", "*.egg-info", *(() if model else ("model",)))
+    ignore = shutil.ignore_patterns(*left_out)
     target.mkdir()
     for name in ("sefi_fast", "kernels", "csrc"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
