@@ -7,7 +7,7 @@ import pytest
 from sefi_fast.evaluation import run_study
 from sefi_fast.evaluation.variants import Variant
 
-STEPS = 150
+STEPS = 100
 LEAST_GAIN = 0.15
 """Of ID over the class word's, whose creatures show an identity by chance."""
 MOST_LOSS = 0.25
@@ -23,9 +23,10 @@ def test_a_short_run_gains_identity_and_keeps_the_prompt(tmp_path):
         identities=2,
         side_by_side=2,
         prompts=6,
-        seeds=2,
+        seeds=1,
         sampling_steps=12,
         steps=STEPS,
+        batch_size=4,
         progress=False,
     )
     assert not found.failures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from sefi_fast.evaluation.judge_sheet import judge_sheet, verdict
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world.drawing import Identity, PictureSpec, draw
 from sefi_fast.tiny_world.judge import Judge
+from sefi_fast.training import TrainingInterrupted
+from sefi_fast.training.engine import Engine
 
 SMALL = {
     "identities": 1,
@@ -163,6 +166,25 @@ def test_an_interrupted_run_leaves_tables_of_what_is_done(tmp_path, monkeypatch)
     assert "| class word | 1 |" in text and "spelled out" not in text
 
 
+def test_a_signal_in_training_leaves_tables_and_a_checkpoint(tmp_path, monkeypatch):
+    honest = Engine.step
+
+    def step(engine, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return honest(engine, *arguments)
+
+    monkeypatch.setattr(Engine, "step", step)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(TrainingInterrupted, match="the same call goes on with") as caught:
+            run_study("lambda", variants=["λ = 0"], output=tmp_path, **SMALL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.signal == signal.SIGTERM
+    assert len(list(tmp_path.glob("subjects/*/*.checkpoints/step-000001.safetensors"))) == 1
+    assert "| class word | 1 |" in (tmp_path / "lambda.md").read_text(encoding="utf-8")
+
+
 def test_a_subject_that_fails_is_told_and_the_others_stay(tmp_path, monkeypatch):
     real = tasks.train_many
 
@@ -199,19 +221,15 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("workers", "number"),
-    [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGKILL)],
-    ids=["alone", "two workers", "killed"],
-)
-def test_a_signal_ends_a_study_soon_with_tables_and_checkpoints(tmp_path, workers, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["ended", "killed"])
+def test_a_signal_ends_two_workers_soon_with_tables_and_checkpoints(tmp_path, number):
     script, out = tmp_path / "run.py", tmp_path / "out"
     script.write_text(_ENDLESS, encoding="utf-8")
     command = [
         sys.executable, str(script), "evaluate", "--study", "lambda", "--variants", "λ = 0",
         "--identities", "2", "--prompts", "1", "--seeds", "1", "--sampling-steps", "1",
         "--steps", "1000000", "--batch-size", "1", "--side-by-side", "1", "--quiet",
-        "--workers", str(workers), "-o", str(out), "--checkpoint-every", "1",
+        "--workers", "2", "-o", str(out), "--checkpoint-every", "1",
     ]  # fmt: skip
     checkpoints = "subjects/*/*.checkpoints/*.safetensors"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

@@ -1,7 +1,8 @@
 """Every default configuration compiles: spills, matrix units, wide loads, shared memory.
 
-All widths for sm_80 and sm_90; for sm_86, sm_89 and sm_100, which take the same configurations,
-the narrowest and the widest. All of them: python benchmarks/kernel_report.py --check.
+All widths for sm_80 and sm_90; for sm_100 the narrowest and the widest, and one of these each for
+sm_86 and sm_89, which take sm_80's configurations. All of them:
+python benchmarks/kernel_report.py --check.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from _occupancy import occupancy  # noqa: E402
 from sefi_fast.kernels import single_shared_bytes  # noqa: E402
+from sefi_fast.kernels.configs import TABLE  # noqa: E402
 
 # Spilled bytes (stores and loads together) reached with Triton 3.9. A change may lower them, not
 # raise them; what is not listed spills nothing.
 SPILLS: dict[tuple[int, int, str], int] = {(80, 160, "float32"): 2596}
 
 KERNELS = {"forward", "backward_query", "backward_key_value"}
-# Shared memory in KiB that a program may have on the architectures compiled in part.
-OTHERS = {86: 99, 89: 99, 100: 227}
-OTHER_WIDTHS = (40, 160)
+# The architectures compiled in part: head widths, and shared memory in KiB that a program may have.
+OTHERS = {86: ((160,), 99), 89: ((40,), 99), 100: ((40, 160), 227)}
 
 # The tests around this one run in Triton's interpreter, which is chosen when it is imported: the
 # compiler needs a process of its own.
@@ -72,7 +73,7 @@ def reports(capability: int, *head_dims: int) -> dict[tuple[int, str], dict[str,
 @functools.cache
 def other_reports() -> dict[int, dict[tuple[int, str], dict[str, Any]]]:
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda capability: reports(capability, *OTHER_WIDTHS), OTHERS)
+        found = pool.map(lambda capability: reports(capability, *OTHERS[capability][0]), OTHERS)
     return dict(zip(OTHERS, found, strict=True))
 
 
@@ -118,14 +119,19 @@ def test_half_precision_uses_the_matrix_units_and_wide_loads(capability: int) ->
 @pytest.mark.parametrize("capability", OTHERS)
 def test_the_other_architectures_compile_too(capability: int) -> None:
     found = other_reports()[capability]
-    for head_dim in OTHER_WIDTHS:
+    head_dims, shared_kib = OTHERS[capability]
+    for head_dim in head_dims:
         assert {name for width, name in found if width == head_dim} >= KERNELS
     for (head_dim, name), report in found.items():
         case = f"{name} at head width {head_dim}"
         assert report["spill_bytes"] <= SPILLS.get((capability, head_dim, name), 0), case
-        assert report["shared_bytes"] <= OTHERS[capability] * 1024, case
+        assert report["shared_bytes"] <= shared_kib * 1024, case
         assert report["matrix_instructions"] > 0, case
         assert report["loads"].get("128", 0) > 0, (case, report["loads"])
+
+
+def test_architectures_of_which_one_width_is_compiled_have_no_lines_of_their_own() -> None:
+    assert not {86, 89} & {capability for _, capability, _ in TABLE}
 
 
 def test_float32_keeps_its_precision_off_the_matrix_units_and_fits_every_device() -> None:

@@ -1,13 +1,18 @@
-"""The CUDA C++ sources compile for sm_80 and sm_90a: spills, matrix units, exponentials, loads."""
+"""The CUDA C++ sources compile for sm_80 and sm_90a: spills, matrix units, exponentials, loads.
+
+Of sm_80 80 columns only; all of its widths: pytest -m long tests/kernels/test_compile_cuda.py
+"""
 
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -27,45 +32,69 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+ALL = (40, 64, 80, 160)
+ARCHITECTURES = pytest.mark.parametrize(
+    ("capability", "widths"),
+    [
+        pytest.param(80, (80,), id="80, one width"),
+        pytest.param(80, ALL, id="80", marks=pytest.mark.long),
+        pytest.param(90, ALL, id="90"),
+    ],
+)
+
+
 @functools.cache
-def facts(capability: int) -> dict[tuple[str, int], Any]:
-    found = _cuda_compiled.compile_capability(
-        capability, ["bfloat16"], list(_cuda_compiled.HEAD_DIMS), 2
-    )
-    return {(one.choice.kernel, one.choice.head_dim): one for one in found}
+def facts(capability: int, widths: tuple[int, ...]) -> dict[tuple[str, int], Any]:
+    whole = _cuda_compiled._compile
+
+    def compile_one_width(source: Path, capability: int, output: Path) -> str:
+        """The dispatch by head width with the one wanted in every branch."""
+        text = source.read_text(encoding="utf-8")
+        if source.stem in _cuda_compiled.SOURCES.values():
+            text, branches = re.subn(r"\brun<\d+>", f"run<{widths[0]}>", text)
+            assert branches == len(ALL)
+        narrowed = output.with_suffix(".cu")
+        narrowed.write_text(text, encoding="utf-8")
+        return whole(narrowed, capability, output)
+
+    compiler = compile_one_width if len(widths) == 1 else whole
+    with mock.patch.object(_cuda_compiled, "_compile", compiler):
+        found = _cuda_compiled.compile_capability(capability, ["bfloat16"], list(widths), 2)
+        return {(one.choice.kernel, one.choice.head_dim): one for one in found}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_of_every_width_meets_the_line(capability: int) -> None:
-    wanted = {(kernel, width) for kernel in _cuda_compiled.SOURCES for width in (40, 64, 80, 160)}
-    assert facts(capability).keys() == wanted
+@ARCHITECTURES
+def test_every_kernel_of_every_width_meets_the_line(
+    capability: int, widths: tuple[int, ...]
+) -> None:
+    wanted = {(kernel, width) for kernel in _cuda_compiled.SOURCES for width in widths}
+    assert facts(capability, widths).keys() == wanted
     lost = {
         key: failures(one)
-        for key, one in facts(capability).items()
+        for key, one in facts(capability, widths).items()
         if failures(one) and exception_for(one.choice) is None
     }
     assert not lost
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_a_row_costs_what_the_design_says(capability: int) -> None:
+@ARCHITECTURES
+def test_a_row_costs_what_the_design_says(capability: int, widths: tuple[int, ...]) -> None:
     """Exponentials of two softmaxes over 80 keys, and no more products than tiles of 16 need."""
     products = {"forward": 3, "backward_query": 5, "backward_key_value": 6}
-    for (kernel, width), one in facts(capability).items():
+    for (kernel, width), one in facts(capability, widths).items():
         assert one.exponentials_a_row == 160, (kernel, width)
         assert one.matrix_flops_a_row == products[kernel] * 2 * 80 * width, (kernel, width)
         assert one.load_widths.get(128, 0) > 0, (kernel, width)
         assert one.blocks_resident >= 1, (kernel, width)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_the_other_sources_compile(architecture: str, tmp_path: Path) -> None:
+def test_the_other_sources_compile(tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     for source in OTHERS:
         done = subprocess.run(
             [
-                *(nvcc, "-std=c++17", "-O3", "-I", str(ROOT / "csrc"), f"-arch={architecture}"),
+                *(nvcc, "-std=c++17", "-O3", "-I", str(ROOT / "csrc"), "-arch=sm_90a"),
                 *("-cubin", str(ROOT / "csrc" / "cuda" / source), "-o", str(tmp_path / "cubin")),
             ],
             capture_output=True, text=True, check=False,

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from sefi_fast.ops import backends
 
 
 @pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The CUDA sources compiled for the host, once for all tests that run them."""
-    from cuda_emulation.library import build
-
-    return build(tmp_path_factory.mktemp("cuda_emulated"))
+def emulated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of pytest's processes: what one has compiled there, the others load."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "cuda_emulated"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def cuda_module(emulated_library: Path) -> types.ModuleType:
+def emulated_library(emulated_folder: Path) -> Path:
+    """The CUDA sources compiled for the host, once for all tests that run them."""
+    from cuda_emulation.library import build
+
+    with FileLock(emulated_folder / "lock"):
+        built = next(emulated_folder.glob("lib*.so"), None)
+        return built or build(emulated_folder)
+
+
+@pytest.fixture(scope="session")
+def cuda_module(emulated_folder: Path, emulated_library: Path) -> types.ModuleType:
     """The binding of those sources, as sefi_fast._cuda."""
     from cuda_emulation.module import build_module
 
-    return build_module(emulated_library)
+    with FileLock(emulated_folder / "lock"):
+        built = next(emulated_folder.glob("_cuda*.so"), None)
+        if built is None:
+            return build_module(emulated_library)
+    spec = importlib.util.spec_from_file_location("_cuda", built)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

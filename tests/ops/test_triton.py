@@ -10,7 +10,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from ops.oracle import GRADIENTS, backend_results, check_backend, make_inputs, operator_results
+from ops.oracle import (
+    GRADIENTS,
+    backend_results,
+    check_backend,
+    check_results,
+    make_inputs,
+    operator_results,
+)
 
 from sefi_fast.ops import triton as backend
 
@@ -28,15 +35,25 @@ def inputs_for(**options: Any):
     return make_inputs(device=DEVICE, **options)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
-def test_usual_widths_in_every_dtype(head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        (40, FLOAT32),
+        (160, FLOAT32),
+        (64, FLOAT16),
+        (160, FLOAT16),
+        (40, BFLOAT16),
+        (80, BFLOAT16),
+    ],
+    ids=str,
+)
+def test_usual_widths_and_every_dtype(head_dim: int, dtype: torch.dtype) -> None:
     check_backend(
         "triton", inputs_for(queries=37, head_dim=head_dim, dtype=dtype, tokens=2, seed=head_dim)
     )
 
 
-@pytest.mark.parametrize("keys", [1, 2, 5, 16, 64, 65, 77, 96, 128, 129, 200, 256])
+@pytest.mark.parametrize("keys", [1, 16, 65, 77, 129, 256])
 def test_any_number_of_keys(keys: int) -> None:
     check_backend(
         "triton",
@@ -44,7 +61,7 @@ def test_any_number_of_keys(keys: int) -> None:
     )
 
 
-@pytest.mark.parametrize("head_dim", [1, 8, 17, 33, 48, 96, 120, 200, 256])
+@pytest.mark.parametrize("head_dim", [1, 17, 33, 96, 256])
 def test_any_head_width(head_dim: int) -> None:
     check_backend(
         "triton",
@@ -52,7 +69,7 @@ def test_any_head_width(head_dim: int) -> None:
     )
 
 
-@pytest.mark.parametrize("queries", [1, 2, 63, 64, 65, 300])
+@pytest.mark.parametrize("queries", [1, 2, 63, 64, 65, 130])
 def test_any_number_of_queries(queries: int) -> None:
     check_backend("triton", inputs_for(batch=1, queries=queries, keys=20, head_dim=16, tokens=1))
 
@@ -76,10 +93,11 @@ def test_the_configurations_of_every_architecture(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("map_all_heads", [False, True])
-@pytest.mark.parametrize("reference_grad", [False, True])
-@pytest.mark.parametrize("mask", [False, True])
-def test_options_together(mask: bool, reference_grad: bool, map_all_heads: bool) -> None:
+@pytest.mark.parametrize(
+    ("mask", "reference_grad", "map_all_heads"),
+    [(False, False, False), (False, True, True), (True, False, True), (True, True, False)],
+)
+def test_every_two_options_together(mask: bool, reference_grad: bool, map_all_heads: bool) -> None:
     check_backend(
         "triton",
         inputs_for(
@@ -95,14 +113,15 @@ def test_options_together(mask: bool, reference_grad: bool, map_all_heads: bool)
     )
 
 
-@pytest.mark.parametrize("broadcast_reference", [False, True])
-@pytest.mark.parametrize("broadcast_kv", [False, True])
+@pytest.mark.parametrize(
+    ("broadcast_kv", "broadcast_reference"), [(False, True), (True, False), (True, True)]
+)
 def test_batch_of_one_under_a_larger_batch(broadcast_kv: bool, broadcast_reference: bool) -> None:
     check_backend(
         "triton",
         inputs_for(
             batch=3,
-            queries=70,
+            queries=37,
             keys=21,
             head_dim=16,
             weights=True,
@@ -151,18 +170,15 @@ def test_rows_without_any_key_are_zero_and_get_no_gradient() -> None:
         assert gradient is not None and gradient[0].any() and not gradient[-1].any()
 
 
-@pytest.mark.parametrize("place", range(4))
-def test_only_the_gradient_asked_for_comes_back(place: int) -> None:
+def test_only_the_gradient_asked_for_comes_back() -> None:
     inputs = inputs_for(queries=70, keys=21, head_dim=16, tokens=1, reference_grad=True)
-    needs = tuple(index == place for index in range(4))
     options = {**inputs.options, "reference_grad": True}
     every = backend.backward(*inputs.grads, *inputs.tensors, **options, needs=(True,) * 4)
-    one = backend.backward(*inputs.grads, *inputs.tensors, **options, needs=needs)
-    for index in range(4):
-        if index == place:
-            assert torch.equal(one[index], every[index])
-        else:
-            assert one[index] is None
+    for place, name in enumerate(GRADIENTS):
+        needs = tuple(index == place for index in range(4))
+        one = backend.backward(*inputs.grads, *inputs.tensors, **options, needs=needs)
+        assert [gradient is not None for gradient in one] == list(needs), name
+        assert torch.equal(one[place], every[place]), name
 
 
 def test_repeats_agree_bit_for_bit() -> None:
@@ -202,7 +218,8 @@ def test_the_operator_runs_this_backend_when_it_is_named(monkeypatch: pytest.Mon
             return _run(*arguments, **options)
 
         monkeypatch.setattr(backend, name, spy)
-    operator_results(inputs_for(batch=1, queries=9, keys=21, head_dim=16), "triton")
+    inputs = inputs_for(queries=9, keys=21, head_dim=16, weights=True, mask=True, tokens=2)
+    check_results(operator_results(inputs, "triton"), inputs)
     assert ran[0] == "forward" and set(ran[1:]) == {"backward"}
 
 

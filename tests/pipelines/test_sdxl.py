@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from pipelines.sampling import draw, state_of, subject_for
 from pipelines.sampling_xl import encode_by_hand, sample_xl_by_hand
 
-from sefi_fast.conditioning import encode, encode_with_pooled, packed_stages, unpack
+from sefi_fast.conditioning import (
+    encode,
+    encode_with_pooled,
+    install_stage_hook,
+    packed_stages,
+    unpack,
+)
 from sefi_fast.errors import ModelError, SubjectFileError
 from sefi_fast.pipelines import attach, detach, generate, trace
 from sefi_fast.subject import Subject
@@ -306,7 +313,36 @@ def test_pooled_embeddings_that_do_not_fit_are_told(sdxl_pipeline, make_sdxl_sub
         pipe.unet(torch.zeros(1, 4, 16, 16), 5, embeds, added_cond_kwargs=added)
 
 
-@pytest.mark.slow
+class TimeText(torch.nn.Module):
+    """Is called as SDXL's U-Net is, and gives back what pooled embedding reached it."""
+
+    config = SimpleNamespace(
+        addition_embed_type="text_time",
+        projection_class_embeddings_input_dim=3 + 6 * 8,
+        addition_time_embed_dim=8,
+    )
+
+    def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs):
+        return added_cond_kwargs["text_embeds"] + sample
+
+
+def test_the_compiler_sees_the_choice_of_the_pooled_embedding():
+    torch._dynamo.reset()
+    model = TimeText()
+    install_stage_hook(model, 4)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    pooled = torch.arange(30.0).reshape(2, 15)
+    added = {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)}
+    packed = torch.zeros(2, 5 * 2 * 4 + 1, 3)
+    with torch.no_grad():
+        for timestep, stages in ((650, [3, 3]), (torch.tensor([0, 999]), [0, 4])):
+            found = compiled(
+                torch.zeros(2, 3), torch.as_tensor(timestep), packed, added_cond_kwargs=added
+            )
+            assert torch.equal(found, pooled.unflatten(1, (5, 3))[torch.arange(2), stages])
+
+
+@pytest.mark.long
 def test_a_compiled_unet_draws_the_same(sdxl_pipeline, make_sdxl_subject):
     pipe = sdxl_pipeline
     plain = draw(pipe, "a dog", num_inference_steps=2)

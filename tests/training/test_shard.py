@@ -61,9 +61,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_leave_what_one_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_leave_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     names = [f"s{number}" for number in range(5)]
