@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .configs import KernelConfig, single_shared_bytes, split_tile
+from .configs import KernelConfig, shared_bytes, split_tile
 from .launch import Device, Launch
 from .layouts import MAX_ROW_STRIDE, Gradients, Inputs
 from .plan import plan_backward_key_value, plan_backward_query, plan_forward
@@ -17,6 +17,6 @@ __all__ = [
     "plan_backward_key_value",
     "plan_backward_query",
     "plan_forward",
-    "single_shared_bytes",
+    "shared_bytes",
     "split_tile",
 ]

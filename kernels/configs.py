@@ -173,15 +173,24 @@ def choose_config(
     return config
 
 
-def single_shared_bytes(width: int, key_main: int) -> int:
-    """Shared memory that the float32 kernels need for a program, at most.
+def shared_bytes(precision: str, capability: int, width: int, key_main: int, key_tail: int) -> int:
+    """Shared memory that a program of any of the kernels needs, at most, as compiling them showed.
 
-    width is columns of main and tail tile together, key_main rows of the main tile of keys. The
-    kernel of the keys needs up to 88 KiB whatever these are, which every device has. So do the
-    half-precision kernels have what they need.
+    precision, capability and width are those of `choose_config`, key_main and key_tail the tiles of
+    keys. The kernel of the keys needs up to 88 KiB whatever these are, which every device has.
     """
-    rows = key_main + 32 if width <= 160 else 2 * key_main + 48
-    return max(4 * width * rows, 88 * 1024)
+    keys = key_main + key_tail
+    if precision == "single":
+        if keys > 80:
+            needed = 4 * width * (2 * keys + 16) + 16 * 1024
+        else:
+            needed = 4 * width * (key_main + 32 if width <= 160 else 2 * key_main + 48)
+    elif capability // 10 in (9, 10):
+        # Warp groups take keys, values and a block's rows from shared memory.
+        needed = 4 * width * keys + 64 * 1024
+    else:
+        needed = 2 * width * keys + 8 * 1024
+    return max(needed, 88 * 1024)
 
 
 def split_tile(size: int, smallest: int) -> tuple[int, int]:

@@ -13,7 +13,9 @@ from PIL import Image
 
 from sefi_fast import bundled_subject_image
 from sefi_fast.cli import main
+from sefi_fast.cli.demo import FILES
 from sefi_fast.subject import Subject
+from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.training import engine as engine_module
 
 PICTURE = str(bundled_subject_image())
@@ -38,7 +40,7 @@ def test_train_leaves_the_subject_its_curves_and_its_validation(trained):
     assert (subject.placeholder, subject.class_word, subject.stages) == ("<me>", "creature", 3)
     assert subject.settings["flip"] is False and subject.settings["steps"] == 2
     assert subject.settings["snr_gamma"] is None
-    for name in ("me.png", "me-validation.png"):
+    for name in ("me-training.png", "me-validation.png"):
         assert np.asarray(Image.open(trained.with_name(name))).std() > 5
 
 
@@ -98,7 +100,7 @@ def test_train_ended_by_a_signal_exits_with_its_number_and_is_resumed(
     assert main([*command, "--resume"]) == 0
     assert Subject.load(file).summary["steps"] == 4
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["me.png", "me.run.yaml", "me.safetensors"]
+    assert left == ["me-training.png", "me.run.yaml", "me.safetensors"]
 
 
 def test_generate_writes_one_file_a_picture_and_seeds_decide(trained, tmp_path, capsys):
@@ -114,7 +116,7 @@ def test_generate_writes_one_file_a_picture_and_seeds_decide(trained, tmp_path, 
 
 
 def test_maps_draws_every_word(trained, tmp_path):
-    file = tmp_path / "maps.png"
+    file = tmp_path / "new" / "maps.png"
     arguments = ["maps", "a photo of a <me> with a hat", "-s", str(trained), "--steps", "2"]
     assert main([*arguments, "--words", "<me>", "hat", "-o", str(file)]) == 0
     assert Image.open(file).width > 3 * 256
@@ -127,11 +129,13 @@ def test_info_names_every_backend(capsys):
         assert name in printed
 
 
-def test_demo_leaves_its_pictures(tmp_path, capsys):
+def test_demo_leaves_its_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SAMPLING, "steps", 2)
     assert main(["demo", "-o", str(tmp_path), "--steps", "2"]) == 0
     for name in ("sheet.png", "attention.png", "training.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5
     assert Subject.load(tmp_path / "subject.safetensors").placeholder == "<it>"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     assert json.loads((tmp_path / "demo.json").read_text())["settings"]["steps"] == 2
     assert "done in" in capsys.readouterr().out
 
@@ -147,6 +151,9 @@ def test_demo_leaves_its_pictures(tmp_path, capsys):
         (["train", PICTURE, "--resume", "--resume-from", "auto"], "give one of them"),
         (["train", PICTURE, "--trackers", "tensorbord"], "no tracker 'tensorbord'"),
         (["train", PICTURE, "--schedule", "steep"], "'linear'"),
+        (["train", PICTURE, "--placeholder", ""], "placeholder must be one word"),
+        (["train", PICTURE, "--mask", PICTURE], "there is a mask, but attention_loss is"),
+        (["train", PICTURE, "--attention-loss", "mask"], "there is no mask, but attention_loss"),
         (["generate", "a photo", "-s", "missing.safetensors"], "missing.safetensors"),
         (["generate", "a photo of a creature", "-n", "0"], "--number"),
         (["generate", "a photo", "-m", "no/such-folder-here/at-all"], "no/such-folder-here/at-all"),

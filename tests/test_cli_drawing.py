@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,8 @@ def run(tmp_path, name: str, *arguments: str) -> np.ndarray:
 def test_width_and_height(subject, tmp_path):
     drawn = run(tmp_path, "a", "a <me>", "-s", subject, "--width", "72", "--height", "40")
     assert drawn.shape == (40, 72, 3)
+    for side, shape in (("--width", (48, 96, 3)), ("--height", (96, 48, 3))):
+        assert run(tmp_path, side, "a creature", side, "96").shape == shape
     file = tmp_path / "maps.png"
     command = ["maps", "a <me>", "-s", subject, "-w", "<me>", "-o", str(file), *SHORT]
     assert main([*command, "--width", "96", "--height", "48", "-n", "2"]) == 0
@@ -162,6 +166,13 @@ def test_swap_draws_a_sheet_with_subjects(subject, tmp_path):
         (["generate", "a", "--image", "x.png", "--strength", "2"], "at most 1"),
         (["generate", "a", "--image", PICTURE, "--steps", "1"], "less than one"),
         (["generate", "a", "--width", "0"], "--width is 0"),
+        (["generate", "a", "--steps", "0"], "--steps is 0: give 1 or more"),
+        (["generate", "a", "--steps", "1001"], "trained on 1000"),
+        (["generate", "a", "--guidance", "nan"], "a finite guidance, but it is nan"),
+        (["generate", "a", "--guidance", "inf"], "a finite guidance, but it is inf"),
+        (["generate", "a", "--seed", "-1"], "4 from -1 on are not all there"),
+        (["generate", "a", "--seed", str(2**63 - 3)], "are not all there"),
+        (["generate", "a", "--image", PICTURE, "--mask", PICTURE], "latents of 8 channels"),
         (["generate", "a", "--image", "missing.png"], "missing.png"),
         (["generate", "a", "--controlnet", "no/such", "--control-image", PICTURE], "no/such"),
         (["generate", "a", "--controlnet", PICTURE, "--control-image", PICTURE], "pickled"),
@@ -184,6 +195,33 @@ def test_every_subject_given_must_stand_in_a_prompt(subject, tmp_path, capsys):
     assert "does not name the subject <other>" in capsys.readouterr().err
     pair = ["--key-prompt", "a <me>", "--value-prompt", "a <other>"]
     assert main(["swap", *pair, *files, *SHORT, "-o", str(tmp_path / "out")]) == 0
+
+
+def test_two_files_of_one_placeholder_take_another_name_for_a_call(subject, tmp_path, capsys):
+    other = tmp_path / "a=b.safetensors"
+    other.write_bytes(Path(subject).read_bytes())
+    out = ["-o", str(tmp_path / "out")]
+    assert main(["generate", "a <me>", "-s", subject, "-s", str(other), *out]) == 1
+    message = capsys.readouterr().err
+    assert f"{subject} and {other} both have the placeholder '<me>'" in message
+    assert f"-s '<other>={other}'" in message
+    pair = ["-s", subject, "-s", f"<you>={other}"]
+    both = run(tmp_path, "both", "a <me> and a <you>", *pair)
+    assert np.abs(both - run(tmp_path, "one", "a <me> and a <me>", "-s", subject)).max() <= 2
+    assert main(["generate", "a <me>", *pair, *out]) == 1
+    assert "does not name the subject <you>" in capsys.readouterr().err
+
+
+def test_a_model_that_the_subject_file_names_is_told_so(subject, tmp_path, capsys):
+    moved = Subject.load(subject)
+    moved.settings["model"] = "other_model.safetensors"
+    moved.save(tmp_path / "moved.safetensors")
+    command = ["generate", "a <me>", "-s", str(tmp_path / "moved.safetensors")]
+    told = f"(the model that {tmp_path / 'moved.safetensors'} names; give --model)"
+    assert main(command) == 1
+    assert told in capsys.readouterr().err
+    assert main([*command, "-m", "other_model.safetensors"]) == 1
+    assert told not in capsys.readouterr().err
 
 
 def test_regions_have_prompts_of_their_own(pipe, subject, tmp_path, capsys):

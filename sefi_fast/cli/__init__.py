@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,12 @@ _COMMANDS = (
 )
 
 
+_SMALLER = (
+    "to train, try --low-memory, a smaller --batch-size or --resolution; to draw, a smaller "
+    "--number, --width and --height"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
@@ -31,14 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ended it (130: SIGINT, 143: SIGTERM).
     """
     options = _parser().parse_args(arguments)
+    # It tells on import that torchvision is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
     except (SefiError, ValueError, TypeError, OSError) as error:
         print(f"sefi-fast {options.command}: {error}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        short = "out of memory" in reason.lower() or "can't allocate memory" in reason
+        if not short and not isinstance(error, MemoryError):
+            raise
+        print(
+            f"sefi-fast {options.command}: there is not enough memory ({reason}): {_SMALLER}",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt as error:
-        print(f"sefi-fast {options.command}: {error or 'stopped'}", file=sys.stderr)
+        print(f"sefi-fast {options.command}: {str(error) or 'stopped'}", file=sys.stderr)
         return 128 + getattr(error, "signal", 2)
 
 

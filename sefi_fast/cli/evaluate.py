@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, config_overrides
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
+
+IDENTITIES = 12
+_OF_SUBJECTS = ("model", "images", "guidance", "clip", "dino", "face")
+_OF_STUDIES = ("variants", "identities", "workers", "side_by_side")
+_NOT_OF_TWO = ("prompts", "sampling_steps", "variants", "workers", "side_by_side")
 
 
 def add(commands: Any) -> None:
@@ -44,7 +50,7 @@ def add(commands: Any) -> None:
     study.add_argument(
         "--variants", nargs="+", metavar="NAME", help="only these of the studies' variants"
     )
-    study.add_argument("--identities", type=int, default=12, help="(default: 12)")
+    study.add_argument("--identities", type=int, help=f"(default: {IDENTITIES})")
     study.add_argument("--workers", type=int, help="processes (default: 1)")
     study.add_argument(
         "--side-by-side", type=int, metavar="N",
@@ -62,7 +68,19 @@ def _evaluate(options: argparse.Namespace) -> int:
     return _study(options) if options.study else _subjects(options)
 
 
+def _refuse(options: argparse.Namespace, names: Iterable[str], what: str) -> None:
+    """Raise ValueError where an option is given that this evaluation would not heed."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"{what} has no --{name.replace('_', '-')}: leave it out")
+
+
+def _identities(options: argparse.Namespace) -> int:
+    return IDENTITIES if options.identities is None else options.identities
+
+
 def _study(options: argparse.Namespace) -> int:
+    _refuse(options, _OF_SUBJECTS, f"--study {' '.join(options.study)}")
     if "two" in options.study:
         return _two(options)
     prompts = options.prompts or "12"
@@ -75,7 +93,7 @@ def _study(options: argparse.Namespace) -> int:
     found = run_study(
         options.study,
         output=options.output or "evidence",
-        identities=options.identities,
+        identities=_identities(options),
         prompts=int(prompts),
         seeds=options.seeds,
         **{name: value for name, value in pace.items() if value is not None},
@@ -92,15 +110,13 @@ def _study(options: argparse.Namespace) -> int:
 def _two(options: argparse.Namespace) -> int:
     if options.study != ["two"]:
         raise ValueError("--study two draws pairs of subjects, and stands alone: run it by itself")
-    for name in ("prompts", "sampling_steps", "variants", "workers", "side_by_side"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--study two has no --{name.replace('_', '-')}: leave it out")
+    _refuse(options, _NOT_OF_TWO, "--study two")
     from sefi_fast.evaluation import compare_two_subjects
 
     keep_freed_memory_on_cpu()
     files = compare_two_subjects(
         output=options.output or "evidence",
-        identities=options.identities,
+        identities=_identities(options),
         seeds=options.seeds,
         progress=not options.quiet,
         **config_overrides(options),
@@ -111,6 +127,7 @@ def _two(options: argparse.Namespace) -> int:
 
 
 def _subjects(options: argparse.Namespace) -> int:
+    _refuse(options, _OF_STUDIES, "scoring of finished subjects")
     unused = sorted(config_overrides(options))
     if unused:
         raise ValueError(

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from sefi_fast.cli.options import add_prompt, add_sampling, attached_pipeline, save_pictures
+from sefi_fast.cli.options import add_prompt, add_sampling, attached_pipeline
+from sefi_fast.cli.outputs import check_pictures_folder, save_pictures
 
 
 def add(commands: Any) -> None:
@@ -30,6 +31,7 @@ def add(commands: Any) -> None:
 def _generate(options: argparse.Namespace) -> int:
     boxes = [(prompt, _box(box)) for prompt, box in options.region]
     prompts = [options.prompt, *(prompt for prompt, _ in boxes)]
+    check_pictures_folder(options, options.output)
     pipe, sampling = attached_pipeline(options, prompts)
     from sefi_fast.pipelines import generate, regions
 

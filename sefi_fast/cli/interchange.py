@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_model
+from sefi_fast.cli.outputs import check_kept, check_safetensors
 
 
 def add(commands: Any) -> None:
@@ -40,6 +41,8 @@ def add(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    check_safetensors(options.output)
+    check_kept([options.output], [options.subject])
     from sefi_fast.subject import Subject, export_embedding
 
     subject = Subject.load(options.subject)
@@ -57,11 +60,11 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    check_safetensors(options.output)
+    check_kept([options.output], [options.embedding, options.model])
     from sefi_fast.pipelines import load_pipeline
     from sefi_fast.subject import import_embedding
 
-    if options.output.resolve() == options.embedding.resolve():
-        raise ValueError(f"{options.output} would be overwritten: give the subject another name")
     # On the CPU in float32: only the class word's row is read.
     pipe = load_pipeline(options.model, device="cpu")
     subject = import_embedding(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_prompt, add_sampling, attached_pipeline
+from sefi_fast.cli.outputs import check_sheet, write_picture
 
 
 def add(commands: Any) -> None:
@@ -21,6 +22,7 @@ def add(commands: Any) -> None:
 
 
 def _maps(options: argparse.Namespace) -> int:
+    check_sheet(options, options.output)
     pipe, sampling = attached_pipeline(options)
     from sefi_fast.evaluation import Panel, contact_sheet
     from sefi_fast.pipelines import generate, trace
@@ -34,6 +36,6 @@ def _maps(options: argparse.Namespace) -> int:
         panels = [Panel(picture, options.prompt)]
         panels += [Panel(traced.overlay(picture, word, index), word) for word in options.words]
         rows.append(("", panels))
-    contact_sheet(rows, panel_size=256).save(options.output)
+    write_picture(options.output, contact_sheet(rows, panel_size=256))
     print(options.output)
     return 0

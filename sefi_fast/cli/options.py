@@ -14,7 +14,7 @@ from sefi_fast.cli.pictures import add_pictures, check_pictures, check_steps, wi
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from sefi_fast.subject import Subject
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +40,8 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """The subjects, and how to draw."""
     parser.add_argument(
-        "-s", "--subject", type=Path, action="append", default=[], metavar="FILE",
-        help="a subject file; may be given several times",
+        "-s", "--subject", action="append", default=[], metavar="FILE",
+        help="a subject file, or '<me>=FILE' to call it <me> here; may be given several times",
     )  # fmt: skip
     add_model(parser)
     parser.add_argument("--negative-prompt")
@@ -94,15 +94,17 @@ def attached_pipeline(
     """
     if options.number < 1:
         raise ValueError(f"--number is {options.number}: give 1 or more")
+    if options.steps is not None and options.steps < 1:
+        raise ValueError(f"--steps is {options.steps}: give 1 or more")
     check_pictures(options)
     from sefi_fast.errors import PromptError
-    from sefi_fast.pipelines import attach, load_pipeline
-    from sefi_fast.subject import Subject
+    from sefi_fast.pipelines import attach
     from sefi_fast.tiny_world import SAMPLING
 
     keep_freed_memory_on_cpu()
     texts = [options.prompt] if prompts is None else list(prompts)
-    subjects = [Subject.load(path) for path in options.subject]
+    named = [_named_file(text) for text in options.subject]
+    subjects = _subjects(named)
     for subject in subjects:
         if not any(subject.placeholder in text for text in texts):
             raise PromptError(
@@ -113,7 +115,8 @@ def attached_pipeline(
     model = options.model
     if model is None and subjects:
         model = subjects[0].settings.get("model")
-    pipe, pictures = with_pictures(options, load_pipeline(model))
+    giver = None if options.model is not None or not subjects else named[0][1]
+    pipe, pictures = with_pictures(options, _pipeline(model, giver))
     if subjects:
         attach(pipe, subjects)
     given = {
@@ -128,13 +131,43 @@ def attached_pipeline(
     return pipe, chosen | pictures
 
 
-def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> None:
-    """Write each picture under the number of its seed, and print where."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures, seed):
-        path = folder / f"{number:05d}.png"
-        picture.save(path)
-        print(path)
+def _named_file(text: str) -> tuple[str | None, Path]:
+    """FILE or NAME=FILE; a file whose own name has the sign is taken as it is."""
+    name, sign, file = text.partition("=")
+    return (name, Path(file)) if sign and not Path(text).exists() else (None, Path(text))
+
+
+def _subjects(named: Sequence[tuple[str | None, Path]]) -> list[Subject]:
+    """The subjects by the names they have here, each a name of its own."""
+    from sefi_fast.subject import Subject
+
+    subjects: list[Subject] = []
+    files: dict[str, Path] = {}
+    for name, path in named:
+        subject = Subject.load(path)
+        if name is not None:
+            subject = dataclasses.replace(subject, placeholder=name)
+        if (first := files.get(subject.placeholder)) is not None:
+            raise ValueError(
+                f"{first} and {path} both have the placeholder {subject.placeholder!r}: give one "
+                f"another for this call, as -s '<other>={path}', or train it with --placeholder"
+            )
+        files[subject.placeholder] = path
+        subjects.append(subject)
+    return subjects
+
+
+def _pipeline(model: str | None, giver: Path | None) -> Any:
+    """The model's pipeline; `giver` is the subject file that names the model, if one does."""
+    from sefi_fast.errors import ModelError
+    from sefi_fast.pipelines import load_pipeline
+
+    try:
+        return load_pipeline(model)
+    except ModelError as error:
+        if giver is None:
+            raise
+        raise ModelError(f"{error} (the model that {giver} names; give --model)") from error
 
 
 def _shown(field: dataclasses.Field[Any]) -> Any:

@@ -71,6 +71,8 @@ def with_pictures(options: argparse.Namespace, pipe: Any) -> tuple[Any, dict[str
         pipe = steered(pipe, controlnets=nets, image=options.image is not None, mask=masked)
     takes = inspect.signature(type(pipe).__call__).parameters
     size = (options.width, options.height)
+    if options.image is None and not nets:
+        size = _whole_size(size, pipe)
     arguments: dict[str, Any] = {}
     if options.image is not None:
         picture = _load(options.image, size, pipe.vae_scale_factor)
@@ -97,6 +99,20 @@ def check_steps(sampling: dict[str, Any]) -> None:
             f"{steps} steps at strength {strength} are less than one: give more --steps or more "
             "--strength"
         )
+
+
+def _whole_size(size: tuple[int | None, int | None], pipe: Any) -> tuple[int | None, int | None]:
+    """Width and height, of which the model gives what is missing; none where both are.
+
+    diffusers' pipelines of Stable Diffusion take the model's own for both where one is missing.
+    """
+    if size.count(None) != 1:
+        return size
+    from sefi_fast.pipelines.families import unwrap
+
+    own = unwrap(pipe.unet).config.sample_size
+    height, width = (own, own) if isinstance(own, int) else own
+    return size[0] or width * pipe.vae_scale_factor, size[1] or height * pipe.vae_scale_factor
 
 
 def _load(path: Path, size: tuple[int | None, int | None], multiple: int) -> Image.Image:

@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sefi_fast.cli.options import add_sampling, attached_pipeline, save_pictures
+from sefi_fast.cli.options import add_sampling, attached_pipeline
+from sefi_fast.cli.outputs import (
+    check_pictures_folder,
+    check_sheet,
+    save_pictures,
+    write_picture,
+)
 
 
 def add(commands: Any) -> None:
@@ -41,11 +47,13 @@ def _swap(options: argparse.Namespace) -> int:
 
 
 def _draw_pictures(options: argparse.Namespace, pair: list[str]) -> int:
+    folder = Path("pictures") if options.output is None else options.output
+    check_pictures_folder(options, folder)
     pipe, sampling = attached_pipeline(options, pair)
     from sefi_fast.pipelines import swap
 
     drawn = swap(pipe, key_prompt=pair[0], value_prompt=pair[1], n=options.number, **sampling)
-    save_pictures(drawn, options.output or Path("pictures"), options.seed)
+    save_pictures(drawn, folder, options.seed)
     return 0
 
 
@@ -54,10 +62,11 @@ def _draw_sheet(options: argparse.Namespace) -> int:
         raise ValueError("--sheet compares prompts: give two or more")
     if options.number != 1:
         raise ValueError("--sheet draws one picture a pair of prompts: leave --number out")
+    path = Path("swap.png") if options.output is None else options.output
+    check_sheet(options, path)
     pipe, sampling = attached_pipeline(options, options.sheet)
     from sefi_fast.evaluation import swap_sheet
 
-    path = options.output or Path("swap.png")
-    swap_sheet(pipe, options.sheet, **sampling).save(path)
+    write_picture(path, swap_sheet(pipe, options.sheet, **sampling))
     print(path)
     return 0

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
+from sefi_fast.cli.outputs import check_kept, check_safetensors, write_picture
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
+from sefi_fast.training.output import check_output
 
 if TYPE_CHECKING:
-    from sefi_fast.training import Callbacks, TrainConfig
+    from PIL import Image
+
+    from sefi_fast.training import Callbacks, History, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +64,18 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError("the picture is missing: name its file, here or as image in the config")
     if options.resume is not None and options.resume_from is not None:
         raise ValueError("--resume-from says all that --resume does: give one of them")
+    output = Path("subject.safetensors" if given["output"] is None else given["output"])
+    given["output"] = str(output)
+    check_safetensors(output)
+    curves, sheet = (output.with_name(f"{output.stem}-{x}.png") for x in ("training", "validation"))
+    run_file = output.with_suffix(".run.yaml")
+    if options.save_config is not None:
+        run_file = check_output(options.save_config)
+    check_kept((output, curves, sheet, run_file), (given["image"], given["mask"], given["model"]))
     from sefi_fast.training import train
 
     keep_freed_memory_on_cpu()
-    output = Path(given["output"] or "subject.safetensors")
-    given["output"] = str(output)
-    placeholder = given["placeholder"] or "<it>"
+    placeholder = "<it>" if given["placeholder"] is None else given["placeholder"]
     subject = train(
         image=given["image"],
         model=given["model"],
@@ -76,18 +86,16 @@ def _train(options: argparse.Namespace) -> int:
         output=output,
         resume=options.resume if options.resume_from is None else options.resume_from,
         progress=not options.quiet,
-        callback=_run_file_writer(options, config, given, output),
+        callback=_run_file_writer(options, config, given, run_file),
     )
-    if subject.history is not None and subject.history.loss:
-        from sefi_fast.evaluation import training_curves
-
-        curves = output.with_suffix(".png")
-        training_curves(subject.history, title=Path(given["image"]).name).save(curves)
-        print(f"{curves}: the loss")
-        if subject.history.validation:
-            prompts = [x.replace("{}", placeholder) for x in config.validation_prompts]
-            _save_validation(output, prompts, subject.history.validation)
     print(f"{output}: use it as {placeholder} in a prompt")
+    history, title = subject.history, Path(given["image"]).name
+    if history is not None and history.loss:
+        _leave(curves, "the loss", lambda: _curves(history, title))
+    if history is not None and history.validation:
+        prompts = [x.replace("{}", placeholder) for x in config.validation_prompts]
+        what = "the validation prompts as training went on"
+        _leave(sheet, what, lambda: _validation(history, prompts))
     return 0
 
 
@@ -114,13 +122,11 @@ def _settings(options: argparse.Namespace) -> tuple[TrainConfig, dict[str, str |
 
 
 def _run_file_writer(
-    options: argparse.Namespace, config: TrainConfig, given: dict[str, str | None], output: Path
+    options: argparse.Namespace, config: TrainConfig, given: dict[str, str | None], path: Path
 ) -> Callbacks:
     """Leaves the run's options in a file once training works."""
-    from sefi_fast.training import Callbacks, History
+    from sefi_fast.training import Callbacks
     from sefi_fast.training.config_file import write_settings
-
-    path = options.save_config or output.with_suffix(".run.yaml")
 
     class WriteOnce(Callbacks):
         written = False
@@ -140,12 +146,25 @@ def _run_file_writer(
     return WriteOnce()
 
 
-def _save_validation(
-    output: Path, prompts: Sequence[str], drawn: Sequence[tuple[int, list[Any]]]
-) -> None:
+def _leave(path: Path, what: str, draw: Callable[[], Image.Image]) -> None:
+    """Leave a picture of the run, or warn: the subject is there, whatever becomes of a picture."""
+    try:
+        write_picture(path, draw())
+    except Exception as error:
+        logger.warning("%s could not be drawn to %s: %s", what, path, error)
+    else:
+        print(f"{path}: {what}")
+
+
+def _curves(history: History, title: str) -> Image.Image:
+    from sefi_fast.evaluation import training_curves
+
+    return training_curves(history, title=title)
+
+
+def _validation(history: History, prompts: list[str]) -> Image.Image:
     from sefi_fast.evaluation import Panel, contact_sheet
 
-    rows = [(f"step {step}", list(map(Panel, pictures, prompts))) for step, pictures in drawn]
-    path = output.with_name(output.stem + "-validation.png")
-    contact_sheet(rows).save(path)
-    print(f"{path}: the validation prompts as training went on")
+    return contact_sheet(
+        [(f"step {step}", list(map(Panel, drawn, prompts))) for step, drawn in history.validation]
+    )

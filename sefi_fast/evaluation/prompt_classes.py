@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 Prompts = Mapping[str, tuple[str, ...]]
@@ -103,16 +103,29 @@ def prompts_for(class_word: str, bundled: bool = False) -> Prompts:
     return PERSON_PROMPTS if class_word.lower() in _PEOPLE else THING_PROMPTS
 
 
+def filled(prompt: str, words: Iterable[str]) -> str:
+    """The prompt with a word for each {}; other braces stand as they are."""
+    parts = prompt.split("{}")
+    return "".join(part for pair in zip(parts, [*words, ""], strict=True) for part in pair)
+
+
 def read_prompts(path: str | Path) -> Prompts:
     """Prompts from a text file, one a line; a line "# scenes" begins a class of that name.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no prompt, or one without {} or with more than two.
+        ValueError: it is no UTF-8 text, or holds no prompt, or one without {} or with more than
+            two.
     """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} cannot be read as UTF-8 text ({error}): give a text file, one prompt a line"
+        ) from error
     classes: dict[str, list[str]] = {}
     name = "prompts"
-    for number, raw in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip()
         if line.startswith("#"):
             name = line.lstrip("# ") or name

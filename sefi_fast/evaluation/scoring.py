@@ -19,14 +19,14 @@ from sefi_fast.evaluation.evaluation_report import (
     Evaluation,
     write_evaluation,
 )
-from sefi_fast.evaluation.prompt_classes import Prompts, prompts_for, read_prompts
+from sefi_fast.evaluation.prompt_classes import Prompts, filled, prompts_for, read_prompts
 from sefi_fast.evaluation.sheets import png
 from sefi_fast.evaluation.subject_scores import Scorers
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.training.image import load_image
-from sefi_fast.training.output import write_whole
+from sefi_fast.training.output import check_folder, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +105,7 @@ def evaluate(
         "guidance": usual["guidance"] if guidance is None else guidance,
     }
     folder = Path(output)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    check_folder(folder / "pictures")
     pipe = model
     if model is None or isinstance(model, (str, os.PathLike)):
         pipe = load_pipeline(None if model is None else os.fspath(model))
@@ -115,7 +115,7 @@ def evaluate(
     for job in tqdm(drawn, unit="prompt", disable=not progress):
         images = _draw(pipe, job, loaded, folder / "pictures", seeds, sampling)
         shown.append((job, images[0]))
-        scored = scorers(images, job, loaded)
+        scored = scorers(images, replace(job, prompt=_for_format(job.prompt)), loaded)
         for seed, scores in enumerate(scored):
             row = {"subject": job.name, "kind": job.kind, "prompt": job.prompt, "seed": seed}
             rows.append(row | scores)
@@ -161,6 +161,11 @@ def _jobs(prompts: Prompts, names: Sequence[str]) -> Iterator[Drawn]:
                     yield Drawn(name, kind, prompt, places, control)
 
 
+def _for_format(prompt: str) -> str:
+    """The prompt as the scorers, which fill it by str.format, take it: only {} is a place."""
+    return prompt.replace("{", "{{").replace("}", "}}").replace("{{}}", "{}")
+
+
 def _draw(
     pipe: Any,
     job: Drawn,
@@ -173,7 +178,7 @@ def _draw(
     # Two subjects may have the same placeholder; here each gets one by its place.
     own = [replace(subjects[p], placeholder=f"<subject-{p + 1}>") for p in job.subjects]
     words = [one.class_word if job.control else one.placeholder for one in own]
-    text = job.prompt.format(*words)
+    text = filled(job.prompt, words)
     digest = hashlib.sha256(f"{text}|{sorted(sampling.items())}".encode())
     digest.update(str(getattr(pipe.config, "_name_or_path", "")).encode())
     for one in own if not job.control else ():

@@ -168,6 +168,7 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
             (type(tensor) is not Tensor and type(tensor) is not Parameter)
             or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.is_neg()
+            or tensor._is_zerotensor()
         ):
             return False
     return True
@@ -179,6 +180,12 @@ def _below_autograd(op: Any, run: Any, arguments: Sequence[Any], tensors: Sequen
     with torch._C._AutoDispatchBelowADInplaceOrView():
         # The dispatcher would box every argument only to find `run`, and that on cold caches.
         return run(*arguments) if _is_plain(tensors) else op(*arguments)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several, as vmap and is_grads_batched make it."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 class _Forward(torch.autograd.Function):
@@ -196,10 +203,10 @@ class _Forward(torch.autograd.Function):
         needs[3] = needs[3] and reference_grad
         if (grads[0] is None and grads[1] is None and grads[2] is None) or True not in needs:
             return (None,) * _ARGUMENTS
-        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+        if any(g is not None and _is_batched(g) for g in grads):
             raise RuntimeError(
-                "fused_cross_attention takes one gradient at a time: leave is_grads_batched and "
-                "vectorize out"
+                "fused_cross_attention takes one gradient at a time: leave is_grads_batched, "
+                "vectorize and vmap out"
             )
         # Not through the dispatcher, which would only come back to this very function. The forward
         # call had its say about dtypes, whatever autocast is on now.

@@ -84,19 +84,22 @@ def _why_not_assembler(capability: int) -> str | None:
 
 
 def _why_not_shared(query: Tensor, key: Tensor) -> str | None:
-    """Why a device has too little shared memory for float32 tensors, None where it has enough."""
-    if query.dtype != torch.float32:
-        return None
-    from sefi_fast.kernels import single_shared_bytes, split_tile
+    """Why a device has too little shared memory for the kernels, None where it has enough."""
+    from sefi_fast.kernels import shared_bytes, split_tile
 
     head_dim, keys = query.shape[3], key.shape[2]
-    needed = single_shared_bytes(sum(split_tile(head_dim, 32)), split_tile(keys, 64)[0])
-    there = SHARED_KIB.get(cuda_device(query.get_device()).capability, 99)
-    if needed <= 1024 * there:
+    capability = cuda_device(query.get_device()).capability
+    tiles = (sum(split_tile(head_dim, 32)), *split_tile(keys, 64))
+    needed = {name: shared_bytes(name, capability, *tiles) for name in ("single", "half")}
+    own = needed["single" if query.dtype == torch.float32 else "half"]
+    there = SHARED_KIB.get(capability, 99)
+    if own <= 1024 * there:
         return None
+    fits = ": bfloat16 fits" if needed["half"] <= 1024 * there else ""
     return (
-        f"float32 with {keys} keys of {head_dim} columns may need {-(-needed // 1024)} KiB of "
-        f"shared memory, and the device gives a program {there} KiB: bfloat16 fits"
+        f"{str(query.dtype).removeprefix('torch.')} with {keys} keys of {head_dim} columns may "
+        f"need {-(-own // 1024)} KiB of shared memory, and the device gives a program {there} "
+        f"KiB{fits}"
     )
 
 

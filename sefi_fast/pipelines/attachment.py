@@ -72,6 +72,7 @@ def _load(
         if placeholders.count(placeholder) > 1:
             raise ValueError(
                 f"{placeholders.count(placeholder)} of the subjects have the placeholder "
-                f"{placeholder!r}: each needs one of its own, set subject.placeholder of one"
+                f"{placeholder!r}: each needs one of its own; train one with another placeholder, "
+                "or rename it: s = Subject.load(file); s.placeholder = '<me>'; s.save(file)"
             )
     return loaded

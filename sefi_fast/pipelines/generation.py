@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,8 @@ def generate(
         call_arguments: handed on to the pipeline (height, width, image, …).
 
     Raises:
-        ValueError: `n`, `steps` or `batch_size` is below 1.
+        ValueError: `n`, `steps` or `batch_size` is below 1, `steps` more than the scheduler has,
+            `guidance` infinite or NaN, or a seed not within 0 and 2**63 - 1.
     """
     return draw(
         pipe,
@@ -69,6 +71,7 @@ def draw(
     for name, value in (("n", n), ("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"generate needs {name} of at least 1, but it is {value}")
+    _check_numbers(pipe.scheduler.config.num_train_timesteps, n, seed, steps, guidance)
     images: list[Image.Image] = []
     for first in range(0, n, batch_size):
         seeds = range(seed + first, seed + min(first + batch_size, n))
@@ -82,3 +85,19 @@ def draw(
             **call_arguments,
         ).images
     return images
+
+
+def _check_numbers(most_steps: int, n: int, seed: int, steps: int, guidance: float) -> None:
+    """Raise ValueError for numbers that give black pictures, or fail after some were drawn."""
+    if steps > most_steps:
+        raise ValueError(
+            f"generate was asked for {steps} steps, and this model was trained on {most_steps}: "
+            "give so many at most"
+        )
+    if not math.isfinite(guidance):
+        raise ValueError(f"generate needs a finite guidance, but it is {guidance}: 7.5 is usual")
+    if seed < 0 or seed + n > 2**63:
+        raise ValueError(
+            f"generate draws from seeds between 0 and 2**63 - 1, but {n} from {seed} on are not "
+            "all there: give another seed"
+        )

@@ -14,6 +14,7 @@ from diffusers import (
 )
 
 from sefi_fast.errors import ModelError
+from sefi_fast.pipelines.families import unwrap
 
 
 def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
@@ -67,11 +68,18 @@ def steered(
 
     Raises:
         ValueError: a mask without a picture to change.
+        ModelError: a mask, and a U-Net that cannot inpaint.
     """
     if mask and not image:
         raise ValueError("a mask says which part of a picture to change: give the picture too")
     if not controlnets and not image:
         return pipe
+    channels = unwrap(pipe.unet).config.in_channels
+    if mask and channels not in (4, 9):
+        raise ModelError(
+            f"a mask was given, and this model's U-Net takes latents of {channels} channels: "
+            "inpainting wants 4 or 9; give a model that has them (--model), or leave the mask out"
+        )
     kind = AutoPipelineForInpainting if mask else AutoPipelineForImage2Image
     kind = kind if image else AutoPipelineForText2Image
     if not controlnets:

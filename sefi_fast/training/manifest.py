@@ -248,7 +248,9 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
     if "seed" in values:
         values["seed"] = _seed(values["seed"], found)
     for name in ("image", "mask"):
-        if isinstance(values.get(name), (str, os.PathLike)):
+        if isinstance(values.get(name), (bool, int, float, list, dict)):
+            found.append(f"{name} must be the path of a picture, got {values[name]!r}")
+        elif isinstance(values.get(name), (str, os.PathLike)):
             values[name] = folder / values[name]
             if not values[name].is_file():
                 found.append(f"there is no picture at {values[name]}")

@@ -20,10 +20,8 @@ def check_output(output: str | os.PathLike[str]) -> Path:
         raise IsADirectoryError(
             f"output {path} is a folder: give the name of a file, as {path / 'me.safetensors'}"
         )
-    # Saving makes missing folders, so what counts is the nearest one that is there.
-    folder = path.absolute().parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    # Saving makes missing folders.
+    folder = _nearest(path.absolute().parent)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -33,6 +31,27 @@ def check_output(output: str | os.PathLike[str]) -> Path:
             f"({error.strerror or error}): choose another place"
         ) from error
     return path
+
+
+def check_folder(output: str | os.PathLike[str], *, make: bool = True) -> Path:
+    """The folder if files can be made in it; made if it is missing, unless it is to stay so.
+
+    Raises:
+        OSError: the path is a file, or nothing can be made there.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output {folder} is a file: give the name of a folder")
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=_nearest(folder.absolute())):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"output {folder} cannot be written ({error.strerror or error}): choose another folder"
+        ) from error
+    return folder
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -62,6 +81,13 @@ def remove_partials(path: Path) -> None:
         for entry in path.parent.iterdir():
             if pattern.fullmatch(entry.name):
                 entry.unlink(missing_ok=True)
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def _sync_folder(folder: Path) -> None:

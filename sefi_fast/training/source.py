@@ -65,6 +65,7 @@ def find_source(model: Any, config: TrainConfig) -> Source:
             )
         dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
         given = getattr(model.config, "_name_or_path", None) or None
+        given = None if given is None else os.fspath(given)
         return Source(model, given or type(model).__name__, given, device, dtype, False)
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.subject import Subject
@@ -95,6 +96,11 @@ def train(
             "attention_loss='mask', and with that only"
         )
     path = None if output is None else check_output(output)
+    for given in (image, mask):
+        if path is None or not isinstance(given, (str, os.PathLike)):
+            continue
+        if Path(given).resolve() == path.resolve():
+            raise ValueError(f"output {path} is a picture to learn from: give it another name")
     job = Job(
         image=load_image(image),
         class_word=class_word_for(class_word, model),

@@ -12,11 +12,12 @@ import sefi_fast
 from sefi_fast.cli import main
 from sefi_fast.conditioning.prompt import class_token_ids
 from sefi_fast.errors import ModelError
-from sefi_fast.evaluation import evaluate, scoring
+from sefi_fast.evaluation import evaluate, scoring, subject_scores
 from sefi_fast.evaluation.prompt_classes import (
     PERSON_PROMPTS,
     THING_PROMPTS,
     TINY_PROMPTS,
+    filled,
     prompts_for,
     read_prompts,
 )
@@ -210,6 +211,35 @@ def test_a_file_of_prompts_has_classes(tmp_path):
     path.write_text("# nothing\n", encoding="utf-8")
     with pytest.raises(ValueError, match="holds no prompt"):
         read_prompts(path)
+    path.write_bytes(b"\xef\xbb\xbf# scenes\na {}\n")
+    assert read_prompts(path) == {"scenes": ("a {}",)}
+    path.write_bytes("a {} in a caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match="prompts.txt cannot be read as UTF-8 text"):
+        read_prompts(path)
+
+
+def test_other_braces_of_a_prompt_stand_as_they_are(files, tmp_path, monkeypatch):
+    assert filled("{a} {} {0} {} }{", ["x", "{}"]) == "{a} x {0} {} }{"
+    drawn, judged = [], []
+
+    def drawing(pipe, text, **settings):
+        drawn.append(text)
+        return [Image.new("RGB", (48, 48))]
+
+    def judging(scorer, images, texts, reference):
+        judged.extend(texts)
+        return TinyScorer.__call__(scorer, images, texts, reference)
+
+    monkeypatch.setattr(scoring, "generate", drawing)
+    monkeypatch.setattr(
+        subject_scores, "TinyScorer", type("J", (TinyScorer,), {"__call__": judging})
+    )
+    prompts = ["a {} with a {hat} and {{0}", "{{}} in the snow"]
+    evaluate(files[0], prompts=prompts, output=tmp_path / "out", **FAST)
+    control = [f"a {CLASS_WORD} with a {{hat}} and {{{{0}}", f"{{{CLASS_WORD}}} in the snow"]
+    assert drawn[::2] == control
+    assert drawn[1] == "a <subject-1> with a {hat} and {{0}"
+    assert judged == [control[0], control[0], control[1], control[1]]
 
 
 def test_the_command_scores_files(files, tmp_path, capsys):
@@ -229,6 +259,33 @@ def test_the_command_scores_files(files, tmp_path, capsys):
 def test_the_command_tells_training_settings_from_the_samplers(files, capsys):
     assert main(["evaluate", str(files[0]), "--steps", "3"]) == 1
     assert "--sampling-steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["me.safetensors", "--workers", "2"], "finished subjects has no --workers"),
+        (["me.safetensors", "--identities", "3"], "finished subjects has no --identities"),
+        (["me.safetensors", "--variants", "x"], "finished subjects has no --variants"),
+        (["me.safetensors", "--side-by-side", "2"], "finished subjects has no --side-by-side"),
+        (["--study", "lambda", "loss", "--clip", "x"], "--study lambda loss has no --clip"),
+        (["--study", "lambda", "--images", "x"], "--study lambda has no --images"),
+        (["--study", "lambda", "--guidance", "0"], "--study lambda has no --guidance"),
+        (["--study", "two", "--model", "x"], "--study two has no --model"),
+        (["--study", "two", "--face", "x"], "--study two has no --face"),
+    ],
+)
+def test_the_command_refuses_what_it_would_not_heed(arguments, words, monkeypatch, capsys):
+    for name in ("evaluate", "run_study", "compare_two_subjects"):
+        monkeypatch.setattr(f"sefi_fast.evaluation.{name}", None)
+    assert main(["evaluate", *arguments]) == 1
+    assert f"{words}: leave it out" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_told_before_drawing(files, monkeypatch):
+    monkeypatch.setattr(scoring, "load_pipeline", None)
+    with pytest.raises(OSError, match="choose another folder"):
+        evaluate(files[0], output=files[0], **FAST)
 
 
 def test_a_missing_clip_is_told(files, tmp_path):

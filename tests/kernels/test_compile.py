@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from _occupancy import occupancy  # noqa: E402
-from sefi_fast.kernels import single_shared_bytes  # noqa: E402
+from sefi_fast.kernels import shared_bytes  # noqa: E402
 from sefi_fast.kernels.configs import TABLE  # noqa: E402
 
 # Spilled bytes (stores and loads together) reached with Triton 3.9. A change may lower them, not
@@ -138,7 +138,7 @@ def test_float32_keeps_its_precision_off_the_matrix_units_and_fits_every_device(
     for head_dim, width in ((40, 48), (160, 160)):
         report = reports(80)[head_dim, "float32"]
         assert report["matrix_instructions"] == 0
-        assert report["shared_bytes"] <= single_shared_bytes(width, 64) <= 99 * 1024
+        assert report["shared_bytes"] <= shared_bytes("single", 80, width, 64, 16) <= 99 * 1024
 
 
 def test_compiling_in_the_interpreter_is_refused() -> None:

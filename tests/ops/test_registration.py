@@ -309,6 +309,18 @@ def test_gradients_in_a_batch_are_refused_in_words(backend):
     several = torch.ones(3, *output.shape, device=output.device)
     with pytest.raises(RuntimeError, match="one gradient at a time"):
         torch.autograd.grad(output, inputs.query, several, is_grads_batched=True)
+    output = _call(inputs, backend).output
+    with pytest.raises(RuntimeError, match="one gradient at a time"):
+        torch.vmap(lambda grad: torch.autograd.grad(output, inputs.query, grad)[0])(several)
+
+
+def test_gradients_that_are_zero_without_memory_are_zero(backend):
+    """As the derivative of sgn is."""
+    inputs = _inputs(backend, 1, 2, 4, 5, 8, reference_grad=True).trainable()
+    for name in ("output", "alignment"):
+        torch.sgn(getattr(_call(inputs, backend), name)).sum().backward()
+        for leaf in (inputs.query, inputs.key, inputs.value, inputs.reference_key):
+            assert leaf.grad is None or not leaf.grad.any()
 
 
 def test_the_function_takes_meta_tensors(backend):

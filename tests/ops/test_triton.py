@@ -267,14 +267,23 @@ def test_an_assembler_that_miscompiles_for_hopper_is_refused_in_words(
     [
         (86, torch.float32, 160, 77, False),
         (86, torch.float32, 160, 154, True),
-        (80, torch.float32, 160, 154, False),
+        (80, torch.float32, 160, 154, True),
+        (80, torch.float32, 80, 154, False),
+        (80, torch.float32, 128, 160, True),
+        (89, torch.float32, 128, 128, True),
+        (89, torch.float32, 40, 256, True),
         (80, torch.float32, 256, 77, True),
         (90, torch.float32, 256, 77, False),
         (90, torch.float32, 80, 256, False),
-        (120, torch.bfloat16, 256, 256, False),
+        (89, torch.bfloat16, 256, 256, True),
+        (120, torch.float16, 192, 193, True),
+        (120, torch.bfloat16, 256, 128, False),
+        (80, torch.bfloat16, 256, 256, False),
+        (90, torch.bfloat16, 256, 192, True),
+        (90, torch.bfloat16, 160, 256, False),
     ],
 )
-def test_float32_that_no_program_can_hold_is_refused_in_words(
+def test_what_no_program_can_hold_is_refused_in_words(
     monkeypatch: pytest.MonkeyPatch, capability: int, dtype: torch.dtype, head_dim: int,
     keys: int, refused: bool,
 ) -> None:  # fmt: skip
@@ -284,7 +293,8 @@ def test_float32_that_no_program_can_hold_is_refused_in_words(
     reason = backend._why_not_shared(query, SimpleNamespace(shape=(1, 1, keys, head_dim)))
     assert (reason is not None) == refused
     if refused:
-        assert f"{keys} keys of {head_dim} columns" in reason and "bfloat16" in reason
+        assert f"{keys} keys of {head_dim} columns" in reason
+        assert ("bfloat16 fits" in reason) == (dtype == torch.float32)
 
 
 def test_the_assembler_of_this_triton_has_a_version() -> None:

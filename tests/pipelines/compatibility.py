@@ -149,9 +149,11 @@ diffusers has no such pipeline or feature.
 | model offload, sequential offload | accelerate's hooks, onto the CPU itself |
 
 Not run here: xformers. On CUDA, training, sampling and traces of the bundled model have run
-(`sefi-fast demo` on an H200), and nothing else of this page. Refused with an error message: SD 3, Flux and other
-transformers (no U-Net with cross-attention layers), the SDXL refiner (it has one of the two text
-encoders), and tracing a pipeline whose U-Net is compiled."""
+(`sefi-fast demo` on an H200), and nothing else of this page. Refused with an error message: SD 3,
+Flux and other transformers (no U-Net with cross-attention layers), the SDXL refiner (it has one of
+the two text encoders), schedulers that count time by the noise's logarithm (EDM), pipelines that
+set attention processors of their own in each call (Attend-and-Excite), and tracing a pipeline whose
+U-Net is compiled."""
 
 
 def main() -> int:

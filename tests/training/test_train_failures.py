@@ -9,7 +9,7 @@ import pytest
 import skimage
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 
 import sefi_fast
@@ -180,6 +180,29 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_training(
     path = tmp_path / "subject.safetensors"
     train(photo, model=sd15_pipeline, class_word="cat", output=path, **settings)
     assert Subject.load(path) and "the old checkpoint" in caplog.text
+
+
+def test_the_picture_is_not_overwritten(tmp_path):
+    picture = tmp_path / "me.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    before = picture.read_bytes()
+    with pytest.raises(ValueError, match="a picture to learn from"):
+        train(picture, output=picture, **FAST)
+    assert picture.read_bytes() == before
+
+
+def test_a_pipeline_that_was_loaded_from_a_path_object(tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(sefi_fast.bundled_model_path())
+    path = tmp_path / "subject.safetensors"
+    settings = {"steps": 1, "batch_size": 1, "progress": False}
+    train(
+        sefi_fast.bundled_subject_image(),
+        model=pipe,
+        class_word="creature",
+        output=path,
+        **settings,
+    )
+    assert Subject.load(path).base_model == str(sefi_fast.bundled_model_path())
 
 
 def test_an_ip_adapter_is_to_be_unloaded_first(sd15_pipeline, photo):

@@ -1,0 +1,76 @@
+"""What a command writes: whether it can is found out first, and no file that it reads is lost."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sefi_fast.training.output import check_folder, check_output, write_whole
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def check_kept(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
+    """Raise ValueError if one of the outputs is a file that the command reads."""
+    kept = {Path(source).expanduser().resolve() for source in inputs if source is not None}
+    for path in outputs:
+        if path.resolve() in kept:
+            raise ValueError(
+                f"{path} would be overwritten, and this command reads it: give the output another "
+                "name"
+            )
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise ValueError or OSError if no safetensors file can be written there."""
+    _check_suffix(path, (".safetensors",))
+    check_output(path)
+
+
+def check_sheet(options: argparse.Namespace, path: Path) -> None:
+    """Raise ValueError or OSError if a command that draws cannot leave its picture there."""
+    _check_suffix(path, tuple(_FORMATS))
+    check_output(path)
+    check_kept([path], _read_by(options))
+
+
+def check_pictures_folder(options: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError or OSError if a command that draws cannot leave its pictures there."""
+    check_folder(folder, make=False)
+    seeds = range(options.seed, options.seed + options.number)
+    check_kept((_numbered(folder, seed) for seed in seeds), _read_by(options))
+
+
+def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> None:
+    """Write each picture under the number of its seed, and print where."""
+    for number, picture in enumerate(pictures, seed):
+        path = _numbered(folder, number)
+        write_picture(path, picture)
+        print(path)
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture in the format of its name, whole or not at all, missing folders too."""
+    stream = io.BytesIO()
+    picture.save(stream, format=_FORMATS[path.suffix.lower()])
+    write_whole(path, stream.getvalue())
+
+
+def _numbered(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:05d}.png"
+
+
+def _read_by(options: argparse.Namespace) -> list[Path | None]:
+    """The pictures that steer a command that draws (`pictures.add_pictures`)."""
+    return [options.image, options.mask, *options.control_image]
+
+
+def _check_suffix(path: Path, known: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in known:
+        raise ValueError(f"output {str(path)!r} must end in {' or '.join(known)}")
