@@ -115,7 +115,7 @@ def evaluate(
     for job in tqdm(drawn, unit="prompt", disable=not progress):
         images = _draw(pipe, job, loaded, folder / "pictures", seeds, sampling)
         shown.append((job, images[0]))
-        scored = scorers(images, replace(job, prompt=_for_format(job.prompt)), loaded)
+        scored = scorers(images, job, loaded)
         for seed, scores in enumerate(scored):
             row = {"subject": job.name, "kind": job.kind, "prompt": job.prompt, "seed": seed}
             rows.append(row | scores)
@@ -161,11 +161,6 @@ def _jobs(prompts: Prompts, names: Sequence[str]) -> Iterator[Drawn]:
                     yield Drawn(name, kind, prompt, places, control)
 
 
-def _for_format(prompt: str) -> str:
-    """The prompt as the scorers, which fill it by str.format, take it: only {} is a place."""
-    return prompt.replace("{", "{{").replace("}", "}}").replace("{{}}", "{}")
-
-
 def _draw(
     pipe: Any,
     job: Drawn,
@@ -187,6 +182,8 @@ def _draw(
     paths = [folder / f"{digest.hexdigest()[:16]}-{seed}.png" for seed in range(seeds)]
     if all(path.exists() for path in paths):
         return [load_image(path) for path in paths]
+    # A pipeline that was given may have subjects of its own, which are to be there afterwards.
+    before = getattr(vars(pipe).get("encode_prompt"), "subjects", ())
     if not job.control:
         attach(pipe, own)
     try:
@@ -194,7 +191,7 @@ def _draw(
             images = generate(pipe, text, n=seeds, **sampling)
     finally:
         if not job.control:
-            detach(pipe)
+            attach(pipe, before) if before else detach(pipe)
     for path, image in zip(paths, images, strict=True):
         write_whole(path, png(image))
     return images

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sefi_fast.evaluation.encoders import ClipScorer, DinoScorer, FaceScorer
 from sefi_fast.evaluation.evaluation_report import Drawn
+from sefi_fast.evaluation.prompt_classes import filled
 from sefi_fast.evaluation.tiny_scorer import TinyScorer
 from sefi_fast.subject import Subject
 
@@ -43,7 +44,7 @@ class Scorers:
     ) -> list[dict[str, float]]:
         """Scores of each picture; with two subjects the mean of their image scores."""
         columns: dict[str, list[float]] = {}
-        text = job.prompt.format(*(subjects[place].class_word for place in job.subjects))
+        text = filled(job.prompt, [subjects[place].class_word for place in job.subjects])
         if self._clip is not None:
             columns["clip text"] = self._clip.text(images, [text] * len(images))
         if self._references is not None:

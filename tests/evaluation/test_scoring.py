@@ -144,6 +144,14 @@ def test_a_pipeline_given_is_left_as_it_was(clip_folder, tmp_path):
     }
 
 
+def test_subjects_of_a_pipeline_given_stay_attached(files, clip_folder, tmp_path):
+    pipe = sefi_fast.attach(load_pipeline(None), files[1])
+    before = pipe.encode_prompt.subjects
+    settings = {"prompts": ["a {}"], "clip": clip_folder, "output": tmp_path / "out", **FAST}
+    evaluate(files[:1], model=pipe, **settings)
+    assert pipe.encode_prompt.subjects == before
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
