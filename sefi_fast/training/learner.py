@@ -68,7 +68,7 @@ class Learner:
         given = {"seed": job.seed, "scene": job.scene}
         own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.job, self.config = job, replace(config, **own)
-        picture = load_image(job.image)
+        picture, self._files = load_image(job.image), seen_files(job)
         self.folder: CheckpointFolder | None = None
         if job.output is not None:
             check_output(job.output)
@@ -188,7 +188,7 @@ class Learner:
             settings={
                 **self.config.as_dict(),
                 "model": self._source.model,
-                **seen_files(self.job),
+                **self._files,
             },
             history=self.history,
         )
