@@ -44,7 +44,8 @@ def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -
     boxes attend to the call's prompt. Self-attention and convolutions still see the whole picture,
     and so does SDXL's pooled embedding, which is that of the call's prompt. The negative prompt is
     the same everywhere; clip_skip and LoRA hold for the boxes' prompts too. On exit, also by an
-    exception, everything is as it was.
+    exception, everything is as it was; until then regions hold for every call of `pipe`, whichever
+    thread makes it.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, with subjects attached or without, of
