@@ -222,8 +222,8 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
     ```
 
     Works with and without attached subjects. Memory does not grow with the number of steps. On
-    exit, also by an exception, everything is as it was; the maps stay. Until then it holds for every
-    call of `pipe`, whichever thread makes it.
+    exit, also by an exception, everything is as it was; the maps stay. Until then it holds for
+    every call of `pipe`, whichever thread makes it.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, whose U-Net is not compiled. Words are
