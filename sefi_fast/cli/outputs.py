@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sefi_fast.training.output import check_folder, check_output, write_whole
+from sefi_fast.training.output import check_folder, check_output, is_one_of, write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def check_kept(outputs: Iterable[Path], inputs: Iterable[str | Path | None]) -> None:
+def check_kept(outputs: Iterable[Path], inputs: Sequence[str | Path | None]) -> None:
     """Raise ValueError if one of the outputs is a file that the command reads."""
-    kept = {Path(source).expanduser().resolve() for source in inputs if source is not None}
     for path in outputs:
-        if path.resolve() in kept:
+        if is_one_of(path, inputs):
             raise ValueError(
                 f"{path} would be overwritten, and this command reads it: give the output another "
                 "name"

@@ -91,8 +91,7 @@ class StageHook:
                 raise ValueError(
                     f"prompt_embeds of {length} rows are neither a packed prompt (stages·2·{tokens}"
                     f" + 1 rows) nor a plain one, of which none has one row more than a multiple "
-                    f"of {tokens}: "
-                    "make them with sefi_fast.encode for this pipeline"
+                    f"of {tokens}: make them with sefi_fast.encode for this pipeline"
                 )
             return self._with_source(torch.cat([prompt, prompt], dim=1), prompt, None)
         stage = stage_index(prompt, tokens, timestep, self.num_train_timesteps)

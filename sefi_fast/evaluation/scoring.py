@@ -23,6 +23,7 @@ from sefi_fast.evaluation.prompt_classes import Prompts, filled, prompts_for, re
 from sefi_fast.evaluation.sheets import png
 from sefi_fast.evaluation.subject_scores import Scorers
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
+from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.training.image import load_image
@@ -183,7 +184,8 @@ def _draw(
     if all(path.exists() for path in paths):
         return [load_image(path) for path in paths]
     # A pipeline that was given may have subjects of its own, which are to be there afterwards.
-    before = getattr(vars(pipe).get("encode_prompt"), "subjects", ())
+    encoder = PromptEncoder.of(pipe)
+    before = () if encoder is None else encoder.subjects
     if not job.control:
         attach(pipe, own)
     try:

@@ -85,19 +85,24 @@ def _why_not_assembler(capability: int) -> str | None:
 
 def _why_not_shared(query: Tensor, key: Tensor) -> str | None:
     """Why a device has too little shared memory for the kernels, None where it has enough."""
+    capability = cuda_device(query.get_device()).capability
+    return _short_of_shared(query.dtype, query.shape[3], key.shape[2], capability)
+
+
+# Every call of the operator asks.
+@functools.cache
+def _short_of_shared(dtype: torch.dtype, head_dim: int, keys: int, capability: int) -> str | None:
     from sefi_fast.kernels import shared_bytes, split_tile
 
-    head_dim, keys = query.shape[3], key.shape[2]
-    capability = cuda_device(query.get_device()).capability
     tiles = (sum(split_tile(head_dim, 32)), *split_tile(keys, 64))
     needed = {name: shared_bytes(name, capability, *tiles) for name in ("single", "half")}
-    own = needed["single" if query.dtype == torch.float32 else "half"]
+    own = needed["single" if dtype == torch.float32 else "half"]
     there = SHARED_KIB.get(capability, 99)
     if own <= 1024 * there:
         return None
     fits = ": bfloat16 fits" if needed["half"] <= 1024 * there else ""
     return (
-        f"{str(query.dtype).removeprefix('torch.')} with {keys} keys of {head_dim} columns may "
+        f"{str(dtype).removeprefix('torch.')} with {keys} keys of {head_dim} columns may "
         f"need {-(-own // 1024)} KiB of shared memory, and the device gives a program {there} "
         f"KiB{fits}"
     )

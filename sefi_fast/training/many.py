@@ -23,10 +23,10 @@ from sefi_fast.training.manifest import Entry, model_of, read_subjects
 from sefi_fast.training.many_checks import (
     check_device,
     check_entries,
-    check_folder,
     finished_subject,
     vectors_of,
 )
+from sefi_fast.training.output import check_folder
 from sefi_fast.training.run import Run, running
 from sefi_fast.training.shard import current_shard
 from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful

@@ -13,7 +13,6 @@ from sefi_fast.subject import Subject
 from sefi_fast.training.config import TrainConfig, unsaid_settings
 from sefi_fast.training.job import Job, seen_files
 from sefi_fast.training.manifest import Entry, ManifestError
-from sefi_fast.training.output import check_folder as check_folder
 from sefi_fast.training.shard import Shard
 
 _MOST_PROBLEMS = 10

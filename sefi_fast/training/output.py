@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -52,6 +53,13 @@ def check_folder(output: str | os.PathLike[str], *, make: bool = True) -> Path:
             f"output {folder} cannot be written ({error.strerror or error}): choose another folder"
         ) from error
     return folder
+
+
+def is_one_of(path: Path, sources: Iterable[object]) -> bool:
+    """Whether a path is that of a file among `sources`; those that are no paths are passed over."""
+    place = path.resolve()
+    files = (Path(x) for x in sources if isinstance(x, (str, os.PathLike)))
+    return any(file.expanduser().resolve() == place for file in files)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.subject import Subject
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.image import load_image
 from sefi_fast.training.job import Callback, Callbacks, Job, class_word_for
-from sefi_fast.training.output import check_output
+from sefi_fast.training.output import check_output, is_one_of
 from sefi_fast.training.resume import Resume, check_resume
 from sefi_fast.training.run import Run, running
 from sefi_fast.training.trackers import check_trackers
@@ -96,11 +95,8 @@ def train(
             "attention_loss='mask', and with that only"
         )
     path = None if output is None else check_output(output)
-    for given in (image, mask):
-        if path is None or not isinstance(given, (str, os.PathLike)):
-            continue
-        if Path(given).resolve() == path.resolve():
-            raise ValueError(f"output {path} is a picture to learn from: give it another name")
+    if path is not None and is_one_of(path, (image, mask)):
+        raise ValueError(f"output {path} is a picture to learn from: give it another name")
     job = Job(
         image=load_image(image),
         class_word=class_word_for(class_word, model),
