@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .key_sums import accumulate_keys, store_key_tiles, zero_keys
 from .primitives import (
     COUNTS,
-    accumulate,
     block_offset,
     exponentials,
     head_offset,
@@ -16,64 +16,8 @@ from .primitives import (
     load_rows,
     load_weights,
     row_offsets,
-    scale_rows,
-    store_part,
     valid_keys,
-    zero_rows,
 )
-
-
-@triton.jit
-def zero_keys(
-    KEYS: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, TURNED: tl.constexpr
-):
-    """A float32 accumulator [keys, head width], or turned around, as a tuple of its parts."""
-    if not TURNED:
-        return zero_rows(KEYS, DIM_MAIN, DIM_TAIL)
-    elif DIM_TAIL > 0:
-        return (tl.zeros([DIM_MAIN, KEYS], tl.float32), tl.zeros([DIM_TAIL, KEYS], tl.float32))
-    else:
-        return (tl.zeros([DIM_MAIN, KEYS], tl.float32),)
-
-
-@triton.jit
-def accumulate_keys(sums, weights, rows, DIM_TAIL: tl.constexpr, TURNED: tl.constexpr):
-    """sums + weightsᵀ · rows for weights [rows, keys], part by part.
-
-    Turned around, the sums are [head width, keys]: so a small tile of keys has the head width
-    along the warps, where 16 rows would be repeated by every warp.
-    """
-    if TURNED:
-        rounded = weights.to(rows[0].dtype)
-        main = tl.dot(tl.trans(rows[0]), rounded, acc=sums[0], input_precision="ieee")
-        if DIM_TAIL > 0:
-            tail = tl.dot(tl.trans(rows[1]), rounded, acc=sums[1], input_precision="ieee")
-            return (main, tail)
-        else:
-            return (main,)
-    else:
-        return accumulate(sums, tl.trans(weights), rows, DIM_TAIL)
-
-
-@triton.jit
-def store_keys(
-    base, start, stride, first, keys, sums, factor, KEYS: tl.constexpr, DIM: tl.constexpr,
-    DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr, ALIGNMENT: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """Store an accumulator of a tile of keys, times a factor."""
-    columns = first + tl.arange(0, KEYS)
-    offsets = row_offsets(columns, stride, ALIGNMENT)
-    inside = columns < keys
-    sums = scale_rows(sums, factor, DIM_TAIL)
-    main = sums[0]
-    if TURNED:
-        main = tl.trans(main)
-    store_part(base + start, offsets, inside, main, 0, DIM_MAIN, DIM)
-    if DIM_TAIL > 0:
-        tail = sums[1]
-        if TURNED:
-            tail = tl.trans(tail)
-        store_part(base + start, offsets, inside, tail, DIM_MAIN, DIM_TAIL, DIM)
 
 
 @triton.jit
@@ -209,6 +153,9 @@ def cross_attention_backward_key_value(
     key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
     value_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
     reference_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
+    key_tail_sum = key_sum
+    value_tail_sum = value_sum
+    reference_tail_sum = reference_sum
     if KEY_TAIL > 0:
         columns_tail = KEY_MAIN + tl.arange(0, KEY_TAIL)
         key_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
@@ -221,17 +168,8 @@ def cross_attention_backward_key_value(
         block = first + step
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
-        source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
-        query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
-        queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
-        grad_outputs = queries
-        if grad_output is not None:
-            source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
-            output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
-            grad_outputs = load_rows(
-                source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
-            )
-        # Rows past the end get probability 0.
+        # All that a block needs is asked for at once: one wait. Rows past the end get
+        # probability 0.
         peak = tl.load(statistics + row, mask=row_valid, other=0.0)
         inverse = tl.load(statistics + rows + row, mask=row_valid, other=0.0)
         mean = peak
@@ -245,6 +183,16 @@ def cross_attention_backward_key_value(
             other_inverse = tl.load(statistics + 4 * rows + row, mask=row_valid, other=0.0)
         if NEEDS_REFERENCE:
             other_mean = tl.load(statistics + 5 * rows + row, mask=row_valid, other=0.0)
+        source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
+        query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
+        queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        grad_outputs = queries
+        if grad_output is not None:
+            source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
+            output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
+            grad_outputs = load_rows(
+                source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
+            )
         if RELOAD:
             # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
             tl.debug_barrier()
@@ -276,35 +224,20 @@ def cross_attention_backward_key_value(
     if KEY_TILES > 1:
         start += block_offset(tile, KEY_MAIN, stride, ALIGNMENT)
     if NEEDS_VALUE:
-        store_keys(
-            grad_value, start, stride, 0, own_keys, value_sum, 1.0,
-            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
+        store_key_tiles(
+            grad_value, start, stride, own_keys, value_sum, value_tail_sum, 1.0,
+            KEY_MAIN, KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
         )  # fmt: skip
-        if KEY_TAIL > 0:
-            store_keys(
-                grad_value, start, stride, KEY_MAIN, own_keys, value_tail_sum, 1.0,
-                KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
-            )  # fmt: skip
     if NEEDS_KEY:
-        store_keys(
-            grad_key, start, stride, 0, own_keys, key_sum, scale,
-            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
+        store_key_tiles(
+            grad_key, start, stride, own_keys, key_sum, key_tail_sum, scale,
+            KEY_MAIN, KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
         )  # fmt: skip
-        if KEY_TAIL > 0:
-            store_keys(
-                grad_key, start, stride, KEY_MAIN, own_keys, key_tail_sum, scale,
-                KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
-            )  # fmt: skip
     if NEEDS_REFERENCE:
-        store_keys(
-            grad_reference_key, start, stride, 0, own_keys, reference_sum, scale,
-            KEY_MAIN, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
+        store_key_tiles(
+            grad_reference_key, start, stride, own_keys, reference_sum, reference_tail_sum, scale,
+            KEY_MAIN, KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
         )  # fmt: skip
-        if KEY_TAIL > 0:
-            store_keys(
-                grad_reference_key, start, stride, KEY_MAIN, own_keys, reference_tail_sum, scale,
-                KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, True,
-            )  # fmt: skip
 
 
 @triton.jit

@@ -103,6 +103,13 @@ def cross_attention_backward_query(
         # Found again in each turn, as those below: held, they cost a program its place.
         query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
         queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        if HAS_OUTPUT:
+            # Asked for together with the queries: one wait.
+            source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
+            output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
+            grad_outputs = load_rows(
+                source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
+            )
         if RELOAD:
             key_main, key_tail = load_tiles(
                 key, key_stride_m, keys, valid_main, valid_tail,
@@ -113,11 +120,6 @@ def cross_attention_backward_query(
             DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
         )  # fmt: skip
         if HAS_OUTPUT:
-            source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
-            output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
-            grad_outputs = load_rows(
-                source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
-            )
             if RELOAD:
                 value_main, value_tail = load_tiles(
                     value, value_stride_m, keys, valid_main, valid_tail,
