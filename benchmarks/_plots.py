@@ -182,6 +182,8 @@ def plot_roofline(records: Sequence[ProblemRecord], rates: Rates, title: str, pa
 
 FEW_ROWS = 256
 _SHORT_KERNEL = {
+    "backward": "dQ dK dV",
+    "backward (grad_key)": "dQ dK",
     "backward_query": "dQ",
     "backward_key_value": "dK dV",
     "backward_key_value (grad_key)": "dK",

@@ -118,10 +118,12 @@ class KernelDesign(NamedTuple):
     """float32 numbers a row that the query kernel hands to the kernels of the keys."""
 
 
-# dQ, dK and dV do not fit one kernel: q and do are read and scores computed by each. Where dK and
-# dV do not fit one kernel either, each has its own.
+# dQ, dK and dV fit one kernel up to 64 columns on 9.0, dQ and dK up to 80. Elsewhere q and do are
+# read and scores computed by each; where dK and dV do not fit one kernel either, each has its own.
 KERNELS: dict[str, KernelDesign] = {
     "forward": KernelDesign(2, 3, 2, 0),
+    "backward": KernelDesign(3, 6, 2, 0),
+    "backward (grad_key)": KernelDesign(3, 5, 2, 5),
     "backward_query": KernelDesign(3, 4, 2, 5),
     "backward_key_value": KernelDesign(2, 5, 2, 5),
     "backward_key_value (grad_key)": KernelDesign(2, 4, 2, 5),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from sefi_fast.kernels import KernelConfig
 
-KERNELS = ("forward", "backward_query", "backward_key_value")
+KERNELS = ("forward", "backward", "backward_query", "backward_key_value")
 BUCKETS = ("many", "few")
 BATCHES = (1, 16)
 # Head widths that stand for a bucket in which no layer of a known model lies.
@@ -75,20 +75,16 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def table_width(kernel: str, dtype: torch.dtype, head_dim: int) -> int:
-    """The head width bucket in which a kernel looks up this head width.
+def table_width(kernel: str, capability: int, dtype: torch.dtype, head_dim: int) -> int:
+    """The head width bucket in which a kernel looks up this head width: that of the tiles."""
+    from sefi_fast.kernels.configs import WIDTHS, smallest_tile, split_tile
 
-    It is that of the tiles, which the kernel of the keys has no smaller than 64.
-    """
-    from sefi_fast.kernels.compile import example_launches
-    from sefi_fast.kernels.configs import WIDTHS
-
-    arguments = example_launches(90, dtype, head_dim, 64)[kernel].arguments
-    width = arguments["DIM_MAIN"] + arguments["DIM_TAIL"]
+    smallest = smallest_tile(kernel, precision_of(dtype), capability)
+    width = sum(split_tile(head_dim, smallest))
     return next(limit for limit in WIDTHS if width <= limit)
 
 
-def problems_of(kernel: str, dtype: torch.dtype, width: int, bucket: str) -> list[Problem]:
+def problems_of(place: Place, dtype: torch.dtype) -> list[Problem]:
     """The layers of known models that take this place of the table, at each batch.
 
     Where there is none, a layer of 8 heads made up for it; none at all for a bucket of widths
@@ -96,9 +92,13 @@ def problems_of(kernel: str, dtype: torch.dtype, width: int, bucket: str) -> lis
     """
     from sefi_fast.kernels.configs import FEW_ROWS
 
-    def lies_here(head_dim: int) -> bool:
-        return table_width(kernel, dtype, head_dim) == width
+    kernel, capability, _, width, bucket = place
 
+    def lies_here(head_dim: int) -> bool:
+        return table_width(kernel, capability, dtype, head_dim) == width
+
+    if default_of(place) is None:
+        return []
     found = [
         Problem(model, layer.queries, layer.head_dim, layer.heads, batch)
         for model, layers in MODELS.items()
@@ -112,12 +112,15 @@ def problems_of(kernel: str, dtype: torch.dtype, width: int, bucket: str) -> lis
     return [Problem("custom", _QUERIES[bucket], stand_in, 8, batch) for batch in BATCHES]
 
 
-def default_of(place: Place) -> KernelConfig:
-    """What the table says now, for 77 keys."""
-    from sefi_fast.kernels.configs import FEW_ROWS, choose_config
+def default_of(place: Place) -> KernelConfig | None:
+    """What the table says now, for 77 keys; None where it has no such kernel."""
+    from sefi_fast.kernels.configs import FEW_ROWS, choose_config, choose_sums
 
     rows = FEW_ROWS if place.bucket == "few" else FEW_ROWS + 1
-    return choose_config(place.kernel, place.capability, place.precision, place.width, 80, rows)
+    _, capability, precision, width, _ = place
+    if place.kernel == "backward":
+        return choose_sums(capability, precision, width, 80, rows)
+    return choose_config(place.kernel, capability, precision, width, 80, rows)
 
 
 def candidates(place: Place) -> list[KernelConfig]:
@@ -128,7 +131,16 @@ def candidates(place: Place) -> list[KernelConfig]:
     from sefi_fast.kernels import KernelConfig
 
     shapes = _SHAPES[place.precision]
-    if place.kernel == "backward_key_value":
+    default = default_of(place)
+    assert default is not None
+    if place.kernel == "backward":
+        # Sums of another number of gradients are other work.
+        tried = [
+            default._replace(block=block, warps=warps, prefetch=prefetch, registers=registers)
+            for (block, warps), prefetch in product(shapes, (False, True))
+            for registers in _REGISTERS[warps]
+        ]
+    elif place.kernel == "backward_key_value":
         tried = [
             KernelConfig(block, warps, 1, reload, separate, key_tile)
             for (block, warps), reload, separate, key_tile in product(
@@ -141,7 +153,6 @@ def candidates(place: Place) -> list[KernelConfig]:
             for (block, warps), stages, reload in product(shapes, (1, 2), (False, True))
             for registers in _REGISTERS[warps]
         ]
-    default = default_of(place)
     others = [c for c in tried if c._replace(resident=default.resident) != default]
     return list(dict.fromkeys([default, *others]))
 
@@ -198,7 +209,8 @@ def table_lines(winners: Sequence[Winner]) -> Iterator[str]:
                 else default_of(Place(kernel, capability, precision, width, bucket))
                 for bucket in BUCKETS
             ]
-            yield f"        ({width}, {', '.join(map(as_code, dict.fromkeys(configs)))}),"
+            known = [config for config in dict.fromkeys(configs) if config is not None]
+            yield f"        ({width}, {', '.join(map(as_code, known))}),"
         yield "    ),"
 
 

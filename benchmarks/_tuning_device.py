@@ -85,7 +85,7 @@ class Bench:
 
     def plan(self, config: KernelConfig | None) -> Planned:
         """The launches under `config`, or under the table's."""
-        from sefi_fast.kernels import plan_backward_key_value, plan_forward
+        from sefi_fast.kernels import plan_backward_key_value, plan_backward_sums, plan_forward
 
         query, key = self.inputs.query, self.inputs.key
         if self.kernel == "forward":
@@ -103,6 +103,20 @@ class Bench:
             launch = self._query_launch(grad_query, statistics, config)
             return Planned([launch], {"grad_query": grad_query, "statistics": statistics[:, :, :5]})
         grad_key, grad_value = self._rows_like(key), self._rows_like(key)
+        if self.kernel == "backward":
+            assert config is not None
+            grad_query = self._rows_like(query)
+            results = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
+            kept = None
+            if config.sums == 1:
+                kept = torch.full_like(self.statistics, math.nan)
+                results.pop("grad_value")
+            totals = (grad_key, results.get("grad_value"))
+            launches = plan_backward_sums(
+                self.inputs, self.gradients, grad_query, kept, totals,
+                self.scale, False, self.device, config,
+            )  # fmt: skip
+            return Planned(launches, results)
         launches = plan_backward_key_value(
             self.inputs, self.gradients, self.statistics, (grad_key, grad_value, None),
             self.scale, self.device, config,

@@ -18,7 +18,7 @@ _ROWS = 4096
 def compile_trial(trial: Trial, dtype: str, head_dim: int) -> list[Facts]:
     """The facts of each launch of a trial: two where each gradient has a launch of its own."""
     kernel = trial.place.kernel
-    names = [kernel]
+    names = [f"{kernel} (grad_key)" if trial.config.sums == 1 else kernel]
     if trial.config.separate:
         names.append(f"{kernel} (grad_value)")
     return [
@@ -103,10 +103,7 @@ def try_all(trials: list[Trial], dtype: str, jobs: int) -> Iterator[Trial]:
     widths: dict[Place, int] = {}
     for trial in trials:
         if trial.place not in widths:
-            problems = problems_of(
-                trial.place.kernel, element, trial.place.width, trial.place.bucket
-            )
-            widths[trial.place] = problems[0].head_dim
+            widths[trial.place] = problems_of(trial.place, element)[0].head_dim
 
     def settle(trial: Trial, result: Callable[[], list[Facts]]) -> Trial:
         try:

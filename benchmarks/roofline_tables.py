@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from _roofline import DATASHEET, KERNELS, Direction, bound, kernel_work, work
+from _roofline import DATASHEET, Direction, bound, kernel_work, work
 from _shapes import MODELS, Problem
 
 _WIDTHS = (40, 64, 80, 160)
@@ -56,21 +56,26 @@ def device_table() -> str:
 def kernel_table() -> str:
     """The Triton kernels' own floors a row on each device, and the roofline share they leave.
 
-    The share is given for dK and dV in one kernel and for one kernel each.
+    The share is given for dQ, dK and dV in one kernel, in two (dQ alone) and in three.
     """
     rows = []
+    names = ("forward", "backward", "backward_query", "backward_key_value")
+    names += tuple(f"backward_key_value ({grad})" for grad in ("grad_key", "grad_value"))
     for width in _WIDTHS:
         row = Problem("custom", 1, width, 1)
         for rates in DATASHEET.values():
-            floors = [bound(kernel_work(row, _HALF, kernel), rates) for kernel in KERNELS]
-            forward, query, key_value, key, value = (floor.seconds for floor in floors)
+            floors = [bound(kernel_work(row, _HALF, name), rates) for name in names]
+            forward, whole, query, key_value, key, value = (floor.seconds for floor in floors)
             least = sum(bound(work(row, _HALF, way), rates).seconds for way in _ONE_WAY)
             cells = [f"{floor.seconds * 1e12:.0f} {_SHORT[floor.unit]}" for floor in floors]
+            one = least / (forward + whole)
             together = least / (forward + query + key_value)
             apart = least / (forward + query + key + value)
-            rows.append([f"{width}, {rates.name}", *cells, f"{together:.0%}", f"{apart:.0%}"])
-    head = ["head width, device", "forward", "dQ", "dK dV", "dK", "dV"]
-    return markdown([*head, "most, together", "most, apart"], rows)
+            rows.append(
+                [f"{width}, {rates.name}", *cells, f"{one:.0%}", f"{together:.0%}", f"{apart:.0%}"]
+            )
+    head = ["head width, device", "forward", "dQ dK dV", "dQ", "dK dV", "dK", "dV"]
+    return markdown([*head, "most, in one", "most, in two", "most, in three"], rows)
 
 
 def layer_table(batch: int) -> str:

@@ -75,9 +75,10 @@ def places(options: argparse.Namespace, capabilities: list[int]) -> Iterator[Pla
         for kernel in options.kernels:
             for width in options.widths:
                 for bucket in buckets:
-                    if _tuning.problems_of(kernel, dtype, width, bucket):
-                        precision = _tuning.precision_of(dtype)
-                        yield Place(kernel, capability, precision, width, bucket)
+                    precision = _tuning.precision_of(dtype)
+                    place = Place(kernel, capability, precision, width, bucket)
+                    if _tuning.problems_of(place, dtype):
+                        yield place
 
 
 def trials_of(place: Place) -> list[Trial]:
@@ -156,7 +157,7 @@ def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]
     groups = [
         (
             _tuning.among(trials_of(place), ranked, options.best),
-            _tuning.problems_of(place.kernel, dtype, place.width, place.bucket),
+            _tuning.problems_of(place, dtype),
         )
         for place in places(options, [found.capability])
     ]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from .backward_plan import (
+    plan_backward,
+    plan_backward_key_value,
+    plan_backward_query,
+    plan_backward_sums,
+)
 from .configs import KernelConfig, shared_bytes, split_tile
+from .forward_plan import plan_forward
 from .launch import Device, Launch
 from .layouts import MAX_ROW_STRIDE, Gradients, Inputs
-from .plan import plan_backward_key_value, plan_backward_query, plan_forward
 
 __all__ = [
     "MAX_ROW_STRIDE",
@@ -14,8 +20,10 @@ __all__ = [
     "Inputs",
     "KernelConfig",
     "Launch",
+    "plan_backward",
     "plan_backward_key_value",
     "plan_backward_query",
+    "plan_backward_sums",
     "plan_forward",
     "shared_bytes",
     "split_tile",

@@ -12,10 +12,9 @@ from .primitives import (
     exponentials,
     head_offset,
     inner_products,
+    load_block,
     load_operands,
-    load_rows,
     load_weights,
-    row_offsets,
     valid_keys,
 )
 
@@ -183,16 +182,15 @@ def cross_attention_backward_key_value(
             other_inverse = tl.load(statistics + 4 * rows + row, mask=row_valid, other=0.0)
         if NEEDS_REFERENCE:
             other_mean = tl.load(statistics + 5 * rows + row, mask=row_valid, other=0.0)
-        source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
-        query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
-        queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        queries = load_block(
+            query, block, query_stride_n, rows, BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST
+        )
         grad_outputs = queries
         if grad_output is not None:
-            source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
-            output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
-            grad_outputs = load_rows(
-                source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
-            )
+            grad_outputs = load_block(
+                grad_output, block, output_stride_n, rows,
+                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         if RELOAD:
             # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
             tl.debug_barrier()

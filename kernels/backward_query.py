@@ -1,10 +1,15 @@
-"""Backward kernel for the queries: recomputes the probabilities of its rows and writes dQ once."""
+"""Backward kernel for the queries: recomputes the probabilities of its rows and writes dQ once.
+
+Where the registers hold them, it sums up dK and dV on the way, and no other kernel need read the
+rows again.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .key_sums import accumulate_keys, store_key_tiles, zero_keys
 from .primitives import (
     COUNTS,
     accumulate,
@@ -12,8 +17,8 @@ from .primitives import (
     block_offset,
     head_offset,
     inner_products,
+    load_block,
     load_operands,
-    load_rows,
     load_tiles,
     load_weights,
     probabilities,
@@ -29,7 +34,7 @@ from .primitives import (
 @triton.jit(do_not_specialize=COUNTS)
 def cross_attention_backward_query(
     query, key, value, reference_key, token_weights, key_mask, map_tokens,
-    grad_output, grad_alignment, grad_maps, grad_query, statistics,
+    grad_output, grad_alignment, grad_maps, grad_query, grad_key, grad_value, statistics,
     query_stride_b, query_stride_h, query_stride_n,
     key_stride_b, key_stride_h, key_stride_m,
     value_stride_b, value_stride_h, value_stride_m,
@@ -41,15 +46,17 @@ def cross_attention_backward_query(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
-    RELOAD: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
+    RELOAD: tl.constexpr, PREFETCH: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head.
+    """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head; dK_t and dV_t too.
 
-    Grid (B·H, programs along the rows). Writes grad_query [B, N, H, D] and, for the kernel of the
-    keys, statistics [B, H, 6, N]: peak, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, then those
-    of A_r's; either may be None. Gradients that did not come (grad_output,
+    Grid (B·H, programs along the rows). Writes grad_query [B, N, H, D]; grad_key and grad_value,
+    the sums over this program's rows, [B, programs, M, H, D], not with RELOAD; and, for the kernel
+    of the keys, statistics [B, H, 6, N]: peak, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, then
+    those of A_r's. Each of these may be None. Gradients that did not come (grad_output,
     grad_alignment, grad_maps) are None and cost nothing, and so do value without the first and
-    reference_key without the second.
+    reference_key without the second. PREFETCH asks for the rows of the next block before this one's
+    products, and holds them in registers until then.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
     HAS_WEIGHTS: tl.constexpr = token_weights is not None
@@ -57,6 +64,10 @@ def cross_attention_backward_query(
     HAS_OUTPUT: tl.constexpr = grad_output is not None
     HAS_ALIGNMENT: tl.constexpr = grad_alignment is not None
     HAS_MAPS: tl.constexpr = grad_maps is not None
+    SUMS_KEY: tl.constexpr = grad_key is not None
+    SUMS_VALUE: tl.constexpr = grad_value is not None
+    # Whether the keys of the main tile are too few to be shared by the warps.
+    TURNED: tl.constexpr = KEY_MAIN < 64
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
 
@@ -92,24 +103,54 @@ def cross_attention_backward_query(
         grad_query += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
     if statistics is not None:
         statistics += tl.program_id(0).to(tl.int64) * 6 * rows
+    if SUMS_KEY:
+        key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
+        key_tail_sum = key_sum
+        if KEY_TAIL > 0:
+            key_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
+    if SUMS_VALUE:
+        value_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
+        value_tail_sum = value_sum
+        if KEY_TAIL > 0:
+            value_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
     first = tl.program_id(1) * blocks_a_program
     last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
+    end = tl.minimum(last * BLOCK, rows)
+    if PREFETCH:
+        next_queries = load_block(
+            query, first, query_stride_n, end, BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST
+        )
+        next_grad_outputs = next_queries
+        if HAS_OUTPUT:
+            next_grad_outputs = load_block(
+                grad_output, first, output_stride_n, end,
+                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            )  # fmt: skip
     # Without hoisting the loop keeps its shared-memory descriptors out of the registers.
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
-        source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
-        # Found again in each turn, as those below: held, they cost a program its place.
-        query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
-        queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        if PREFETCH:
+            queries = next_queries
+            grad_outputs = next_grad_outputs
+        coming = block + 1 if PREFETCH else block
+        # Both are asked for at once: one wait.
+        loaded = load_block(
+            query, coming, query_stride_n, end, BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST
+        )
+        loaded_grad_outputs = loaded
         if HAS_OUTPUT:
-            # Asked for together with the queries: one wait.
-            source = grad_output + block_offset(block, BLOCK, output_stride_n, ALIGNMENT)
-            output_offsets = row_offsets(tl.arange(0, BLOCK), output_stride_n, ALIGNMENT)
-            grad_outputs = load_rows(
-                source, output_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
-            )
+            loaded_grad_outputs = load_block(
+                grad_output, coming, output_stride_n, end,
+                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            )  # fmt: skip
+        if PREFETCH:
+            next_queries = loaded
+            next_grad_outputs = loaded_grad_outputs
+        else:
+            queries = loaded
+            grad_outputs = loaded_grad_outputs
         if RELOAD:
             key_main, key_tail = load_tiles(
                 key, key_stride_m, keys, valid_main, valid_tail,
@@ -119,6 +160,10 @@ def cross_attention_backward_query(
             queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
             DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
         )  # fmt: skip
+        if SUMS_VALUE:
+            value_sum = accumulate_keys(value_sum, main, grad_outputs, DIM_TAIL, TURNED)
+            if KEY_TAIL > 0:
+                value_tail_sum = accumulate_keys(value_tail_sum, tail, grad_outputs, DIM_TAIL, True)
         if HAS_OUTPUT:
             if RELOAD:
                 value_main, value_tail = load_tiles(
@@ -158,6 +203,10 @@ def cross_attention_backward_query(
                 pull_tail = (tail - other_tail) * (weight_tail * alignment_factor)[None, :]
                 grad_tail += pull_tail
         grad_main, grad_tail, mean = softmax_gradient(main, tail, grad_main, grad_tail, KEY_TAIL)
+        if SUMS_KEY:
+            key_sum = accumulate_keys(key_sum, grad_main, queries, DIM_TAIL, TURNED)
+            if KEY_TAIL > 0:
+                key_tail_sum = accumulate_keys(key_tail_sum, grad_tail, queries, DIM_TAIL, True)
         if RELOAD:
             # Not the tiles from above, which would fill the registers until here.
             tl.debug_barrier()
@@ -195,3 +244,16 @@ def cross_attention_backward_query(
                 tl.store(statistics + 4 * rows + row, other_inverse, mask=row_valid)
             if REFERENCE_GRAD:
                 tl.store(statistics + 5 * rows + row, other_mean, mask=row_valid)
+
+    place = batch * tl.num_programs(1) + tl.program_id(1)
+    start = head_offset(place * keys, head, heads * DIM, DIM, ALIGNMENT)
+    if SUMS_KEY:
+        store_key_tiles(
+            grad_key, start, heads * DIM, keys, key_sum, key_tail_sum, scale,
+            KEY_MAIN, KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
+        )  # fmt: skip
+    if SUMS_VALUE:
+        store_key_tiles(
+            grad_value, start, heads * DIM, keys, value_sum, value_tail_sum, 1.0,
+            KEY_MAIN, KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
+        )  # fmt: skip

@@ -15,15 +15,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .configs import KernelConfig
-from .launch import Device, Launch
-from .layouts import Gradients, Inputs
-from .plan import (
+from .backward_plan import (
     KEY_GRADIENTS,
+    STATISTICS,
     plan_backward_key_value,
     plan_backward_query,
-    plan_forward,
+    plan_backward_sums,
 )
+from .configs import KernelConfig
+from .forward_plan import plan_forward
+from .launch import Device, Launch
+from .layouts import Gradients, InputLayouts, Inputs
+from .tiling import sums_config
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -156,6 +159,8 @@ def example_launches(
     With reference, the alignment and its gradient take part; with tokens, so many columns of the
     maps; configs, by kernel, stand in for the table's. Keys of the result are the kernels' names;
     where each gradient has a launch of its own, the second is "backward_key_value (grad_value)".
+    "backward", or "backward (grad_key)", is the kernel of the queries where it sums up both or
+    dK alone.
     """
     configs = configs or {}
     device = Device(capability, MULTIPROCESSORS.get(capability, 132), False)
@@ -178,7 +183,7 @@ def example_launches(
     gradients = Gradients(query, torch.empty(batch, device="meta") if reference else None, maps)
     scale = head_dim**-0.5
     forward, _ = plan_forward(inputs, empty(rows), maps, scale, device, configs.get("forward"))
-    statistics = torch.empty((batch, heads, 6, rows), device="meta")
+    statistics = torch.empty((batch, heads, STATISTICS, rows), device="meta")
     backward_query = plan_backward_query(
         inputs, gradients, empty(rows), statistics, scale, reference_grad, device,
         configs.get("backward_query"),
@@ -188,6 +193,14 @@ def example_launches(
         inputs, gradients, statistics, wanted, scale, device, configs.get("backward_key_value")
     )
     launches = {"forward": forward, "backward_query": backward_query}
+    config = configs.get("backward", sums_config(InputLayouts.of(inputs), device))
+    if config is not None:
+        totals = (empty(keys), empty(keys) if config.sums > 1 else None)
+        name = "backward" if config.sums > 1 else "backward (grad_key)"
+        launches[name] = plan_backward_sums(
+            inputs, gradients, empty(rows), None if config.sums > 1 else statistics, totals, scale,
+            reference_grad, device, config,
+        )[0]  # fmt: skip
     for launch in keys_launches:
         written = [name for name in KEY_GRADIENTS if launch.arguments.get(name) is not None]
         name = "backward_key_value" if written else "sum_partials"

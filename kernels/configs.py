@@ -10,13 +10,18 @@ class KernelConfig(NamedTuple):
 
     reload: the keys are loaded again for each block of rows, each set where it is used. Where the
     matrix unit takes its operands from registers (8.x), keys held over the loop would fill them
-    all. separate, for the
-    kernel of the keys alone: one launch a gradient, where the accumulators of two do not fit into
-    the registers together. key_tile, for the same kernel: so many keys a program, a power of two
+    all. registers: the most a thread, for the compiler to keep to; 0 leaves it to the compiler.
+    resident: so many programs fit on a multiprocessor at once, by the registers and the shared
+    memory that come of it.
+
+    For the kernel of the queries alone: sums, how many of dK and dV it adds up as well (1 is dK),
+    where the registers hold their accumulators; what is left is for the kernel of the keys.
+    prefetch: the next block's rows are asked for before this block's products.
+
+    For the kernel of the keys alone: separate, one launch a gradient, where the accumulators of two
+    do not fit into the registers together. key_tile: so many keys a program, a power of two
     from 16 on, where the accumulators of all keys do not fit; 0 is all keys. Programs of the same
-    rows then read them once each, from the L2 cache but for the first. registers: the most a
-    thread, for the compiler to keep to; 0 leaves it to the compiler. resident: so many programs fit
-    on a multiprocessor at once, by the registers and the shared memory that come of it.
+    rows then read them once each, from the L2 cache but for the first.
     """
 
     block: int
@@ -27,6 +32,8 @@ class KernelConfig(NamedTuple):
     key_tile: int = 0
     registers: int = 0
     resident: int = 2
+    sums: int = 0
+    prefetch: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -59,19 +66,24 @@ def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
 # stand in docs/performance.md; tests/kernels/test_compile.py holds them and what is resident.
 TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("forward", 90, "half"): _lines(
-        # Measured on an H200: 6 % faster than with two stages, noise 3 %.
-        (48, KernelConfig(64, 4, 1, resident=3)),
+        (48, KernelConfig(64, 4, 1, resident=4)),
         (64, KernelConfig(64, 4, 1, resident=4)),
         (80, KernelConfig(64, 4, 1, resident=4)),
         (160, KernelConfig(64, 4, 1)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_query", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, resident=3)),
+        (48, KernelConfig(64, 4, 1, resident=4)),
         (64, KernelConfig(64, 4, 1, resident=4)),
         (80, KernelConfig(64, 4, 1, registers=168, resident=3)),
         (160, KernelConfig(64, 4, 1, resident=1)),
         (256, KernelConfig(64, 8, 1, resident=1)),
+    ),
+    # dK and dV, or at 80 dK alone, along with dQ.
+    ("backward", 90, "half"): _lines(
+        (48, KernelConfig(64, 4, 1, sums=2, prefetch=True)),
+        (64, KernelConfig(64, 4, 1, sums=2, prefetch=True)),
+        (80, KernelConfig(64, 4, 1, sums=1)),
     ),
     ("backward_key_value", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
@@ -173,6 +185,20 @@ def choose_config(
     return config
 
 
+def choose_sums(
+    capability: int, precision: str, width: int, key_width: int, rows: int
+) -> KernelConfig | None:
+    """The configuration with which the kernel of the queries sums up dK, and dV, as well.
+
+    None where the registers do not hold the sums. Arguments are those of `choose_config`.
+    """
+    table = TABLE.get(("backward", capability // 10 * 10, precision), {})
+    limit = next((limit for limit in table if width <= limit), None)
+    if limit is None or key_width > 80:
+        return None
+    return table[limit]["few" if rows <= FEW_ROWS else "many"]
+
+
 def shared_bytes(precision: str, capability: int, width: int, key_main: int, key_tail: int) -> int:
     """Shared memory that a program of any of the kernels needs, at most, as compiling them showed.
 
@@ -191,6 +217,19 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
     else:
         needed = 2 * width * keys + 8 * 1024
     return max(needed, 88 * 1024)
+
+
+def smallest_tile(kernel: str, precision: str, capability: int) -> int:
+    """Columns that a main tile of the head width has at least; arguments as in `choose_config`.
+
+    For warp groups a tail tile is another product to wait for, which takes longer than columns
+    without a meaning: 40 columns are one tile of 64. In the kernel of the keys the head width is
+    also a row count of the matrix unit, 64 at least. Float32 has no matrix unit and keeps the
+    scores of all kernels equal to the last bit.
+    """
+    if precision == "single":
+        return 32
+    return 64 if kernel == "backward_key_value" or capability // 10 == 9 else 32
 
 
 def split_tile(size: int, smallest: int) -> tuple[int, int]:

@@ -82,6 +82,23 @@ def load_rows(
 
 
 @triton.jit
+def load_block(
+    base, block, stride, end, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_MAIN: tl.constexpr,
+    DIM_TAIL: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The rows of one block, zeros from row `end` on.
+
+    Their offsets are found here, in each turn of a loop: held over it they would take four
+    registers a thread and tensor, and with them a program its place on a multiprocessor.
+    """
+    rows = tl.arange(0, BLOCK)
+    source = base + block_offset(block, BLOCK, stride, ALIGNMENT)
+    offsets = row_offsets(rows, stride, ALIGNMENT)
+    valid = block * BLOCK + rows < end
+    return load_rows(source, offsets, valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+
+
+@triton.jit
 def load_tiles(
     base, stride_m, keys, valid_main, valid_tail, DIM: tl.constexpr, DIM_MAIN: tl.constexpr,
     DIM_TAIL: tl.constexpr, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr,

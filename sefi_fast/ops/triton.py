@@ -247,7 +247,7 @@ def backward(
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key, value and reference key (equations 7 to 11), each if `needs` it."""
-    from sefi_fast.kernels import Gradients, Inputs, plan_backward_key_value, plan_backward_query
+    from sefi_fast.kernels import Gradients, Inputs, plan_backward
 
     negative = scale < 0
     if negative:
@@ -290,21 +290,9 @@ def backward(
 
     results = [make(like, place) for place, like in enumerate((query, key, value, reference_key))]
     written = [result if reaches[place] else None for place, result in enumerate(results)]
-    wants_keys = any(total is not None for total in written[1:])
-    if wants_keys or written[0] is not None:
-        batch, heads, rows, _ = query.shape
-        statistics = query.new_empty((batch, heads, 6, rows), dtype=torch.float32)
-        launches = [
-            plan_backward_query(
-                inputs, gradients, written[0], statistics if wants_keys else None, scale,
-                reference_grad, device,
-            )
-        ]  # fmt: skip
-        if wants_keys:
-            totals = (written[1], written[2], written[3])
-            launches += plan_backward_key_value(
-                inputs, gradients, statistics, totals, scale, device
-            )
+    if any(total is not None for total in written):
+        totals = (written[0], written[1], written[2], written[3])
+        launches = plan_backward(inputs, gradients, totals, scale, reference_grad, device)
         with on_device(query):
             for launch in launches:
                 launch.run()

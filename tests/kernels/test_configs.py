@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from sefi_fast.kernels import Device
-from sefi_fast.kernels.configs import TABLE, KernelConfig, choose_config, split_tile
+from sefi_fast.kernels.configs import TABLE, KernelConfig, choose_config, choose_sums, split_tile
 from sefi_fast.kernels.layouts import InputLayouts, Layout
-from sefi_fast.kernels.plan import START, _split_rows
+from sefi_fast.kernels.tiling import START, split_rows
 
 KERNELS = ("forward", "backward_query", "backward_key_value")
 
@@ -77,6 +77,14 @@ def test_consumer_blackwell_has_the_lines_of_the_older_matrix_unit() -> None:
             assert choose_config(kernel, 120, "half", width, 80, 4096) == known
 
 
+def test_sums_of_the_keys_go_along_with_dq_where_the_registers_hold_them() -> None:
+    assert [choose_sums(90, "half", width, 80, 4096).sums for width in (16, 64, 80)] == [2, 2, 1]
+    assert choose_sums(90, "half", 96, 80, 4096) is None
+    assert choose_sums(90, "half", 64, 96, 4096) is None
+    for capability, precision in ((90, "single"), (80, "half"), (89, "half"), (100, "half")):
+        assert choose_sums(capability, precision, 64, 80, 4096) is None
+
+
 @pytest.mark.parametrize("key_width", [144, 160, 192, 256])
 def test_many_keys_keep_a_warp_group_s_rows_and_fit_shared_memory(key_width: int) -> None:
     for kernel in ("forward", "backward_query"):
@@ -94,7 +102,7 @@ def test_many_keys_keep_a_warp_group_s_rows_and_fit_shared_memory(key_width: int
 def split(heads: int, rows: int, config: KernelConfig, start: float = START) -> tuple[int, int]:
     query = Layout((1, heads, rows, 40), (1, 1, 1, 1), torch.bfloat16)
     inputs = InputLayouts(query, query, query, None, None, None, None)
-    return _split_rows(inputs, config, Device(90, 132, False), start)
+    return split_rows(inputs, config, Device(90, 132, False), start)
 
 
 @pytest.mark.parametrize(

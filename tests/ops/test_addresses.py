@@ -114,15 +114,16 @@ def test_nothing_outside_the_tensors_is_touched(watched: _Watched, options: dict
 def test_one_element_too_many_is_seen(
     watched: _Watched, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    from sefi_fast.kernels import plan as planning
+    from sefi_fast.kernels import forward_plan as planning
+    from sefi_fast.kernels import tiling
 
-    common = planning._common
+    common = tiling.common_numbers
 
     def one_row_more(*arguments: Any) -> dict[str, Any]:
         found = common(*arguments)
         return found | {"rows": found["rows"] + 1}
 
-    monkeypatch.setattr(planning, "_common", one_row_more)
+    monkeypatch.setattr(tiling, "common_numbers", one_row_more)
     planning._prepare_forward.cache_clear()
     request.addfinalizer(planning._prepare_forward.cache_clear)
     inputs = make_inputs(1, 1, 20, 9, 16, strided=False)

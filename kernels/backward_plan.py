@@ -1,0 +1,243 @@
+"""Plans of the backward kernels: which of them a call takes, and their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tiling
+from .backward_key_value import cross_attention_backward_key_value, sum_partials
+from .backward_query import cross_attention_backward_query
+from .configs import SUM_BLOCK, KernelConfig
+from .launch import Device, Launch, Prepared
+from .layouts import (
+    GradientLayouts,
+    Gradients,
+    InputLayouts,
+    Inputs,
+    batch_step,
+    row_alignment,
+    steps_of,
+)
+
+KEY_GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
+STATISTICS = 6
+"""float32 numbers a row that the kernel of the queries leaves for the kernel of the keys."""
+
+
+def _backward_numbers(
+    kernel: str, inputs: InputLayouts, gradients: GradientLayouts, scale: float, device: Device,
+    config: KernelConfig | None,
+) -> tuple[dict[str, Any], KernelConfig, int]:  # fmt: skip
+    """Numbers shared by the backward kernels, their configuration and the programs."""
+    tiles = tiling.tiles_of(kernel, inputs, device)
+    config = config or tiling.config_of(kernel, inputs, tiles, device)
+    key_tiles = 1
+    if kernel == "backward_key_value":
+        key_tiles = tiling.tile_keys(tiles, inputs.key.shape[2], config.key_tile)
+    start = tiling.START if kernel == "backward_query" else tiling.SUMS_START
+    programs, blocks = tiling.split_rows(inputs, config, device, start, key_tiles)
+    heads, _, head_dim = inputs.query.shape[1:]
+    maps = gradients.maps
+    all_heads = maps is not None and len(maps.shape) == 4
+    output_steps = steps_of(gradients.output)
+    numbers = tiling.common_numbers(inputs, tiles, scale) | {
+        "output_stride_b": output_steps[0],
+        "output_stride_h": output_steps[1],
+        "output_stride_n": output_steps[2],
+        "alignment_stride_b": batch_step(gradients.alignment),
+        "map_stride_b": 0 if maps is None else maps.strides[0],
+        "map_stride_h": maps.strides[1] if maps is not None and all_heads else 0,
+        "map_factor": 1.0 if all_heads else 1.0 / heads,
+        "blocks_a_program": blocks,
+        "scale": scale,
+        "BLOCK": config.block,
+        "RELOAD": config.reload,
+        "ALIGNMENT": row_alignment(head_dim, *inputs[:4], gradients.output),
+        "UPCAST": device.interpreted and inputs.query.dtype == torch.bfloat16,
+    }
+    return numbers, config, programs
+
+
+def _gradient_tensors(inputs: Inputs, gradients: Gradients) -> dict[str, Tensor | None]:
+    return inputs._asdict() | {
+        "grad_output": gradients.output,
+        "grad_alignment": gradients.alignment,
+        "grad_maps": gradients.maps,
+    }
+
+
+@tiling.kept
+def _prepare_backward_query(
+    kernel: str, inputs: InputLayouts, gradients: GradientLayouts, scale: float,
+    reference_grad: bool, device: Device, config: KernelConfig | None,
+) -> Prepared:  # fmt: skip
+    numbers, config, programs = _backward_numbers(kernel, inputs, gradients, scale, device, config)
+    numbers["REFERENCE_GRAD"] = reference_grad and gradients.alignment is not None
+    numbers["PREFETCH"] = config.prefetch
+    batch, heads = inputs.query.shape[:2]
+    return Prepared(cross_attention_backward_query, (batch * heads, programs), numbers, config)
+
+
+def plan_backward_query(
+    inputs: Inputs, gradients: Gradients, grad_query: Tensor | None, statistics: Tensor | None,
+    scale: float, reference_grad: bool, device: Device, config: KernelConfig | None = None,
+) -> Launch:  # fmt: skip
+    """The launch that writes grad_query, [B, N, H, D] contiguous, and the statistics of its rows.
+
+    statistics, [B, H, 6, N] contiguous float32, are what the kernel of the keys needs. config
+    stands in for the table's, here and below.
+    """
+    layouts = GradientLayouts.of(gradients)
+    prepared = _prepare_backward_query(
+        "backward_query", InputLayouts.of(inputs), layouts, scale, reference_grad, device, config
+    )
+    tensors = _gradient_tensors(inputs, gradients)
+    return Launch(prepared, tensors | {"grad_query": grad_query, "statistics": statistics})
+
+
+def plan_backward_sums(
+    inputs: Inputs, gradients: Gradients, grad_query: Tensor | None, statistics: Tensor | None,
+    totals: tuple[Tensor | None, Tensor | None], scale: float, reference_grad: bool,
+    device: Device, config: KernelConfig,
+) -> list[Launch]:  # fmt: skip
+    """The launches that write what `plan_backward_query` does, and the gradients of key and value.
+
+    totals are as for `plan_backward_key_value`; config says that the kernel sums them up.
+    """
+    layouts = GradientLayouts.of(gradients)
+    prepared = _prepare_backward_query(
+        "backward", InputLayouts.of(inputs), layouts, scale, reference_grad, device, config
+    )
+    partials = _partials(inputs, totals, prepared.grid[1])
+    tensors = _gradient_tensors(inputs, gradients) | {
+        "grad_query": grad_query,
+        "grad_key": partials[0],
+        "grad_value": partials[1],
+        "statistics": statistics,
+    }
+    return [Launch(prepared, tensors), *_plan_sums(inputs, partials, totals, prepared, device)]
+
+
+@tiling.kept
+def _prepare_backward_key_value(
+    inputs: InputLayouts, gradients: GradientLayouts, scale: float, device: Device,
+    config: KernelConfig | None,
+) -> Prepared:  # fmt: skip
+    numbers, config, splits = _backward_numbers(
+        "backward_key_value", inputs, gradients, scale, device, config
+    )
+    batch, heads = inputs.query.shape[:2]
+    grid = (batch * heads * numbers["KEY_TILES"], splits)
+    return Prepared(cross_attention_backward_key_value, grid, numbers, config)
+
+
+def plan_backward_key_value(
+    inputs: Inputs, gradients: Gradients, statistics: Tensor,
+    totals: tuple[Tensor | None, Tensor | None, Tensor | None], scale: float, device: Device,
+    config: KernelConfig | None = None,
+) -> list[Launch]:  # fmt: skip
+    """The launches that write the gradients of key, value and reference key.
+
+    totals are [B or 1, M, H, D] contiguous or None where not wanted, at least one is wanted. A
+    batch of 1 under a larger batch of queries gets the sum over it. Without more than one partial
+    sum a gradient, the first kernel writes the totals itself.
+    """
+    layouts = GradientLayouts.of(gradients)
+    prepared = _prepare_backward_key_value(InputLayouts.of(inputs), layouts, scale, device, config)
+    partials = _partials(inputs, totals, prepared.grid[1])
+    tensors = _gradient_tensors(inputs, gradients) | {"statistics": statistics}
+    parts = [dict(zip(KEY_GRADIENTS, partials, strict=True))]
+    if prepared.config.separate:
+        parts = [{name: partial} for name, partial in parts[0].items() if partial is not None]
+    launches = [Launch(prepared, tensors | part) for part in parts]
+    return launches + _plan_sums(inputs, partials, totals, prepared, device)
+
+
+def plan_backward(
+    inputs: Inputs, gradients: Gradients,
+    totals: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    scale: float, reference_grad: bool, device: Device,
+) -> list[Launch]:  # fmt: skip
+    """The launches that write the gradients of query, key, value and reference key.
+
+    totals are as for `plan_backward_query` and `plan_backward_key_value`, one at least is wanted.
+    """
+    grad_query, *of_keys = totals
+    config = tiling.sums_config(InputLayouts.of(inputs), device)
+    summed: list[Tensor | None] = [None, None]
+    # Without dK the sums would leave the greater part to the kernel of the keys.
+    if config is not None and of_keys[0] is not None:
+        summed[: config.sums] = of_keys[: config.sums]
+        of_keys[: config.sums] = [None] * config.sums
+    batch, heads, rows, _ = inputs.query.shape
+    statistics = None
+    if any(total is not None for total in of_keys):
+        statistics = inputs.query.new_empty((batch, heads, STATISTICS, rows), dtype=torch.float32)
+    if summed[0] is None:
+        launches = [
+            plan_backward_query(
+                inputs, gradients, grad_query, statistics, scale, reference_grad, device
+            )
+        ]
+    else:
+        assert config is not None
+        launches = plan_backward_sums(
+            inputs, gradients, grad_query, statistics, (summed[0], summed[1]), scale,
+            reference_grad, device, config,
+        )  # fmt: skip
+    if statistics is not None:
+        wanted = (of_keys[0], of_keys[1], of_keys[2])
+        launches += plan_backward_key_value(inputs, gradients, statistics, wanted, scale, device)
+    return launches
+
+
+def _partials(inputs: Inputs, totals: Sequence[Tensor | None], splits: int) -> list[Tensor | None]:
+    """What the programs write for each total: itself, where each of its batches has one sum."""
+    batch, heads, _, head_dim = inputs.query.shape
+    shape = (batch, splits, inputs.key.shape[2], heads, head_dim)
+    return [
+        total
+        if total is None or (splits == 1 and total.shape[0] == batch)
+        else total.new_empty(shape, dtype=torch.float32)
+        for total in totals
+    ]
+
+
+def _plan_sums(
+    inputs: Inputs, partials: Sequence[Tensor | None], totals: Sequence[Tensor | None],
+    prepared: Prepared, device: Device,
+) -> list[Launch]:  # fmt: skip
+    """The launches that add up partial sums into the totals, those of one batch size together."""
+    sums = inputs.query.shape[0] * prepared.grid[1]
+    pairs = [(p, t) for p, t in zip(partials, totals, strict=True) if t is not None and p is not t]
+    launches = []
+    for groups in sorted({total.shape[0] for _, total in pairs}):
+        chosen = [(p, t) for p, t in pairs if t.shape[0] == groups]
+        launches.append(_plan_sum(chosen, sums // groups, device))
+    return launches
+
+
+@tiling.kept
+def _prepare_sum(
+    elements: int, groups: int, gradients: int, dtype: torch.dtype, count: int, device: Device
+) -> Prepared:
+    """dtype and device are not read: kernels of other ones are others."""
+    numbers = {"elements": elements, "count": count, "BLOCK": SUM_BLOCK}
+    grid = (-(-elements // SUM_BLOCK), groups, gradients)
+    return Prepared(sum_partials, grid, numbers, KernelConfig(SUM_BLOCK, 4, 1))
+
+
+def _plan_sum(pairs: list[tuple[Tensor | None, Tensor]], count: int, device: Device) -> Launch:
+    """The launch that adds up `count` partial sums of up to three gradients of equal shape."""
+    total = pairs[0][1]
+    prepared = _prepare_sum(
+        total.numel() // total.shape[0], total.shape[0], len(pairs), total.dtype, count, device
+    )
+    tensors: dict[str, Tensor | None] = {}
+    for place, (partial, into) in zip(("first", "second", "third"), pairs, strict=False):
+        tensors |= {f"{place}_partials": partial, f"{place}_total": into}
+    return Launch(prepared, tensors)
