@@ -22,7 +22,6 @@ class LayerRecord:
         map_tokens: int64 columns asked for, [1 or B, T]; negative entries give zero maps.
         alignment: [B] float32, equation 5 of docs/method.md; None when no reference was given.
         maps: [B, T, N] float32 head-mean probabilities; None when no columns were asked for.
-        size: (height, width) of the N image tokens, None when the layer was called on a sequence.
     """
 
     reference_key: Tensor | None = None
@@ -31,7 +30,6 @@ class LayerRecord:
     map_tokens: Tensor | None = None
     alignment: Tensor | None = None
     maps: Tensor | None = None
-    size: tuple[int, int] | None = None
 
     @property
     def asks(self) -> bool:

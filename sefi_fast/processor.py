@@ -109,11 +109,10 @@ class SeFiAttnProcessor:
         elif self.backend is not None or (record is not None and record.asks):
             record = record or LayerRecord()
             output = self._attend_fused(attn, query, key, value, mask, scale, record)
-            record.size = None if image_shape is None else (image_shape[2], image_shape[3])
         else:
             output = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
             if record is not None:
-                record.alignment = record.maps = record.size = None
+                record.alignment = record.maps = None
         if encoder_hidden_states is not None and not torch.compiler.is_compiling():
             regions = getattr(encoder_hidden_states, "sefi_regions", None)
             if regions is not None:
