@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sefi_fast.training.output import check_folder, check_output, is_one_of, write_whole
+from sefi_fast.training.output import check_folder, check_output, is_one_of
+from sefi_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image

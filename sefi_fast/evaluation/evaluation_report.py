@@ -13,7 +13,7 @@ from PIL import Image
 
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap
-from sefi_fast.training.output import write_whole
+from sefi_fast.whole_file import write_whole
 
 CONTROL = "class word"
 """Name of the rows whose pictures have the class word in the subject's place."""

@@ -19,7 +19,7 @@ from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import Interval, bootstrap, paired_difference
 from sefi_fast.evaluation.tasks import Task
 from sefi_fast.evaluation.variants import BASELINE, CONTROLS, Study, Variant
-from sefi_fast.training.output import write_whole
+from sefi_fast.whole_file import write_whole
 
 SCORED = ("id", "rank", "prompt", "share", "id_p", "leak", "open_leak", "open_id")
 COMPARED = ("id", "prompt", "id_p", "open_leak")

@@ -27,7 +27,8 @@ from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.training.image import load_image
-from sefi_fast.training.output import check_folder, write_whole
+from sefi_fast.training.output import check_folder
+from sefi_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     import numpy as np

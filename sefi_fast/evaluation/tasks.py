@@ -28,8 +28,8 @@ from sefi_fast.tiny_world.judge import JUDGE_PATH, Judge
 from sefi_fast.training import ManyResult, TrainConfig, train_many
 from sefi_fast.training.image import prepare
 from sefi_fast.training.masks import load_mask
-from sefi_fast.training.output import write_whole
 from sefi_fast.training.summary import FILE as SUMMARY_FILE
+from sefi_fast.whole_file import write_whole
 
 PLACEHOLDER = "<it>"
 PICTURE_SIZE = 192

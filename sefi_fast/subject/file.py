@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sefi_fast.errors import SubjectFileError
+from sefi_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from sefi_fast.subject.subject import Subject
@@ -28,22 +27,7 @@ _TEXTS = ("placeholder", "class_word", "base_model", "library_version")
 
 def write(subject: Subject, path: Path) -> None:
     """Writes the subject's file, whole or not at all."""
-    write_whole(_content(subject), path)
-
-
-def write_whole(content: bytes, path: Path) -> None:
-    """Writes a file beside its place and moves it there when it is complete and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(partial, "xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, _content(subject))
 
 
 def _content(subject: Subject) -> bytes:

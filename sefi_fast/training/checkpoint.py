@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sefi_fast import __version__
 from sefi_fast.errors import TrainingError
-from sefi_fast.training.output import write_whole
+from sefi_fast.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 

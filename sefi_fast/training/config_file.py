@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sefi_fast.training.config import TrainConfig, named_with_nearest
-from sefi_fast.training.output import write_whole
+from sefi_fast.whole_file import write_whole
 
 RUN_KEYS = ("image", "mask", "model", "class_word", "placeholder", "output", "preset")
 """What a run's file may name beside the fields of TrainConfig."""

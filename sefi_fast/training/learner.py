@@ -30,12 +30,13 @@ from sefi_fast.training.image import load_image, prepare, time_ids
 from sefi_fast.training.job import Callbacks, Job, UnsavedSubjectError, seen_files
 from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import encode_picture
-from sefi_fast.training.output import check_output, remove_partials
+from sefi_fast.training.output import check_output
 from sefi_fast.training.plateau import Plateau
 from sefi_fast.training.prompts import TrainingPrompts
 from sefi_fast.training.resume import Unfinished
 from sefi_fast.training.schedule import MovingAverage
 from sefi_fast.training.source import Source, resolution_of
+from sefi_fast.whole_file import remove_partials
 
 logger = logging.getLogger(__name__)
 

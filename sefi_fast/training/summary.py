@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from sefi_fast.subject import Subject
 from sefi_fast.subject.file import summarise
 from sefi_fast.training.manifest import Entry
-from sefi_fast.training.output import write_whole
 from sefi_fast.training.shard import Shard
+from sefi_fast.whole_file import write_whole
 
 FILE = "summary.jsonl"
 

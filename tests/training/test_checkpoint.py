@@ -9,7 +9,6 @@ import resource
 import pytest
 import torch
 
-from sefi_fast.training import output as output_module
 from sefi_fast.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -144,7 +143,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(folder, monkey
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(output_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         folder.write(make(4))
     assert sorted(os.listdir(folder.path)) == before

@@ -14,7 +14,6 @@ import sefi_fast
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import Callbacks, CheckpointError, TrainingInterrupted, plateau, train
-from sefi_fast.training import output as output_module
 from sefi_fast.training.checkpoint import CheckpointFolder, folder_of
 from sefi_fast.training.resume import newest_step
 
@@ -280,7 +279,7 @@ def test_a_full_disk_stops_no_run_and_costs_no_older_checkpoint(pipe, output, ca
                 assert checkpoints(output).steps() == [2]
                 room[0] = 1000
 
-    monkeypatch.setattr(output_module.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     arguments = {"steps": 7, "checkpoint_every": 2, **FAST}
     subject = train(PICTURE, model=pipe, output=output, callback=Fill(), **arguments)
     assert "step 4 could not be written" in caplog.text

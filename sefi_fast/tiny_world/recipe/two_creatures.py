@@ -25,7 +25,7 @@ from sefi_fast.tiny_world.recipe.noising import Noising
 from sefi_fast.tiny_world.recipe.progress import Budget
 from sefi_fast.tiny_world.recipe.tokenizer import CaptionCodes
 from sefi_fast.tiny_world.recipe.vae import encode_pictures
-from sefi_fast.training.output import write_whole
+from sefi_fast.whole_file import write_whole
 
 _CAPTION_DROPOUT = 0.1
 _NARROWEST = 64
