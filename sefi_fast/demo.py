@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sefi_fast.evaluation import Panel, contact_sheet, training_curves
+from sefi_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+    from sefi_fast.evaluation import Panel
 
 PLACEHOLDER = "<it>"
 SCENE_PROMPTS = (
@@ -26,6 +28,14 @@ ACCESSORY_PROMPTS = (
     "a photo of a {} with a scarf at night",
 )
 PICTURES_PER_PROMPT = 2
+FILES = {
+    "subject": "subject.safetensors",
+    "sheet": "sheet.png",
+    "maps": "attention.png",
+    "curves": "training.png",
+    "record": "demo.json",
+}
+"""What the demo leaves in its folder; the command asks before it imports what draws."""
 
 
 class DemoResult(NamedTuple):
@@ -59,6 +69,8 @@ def run_demo(
         ImageError: the picture cannot be read.
         OSError: the folder cannot be written.
     """
+    from sefi_fast.evaluation import Panel, contact_sheet, training_curves
+    from sefi_fast.evaluation.sheets import png
     from sefi_fast.pipelines import attach, detach, generate, load_pipeline
     from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, SUBJECT_SCENE, bundled_subject_image
     from sefi_fast.tiny_world.captions import SCENE_PHRASES
@@ -73,15 +85,7 @@ def run_demo(
         overrides = {"scene": SCENE_PHRASES[SUBJECT_SCENE], **overrides}
     # A minute's work is begun anew rather than resumed.
     overrides = {"checkpoint_every": 0, **overrides}
-    paths = {
-        name: folder / file
-        for name, file in (
-            ("subject", "subject.safetensors"),
-            ("sheet", "sheet.png"),
-            ("maps", "attention.png"),
-            ("curves", "training.png"),
-        )
-    }
+    paths = {name: folder / file for name, file in FILES.items()}
     subject = train(
         image=picture,
         placeholder=PLACEHOLDER,
@@ -91,7 +95,8 @@ def run_demo(
         **overrides,
     )
     if subject.history is not None:
-        training_curves(subject.history, title="one picture, bundled model").save(paths["curves"])
+        curves = training_curves(subject.history, title="one picture, bundled model")
+        write_whole(paths["curves"], png(curves))
 
     pipe = load_pipeline(None)
     pipe.set_progress_bar_config(disable=True)
@@ -115,21 +120,21 @@ def run_demo(
             ),
             ("the subject with accessories", panels(ACCESSORY_PROMPTS, PLACEHOLDER)),
         ]
-        contact_sheet(rows, title="sefi_fast: one picture in, the subject anywhere").save(
-            paths["sheet"]
-        )
+        sheet = contact_sheet(rows, title="sefi_fast: one picture in, the subject anywhere")
+        write_whole(paths["sheet"], png(sheet))
         _draw_maps(pipe, seed, paths["maps"])
     finally:
         detach(pipe)
     seconds = time.perf_counter() - started
-    (folder / "demo.json").write_text(
-        json.dumps({"seconds": round(seconds, 1), "seed": seed, "settings": subject.settings})
-    )
+    record = {"seconds": round(seconds, 1), "seed": seed, "settings": subject.settings}
+    write_whole(paths.pop("record"), json.dumps(record).encode())
     return DemoResult(**paths, seconds=seconds)
 
 
 def _draw_maps(pipe: StableDiffusionPipeline, seed: int, path: Path) -> None:
     """Draw where the placeholder and the accessory's word looked, over the pictures they made."""
+    from sefi_fast.evaluation import Panel, contact_sheet
+    from sefi_fast.evaluation.sheets import png
     from sefi_fast.pipelines import generate, trace
     from sefi_fast.tiny_world import SAMPLING
 
@@ -144,4 +149,5 @@ def _draw_maps(pipe: StableDiffusionPipeline, seed: int, path: Path) -> None:
             Panel(traced.overlay(pictures[0], word), f"where '{word}' looks"),
         ]
         rows.append(("", row))
-    contact_sheet(rows, title="attention of chosen words", panel_size=192).save(path)
+    sheet = contact_sheet(rows, title="attention of chosen words", panel_size=192)
+    write_whole(path, png(sheet))

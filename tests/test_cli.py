@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from PIL import Image
 
 from sefi_fast import bundled_subject_image
 from sefi_fast.cli import main
-from sefi_fast.cli.demo import FILES
+from sefi_fast.demo import FILES, run_demo
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.training import engine as engine_module
@@ -135,9 +136,25 @@ def test_demo_leaves_its_pictures(tmp_path, monkeypatch, capsys):
     for name in ("sheet.png", "attention.png", "training.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 5
     assert Subject.load(tmp_path / "subject.safetensors").placeholder == "<it>"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES.values())
     assert json.loads((tmp_path / "demo.json").read_text())["settings"]["steps"] == 2
     assert "done in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["training.png", "sheet.png", "attention.png", "demo.json"])
+def test_the_demo_leaves_no_half_of_a_file(tmp_path, monkeypatch, name):
+    def replace(source, target, honest=os.replace):
+        if target.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        honest(source, target)
+
+    monkeypatch.setitem(SAMPLING, "steps", 1)
+    monkeypatch.setattr(os, "replace", replace)
+    (tmp_path / name).write_bytes(b"before")
+    with pytest.raises(OSError, match="Input/output error"):
+        run_demo(tmp_path, steps=1, progress=False)
+    assert (tmp_path / name).read_bytes() == b"before"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.outputs import check_kept
+from sefi_fast.demo import FILES
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_folder
-
-FILES = ("attention.png", "demo.json", "sheet.png", "subject.safetensors", "training.png")
-"""What the demo leaves in its folder."""
 
 
 def add(commands: Any) -> None:
@@ -30,7 +28,7 @@ def add(commands: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     check_folder(options.output, make=False)
-    check_kept((options.output / name for name in FILES), [options.image])
+    check_kept((options.output / name for name in FILES.values()), [options.image])
     from sefi_fast.demo import run_demo
 
     keep_freed_memory_on_cpu()
