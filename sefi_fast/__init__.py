@@ -32,6 +32,16 @@ _HOME = {
     "bundled_model_path": "sefi_fast.tiny_world",
     "bundled_subject_image": "sefi_fast.tiny_world",
 }
+_MODULES = (
+    "conditioning",
+    "errors",
+    "evaluation",
+    "ops",
+    "pipelines",
+    "subject",
+    "tiny_world",
+    "training",
+)
 __all__ = [
     "CrossAttentionOutput",
     "SeFiAttnProcessor",
@@ -74,8 +84,8 @@ if TYPE_CHECKING:
     from sefi_fast.training import TrainConfig, train, train_many
 
 
-__getattr__ = lazy_names(__name__, _HOME)
+__getattr__ = lazy_names(__name__, _HOME, _MODULES)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])
