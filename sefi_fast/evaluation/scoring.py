@@ -75,7 +75,9 @@ def evaluate(
     Raises:
         ValueError: there is nothing to draw or to score with, or the references are of another
             number than the subjects.
-        SubjectFileError, ModelError, PromptError, ImageError: as for attaching and generating.
+        PromptError: of the bundled model a prompt asks for what its judge does not tell; or as for
+            generating.
+        SubjectFileError, ModelError, ImageError: as for attaching and generating.
     """
     given = [subjects] if isinstance(subjects, (Subject, str, os.PathLike)) else list(subjects)
     if not given:
@@ -101,6 +103,7 @@ def evaluate(
     drawn = list(_jobs(wanted, names))
     if not drawn:
         raise ValueError("the prompts are for two subjects, and there is one: give two, or others")
+    scorers.check(job.prompt for job in drawn)
     usual = SAMPLING if bundled else {"steps": 30, "guidance": 7.5}
     sampling = {
         "steps": usual["steps"] if steps is None else steps,

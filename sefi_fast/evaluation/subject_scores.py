@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from PIL import Image
 from sefi_fast.evaluation.encoders import ClipScorer, DinoScorer, FaceScorer
 from sefi_fast.evaluation.evaluation_report import Drawn
 from sefi_fast.evaluation.prompt_classes import filled
-from sefi_fast.evaluation.tiny_scorer import TinyScorer
+from sefi_fast.evaluation.tiny_scorer import TinyScorer, asked_by
 from sefi_fast.subject import Subject
+from sefi_fast.tiny_world import CLASS_WORD
 
 
 class Scorers:
@@ -39,6 +40,11 @@ class Scorers:
         self._tiny = TinyScorer() if bundled else None
         self._references = references
 
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raise PromptError if what a prompt, {} for the subject, asks for cannot be scored."""
+        for prompt in prompts if self._tiny is not None else ():
+            asked_by(_to_the_judge(prompt))
+
     def __call__(
         self, images: Sequence[Image.Image], job: Drawn, subjects: Sequence[Subject]
     ) -> list[dict[str, float]]:
@@ -56,7 +62,7 @@ class Scorers:
                         sum(values) / len(values) for values in zip(*each, strict=True)
                     ]
         if self._tiny is not None:
-            columns |= self._judged(images, text, job)
+            columns |= self._judged(images, job)
         else:
             columns |= _id_p(columns)
         return [
@@ -64,13 +70,12 @@ class Scorers:
             for place in range(len(images))
         ]
 
-    def _judged(
-        self, images: Sequence[Image.Image], text: str, job: Drawn
-    ) -> dict[str, list[float]]:
+    def _judged(self, images: Sequence[Image.Image], job: Drawn) -> dict[str, list[float]]:
         assert self._tiny is not None
         # The judge knows one creature a picture.
         reference = self._references[job.subjects[0]] if self._references else None
-        found = self._tiny(images, [text] * len(images), reference or images[0])
+        texts = [_to_the_judge(job.prompt)] * len(images)
+        found = self._tiny(images, texts, reference or images[0])
         columns = {
             "prompt score": [score.prompt for score in found],
             "attributes": [score.share for score in found],
@@ -81,6 +86,11 @@ class Scorers:
             columns["id(p)"] = [score.id_p for score in found]
             columns["leak"] = [score.leak for score in found]
         return columns
+
+
+def _to_the_judge(prompt: str) -> str:
+    """The prompt as the judge reads it: whatever stands for the subject is a creature to it."""
+    return filled(prompt, [CLASS_WORD] * prompt.count("{}"))
 
 
 def _id_p(columns: Mapping[str, list[float]]) -> dict[str, list[float]]:

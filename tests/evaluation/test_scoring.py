@@ -11,7 +11,7 @@ from PIL import Image
 import sefi_fast
 from sefi_fast.cli import main
 from sefi_fast.conditioning.prompt import class_token_ids
-from sefi_fast.errors import ModelError
+from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.evaluation import evaluate, scoring, subject_scores
 from sefi_fast.evaluation.prompt_classes import (
     PERSON_PROMPTS,
@@ -194,7 +194,49 @@ def test_the_words_of_a_prompt_say_what_is_wanted():
         "pattern": "spotted", "second_colour": "red", "hat": "yes",
     }  # fmt: skip
     assert wanted_by("a grey photo of a creature")["style"] == "grey"
-    assert "second_colour" not in wanted_by("a red creature with a ball")
+    assert wanted_by("A red, striped creature with a ball.") == {
+        "creature": "yes", "colour": "red", "pattern": "striped", "ball": "yes",
+    }  # fmt: skip
+    assert wanted_by("my creature wearing a hat next to a ball") == {
+        "creature": "yes", "hat": "yes", "ball": "yes",
+    }  # fmt: skip
+    every = (prompt for prompts in TINY_PROMPTS.values() for prompt in prompts)
+    assert all(len(wanted_by(filled(prompt, [CLASS_WORD]))) > 2 for prompt in every)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a {} riding a bicycle on the moon", "'riding', 'bicycle', 'moon'"),
+        ("a {} without a hat", "'without'"),
+        ("a {} in a red hat", "'red'"),
+        ("a red background with a {}", "'red'"),
+        ("a big {} in the snow", "'big'"),
+        ("a {} on the beach at night", "'night'"),
+        ("a red and blue {}", "'blue'"),
+        ("a grey {}", "'grey'"),
+    ],
+)
+def test_what_the_judge_cannot_tell_is_refused_before_drawing(files, tmp_path, prompt, words):
+    settings = {"output": tmp_path / "out", **FAST}
+    with pytest.raises(PromptError, match=f"obeys {words} in the prompt"):
+        evaluate(files[0], prompts=["a {} in the snow", prompt], **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_must_leave_something_of_the_subject(files, tmp_path):
+    prompt = "a round red {} with blue spots and big ears"
+    with pytest.raises(PromptError, match="nothing of the subject is left"):
+        evaluate(files[0], prompts=[prompt], output=tmp_path, **FAST)
+
+
+def test_the_class_word_asks_for_nothing(pipe, tmp_path):
+    row = pipe.text_encoder.get_input_embeddings().weight.detach()[
+        class_token_ids(pipe.tokenizer, "cute")[0]
+    ]
+    cute = Subject("<it>", "cute", [row.expand(1, 2, -1)], [row], "tiny", {"model": None})
+    found = evaluate(cute, prompts=["a {} in the snow"], output=tmp_path, **FAST)
+    assert "prompt score" in found.scores
 
 
 def test_prompts_follow_the_class_word():
@@ -242,11 +284,11 @@ def test_other_braces_of_a_prompt_stand_as_they_are(files, tmp_path, monkeypatch
     monkeypatch.setattr(
         subject_scores, "TinyScorer", type("J", (TinyScorer,), {"__call__": judging})
     )
-    prompts = ["a {} with a {hat} and {{0}", "{{}} in the snow"]
+    prompts = ["a {} with a {hat} and {{ball}", "{{}} in the snow"]
     evaluate(files[0], prompts=prompts, output=tmp_path / "out", **FAST)
-    control = [f"a {CLASS_WORD} with a {{hat}} and {{{{0}}", f"{{{CLASS_WORD}}} in the snow"]
+    control = [f"a {CLASS_WORD} with a {{hat}} and {{{{ball}}", f"{{{CLASS_WORD}}} in the snow"]
     assert drawn[::2] == control
-    assert drawn[1] == "a <subject-1> with a {hat} and {{0}"
+    assert drawn[1] == "a <subject-1> with a {hat} and {{ball}"
     assert judged == [control[0], control[0], control[1], control[1]]
 
 
