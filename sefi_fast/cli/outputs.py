@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from sefi_fast.whole_file import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -60,6 +63,16 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     stream = io.BytesIO()
     picture.save(stream, format=_FORMATS[path.suffix.lower()])
     write_whole(path, stream.getvalue())
+
+
+def leave_picture(path: Path, what: str, draw: Callable[[], Image.Image]) -> bool:
+    """Leave a picture of a run, or warn: the subject is there, whatever becomes of a picture."""
+    try:
+        write_picture(path, draw())
+    except Exception as error:
+        logger.warning("%s could not be drawn to %s: %s", what, path, error)
+        return False
+    return True
 
 
 def _numbered(folder: Path, seed: int) -> Path:

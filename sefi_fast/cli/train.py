@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
-from sefi_fast.cli.outputs import check_kept, check_safetensors, write_picture
+from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_output
 
@@ -72,6 +72,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.save_config is not None:
         run_file = check_output(options.save_config)
     check_kept((output, curves, sheet, run_file), (given["image"], given["mask"], given["model"]))
+    from sefi_fast.evaluation import training_curves, validation_sheet
     from sefi_fast.training import train
 
     keep_freed_memory_on_cpu()
@@ -91,11 +92,11 @@ def _train(options: argparse.Namespace) -> int:
     print(f"{output}: use it as {placeholder} in a prompt")
     history, title = subject.history, Path(given["image"]).name
     if history is not None and history.loss:
-        _leave(curves, "the loss", lambda: _curves(history, title))
+        _leave(curves, "the loss", lambda: training_curves(history, title=title))
     if history is not None and history.validation:
         prompts = [x.replace("{}", placeholder) for x in config.validation_prompts]
         what = "the validation prompts as training went on"
-        _leave(sheet, what, lambda: _validation(history, prompts))
+        _leave(sheet, what, lambda: validation_sheet(history, prompts))
     return 0
 
 
@@ -147,24 +148,5 @@ def _run_file_writer(
 
 
 def _leave(path: Path, what: str, draw: Callable[[], Image.Image]) -> None:
-    """Leave a picture of the run, or warn: the subject is there, whatever becomes of a picture."""
-    try:
-        write_picture(path, draw())
-    except Exception as error:
-        logger.warning("%s could not be drawn to %s: %s", what, path, error)
-    else:
+    if leave_picture(path, what, draw):
         print(f"{path}: {what}")
-
-
-def _curves(history: History, title: str) -> Image.Image:
-    from sefi_fast.evaluation import training_curves
-
-    return training_curves(history, title=title)
-
-
-def _validation(history: History, prompts: list[str]) -> Image.Image:
-    from sefi_fast.evaluation import Panel, contact_sheet
-
-    return contact_sheet(
-        [(f"step {step}", list(map(Panel, drawn, prompts))) for step, drawn in history.validation]
-    )

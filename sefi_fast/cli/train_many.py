@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
+from sefi_fast.cli.outputs import check_kept, leave_picture
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
+from sefi_fast.training.output import check_folder
+
+if TYPE_CHECKING:
+    from sefi_fast.training import ManyResult
 
 
 def add(commands: Any) -> None:
@@ -46,6 +52,10 @@ def _train_many(options: argparse.Namespace) -> int:
 
     keep_freed_memory_on_cpu()
     overrides = config_overrides(options)
+    prompts = overrides.get("validation_prompts", ())
+    pictures = options.output / "validation"
+    if prompts:
+        _check_pictures(options, pictures)
     if options.batch_subjects is not None:
         overrides["batch_subjects"] = options.batch_subjects
     results = train_many(
@@ -57,6 +67,7 @@ def _train_many(options: argparse.Namespace) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         progress=not options.quiet,
+        on_result=lambda result: _leave_validation(pictures, result, prompts),
         **overrides,
     )
     failed = [result for result in results if result.error is not None]
@@ -66,4 +77,36 @@ def _train_many(options: argparse.Namespace) -> int:
     words += f", {before} were there already" if before else ""
     words += f", {len(failed)} failed: {', '.join(r.name for r in failed)}" if failed else ""
     print(f"{options.output}: {words}")
+    if pictures.is_dir() and prompts:
+        print(f"{pictures}: the validation prompts as training went on")
     return 1 if failed else 0
+
+
+def _leave_validation(folder: Path, result: ManyResult, prompts: Sequence[str]) -> None:
+    """A sheet of the pictures that were drawn while a subject trained, in a folder of their own.
+
+    Not beside the subject's file, where a folder that is its own manifest would have it learnt.
+    """
+    history = None if result.subject is None else result.subject.history
+    if result.subject is None or history is None or not history.validation:
+        return
+    from sefi_fast.evaluation import validation_sheet
+
+    captions = [text.replace("{}", result.subject.placeholder) for text in prompts]
+    what = f"the validation prompts of {result.name}"
+    leave_picture(_sheet(folder, result.name), what, lambda: validation_sheet(history, captions))
+
+
+def _check_pictures(options: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError or OSError if the sheets cannot be left, or lie where a picture is read."""
+    from sefi_fast.training.manifest import read_subjects
+
+    check_folder(folder, make=False)
+    entries = read_subjects(options.manifest, options.model)
+    files = [Path(x) for e in entries for x in (e.image, e.mask) if isinstance(x, (str, Path))]
+    inside = [file for file in files if file.parent.resolve() == folder.resolve()]
+    check_kept((_sheet(folder, entry.name) for entry in entries), inside)
+
+
+def _sheet(folder: Path, name: str) -> Path:
+    return folder / f"{name}.png"

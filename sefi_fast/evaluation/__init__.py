@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sefi_fast.evaluation.sheets import Panel, contact_sheet, training_curves
+from sefi_fast.evaluation.sheets import (
+    Panel,
+    contact_sheet,
+    training_curves,
+    validation_sheet,
+)
 from sefi_fast.evaluation.swapping import swap_sheet
 from sefi_fast.lazy import lazy_names
 
@@ -30,6 +35,7 @@ __all__ = [
     "score_picture",
     "swap_sheet",
     "training_curves",
+    "validation_sheet",
 ]
 
 if TYPE_CHECKING:

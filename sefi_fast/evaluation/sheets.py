@@ -123,6 +123,22 @@ def training_curves(history: History, *, title: str = "training") -> Image.Image
     return Image.open(buffer).convert("RGB")
 
 
+def validation_sheet(history: History, prompts: Sequence[str]) -> Image.Image:
+    """The pictures that were drawn while a subject trained, a row each time.
+
+    Args:
+        history: of the subject.
+        prompts: captions of each row's pictures, in the order of `validation_prompts`.
+
+    Raises:
+        ValueError: no picture was drawn.
+    """
+    # Of a run that was resumed with other prompts there may be more pictures than captions.
+    return contact_sheet(
+        [(f"step {step}", list(map(Panel, drawn, prompts))) for step, drawn in history.validation]
+    )
+
+
 def _running_mean(series: np.ndarray) -> np.ndarray:
     window = max(1, len(series) // 10)
     totals = np.cumsum(np.insert(series, 0, 0.0))

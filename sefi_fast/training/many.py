@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,8 @@ from sefi_fast.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
+OnResult = Callable[[ManyResult], None]
+
 BATCH_SUBJECTS = 8
 _SECONDS_BETWEEN_SUMMARIES = 10.0
 
@@ -52,6 +54,7 @@ def train_many(
     resume: bool = True,
     overwrite: bool = False,
     progress: bool = True,
+    on_result: OnResult | None = None,
     **overrides: Any,
 ) -> list[ManyResult]:
     """Learn independent subjects side by side over one frozen model, each as if it were alone.
@@ -74,6 +77,8 @@ def train_many(
         resume: go on from checkpoints; False removes what an unfinished run left and begins anew.
         overwrite: learn those anew too whose file is there.
         progress: show progress bars.
+        on_result: called with each result as soon as there is one; a subject's file is on the disk
+            by then. An exception in it ends the run, and what is in training has checkpoints.
         **overrides: fields of TrainConfig, by name; they win over `config` and `preset`.
 
     Returns:
@@ -112,7 +117,9 @@ def train_many(
         numbered[start : start + batch_subjects]
         for start in range(0, len(numbered), batch_subjects)
     ]
-    many = _Many(shard.share(groups), model, settings, resume, Summary(folder, shard), overwrite)
+    many = _Many(
+        shard.share(groups), model, settings, resume, Summary(folder, shard), overwrite, on_result
+    )
     shard.wait()
     return many(progress and shard.index == 0)
 
@@ -134,10 +141,11 @@ class _Many:
         resume: bool,
         summary: Summary,
         overwrite: bool,
+        on_result: OnResult | None,
     ) -> None:
         self._all = [one for group in groups for one in group]
         self._model, self._config, self._resume = model, config, resume
-        self._summary, self._overwrite = summary, overwrite
+        self._summary, self._overwrite, self._on_result = summary, overwrite, on_result
         self._results: dict[int, ManyResult] = {}
         self._limit = max((len(group) for group in groups), default=1)
         self._groups = deque(groups)
@@ -247,9 +255,14 @@ class _Many:
         name, path = one.entry.name, one.job.output
         if isinstance(outcome, Exception):
             logger.warning("%s (%s) is left out: %s", name, one.entry.where, outcome)
-            self._results[one.number] = ManyResult(name, None, None, outcome)
+            self._settle(one, ManyResult(name, None, None, outcome))
         else:
-            self._results[one.number] = ManyResult(name, path, outcome)
+            self._settle(one, ManyResult(name, path, outcome))
+
+    def _settle(self, one: _Numbered, result: ManyResult) -> None:
+        self._results[one.number] = result
+        if self._on_result is not None:
+            self._on_result(result)
 
     def _take_finished(self) -> None:
         """Those whose file is there already; a file of other settings is an error, and stays."""
@@ -260,8 +273,7 @@ class _Many:
                 self._take(one, error)
                 continue
             if subject is not None:
-                result = ManyResult(one.entry.name, one.job.output, subject, before=True)
-                self._results[one.number] = result
+                self._settle(one, ManyResult(one.entry.name, one.job.output, subject, before=True))
 
     def _open(self, among: Sequence[_Numbered] | None = None) -> list[_Numbered]:
         """Those without a result yet."""

@@ -298,6 +298,32 @@ def test_bad_arguments_are_told_before_anything(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_each_result_is_told_when_its_file_is_there(sd15_pipeline, tmp_path):
+    told = []
+
+    def tell(result):
+        told.append(result)
+        assert result.path is None or result.path.is_file()
+
+    given = [*subjects(2), {"image": picture(0), "name": "bad", "class_word": "wibble"}]
+    arguments = {"model": sd15_pipeline, "output": tmp_path, "on_result": tell, **FAST}
+    results = sefi_fast.train_many(given, batch_subjects=1, **arguments)
+    assert told == results and results[2].error is not None
+    again = sefi_fast.train_many(given[:2], **arguments)
+    assert told[3:] == again and all(result.before for result in again)
+
+
+def test_an_exception_of_on_result_loses_no_training(sd15_pipeline, tmp_path):
+    def fail(result):
+        raise RuntimeError(f"no more after {result.name}")
+
+    arguments = {"model": sd15_pipeline, "output": tmp_path, **FAST}
+    with pytest.raises(RuntimeError, match="no more after s0"):
+        sefi_fast.train_many(subjects(2), batch_subjects=1, on_result=fail, **arguments)
+    results = sefi_fast.train_many(subjects(2), **arguments)
+    assert [result.before for result in results] == [True, False]
+
+
 def test_the_command(tmp_path, capsys):
     from sefi_fast.cli import main
 
