@@ -166,6 +166,8 @@ def test_swap_draws_a_sheet_with_subjects(subject, tmp_path):
         (["generate", "a", "--image", "x.png", "--strength", "2"], "at most 1"),
         (["generate", "a", "--image", PICTURE, "--steps", "1"], "less than one"),
         (["generate", "a", "--width", "0"], "--width is 0"),
+        (["generate", "a", "--width", "50"], "--width is 50 pixels: give a multiple of 8"),
+        (["generate", "a", "--image", PICTURE, "--height", "100"], "--height is 100 pixels"),
         (["generate", "a", "--steps", "0"], "--steps is 0: give 1 or more"),
         (["generate", "a", "--steps", "1001"], "trained on 1000"),
         (["generate", "a", "--guidance", "nan"], "a finite guidance, but it is nan"),

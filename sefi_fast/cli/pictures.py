@@ -53,8 +53,8 @@ def check_pictures(options: argparse.Namespace) -> None:
                 raise ValueError(f"--{name} is for changing a picture: give --image too")
     for name in ("width", "height"):
         value = getattr(options, name)
-        if value is not None and value < 8:
-            raise ValueError(f"--{name} is {value} pixels: give at least 8")
+        if value is not None and (value < 8 or value % 8):
+            raise ValueError(f"--{name} is {value} pixels: give a multiple of 8, and at least 8")
     if options.strength is not None and not 0 < options.strength <= 1:
         raise ValueError(f"--strength is {options.strength}: give more than 0 and at most 1")
 

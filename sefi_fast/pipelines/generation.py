@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+_GIVEN_OTHERWISE = {
+    "num_images_per_prompt": "give n",
+    "num_inference_steps": "give steps",
+    "guidance_scale": "give guidance",
+    "generator": "give seed",
+    "return_dict": "it returns the pictures alone",
+}
+
 
 def generate(
     pipe: Any,
@@ -38,10 +46,18 @@ def generate(
         batch_size: pictures drawn at once.
         call_arguments: handed on to the pipeline (height, width, image, …).
 
+    Returns:
+        A list of `n` pictures; with `output_type` "np", "pt" or "latent" each is an array
+        [height, width, 3] or a tensor [channels, height, width] in place of a PIL image.
+
     Raises:
+        TypeError: the prompt or the negative prompt is no string, or an argument of the pipeline's
+            call is named that this function gives by another name.
         ValueError: `n`, `steps` or `batch_size` is below 1, `steps` more than the scheduler has,
-            `guidance` infinite or NaN, or a seed not within 0 and 2**63 - 1.
+            `guidance` infinite or NaN, or a seed not within 0 and 2**63 - 1; or from the pipeline,
+            a height or a width that is no multiple of 8.
     """
+    check_sentence("prompt", prompt)
     return draw(
         pipe,
         lambda count: {"prompt": [prompt] * count},
@@ -68,6 +84,11 @@ def draw(
     **call_arguments: Any,
 ) -> list[Image.Image]:
     """`generate` for any conditioning: the pipeline's arguments for so many pictures at once."""
+    if negative_prompt is not None:
+        check_sentence("negative_prompt", negative_prompt)
+    for name, instead in _GIVEN_OTHERWISE.items():
+        if name in call_arguments:
+            raise TypeError(f"generate gives the pipeline its {name} itself: {instead}")
     for name, value in (("n", n), ("steps", steps), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"generate needs {name} of at least 1, but it is {value}")
@@ -76,7 +97,7 @@ def draw(
     for first in range(0, n, batch_size):
         seeds = range(seed + first, seed + min(first + batch_size, n))
         count = len(seeds)
-        images += pipe(
+        drawn = pipe(
             **conditioning(count),
             negative_prompt=None if negative_prompt is None else [negative_prompt] * count,
             num_inference_steps=steps,
@@ -84,7 +105,18 @@ def draw(
             generator=[torch.Generator().manual_seed(number) for number in seeds],
             **call_arguments,
         ).images
+        # Not +=, which adds an array's numbers to those of the list.
+        images.extend(drawn)
     return images
+
+
+def check_sentence(name: str, text: Any) -> None:
+    """Raise TypeError for a list, which the tokenizer would take for words of one sentence."""
+    if not isinstance(text, str):
+        raise TypeError(
+            f"{name} must be one sentence, got {text!r}: call once for each sentence; pictures of "
+            "equal seeds start from equal noise"
+        )
 
 
 def _check_numbers(most_steps: int, n: int, seed: int, steps: int, guidance: float) -> None:

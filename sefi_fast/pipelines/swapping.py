@@ -10,7 +10,7 @@ from PIL import Image
 
 from sefi_fast.conditioning import Encoded, encode_with_pooled, pack, unpack
 from sefi_fast.pipelines.families import check_pipeline
-from sefi_fast.pipelines.generation import draw
+from sefi_fast.pipelines.generation import check_sentence, draw
 from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 
 
@@ -48,12 +48,11 @@ def swap(
     Raises:
         ModelError: the pipeline is of another family.
         PromptError: a placeholder cannot be used where it stands.
-        TypeError: a prompt is no string.
+        TypeError, ValueError: as for `generate`.
     """
     check_pipeline(pipe)
-    for name, prompt in (("key_prompt", key_prompt), ("value_prompt", value_prompt)):
-        if not isinstance(prompt, str):
-            raise TypeError(f"{name} must be one sentence, got {prompt!r}")
+    check_sentence("key_prompt", key_prompt)
+    check_sentence("value_prompt", value_prompt)
     encoder = PromptEncoder.acquire(pipe)
     try:
         joined = _joined(pipe, key_prompt, value_prompt, clip_skip)

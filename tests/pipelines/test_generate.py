@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from pipelines.sampling import draw
 
 from sefi_fast.pipelines import attach, generate
@@ -48,3 +49,48 @@ def test_arguments_reach_the_pipeline(sd15_pipeline):
 def test_counts_below_one_are_refused(sd15_pipeline, name):
     with pytest.raises(ValueError, match=f"{name} of at least 1, but it is 0"):
         generate(sd15_pipeline, "a cat", **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("output_type", "kind", "shape"),
+    [
+        ("np", np.ndarray, (64, 128, 3)),
+        ("pt", torch.Tensor, (3, 64, 128)),
+        ("latent", torch.Tensor, (4, 8, 16)),
+    ],
+)
+def test_every_output_type_gives_a_list_of_pictures(sd15_pipeline, output_type, kind, shape):
+    settings = {"n": 3, "batch_size": 2, "steps": 1, "height": 64, "width": 128}
+    found = generate(sd15_pipeline, "a cat", output_type=output_type, **settings)
+    assert isinstance(found, list) and [one.shape for one in found] == [shape] * 3
+    assert all(isinstance(one, kind) for one in found)
+    if output_type == "np":
+        expected = generate(sd15_pipeline, "a cat", **settings)
+        for one, picture in zip(found, expected, strict=True):
+            assert abs(one * 255 - pixels(picture)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prompt": ["a cat", "a dog"]}, r"prompt must be one sentence, got \['a cat', 'a dog'\]"),
+        ({"prompt": None}, "prompt must be one sentence, got None"),
+        ({"negative_prompt": ["a cat"]}, "negative_prompt must be one sentence"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt itself: give n"),
+        ({"num_inference_steps": 2}, "give steps"),
+        ({"generator": None}, "give seed"),
+        ({"return_dict": False}, "it returns the pictures alone"),
+    ],
+)
+def test_what_is_no_sentence_or_given_otherwise_is_told_before_drawing(
+    sd15_pipeline, monkeypatch, given, words
+):
+    monkeypatch.setattr(sd15_pipeline, "unet", None)
+    with pytest.raises(TypeError, match=words):
+        generate(sd15_pipeline, **{"prompt": "a cat", **given})
+
+
+def test_a_width_that_is_no_multiple_of_8_is_told_before_drawing(sd15_pipeline, monkeypatch):
+    monkeypatch.setattr(sd15_pipeline.unet, "forward", None)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        generate(sd15_pipeline, "a cat", width=100, height=64)
