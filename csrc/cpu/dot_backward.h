@@ -157,22 +157,21 @@ private:
                 slopes<false>(first, inverse, inverse_anchor, row_sum, ahead);
             }
         }
-        const int64_t packed_rows = row_tiles * kTileSide;
         if (scratch_.grad_value) {
-            pack_rows(packed_rows, [&](int64_t, int64_t at, int64_t) __attribute__((always_inline)) {
+            pack_rows(count, [&](int64_t, int64_t at, int64_t) __attribute__((always_inline)) {
                 return load(scratch_.target + at);
             });
             turn(scratch_.targets, pair);
         }
         // dS = A (dA - rowsum(A dA))
-        pack_rows(packed_rows, [&](int64_t r, int64_t at, int64_t) __attribute__((always_inline)) {
+        pack_rows(count, [&](int64_t r, int64_t at, int64_t) __attribute__((always_inline)) {
             return load(scratch_.target + at) * (load(scratch_.slope + at) - broadcast(row_sum[r]));
         });
         multiply_query(scratch_.key_rows, row_tiles, false);
         if (scratch_.grad_key) turn(scratch_.slopes, pair);
         if (through_reference()) {
             for (int64_t i = 0; i < row_tiles; ++i) reference_sums(i * kTileSide, row_sum);
-            pack_rows(packed_rows, [&](int64_t r, int64_t at, int64_t v) __attribute__((always_inline)) {
+            pack_rows(count, [&](int64_t r, int64_t at, int64_t v) __attribute__((always_inline)) {
                 const Vec anchor = load(scratch_.anchor + at);
                 return anchor * (reference_slope(at, v, anchor) - broadcast(row_sum[r]));
             });
@@ -263,7 +262,8 @@ private:
         }
     }
 
-    // value(row, place, vector) of every vector to scratch_.packed; rows behind are zero.
+    // value(row, place, vector) of every vector to scratch_.packed; rows behind are zero, for an infinite
+    // key or value has made NaN of theirs.
     template <class Value>
     void pack_rows(int64_t count, const Value& value) {
         for (int64_t r = 0; r < count; ++r) {

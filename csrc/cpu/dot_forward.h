@@ -134,7 +134,7 @@ private:
         if (call_.map_count) write_maps(n, count, inverse);
         if (!call_.reference_key.data) return 0.0;
         probabilities(scratch_.reference, row_tiles, factor, scratch_.anchor, inverse_anchor, ahead);
-        return align(row_tiles, inverse, inverse_anchor);
+        return align(count, inverse, inverse_anchor);
     }
 
     void probabilities(const RightTiles& key, int64_t row_tiles, float factor, float* scores,
@@ -148,9 +148,10 @@ private:
         }
     }
 
-    double align(int64_t row_tiles, const float* inverse, const float* inverse_anchor) const {
+    double align(int64_t count, const float* inverse, const float* inverse_anchor) const {
         Vec total{};
-        for (int64_t r = 0; r < row_tiles * kTileSide; ++r) {
+        // Not the rows of zeros behind them: an infinite key has made NaN of those.
+        for (int64_t r = 0; r < count; ++r) {
             const int64_t row = r * shape_.key_stride();
             if (r % 8 == 0) keep_awake();
             for (int64_t v = 0; v < shape_.keys; ++v) {

@@ -18,8 +18,18 @@ SEFI_INLINE Halves upper_halves(UIntVec low, UIntVec high) {
     return (Halves)(UIntVec)((low >> 16) | (high & 0xffff0000u));
 }
 
-// Rounds to bfloat16 by the upper half alone; ties go away from zero.
-SEFI_INLINE Vec rounded_upper(Vec v) { return (Vec)(((UIntVec)v + 0x8000u) & 0xffff0000u); }
+// A number as the sum of two of bfloat16: the first is the upper half rounded, ties away from zero,
+// the second the rest. What is not finite is the second one alone, where it meets the other factor's
+// first part and nothing else: times a second part it might be infinity times zero, or infinity less
+// infinity. Rounding would let the bits of a NaN run over into those of a zero.
+SEFI_INLINE void split_float(Vec v, UIntVec& first, UIntVec& second) {
+    constexpr int kNanOrInfinite = 0x99;
+    const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask((__m512)v, kNanOrInfinite));
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000u));
+    first = (UIntVec)_mm512_maskz_and_epi32(finite, _mm512_add_epi32((__m512i)v, half), upper);
+    const __m512i rest = (__m512i)(v - (Vec)first);
+    second = (UIntVec)_mm512_mask_add_epi32(rest, finite, rest, half);
+}
 
 // 32 numbers as parts, in the order of the tiles' pairs.
 template <int kParts>
@@ -27,10 +37,10 @@ SEFI_INLINE void split(Vec low, Vec high, Halves (&parts)[kParts]) {
     if constexpr (kParts == 1) {
         parts[0] = (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     } else {
-        const Vec first = rounded_upper(low), second = rounded_upper(high);
-        parts[0] = upper_halves((UIntVec)first, (UIntVec)second);
-        parts[1] = upper_halves((UIntVec)rounded_upper(low - first),
-                                (UIntVec)rounded_upper(high - second));
+        UIntVec low_parts[2], high_parts[2];
+        split_float(low, low_parts[0], low_parts[1]);
+        split_float(high, high_parts[0], high_parts[1]);
+        for (int p = 0; p < 2; ++p) parts[p] = upper_halves(low_parts[p], high_parts[p]);
     }
 }
 

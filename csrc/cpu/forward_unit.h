@@ -92,14 +92,14 @@ private:
         Vec inverse[J];
         softmax_tile<J>(key_, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
                         scratch_.target, inverse, ahead);
-        const double alignment = call_.reference_key.data ? align<J>(inverse, ahead) : 0.0;
+        const double alignment = call_.reference_key.data ? align<J>(count, inverse, ahead) : 0.0;
         if (call_.map_count) write_maps<J>(n, count, inverse);
         write_output<J>(n, count, inverse, ahead);
         return alignment;
     }
 
     template <int J>
-    double align(const Vec (&inverse)[J], Ahead& ahead) {
+    double align(int64_t count, const Vec (&inverse)[J], Ahead& ahead) {
         constexpr int64_t kRows = J * kLanes;
         Vec inverse_anchor[J];
         softmax_tile<J>(reference_, keys_.count, call_.head_dim, scratch_.columns,
@@ -114,7 +114,11 @@ private:
             }
         }
         double alignment = 0.0;
-        for (int j = 0; j < J; ++j) alignment += double(sum(total[j]));
+        // Not the lanes behind the rows: an infinite key has made NaN of the zeros there.
+        float rows[kRows];
+        for (int j = 0; j < J; ++j) store(rows + j * kLanes, total[j]);
+        for (int64_t i = count; i < kRows; ++i) rows[i] = 0.0f;
+        for (int j = 0; j < J; ++j) alignment += double(sum(load(rows + j * kLanes)));
         return alignment;
     }
 

@@ -23,8 +23,6 @@ public:
     }
     uint16_t* halves(int64_t count) { return reinterpret_cast<uint16_t*>(floats((count + 1) / 2)); }
     size_t used() const { return used_; }
-    // Back to what used() was: pieces handed out from now on share memory with those since then.
-    void rewind(size_t used) { used_ = used; }
 
 private:
     char* block_;

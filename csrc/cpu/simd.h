@@ -112,7 +112,8 @@ SEFI_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512DQ__)
     return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-    return (Vec)((IntVec)p + ((IntVec)shifted << 23));
+    // The bits of a NaN in shifted would make a number of the NaN in p.
+    return (Vec)((IntVec)p + (((IntVec)shifted << 23) & (IntVec)(x == x)));
 #endif
 }
 

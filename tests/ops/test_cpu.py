@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from ops.oracle import check_backend, make_inputs
+from ops.oracle import Inputs, Results, backend_results, check_backend, make_inputs
+from torch import Tensor
 
 from sefi_fast.errors import BackendError
 from sefi_fast.ops import cpu, fused_cross_attention
@@ -102,12 +104,75 @@ def test_very_unequal_scores_stay_finite(instruction_set):
     check_backend("cpu", inputs)
 
 
-def test_nan_in_one_row_stays_in_that_row(instruction_set):
-    inputs = make_inputs(1, 1, 40, 77, 40, strided=False)
-    inputs.query[0, 0, 3, 5] = torch.nan
-    output = fused_cross_attention(inputs.query, inputs.key, inputs.value, backend="cpu").output
-    hit = output.isnan().any(-1)[0, 0]
-    assert hit[3] and hit.sum() == 1
+# As bits: a NaN, that of CUDA devices, the one that memory full of ones is, and the two infinities.
+NOT_FINITE = {
+    torch.float32: (0x7FC00000, 0x7FFFFFFF, -1, 0x7F800000, -0x800000),
+    torch.float16: (0x7E00, 0x7FFF, -1, 0x7C00, -0x400),
+    torch.bfloat16: (0x7FC0, 0x7FFF, -1, 0x7F80, -0x80),
+}
+
+
+def _write(bits: int, tensor: Tensor, *place: int) -> None:
+    tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)[place] = bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_one_row_stays_in_that_row(instruction_set, dtype):
+    for bits in NOT_FINITE[dtype][:3]:
+        inputs = make_inputs(1, 1, 40, 77, 40, dtype, strided=False)
+        _write(bits, inputs.query, 0, 0, 3, 5)
+        result = fused_cross_attention(inputs.query, inputs.key, inputs.value, backend="cpu")
+        hit = result.output.isnan()[0, 0]
+        assert hit[3].all() and hit.sum() == 40, hex(bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "place"),
+    (
+        ("query", (0, 1, 3, 5)),
+        ("key", (0, 1, 4, 5)),
+        ("value", (0, 1, 4, 5)),
+        ("reference_key", (0, 1, 4, 5)),
+        ("grad_output", (0, 1, 3, 5)),
+        ("token_weights", (0, 4)),
+        ("grad_alignment", (0,)),
+        ("grad_maps", (0, 0, 3)),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_finite_is_so_where_the_eager_path_has_it(instruction_set, name, place, dtype):
+    """NaN and infinities in one place of one tensor; rows that fill no tile are behind."""
+    inputs = make_inputs(
+        2, 2, 41, 77, 40, dtype, weights=True, tokens=2, strided=False, reference_grad=True
+    )
+    # Then minus infinity in a key hides it, and all else is finite.
+    inputs.query.abs_()
+    tensor = getattr(inputs, name)
+    before = tensor.clone()
+    for bits in NOT_FINITE[tensor.dtype]:
+        _write(bits, tensor, *place)
+        found, wanted = backend_results("cpu", inputs), _eager_in_float32(inputs)
+        tensor.copy_(before)
+        for output, want in wanted.outputs.items():
+            got = found.outputs[output]
+            assert torch.equal(got.isnan(), want.isnan()), (output, hex(bits))
+            assert torch.equal(got.isinf(), want.isinf()), (output, hex(bits))
+        # Which of both a gradient is depends on what became of a probability of nothing.
+        for which, gradients in wanted.gradients.items():
+            for gradient, want in gradients.items():
+                got = found.gradients[which][gradient]
+                assert torch.equal(got.isfinite(), want.isfinite()), (gradient, which, hex(bits))
+
+
+def _eager_in_float32(inputs: Inputs) -> Results:
+    """PyTorch's own products of bfloat16 spread a NaN to the row before."""
+    wide = {
+        field.name: value.float()
+        for field in dataclasses.fields(inputs)
+        if isinstance(value := getattr(inputs, field.name), Tensor) and value.is_floating_point()
+    }
+    return backend_results("eager", dataclasses.replace(inputs, **wide))
 
 
 def test_query_gradient_alone_leaves_the_others_out():
