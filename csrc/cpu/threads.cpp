@@ -14,6 +14,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -62,16 +63,22 @@ struct Job {
 // Threads that sleep between jobs. One job at a time; a second caller waits its turn.
 class Pool {
 public:
+    const pid_t owner = getpid();
+
     void run(Job& job, int threads) {
         const std::lock_guard<std::mutex> turn(turn_);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
-            while (int(workers_.size()) < threads - 1) {
-                workers_.emplace_back([this] { serve(); });
-                workers_.back().detach();
+            try {
+                while (int(workers_.size()) < threads - 1) {
+                    workers_.emplace_back([this] { serve(); });
+                    workers_.back().detach();
+                }
+            } catch (const std::system_error&) {
+                // The system gives no more threads: those that there are do the work.
             }
             job_ = &job;
-            seats_ = threads - 1;
+            seats_ = std::min(threads - 1, int(workers_.size()));
         }
         wake_.notify_all();
         job.run();
@@ -104,15 +111,15 @@ private:
 };
 
 // Never destroyed: at the end of the process its threads may still sleep in it. A forked child has
-// none of its parent's threads and makes a pool of its own.
+// none of its parent's threads and makes a pool of its own; a lock here might be held for ever in it,
+// by a thread of the parent's.
 Pool& own_pool() {
-    static std::mutex mutex;
-    static Pool* pool = nullptr;
-    static pid_t owner = 0;
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!pool || owner != getpid()) {
-        pool = new Pool;
-        owner = getpid();
+    static std::atomic<Pool*> current{nullptr};
+    Pool* pool = current.load();
+    while (!pool || pool->owner != getpid()) {
+        Pool* const made = new Pool;
+        if (current.compare_exchange_strong(pool, made)) return *made;
+        delete made;
     }
     return *pool;
 }
@@ -120,8 +127,9 @@ Pool& own_pool() {
 const pid_t loader = getpid();
 
 GompParallel openmp() {
+    if (loader != getpid()) return nullptr;
     static const GompParallel found = find_openmp();
-    return loader == getpid() ? found : nullptr;
+    return found;
 }
 
 }  // namespace

@@ -162,23 +162,76 @@ def test_a_forked_child_can_use_it():
 
 
 THREADS_OF_ITS_OWN = """
-import ctypes, sys, threading
+import ctypes, os, resource, signal, sys, threading
 from sefi_fast import _C
 assert _C.thread_source() == "own", _C.thread_source()
-n, m, d = 600, 77, 40
-floats = lambda count: (ctypes.c_float * count)(*[((7 * i) % 13) / 13 for i in range(count)])
-query, key, align = floats(4 * n * d), floats(4 * m * d), floats(1)
-outputs = []
-for threads in (1, 2, 3):
-    output = floats(4 * n * d)
+def prepared(n, m, d):
+    floats = lambda count: (ctypes.c_float * count)(*[((7 * i) % 13) / 13 for i in range(count)])
+    query, key, align, output = floats(4 * n * d), floats(4 * m * d), floats(1), floats(4 * n * d)
     view = lambda t, rows: (ctypes.addressof(t), 1, 4 * rows * d, rows * d, d)
     k = view(key, m)
-    _C.forward((1, 4, n, m, d), 0, 0.2, [view(query, n), k, k, k], [(0, 0, 0)] * 3, False,
-               view(output, n), ctypes.addressof(align), 0, threads)
-    outputs.append(bytes(output))
+    arguments = ((1, 4, n, m, d), 0, 0.2, [view(query, n), k, k, k], [(0, 0, 0)] * 3, False,
+                 view(output, n), ctypes.addressof(align), 0)
+    held = query, key, align
+    def call(threads, held=held):
+        _C.forward(*arguments, threads)
+        return bytes(output)
+    return call
+"""
+
+ANY_NUMBER = """
+call = prepared(600, 77, 40)
+outputs = [call(threads) for threads in (1, 2, 3)]
 assert outputs[0] == outputs[1] == outputs[2]
 """
 
 
 def test_without_an_openmp_run_time_it_has_threads_of_its_own():
-    assert run_apart(THREADS_OF_ITS_OWN) == ""
+    assert run_apart(THREADS_OF_ITS_OWN + ANY_NUMBER) == ""
+
+
+NO_MORE = """
+call = prepared(600, 77, 40)
+wanted = call(1)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 6 * 2**20,) * 2)
+try:
+    threading.Thread(target=int).start()
+except RuntimeError:
+    assert call(3) == wanted
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_it_does_without_threads_that_the_system_refuses():
+    assert run_apart(THREADS_OF_ITS_OWN + NO_MORE) == ""
+
+
+# A lock that another thread holds at the fork stays locked in the child.
+FORKED_AMIDST_CALLS = """
+def again():
+    call = prepared(2, 2, 4)
+    while True:
+        call(2)
+for _ in range(3):
+    threading.Thread(target=again, daemon=True).start()
+call = prepared(2, 2, 4)
+failed = 0
+for _ in range(500):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        call(2)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed = 1
+        break
+sys.stderr.write("a child hangs" if failed else "")
+sys.stderr.flush()
+os._exit(failed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_children_that_are_forked_while_others_call_do_not_hang():
+    assert run_apart(THREADS_OF_ITS_OWN + FORKED_AMIDST_CALLS) == ""
