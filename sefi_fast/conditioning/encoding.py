@@ -63,7 +63,8 @@ def encode(
     negative prompt, encoded with the same subjects, as ``negative_prompt_embeds``. The text encoder
     sees each distinct sequence once: 2·S for a prompt with a subject (S if its K and V are tied),
     one for a prompt without.
-    SDXL wants pooled embeddings beside it: `encode_with_pooled` gives both.
+    SDXL wants pooled embeddings beside it: `encode_with_pooled` gives both. Both prompts made, the
+    text encoders may go (``pipe.text_encoder = None``).
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline.

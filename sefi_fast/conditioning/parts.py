@@ -21,14 +21,14 @@ def text_parts(pipe: Any) -> list[TextPart]:
         ModelError: a tokenizer or a text encoder is missing, or the two of SDXL differ in length.
     """
     name = type(pipe).__name__
-    second = getattr(pipe, "text_encoder_2", None)
-    if second is not None and getattr(pipe, "text_encoder", None) is None:
+    two = hasattr(pipe, "text_encoder_2")
+    if two and pipe.text_encoder_2 is not None and getattr(pipe, "text_encoder", None) is None:
         raise ModelError(
             f"{name} has the second text encoder of SDXL alone, as the refiner has; subjects need "
             "both. Use them with the base model and give the refiner the class word in their place"
         )
     parts = []
-    for suffix in ("", "_2") if second is not None else ("",):
+    for suffix in ("", "_2") if two else ("",):
         names = (f"tokenizer{suffix}", f"text_encoder{suffix}")
         found = TextPart(*(getattr(pipe, part, None) for part in names))
         for part, value in zip(names, found, strict=True):

@@ -108,7 +108,8 @@ def check_not_compiled(models: Iterable[nn.Module], what: str) -> None:
 
 def is_sdxl(pipe: Any) -> bool:
     """Whether a pipeline is conditioned by two text encoders and a pooled embedding."""
-    return getattr(pipe, "text_encoder_2", None) is not None
+    # Not whether it is there: packed prompts are drawn without it too.
+    return hasattr(pipe, "text_encoder_2")
 
 
 def check_model_index(index: Mapping[str, Any], source: str) -> None:

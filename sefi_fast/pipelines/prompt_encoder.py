@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from sefi_fast.conditioning import Encoded, encode_with_pooled, text_parts
+from sefi_fast.conditioning import Encoded, encode_with_pooled
 from sefi_fast.conditioning.prompt import TOKENIZING
 from sefi_fast.pipelines.families import check_scheduler, conditioned_models, is_sdxl, unwrap
+from sefi_fast.pipelines.freed_text import (
+    TextShape,
+    check_nothing_to_encode,
+    freed_parts,
+    present_parts,
+    prompt_dtype,
+    put_time_ids,
+    remove_time_ids,
+)
 from sefi_fast.pipelines.installation import adopt, install, uninstall, uninstall_unused
 from sefi_fast.pipelines.placeholder_guard import copy_guard, guard, unguard, unguard_unused
 from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, own_arguments
@@ -59,6 +68,7 @@ class PromptEncoder:
     def __init__(self, pipe: Any) -> None:
         self.subjects: tuple[Subject, ...] = ()
         self.watchers: list[Watcher] = []
+        self.text = TextShape.of(pipe)
         self._pipe = weakref.ref(pipe)
         self._replaced = pipe.__dict__.get("encode_prompt")
         if isinstance(self._replaced, PromptEncoder):
@@ -73,6 +83,18 @@ class PromptEncoder:
         """A pipeline that goes without `detach` leaves nothing on models that others share."""
         dropped = weakref.finalize(self, _clean_up, self._models, self._text_encoders)
         dropped.atexit = False
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline.
+
+        Raises:
+            ReferenceError: it no longer exists.
+        """
+        pipe = self._pipe()
+        if pipe is None:
+            raise ReferenceError("the pipeline of this encode_prompt no longer exists")
+        return pipe
 
     @classmethod
     def of(cls, pipe: Any) -> PromptEncoder | None:
@@ -106,6 +128,7 @@ class PromptEncoder:
         if self.subjects or self.watchers or pipe is None:
             return
         self._release_models()
+        remove_time_ids(pipe)
         if pipe.__dict__.get("encode_prompt") is self:
             if self._replaced is None:
                 del pipe.encode_prompt
@@ -117,6 +140,7 @@ class PromptEncoder:
         memo[id(self)] = copied
         copied.subjects = self.subjects
         copied.watchers = []
+        copied.text = self.text
         copied._pipe = weakref.ref(copy.deepcopy(self._pipe(), memo))
         copied._replaced = copy.deepcopy(self._replaced, memo)
         copied.__signature__ = self.__signature__
@@ -145,16 +169,16 @@ class PromptEncoder:
         Raises:
             PromptError: a placeholder cannot be used where it stands, or a prompt given as a
                 tensor cannot be packed to go with one that is.
+            ModelError: a prompt was given as words, and the text encoders are gone.
             TypeError, ValueError: prompt and negative prompt differ in type or in number, or
                 pooled embeddings are missing.
         """
-        pipe = self._pipe()
-        if pipe is None:
-            raise ReferenceError("the pipeline of this encode_prompt no longer exists")
+        pipe = self.pipe
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         request = PromptRequest.of(pipe, bound.arguments)
         self._restore_what_was_replaced(pipe)
+        check_nothing_to_encode(pipe, request)
         with TOKENIZING:
             if self._is_plain(pipe, request):
                 result = self._own(pipe)(*args, **kwargs)
@@ -176,11 +200,10 @@ class PromptEncoder:
         marked = request.embeds is None and self._has_placeholder(request.prompts)
         if request.guidance and request.negative_embeds is None:
             marked = marked or self._has_placeholder(request.negatives)
-        tokens = pipe.tokenizer.model_max_length
-        packed = any(stages_of(x, tokens) for x in (request.embeds, request.negative_embeds))
-        width = _pooled_width(pipe)
+        given = (request.embeds, request.negative_embeds)
+        packed = any(stages_of(x, self.text.tokens) for x in given)
         pooled = (x for x in (request.pooled, request.negative_pooled) if x is not None)
-        return not (marked or packed or any(x.shape[-1] != width for x in pooled))
+        return not (marked or packed or any(x.shape[-1] != self.text.pooled_width for x in pooled))
 
     def _encode_both(self, pipe: Any, request: PromptRequest) -> tuple[Tensor | None, ...]:
         sdxl = is_sdxl(pipe)
@@ -197,9 +220,8 @@ class PromptEncoder:
                 f"negative_prompt_embeds is for {len(negative.prompt_embeds)} prompts, but there "
                 f"are {len(positive.prompt_embeds)}: give one a prompt"
             )
-        tokens = pipe.tokenizer.model_max_length
-        dtype = text_parts(pipe)[-1].text_encoder.dtype
-        matched = same_packing(positive, negative, tokens, _pooled_width(pipe))
+        dtype = prompt_dtype(pipe)
+        matched = same_packing(positive, negative, *self.text)
         placed = [
             None
             if embeds is None
@@ -267,13 +289,15 @@ class PromptEncoder:
     def _prepare_models(self, pipe: Any) -> list[str]:
         """Install on every model of the pipeline; what had to be put on again, in words."""
         check_scheduler(pipe.scheduler)
-        tokens = pipe.tokenizer.model_max_length
+        if not freed_parts(pipe):
+            self.text = TextShape.of(pipe)
+        put_time_ids(pipe, self)
         missing = []
         models = list(conditioned_models(pipe))
         for model in models:
             known = model in self._models
             timesteps = pipe.scheduler.config.num_train_timesteps
-            for what in install(model, self, tokens, timesteps):
+            for what in install(model, self, self.text.tokens, timesteps):
                 missing.append(f"{what} of the {'' if known else 'new '}{type(model).__name__}")
             self._models.add(model)
         for model in [m for m in self._models if m not in models]:
@@ -283,7 +307,7 @@ class PromptEncoder:
         return missing
 
     def _guard_text_encoders(self, pipe: Any) -> None:
-        parts = text_parts(pipe)
+        parts = present_parts(pipe)
         for part in parts:
             guard(unwrap(part.text_encoder), self, part.tokenizer)
             self._text_encoders.add(unwrap(part.text_encoder))
@@ -317,7 +341,3 @@ def _clean_up(
         uninstall_unused(model)
     for text_encoder in list(text_encoders):
         unguard_unused(text_encoder)
-
-
-def _pooled_width(pipe: Any) -> int:
-    return text_parts(pipe)[-1].text_encoder.config.projection_dim

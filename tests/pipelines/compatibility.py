@@ -148,6 +148,9 @@ diffusers has no such pipeline or feature.
 | regions | `sefi_fast.regions`, a sentence with the subject for a part of the picture |
 | model offload, sequential offload | accelerate's hooks, onto the CPU itself |
 
+Prompts made with `sefi_fast.encode` (SDXL: `sefi_fast.conditioning.encode_with_pooled`), negative
+ones among them, are drawn after the text encoders were freed too (`pipe.text_encoder = None`).
+
 Not run here: xformers. On CUDA, training, sampling and traces of the bundled model have run
 (`sefi-fast demo` on an H200), and nothing else of this page. Refused with an error message: SD 3,
 Flux and other transformers (no U-Net with cross-attention layers), the SDXL refiner (it has one of
