@@ -7,19 +7,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _latency import loop_clocks
 from _occupancy import occupancy
 from _roofline import DATASHEET, KERNELS, Bound, kernel_work
 from _sass import Turn, read_turn
 from _shapes import Problem
 
 if TYPE_CHECKING:
-    from sefi_fast.kernels import KernelConfig
+    from sefi_fast.kernels import KernelConfig, Launch
 
 _LANES = 32
 _SCHEDULERS = 4
 DEVICES_OF = {80: ("A100",), 90: ("H100", "H200")}
-# Clock in Hz at the highest boost and multiprocessors, for the instruction slots.
+# Clocks a second of all multiprocessors at the highest boost, for the instruction slots.
 _SLOTS = {"A100": 108 * 1.41e9, "H100": 132 * 1.98e9, "H200": 132 * 1.98e9}
+# The architectures of which latencies are known, and the names of their devices.
+PLAYED = {90: ("H100", "H200")}
 # Bytes a second from the L2 cache: NVIDIA gives 5,120 a clock for the A100 and nothing for the
 # others, which are taken to give as many.
 _L2_BYTES = {"A100": 5120 * 1.41e9, "H100": 5120 * 1.98e9, "H200": 5120 * 1.98e9}
@@ -64,6 +67,9 @@ class Facts:
     matrix_flops_a_row: float
     instructions_a_row: float
     """Warp instructions: what the four schedulers of a multiprocessor must issue."""
+    turn_clocks: list[float] = field(default_factory=list)
+    """What a turn of the hot loop takes by _latency.py with 1, 2, ... programs resident, where
+    latencies are known."""
     key_tiles: int = 1
     """Programs that share the keys of a row: each reads it, all but the first from the L2 cache."""
     bounds: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -100,6 +106,14 @@ def _row_bound(facts: Facts, device: str) -> Bound:
     return Bound(parts[unit], unit, parts)
 
 
+def played_seconds(facts: Facts, device: str) -> float | None:
+    """What a row takes with the waiting played, the device full; None where nobody knows."""
+    if not facts.turn_clocks or device not in PLAYED.get(facts.choice.capability, ()):
+        return None
+    rows = len(facts.turn_clocks) * facts.block
+    return facts.key_tiles * facts.turn_clocks[-1] / rows / _SLOTS[device]
+
+
 def add_bounds(facts: Facts, devices: tuple[str, ...]) -> None:
     """Put in the least time a row on each device; float32 has no rate to hold it to."""
     for device in devices if facts.choice.dtype != "float32" else ():
@@ -109,6 +123,9 @@ def add_bounds(facts: Facts, devices: tuple[str, ...]) -> None:
             "unit": bound.unit,
             "parts": {name: seconds * 1e12 for name, seconds in bound.parts.items()},
         }
+        played = played_seconds(facts, device)
+        if played is not None:
+            facts.bounds[device]["played"] = played * 1e12
 
 
 def per_row(turn: Turn, warps: int, block: int, key_tiles: int = 1) -> dict[str, Any]:
@@ -136,8 +153,7 @@ def compile_case(choice: Choice, config: KernelConfig | None = None) -> Facts:
     config stands in for the table's.
     """
     import torch
-    import triton
-    from sefi_fast.kernels.compile import compile_launch, example_launches
+    from sefi_fast.kernels.compile import example_launches
 
     dtype = getattr(torch, choice.dtype)
     configs = {} if config is None else {choice.kernel.split(" ")[0]: config}
@@ -145,6 +161,16 @@ def compile_case(choice: Choice, config: KernelConfig | None = None) -> Facts:
         choice.capability, dtype, choice.head_dim, choice.rows, configs=configs
     )
     launch = launches[choice.kernel]
+    return compile_facts(launch, choice)
+
+
+def compile_facts(launch: Launch, choice: Choice) -> Facts:
+    """Compile one planned launch without a GPU and read the result."""
+    import torch
+    import triton
+    from sefi_fast.kernels.compile import compile_launch
+
+    dtype = getattr(torch, choice.dtype)
     key_tiles = launch.arguments.get("KEY_TILES", 1)
     knobs = triton.knobs
     with (
@@ -158,9 +184,11 @@ def compile_case(choice: Choice, config: KernelConfig | None = None) -> Facts:
         listings = list(Path(folder).rglob("*.sass"))
         if len(listings) != 1:
             raise RuntimeError(f"Triton left {len(listings)} machine-code listings, wanted one")
-        turn = read_turn(listings[0].read_text())
+        sass = listings[0].read_text()
     a_row = Problem("custom", 1, choice.head_dim, 1)
     resident = occupancy(choice.capability, report.registers, report.warps, report.shared_bytes)
+    turn = read_turn(sass)
+    played = choice.capability in PLAYED and choice.dtype != "float32"
     facts = Facts(
         choice=choice,
         block=report.block,
@@ -177,6 +205,7 @@ def compile_case(choice: Choice, config: KernelConfig | None = None) -> Facts:
         local_accesses_a_turn=turn.local_accesses,
         load_widths=dict(report.loads),
         bytes_a_row=kernel_work(a_row, dtype.itemsize, choice.kernel).row_bytes,
+        turn_clocks=loop_clocks(sass, resident.blocks, report.warps) if played else [],
         key_tiles=key_tiles,
         **per_row(turn, report.warps, report.block, key_tiles),
     )

@@ -115,7 +115,8 @@ class KernelDesign(NamedTuple):
     products: int
     softmaxes: int
     statistics: int
-    """float32 numbers a row that the query kernel hands to the kernels of the keys."""
+    """float32 numbers a row that the query kernel hands to the kernels of the keys: up to six, in
+    the eight of one sector."""
 
 
 # dQ, dK and dV fit one kernel up to 64 columns on 9.0, dQ and dK up to 80. Elsewhere q and do are
@@ -123,11 +124,11 @@ class KernelDesign(NamedTuple):
 KERNELS: dict[str, KernelDesign] = {
     "forward": KernelDesign(2, 3, 2, 0),
     "backward": KernelDesign(3, 6, 2, 0),
-    "backward (grad_key)": KernelDesign(3, 5, 2, 5),
-    "backward_query": KernelDesign(3, 4, 2, 5),
-    "backward_key_value": KernelDesign(2, 5, 2, 5),
-    "backward_key_value (grad_key)": KernelDesign(2, 4, 2, 5),
-    "backward_key_value (grad_value)": KernelDesign(2, 2, 1, 2),
+    "backward (grad_key)": KernelDesign(3, 5, 2, 8),
+    "backward_query": KernelDesign(3, 4, 2, 8),
+    "backward_key_value": KernelDesign(2, 5, 2, 8),
+    "backward_key_value (grad_key)": KernelDesign(2, 4, 2, 8),
+    "backward_key_value (grad_value)": KernelDesign(2, 2, 1, 8),
 }
 
 

@@ -53,7 +53,7 @@ class Bench:
     """One kernel on one problem: the tensors that all configurations share."""
 
     def __init__(self, kernel: str, problem: Problem, dtype: torch.dtype, device: Device) -> None:
-        from sefi_fast.kernels import Gradients, Inputs
+        from sefi_fast.kernels import Gradients, Inputs, empty_statistics
 
         self.kernel = kernel
         self.device = device
@@ -63,8 +63,7 @@ class Bench:
         query, key, value = (tensor.detach() for tensor in tensors[:3])
         self.inputs = Inputs(query, key, value, tensors.reference_key, None, None, None)
         self.gradients = Gradients(tensors.grad_output, tensors.grad_alignment, None)
-        batch, heads, rows, _ = query.shape
-        self.statistics = query.new_empty((batch, heads, 6, rows), dtype=torch.float32)
+        self.statistics = empty_statistics(query)
         if kernel == "backward_key_value":
             self._query_launch(None, self.statistics, None).run()
 
@@ -98,10 +97,10 @@ class Bench:
             return Planned([launch], {"output": output, "alignment": partials})
         if self.kernel == "backward_query":
             grad_query = self._rows_like(query)
-            # The last of the six belong to a gradient of the reference key, which is not asked for.
+            # The others belong to a gradient of the reference key, which is not asked for.
             statistics = torch.full_like(self.statistics, math.nan)
             launch = self._query_launch(grad_query, statistics, config)
-            return Planned([launch], {"grad_query": grad_query, "statistics": statistics[:, :, :5]})
+            return Planned([launch], {"grad_query": grad_query, "statistics": statistics[..., :5]})
         grad_key, grad_value = self._rows_like(key), self._rows_like(key)
         if self.kernel == "backward":
             assert config is not None

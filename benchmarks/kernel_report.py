@@ -37,7 +37,11 @@ NARROW_ALLOWED_CUDA = {40: 0.25, 64: 0.0, 80: 0.25, 160: 0.0}
 
 # Defaults known to miss the line, each with why; --check holds all others to it.
 EXCEPTIONS: dict[tuple[str, int, str, int], str] = {
-    ("forward", 100, "bfloat16", 64): "the compiler moves a sixteenth by 8 bytes a lane"
+    ("forward", 100, "bfloat16", 64): "the compiler moves a sixteenth by 8 bytes a lane",
+    **{
+        ("backward_query", capability, "bfloat16", 80): "two to four spilled words of 255 registers"
+        for capability in (80, 86, 89)
+    },
 }
 
 _ONE_MORE_BLOCK = "the compiler holds registers down for one more block and spills two words"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .backward_plan import (
+    empty_statistics,
     plan_backward,
     plan_backward_key_value,
     plan_backward_query,
@@ -20,6 +21,7 @@ __all__ = [
     "Inputs",
     "KernelConfig",
     "Launch",
+    "empty_statistics",
     "plan_backward",
     "plan_backward_key_value",
     "plan_backward_query",

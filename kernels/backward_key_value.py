@@ -6,16 +6,19 @@ import triton
 import triton.language as tl
 
 from .key_sums import accumulate_keys, store_key_tiles, zero_keys
-from .primitives import (
-    COUNTS,
+from .memory import (
+    STATISTICS,
     block_offset,
-    exponentials,
     head_offset,
-    inner_products,
-    load_block,
     load_operands,
+    load_pair,
     load_weights,
     valid_keys,
+)
+from .primitives import (
+    COUNTS,
+    exponentials,
+    inner_products,
 )
 
 
@@ -147,7 +150,7 @@ def cross_attention_backward_key_value(
         grad_output += head_offset(batch, head, output_stride_b, output_stride_h, ALIGNMENT)
 
     query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
-    statistics += plane.to(tl.int64) * 6 * rows
+    statistics += plane.to(tl.int64) * STATISTICS * rows
     columns_main = first_key + tl.arange(0, KEY_MAIN)
     key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
     value_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
@@ -169,28 +172,24 @@ def cross_attention_backward_key_value(
         row_valid = row < rows
         # All that a block needs is asked for at once: one wait. Rows past the end get
         # probability 0.
-        peak = tl.load(statistics + row, mask=row_valid, other=0.0)
-        inverse = tl.load(statistics + rows + row, mask=row_valid, other=0.0)
+        kept = statistics + row * STATISTICS
+        peak = tl.load(kept, mask=row_valid, other=0.0)
+        inverse = tl.load(kept + 1, mask=row_valid, other=0.0)
         mean = peak
         other_peak = peak
         other_inverse = peak
         other_mean = peak
         if NEEDS_KEY:
-            mean = tl.load(statistics + 2 * rows + row, mask=row_valid, other=0.0)
+            mean = tl.load(kept + 2, mask=row_valid, other=0.0)
         if HAS_ALIGNMENT:
-            other_peak = tl.load(statistics + 3 * rows + row, mask=row_valid, other=0.0)
-            other_inverse = tl.load(statistics + 4 * rows + row, mask=row_valid, other=0.0)
+            other_peak = tl.load(kept + 3, mask=row_valid, other=0.0)
+            other_inverse = tl.load(kept + 4, mask=row_valid, other=0.0)
         if NEEDS_REFERENCE:
-            other_mean = tl.load(statistics + 5 * rows + row, mask=row_valid, other=0.0)
-        queries = load_block(
-            query, block, query_stride_n, rows, BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST
-        )
-        grad_outputs = queries
-        if grad_output is not None:
-            grad_outputs = load_block(
-                grad_output, block, output_stride_n, rows,
-                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
-            )  # fmt: skip
+            other_mean = tl.load(kept + 5, mask=row_valid, other=0.0)
+        queries, grad_outputs = load_pair(
+            query, grad_output, block, query_stride_n, output_stride_n, rows,
+            grad_output is not None, BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+        )  # fmt: skip
         if RELOAD:
             # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
             tl.debug_barrier()

@@ -22,10 +22,9 @@ from .layouts import (
     row_alignment,
     steps_of,
 )
+from .memory import STATISTICS
 
 KEY_GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
-STATISTICS = 6
-"""float32 numbers a row that the kernel of the queries leaves for the kernel of the keys."""
 
 
 def _backward_numbers(
@@ -82,13 +81,19 @@ def _prepare_backward_query(
     return Prepared(cross_attention_backward_query, (batch * heads, programs), numbers, config)
 
 
+def empty_statistics(query: Tensor) -> Tensor:
+    """The float32 buffer [B, H, N, 8] from the kernel of the queries to that of the keys."""
+    batch, heads, rows, _ = query.shape
+    return query.new_empty((batch, heads, rows, STATISTICS.value), dtype=torch.float32)
+
+
 def plan_backward_query(
     inputs: Inputs, gradients: Gradients, grad_query: Tensor | None, statistics: Tensor | None,
     scale: float, reference_grad: bool, device: Device, config: KernelConfig | None = None,
 ) -> Launch:  # fmt: skip
     """The launch that writes grad_query, [B, N, H, D] contiguous, and the statistics of its rows.
 
-    statistics, [B, H, 6, N] contiguous float32, are what the kernel of the keys needs. config
+    statistics, as `empty_statistics` makes them, are what the kernel of the keys needs. config
     stands in for the table's, here and below.
     """
     layouts = GradientLayouts.of(gradients)
@@ -173,10 +178,9 @@ def plan_backward(
     if config is not None and of_keys[0] is not None:
         summed[: config.sums] = of_keys[: config.sums]
         of_keys[: config.sums] = [None] * config.sums
-    batch, heads, rows, _ = inputs.query.shape
     statistics = None
     if any(total is not None for total in of_keys):
-        statistics = inputs.query.new_empty((batch, heads, STATISTICS, rows), dtype=torch.float32)
+        statistics = empty_statistics(inputs.query)
     if summed[0] is None:
         launches = [
             plan_backward_query(

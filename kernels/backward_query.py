@@ -10,23 +10,27 @@ import triton
 import triton.language as tl
 
 from .key_sums import accumulate_keys, store_key_tiles, zero_keys
+from .memory import (
+    STATISTICS,
+    block_offset,
+    head_offset,
+    load_block,
+    load_operands,
+    load_pair,
+    load_tiles,
+    load_weights,
+    row_offsets,
+    store_rows,
+    valid_keys,
+)
 from .primitives import (
     COUNTS,
     accumulate,
     add_to_column,
-    block_offset,
-    head_offset,
     inner_products,
-    load_block,
-    load_operands,
-    load_tiles,
-    load_weights,
     probabilities,
-    row_offsets,
     scale_rows,
     softmax_gradient,
-    store_rows,
-    valid_keys,
     zero_rows,
 )
 
@@ -52,11 +56,11 @@ def cross_attention_backward_query(
 
     Grid (B·H, programs along the rows). Writes grad_query [B, N, H, D]; grad_key and grad_value,
     the sums over this program's rows, [B, programs, M, H, D], not with RELOAD; and, for the kernel
-    of the keys, statistics [B, H, 6, N]: peak, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, then
-    those of A_r's. Each of these may be None. Gradients that did not come (grad_output,
-    grad_alignment, grad_maps) are None and cost nothing, and so do value without the first and
-    reference_key without the second. PREFETCH asks for the rows of the next block before this one's
-    products, and holds them in registers until then.
+    of the keys, statistics [B, H, N, 8]: peak, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, those
+    of A_r's, and two that say nothing. Each of these may be None. Gradients that did not come
+    (grad_output, grad_alignment, grad_maps) are None and cost nothing, and so do value without the
+    first and reference_key without the second. PREFETCH asks for the rows of the next block before
+    this one is done, and holds them in registers until then.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
     HAS_WEIGHTS: tl.constexpr = token_weights is not None
@@ -87,13 +91,6 @@ def cross_attention_backward_query(
             token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
         alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
-    if not RELOAD:
-        (key_main, key_tail, value_main, value_tail,
-         reference_main, reference_tail) = load_operands(
-            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-            valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
-            KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
-        )  # fmt: skip
     if HAS_MAPS:
         map_tokens += batch.to(tl.int64) * token_stride_b
         grad_maps += head_offset(batch, head, map_stride_b, map_stride_h, 1)
@@ -102,7 +99,23 @@ def cross_attention_backward_query(
     if grad_query is not None:
         grad_query += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
     if statistics is not None:
-        statistics += tl.program_id(0).to(tl.int64) * 6 * rows
+        statistics += tl.program_id(0).to(tl.int64) * STATISTICS * rows
+    first = tl.program_id(1) * blocks_a_program
+    last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
+    end = tl.minimum(last * BLOCK, rows)
+    if PREFETCH:
+        # Together with the keys: one wait.
+        next_queries, next_grad_outputs = load_pair(
+            query, grad_output, first, query_stride_n, output_stride_n, end, HAS_OUTPUT,
+            BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+        )  # fmt: skip
+    if not RELOAD:
+        (key_main, key_tail, value_main, value_tail,
+         reference_main, reference_tail) = load_operands(
+            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+            valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
+            KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+        )  # fmt: skip
     if SUMS_KEY:
         key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
         key_tail_sum = key_sum
@@ -113,19 +126,6 @@ def cross_attention_backward_query(
         value_tail_sum = value_sum
         if KEY_TAIL > 0:
             value_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
-    first = tl.program_id(1) * blocks_a_program
-    last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
-    end = tl.minimum(last * BLOCK, rows)
-    if PREFETCH:
-        next_queries = load_block(
-            query, first, query_stride_n, end, BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST
-        )
-        next_grad_outputs = next_queries
-        if HAS_OUTPUT:
-            next_grad_outputs = load_block(
-                grad_output, first, output_stride_n, end,
-                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
-            )  # fmt: skip
     # Without hoisting the loop keeps its shared-memory descriptors out of the registers.
     for step in tl.range(0, last - first, disable_licm=True):
         block = first + step
@@ -134,23 +134,17 @@ def cross_attention_backward_query(
         if PREFETCH:
             queries = next_queries
             grad_outputs = next_grad_outputs
-        coming = block + 1 if PREFETCH else block
-        # Both are asked for at once: one wait.
-        loaded = load_block(
-            query, coming, query_stride_n, end, BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST
-        )
-        loaded_grad_outputs = loaded
-        if HAS_OUTPUT:
-            loaded_grad_outputs = load_block(
-                grad_output, coming, output_stride_n, end,
+        elif RELOAD:
+            # Registers are short: the other half where it is used, as the keys.
+            queries = load_block(
+                query, block, query_stride_n, end,
                 BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        if PREFETCH:
-            next_queries = loaded
-            next_grad_outputs = loaded_grad_outputs
         else:
-            queries = loaded
-            grad_outputs = loaded_grad_outputs
+            queries, grad_outputs = load_pair(
+                query, grad_output, block, query_stride_n, output_stride_n, end, HAS_OUTPUT,
+                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         if RELOAD:
             key_main, key_tail = load_tiles(
                 key, key_stride_m, keys, valid_main, valid_tail,
@@ -166,6 +160,10 @@ def cross_attention_backward_query(
                 value_tail_sum = accumulate_keys(value_tail_sum, tail, grad_outputs, DIM_TAIL, True)
         if HAS_OUTPUT:
             if RELOAD:
+                grad_outputs = load_block(
+                    grad_output, block, output_stride_n, end,
+                    BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+                )  # fmt: skip
                 value_main, value_tail = load_tiles(
                     value, value_stride_m, keys, valid_main, valid_tail,
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
@@ -203,6 +201,12 @@ def cross_attention_backward_query(
                 pull_tail = (tail - other_tail) * (weight_tail * alignment_factor)[None, :]
                 grad_tail += pull_tail
         grad_main, grad_tail, mean = softmax_gradient(main, tail, grad_main, grad_tail, KEY_TAIL)
+        if PREFETCH:
+            # Late enough to find registers, early enough to arrive behind what is left to do.
+            next_queries, next_grad_outputs = load_pair(
+                query, grad_output, block + 1, query_stride_n, output_stride_n, end, HAS_OUTPUT,
+                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         if SUMS_KEY:
             key_sum = accumulate_keys(key_sum, grad_main, queries, DIM_TAIL, TURNED)
             if KEY_TAIL > 0:
@@ -236,14 +240,17 @@ def cross_attention_backward_query(
             target_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
             store_rows(target, target_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
         if statistics is not None:
-            tl.store(statistics + row, peak, mask=row_valid)
-            tl.store(statistics + rows + row, inverse, mask=row_valid)
-            tl.store(statistics + 2 * rows + row, mean, mask=row_valid)
+            # One tile: each store of its own would take two barriers to lay out.
+            column = tl.arange(0, STATISTICS)[None, :]
+            kept = tl.where(column == 0, peak[:, None], inverse[:, None])
+            kept = tl.where(column == 2, mean[:, None], kept)
             if HAS_ALIGNMENT:
-                tl.store(statistics + 3 * rows + row, other_peak, mask=row_valid)
-                tl.store(statistics + 4 * rows + row, other_inverse, mask=row_valid)
+                kept = tl.where(column == 3, other_peak[:, None], kept)
+                kept = tl.where(column == 4, other_inverse[:, None], kept)
             if REFERENCE_GRAD:
-                tl.store(statistics + 5 * rows + row, other_mean, mask=row_valid)
+                kept = tl.where(column == 5, other_mean[:, None], kept)
+            places = statistics + (row * STATISTICS)[:, None] + column
+            tl.store(places, kept, mask=row_valid[:, None])
 
     place = batch * tl.num_programs(1) + tl.program_id(1)
     start = head_offset(place * keys, head, heads * DIM, DIM, ALIGNMENT)

@@ -17,7 +17,8 @@ from triton.compiler import ASTSource
 
 from .backward_plan import (
     KEY_GRADIENTS,
-    STATISTICS,
+    empty_statistics,
+    plan_backward,
     plan_backward_key_value,
     plan_backward_query,
     plan_backward_sums,
@@ -139,6 +140,65 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     )
 
 
+class _Example(NamedTuple):
+    """A call on tensors without memory, keys of one stream and the reference among them."""
+
+    inputs: Inputs
+    gradients: Gradients
+    maps: Tensor | None
+    scale: float
+    device: Device
+
+    @classmethod
+    def of(
+        cls, capability: int, dtype: torch.dtype, head_dim: int, rows: int, batch: int, heads: int,
+        keys: int, reference: bool, weights: bool, tokens: int,
+    ) -> _Example:  # fmt: skip
+        def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=of, device="meta")
+
+        query, key, value = (
+            empty(batch, length, heads, head_dim, of=dtype).transpose(1, 2)
+            for length in (rows, keys, keys)
+        )
+        inputs = Inputs(
+            query,
+            key,
+            value,
+            key if reference else None,
+            empty(1, keys) if weights else None,
+            None,
+            empty(1, tokens, of=torch.int64) if tokens else None,
+        )
+        maps = empty(batch, heads, tokens, rows) if tokens else None
+        gradients = Gradients(query, empty(batch) if reference else None, maps)
+        multiprocessors = MULTIPROCESSORS.get(capability, 132)
+        return cls(
+            inputs, gradients, maps, head_dim**-0.5, Device(capability, multiprocessors, False)
+        )
+
+    def rows_like(self, like: Tensor) -> Tensor:
+        """The [B, rows, H, D] buffer of a result."""
+        return torch.empty_like(like.transpose(1, 2))
+
+
+def call_launches(
+    capability: int, dtype: torch.dtype, head_dim: int, rows: int, batch: int, heads: int,
+    keys: int = 77,
+) -> list[Launch]:  # fmt: skip
+    """The launches of one training call with the alignment, in order, without memory."""
+    call = _Example.of(
+        capability, dtype, head_dim, rows, batch, heads, keys, reference=True, weights=False,
+        tokens=0,
+    )  # fmt: skip
+    inputs, gradients, _, scale, device = call
+    assert inputs.value is not None
+    query, key, value = map(call.rows_like, (inputs.query, inputs.key, inputs.value))
+    forward, _ = plan_forward(inputs, query, None, scale, device)
+    totals = (query, key, value, None)
+    return [forward, *plan_backward(inputs, gradients, totals, scale, False, device)]
+
+
 def example_launches(
     capability: int,
     dtype: torch.dtype,
@@ -163,42 +223,28 @@ def example_launches(
     dK alone.
     """
     configs = configs or {}
-    device = Device(capability, MULTIPROCESSORS.get(capability, 132), False)
-
-    def empty(length: int) -> Tensor:
-        shape = (batch, length, heads, head_dim)
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    query, key, value = (empty(length).transpose(1, 2) for length in (rows, keys, keys))
-    inputs = Inputs(
-        query,
-        key,
-        value,
-        key if reference else None,
-        torch.empty((1, keys), device="meta") if weights else None,
-        None,
-        torch.empty((1, tokens), dtype=torch.int64, device="meta") if tokens else None,
+    call = _Example.of(
+        capability, dtype, head_dim, rows, batch, heads, keys, reference, weights, tokens
     )
-    maps = torch.empty((batch, heads, tokens, rows), device="meta") if tokens else None
-    gradients = Gradients(query, torch.empty(batch, device="meta") if reference else None, maps)
-    scale = head_dim**-0.5
-    forward, _ = plan_forward(inputs, empty(rows), maps, scale, device, configs.get("forward"))
-    statistics = torch.empty((batch, heads, STATISTICS, rows), device="meta")
+    inputs, gradients, maps, scale, device = call
+    query, key = call.rows_like(inputs.query), call.rows_like(inputs.key)
+    forward, _ = plan_forward(inputs, query, maps, scale, device, configs.get("forward"))
+    statistics = empty_statistics(inputs.query)
     backward_query = plan_backward_query(
-        inputs, gradients, empty(rows), statistics, scale, reference_grad, device,
+        inputs, gradients, query, statistics, scale, reference_grad, device,
         configs.get("backward_query"),
     )  # fmt: skip
-    wanted = (empty(keys), empty(keys), empty(keys) if reference_grad else None)
+    wanted = (key, key, key if reference_grad else None)
     keys_launches = plan_backward_key_value(
         inputs, gradients, statistics, wanted, scale, device, configs.get("backward_key_value")
     )
     launches = {"forward": forward, "backward_query": backward_query}
     config = configs.get("backward", sums_config(InputLayouts.of(inputs), device))
     if config is not None:
-        totals = (empty(keys), empty(keys) if config.sums > 1 else None)
+        totals = (key, key if config.sums > 1 else None)
         name = "backward" if config.sums > 1 else "backward (grad_key)"
         launches[name] = plan_backward_sums(
-            inputs, gradients, empty(rows), None if config.sums > 1 else statistics, totals, scale,
+            inputs, gradients, query, None if config.sums > 1 else statistics, totals, scale,
             reference_grad, device, config,
         )[0]  # fmt: skip
     for launch in keys_launches:

@@ -83,7 +83,7 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("backward", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1, sums=2, prefetch=True)),
         (64, KernelConfig(64, 4, 1, sums=2, prefetch=True)),
-        (80, KernelConfig(64, 4, 1, sums=1)),
+        (80, KernelConfig(64, 4, 1, sums=1, prefetch=True)),
     ),
     ("backward_key_value", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),

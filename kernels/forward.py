@@ -5,20 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import (
-    COUNTS,
-    accumulate,
+from .memory import (
     block_offset,
     head_offset,
+    load_block,
     load_operands,
     load_rows,
     load_tiles,
     load_weights,
-    pick_column,
-    probabilities,
     row_offsets,
     store_rows,
     valid_keys,
+)
+from .primitives import (
+    COUNTS,
+    accumulate,
+    pick_column,
+    probabilities,
     zero_rows,
 )
 
@@ -83,11 +86,16 @@ def cross_attention_forward(
         block = first + step
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
-        source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
-        if not RELOAD:
-            # Found again in each turn: four registers, and with others a program more at once.
-            query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
-        queries = load_rows(source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST)
+        if RELOAD:
+            source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
+            queries = load_rows(
+                source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
+            )
+        else:
+            queries = load_block(
+                query, block, query_stride_n, rows,
+                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            )  # fmt: skip
         if RELOAD:
             key_main, key_tail = load_tiles(
                 key, key_stride_m, keys, valid_main, valid_tail,

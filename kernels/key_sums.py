@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import accumulate, row_offsets, scale_rows, store_part, zero_rows
+from .memory import (
+    row_offsets,
+    store_part,
+)
+from .primitives import (
+    accumulate,
+    scale_rows,
+    zero_rows,
+)
 
 
 @triton.jit

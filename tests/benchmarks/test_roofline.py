@@ -30,14 +30,19 @@ def test_one_row_of_width_40_backward() -> None:
 
 def test_the_two_backward_kernels_read_twice_and_make_nine_products() -> None:
     query, key_value = (kernel_work(ROW, 2, f"backward_{name}") for name in ("query", "key_value"))
-    # Five float32 statistics a row go from one to the other.
-    assert (query.row_bytes, key_value.row_bytes) == (240 + 20, 160 + 20)
+    # A sector of eight float32 numbers a row goes from one to the other.
+    assert (query.row_bytes, key_value.row_bytes) == (240 + 32, 160 + 32)
     assert query.exponentials + key_value.exponentials == 320
     assert query.tile_flops + key_value.tile_flops == 9 * 2 * 80 * 48
     assert kernel_work(ROW, 2, "forward").row_bytes == work(ROW, 2, "forward").row_bytes
     apart = [kernel_work(ROW, 2, f"backward_key_value ({g})") for g in ("grad_key", "grad_value")]
     assert [part.tile_flops for part in apart] == [4 * 2 * 80 * 48, 2 * 2 * 80 * 48]
     assert [part.exponentials for part in apart] == [160, 80]
+
+
+def test_in_one_kernel_the_backward_does_no_more_than_it_must() -> None:
+    one, least = kernel_work(ROW, 2, "backward"), work(ROW, 2, "backward")
+    assert one == least._replace(key_bytes=0.0)
 
 
 def test_without_the_loss_one_softmax_and_one_product_less_a_direction() -> None:

@@ -14,6 +14,7 @@ from sefi_fast.kernels import (
     Gradients,
     Inputs,
     KernelConfig,
+    empty_statistics,
     plan_backward_key_value,
     plan_backward_query,
 )
@@ -44,7 +45,7 @@ def gradients_of_keys(keys: int, config: KernelConfig, seed: int = 0) -> list[Te
     weights = torch.rand(1, keys, generator=generator)
     inputs = Inputs(query, key, value, reference, weights, mask, map_tokens)
     gradients = Gradients(grad_output, normal(batch), normal(batch, heads, 2, rows))
-    statistics = query.new_full((batch, heads, 6, rows), float("nan"))
+    statistics = empty_statistics(query).fill_(float("nan"))
     scale = head_dim**-0.5
     plan_backward_query(inputs, gradients, None, statistics, scale, True, DEVICE, ALL_KEYS).run()
     totals = tuple(

@@ -45,7 +45,7 @@ def launches(kind):
         return [forward]
     totals = (torch.empty(1, 16, 2, 16).bfloat16(), torch.empty(1, 16, 2, 16).bfloat16(), None)
     gradients = Gradients(query, torch.ones(1), None)
-    statistics = torch.empty(2, 2, 6, 40)
+    statistics = torch.empty(2, 2, 40, 8)
     return plan_backward_key_value(inputs, gradients, statistics, totals, 0.25, device)[-1:]
 
 def facts(start):

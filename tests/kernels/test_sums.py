@@ -15,6 +15,7 @@ from sefi_fast.kernels import (
     Gradients,
     Inputs,
     KernelConfig,
+    empty_statistics,
     plan_backward,
     plan_backward_key_value,
     plan_backward_query,
@@ -76,10 +77,9 @@ def apart(case: Call) -> list[Tensor]:
     """dQ, dK and dV by a kernel for the queries and one for the keys."""
     inputs, gradients, _ = case
     totals = case.totals()
-    batch, heads, rows, head_dim = inputs.query.shape
     config = KernelConfig(32, 4, 1)
-    statistics = torch.full((batch, heads, 6, rows), float("nan"))
-    scale = head_dim**-0.5
+    statistics = empty_statistics(inputs.query).fill_(float("nan"))
+    scale = inputs.query.shape[3] ** -0.5
     launches = [
         plan_backward_query(inputs, gradients, totals[0], statistics, scale, False, DEVICE, config),
         *plan_backward_key_value(
