@@ -127,7 +127,7 @@ def plot_bars(records: Sequence[ProblemRecord], title: str, path: Path) -> None:
         right.set_yscale("log")
         _plain_ticks(right.yaxis)
         right.set_ylabel("MiB beyond the results")
-    handles, labels = grid[0][0].get_legend_handles_labels()
+    handles, labels = grid[-1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
     save(figure, path)
 
@@ -217,11 +217,17 @@ def plot_units(facts: Sequence[Facts], path: Path) -> None:
                 color=colour,
                 label=unit,
             )
+        played = [(i, one.bounds[device].get("played")) for i, one in enumerate(shown)]
+        for i, picoseconds in played:
+            if picoseconds:
+                axes.plot([i - 0.45, i + 0.45], [picoseconds] * 2, color="black", lw=1.6)
+        if any(picoseconds for _, picoseconds in played):
+            axes.plot([], [], color="black", lw=1.6, label="with the waiting played")
         axes.set_xticks(range(len(shown)))
         axes.set_xticklabels([_case(one, shown) for one in shown], fontsize=7)
         axes.set_ylabel(f"{device}: ps a row")
         style(axes)
-    handles, labels = grid[0][0].get_legend_handles_labels()
+    handles, labels = grid[-1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     save(figure, path)
 

@@ -30,11 +30,15 @@ def compile_trial(trial: Trial, dtype: str, head_dim: int) -> list[Facts]:
 
 
 def cost_of(facts: Facts) -> tuple[float, str]:
-    """What a row takes, in its unit: the bound where rates are known, else warp instructions.
+    """What a row takes, in its unit: played where latencies are known, else the bound, where rates
+    are known, or warp instructions.
 
-    The mean over the devices of the architecture, longer in proportion where fewer than
-    ENOUGH_WARPS warps are resident.
+    The mean over the devices of the architecture; what is not played is longer in proportion where
+    fewer than ENOUGH_WARPS warps are resident.
     """
+    played = [bound["played"] for bound in facts.bounds.values() if "played" in bound]
+    if played:
+        return sum(played) / len(played), "ps"
     waiting = max(1.0, ENOUGH_WARPS / max(facts.warps_resident, 1))
     if not facts.bounds:
         return facts.instructions_a_row * waiting, "instructions"

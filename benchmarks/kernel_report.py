@@ -19,7 +19,7 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
     if _place not in sys.path:
         sys.path.append(_place)
 
-from _compiled import DEVICES_OF, Choice, Facts, compile_case  # noqa: E402
+from _compiled import DEVICES_OF, PLAYED, Choice, Facts, compile_case  # noqa: E402
 from _report import table, write_json  # noqa: E402
 from _roofline import KERNELS  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -184,14 +184,22 @@ def _cells(facts: Facts, devices: tuple[str, ...]) -> list[str]:
     for device in devices:
         bound = facts.bounds.get(device)
         cells.append(f"{bound['picoseconds']:.0f} {bound['unit']}" if bound else "-")
+        if device in PLAYED.get(facts.choice.capability, ()):
+            played = (bound or {}).get("played")
+            cells.append(f"{played:.0f}" if played else "-")
     return [str(cell) for cell in cells]
 
 
 def report_table(facts: list[Facts], capability: int) -> str:
-    """All cases of one architecture; last, picoseconds a row and the limiting unit."""
+    """All cases of one architecture; last, picoseconds a row, the limiting unit, and played."""
     devices = DEVICES_OF.get(capability, ())
+    head = [*_HEAD]
+    for device in devices:
+        head.append(f"{device} ps/row")
+        if device in PLAYED.get(capability, ()):
+            head.append("played")
     rows = [_cells(one, devices) for one in facts if one.choice.capability == capability]
-    return table([*_HEAD, *(f"{device} ps/row" for device in devices)], rows)
+    return table(head, rows)
 
 
 def plot(facts: list[Facts], path: Path) -> None:
