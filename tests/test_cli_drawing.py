@@ -199,6 +199,26 @@ def test_every_subject_given_must_stand_in_a_prompt(subject, tmp_path, capsys):
     assert main(["swap", *pair, *files, *SHORT, "-o", str(tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "a <me> with <you>"],
+        ["generate", "a <me>", "--negative-prompt", "a <you>"],
+        ["generate", "a <me>", "--region", "a <you>", "0,0,1,1"],
+        ["maps", "a <me> with <you>", "--words", "<me>"],
+        ["swap", "--key-prompt", "a <me>", "--value-prompt", "a <you>"],
+        ["swap", "--sheet", "a <me>", "a <you>"],
+    ],
+)
+def test_a_subject_that_was_forgotten_is_told(subject, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "-s", subject, *SHORT]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"sefi-fast {command[0]}: the prompt names <you>, but no subject")
+    assert "(given: '<me>'): add the file of each with -s FILE, or -s '<you>=FILE'" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_files_of_one_placeholder_take_another_name_for_a_call(subject, tmp_path, capsys):
     other = tmp_path / "a=b.safetensors"
     other.write_bytes(Path(subject).read_bytes())

@@ -116,7 +116,9 @@ def attached_pipeline(
     if model is None and subjects:
         model = subjects[0].settings.get("model")
     giver = None if options.model is not None or not subjects else named[0][1]
-    pipe, pictures = with_pictures(options, _pipeline(model, giver))
+    pipe = _pipeline(model, giver)
+    _check_placeholders(pipe, [*texts, options.negative_prompt or ""], subjects)
+    pipe, pictures = with_pictures(options, pipe)
     if subjects:
         attach(pipe, subjects)
     given = {
@@ -129,6 +131,20 @@ def attached_pipeline(
     chosen = usual | {name: value for name, value in given.items() if value is not None}
     check_steps(chosen | pictures)
     return pipe, chosen | pictures
+
+
+def _check_placeholders(pipe: Any, texts: Sequence[str], subjects: Sequence[Subject]) -> None:
+    """Raise PromptError for a placeholder whose subject was not given."""
+    from sefi_fast.errors import PromptError
+    from sefi_fast.pipelines.unknown_placeholders import names_of, unknown_placeholders
+
+    if unknown := unknown_placeholders(pipe, texts, subjects):
+        words = " and ".join(unknown)
+        raise PromptError(
+            f"the prompt names {words}, but no subject of that name was given (given: "
+            f"{names_of(subjects)}): add the file of each with -s FILE, or -s '{unknown[0]}=FILE' "
+            "if it was trained under another name"
+        )
 
 
 def _named_file(text: str) -> tuple[str | None, Path]:

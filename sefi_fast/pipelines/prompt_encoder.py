@@ -29,6 +29,7 @@ from sefi_fast.pipelines.placeholder_guard import copy_guard, guard, unguard, un
 from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, own_arguments
 from sefi_fast.pipelines.same_packing import same_packing, stages_of
 from sefi_fast.pipelines.text_lora import text_lora
+from sefi_fast.pipelines.unknown_placeholders import UnknownPlaceholderWarnings
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
@@ -69,6 +70,7 @@ class PromptEncoder:
         self.subjects: tuple[Subject, ...] = ()
         self.watchers: list[Watcher] = []
         self.text = TextShape.of(pipe)
+        self._warn_of_unknown = UnknownPlaceholderWarnings()
         self._pipe = weakref.ref(pipe)
         self._replaced = pipe.__dict__.get("encode_prompt")
         if isinstance(self._replaced, PromptEncoder):
@@ -141,6 +143,7 @@ class PromptEncoder:
         copied.subjects = self.subjects
         copied.watchers = []
         copied.text = self.text
+        copied._warn_of_unknown = UnknownPlaceholderWarnings()
         copied._pipe = weakref.ref(copy.deepcopy(self._pipe(), memo))
         copied._replaced = copy.deepcopy(self._replaced, memo)
         copied.__signature__ = self.__signature__
@@ -179,6 +182,7 @@ class PromptEncoder:
         request = PromptRequest.of(pipe, bound.arguments)
         self._restore_what_was_replaced(pipe)
         check_nothing_to_encode(pipe, request)
+        self._warn_of_unknown(pipe, _listed(request.prompts + request.negatives), self.subjects)
         with TOKENIZING:
             if self._is_plain(pipe, request):
                 result = self._own(pipe)(*args, **kwargs)
@@ -267,6 +271,7 @@ class PromptEncoder:
             return encode_with_pooled(pipe, *texts, subjects=subjects, clip_skip=clip_skip)
 
     def _encode_one(self, pipe: Any, text: str, request: PromptRequest) -> Tensor:
+        self._warn_of_unknown(pipe, [text], self.subjects)
         texts: tuple[Texts, ...] = ([text],) * len(request.prompts)
         return self._encode(pipe, texts, request, clip_skip=request.clip_skip).prompt_embeds
 
@@ -278,13 +283,7 @@ class PromptEncoder:
 
     @staticmethod
     def _stands_in(subject: Subject, prompts: Sequence[Texts | None]) -> bool:
-        texts = [
-            text
-            for given in prompts
-            if given is not None
-            for text in ([given] if isinstance(given, str) else given)
-        ]
-        return any(subject.placeholder in text for text in texts)
+        return any(subject.placeholder in text for text in _listed(prompts))
 
     def _prepare_models(self, pipe: Any) -> list[str]:
         """Install on every model of the pipeline; what had to be put on again, in words."""
@@ -332,6 +331,12 @@ class PromptEncoder:
         for text_encoder in list(self._text_encoders):
             unguard(text_encoder, self)
         self._text_encoders.clear()
+
+
+def _listed(prompts: Sequence[Texts | None]) -> list[str]:
+    """All sentences of what was given for the text encoders."""
+    given = (texts for texts in prompts if texts is not None)
+    return [text for texts in given for text in ([texts] if isinstance(texts, str) else texts)]
 
 
 def _clean_up(
