@@ -37,8 +37,7 @@ def _backward_numbers(
     key_tiles = 1
     if kernel == "backward_key_value":
         key_tiles = tiling.tile_keys(tiles, inputs.key.shape[2], config.key_tile)
-    start = tiling.START if kernel == "backward_query" else tiling.SUMS_START
-    programs, blocks = tiling.split_rows(inputs, config, device, start, key_tiles)
+    programs, blocks = tiling.split_rows(inputs, config, device, key_tiles)
     heads, _, head_dim = inputs.query.shape[1:]
     maps = gradients.maps
     all_heads = maps is not None and len(maps.shape) == 4

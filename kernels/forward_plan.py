@@ -18,7 +18,7 @@ def _prepare_forward(
 ) -> Prepared:
     tiles = tiling.tiles_of("forward", inputs, device)
     config = config or tiling.config_of("forward", inputs, tiles, device)
-    programs, blocks = tiling.split_rows(inputs, config, device, tiling.START)
+    programs, blocks = tiling.split_rows(inputs, config, device)
     batch, heads, _, head_dim = inputs.query.shape
     numbers = tiling.common_numbers(inputs, tiles, scale) | {
         "blocks_a_program": blocks,
