@@ -76,6 +76,7 @@ def _prepare_backward_query(
     numbers, config, programs = _backward_numbers(kernel, inputs, gradients, scale, device, config)
     numbers["REFERENCE_GRAD"] = reference_grad and gradients.alignment is not None
     numbers["PREFETCH"] = config.prefetch
+    numbers["STACKED"] = config.stacked
     batch, heads = inputs.query.shape[:2]
     return Prepared(cross_attention_backward_query, (batch * heads, programs), numbers, config)
 

@@ -28,9 +28,12 @@ from .primitives import (
     accumulate,
     add_to_column,
     inner_products,
-    probabilities,
     scale_rows,
+    scores,
+    scores_of_both,
+    softmax,
     softmax_gradient,
+    stack,
     zero_rows,
 )
 
@@ -50,7 +53,8 @@ def cross_attention_backward_query(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
-    RELOAD: tl.constexpr, PREFETCH: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
+    RELOAD: tl.constexpr, STACKED: tl.constexpr, PREFETCH: tl.constexpr,
+    REFERENCE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head; dK_t and dV_t too.
 
@@ -68,6 +72,8 @@ def cross_attention_backward_query(
     HAS_OUTPUT: tl.constexpr = grad_output is not None
     HAS_ALIGNMENT: tl.constexpr = grad_alignment is not None
     HAS_MAPS: tl.constexpr = grad_maps is not None
+    EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
+    BOTH: tl.constexpr = STACKED and HAS_ALIGNMENT
     SUMS_KEY: tl.constexpr = grad_key is not None
     SUMS_VALUE: tl.constexpr = grad_value is not None
     # Whether the keys of the main tile are too few to be shared by the warps.
@@ -116,6 +122,11 @@ def cross_attention_backward_query(
             valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
             KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
+    if BOTH:
+        both_main = stack(key_main, reference_main, KEY_MAIN, DIM_MAIN, DIM_TAIL)
+        both_tail = both_main
+        if KEY_TAIL > 0:
+            both_tail = stack(key_tail, reference_tail, KEY_TAIL, DIM_MAIN, DIM_TAIL)
     if SUMS_KEY:
         key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
         key_tail_sum = key_sum
@@ -150,10 +161,22 @@ def cross_attention_backward_query(
                 key, key_stride_m, keys, valid_main, valid_tail,
                 DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        main, tail, peak, inverse = probabilities(
-            queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
-            DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
-        )  # fmt: skip
+        if BOTH:
+            main, other_main = scores_of_both(queries, both_main, BLOCK, KEY_MAIN, DIM_TAIL)
+            tail = main
+            other_tail = other_main
+            if KEY_TAIL > 0:
+                tail, other_tail = scores_of_both(queries, both_tail, BLOCK, KEY_TAIL, DIM_TAIL)
+        else:
+            main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
+        main, tail, peak, inverse = softmax(
+            main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT
+        )
+        if BOTH:
+            other_main, other_tail, other_peak, other_inverse = softmax(
+                other_main, other_tail, valid_main, valid_tail, scale_log2,
+                KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+            )  # fmt: skip
         if SUMS_VALUE:
             value_sum = accumulate_keys(value_sum, main, grad_outputs, DIM_TAIL, TURNED)
             if KEY_TAIL > 0:
@@ -190,10 +213,14 @@ def cross_attention_backward_query(
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
                     UPCAST,
                 )  # fmt: skip
-            other_main, other_tail, other_peak, other_inverse = probabilities(
-                queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
-                DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
-            )  # fmt: skip
+            if not BOTH:
+                other_main, other_tail = scores(
+                    queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
+                )
+                other_main, other_tail, other_peak, other_inverse = softmax(
+                    other_main, other_tail, valid_main, valid_tail, scale_log2,
+                    KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+                )  # fmt: skip
             pull_main = (main - other_main) * (weight_main * alignment_factor)[None, :]
             grad_main += pull_main
             pull_tail = pull_main

@@ -12,7 +12,8 @@ class KernelConfig(NamedTuple):
     matrix unit takes its operands from registers (8.x), keys held over the loop would fill them
     all. registers: the most a thread, for the compiler to keep to; 0 leaves it to the compiler.
     resident: so many programs fit on a multiprocessor at once, by the registers and the shared
-    memory that come of it.
+    memory that come of it. stacked, for all but the kernel of the keys: one product gives the
+    scores of both streams, of keys and reference keys held as one tile; not with reload.
 
     For the kernel of the queries alone: sums, how many of dK and dV it adds up as well (1 is dK),
     where the registers hold their accumulators; what is left is for the kernel of the keys.
@@ -32,6 +33,7 @@ class KernelConfig(NamedTuple):
     key_tile: int = 0
     registers: int = 0
     resident: int = 2
+    stacked: bool = False
     sums: int = 0
     prefetch: bool = False
 
@@ -66,24 +68,24 @@ def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
 # stand in docs/performance.md; tests/kernels/test_compile.py holds them and what is resident.
 TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("forward", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, resident=4)),
-        (64, KernelConfig(64, 4, 1, resident=4)),
-        (80, KernelConfig(64, 4, 1, resident=4)),
-        (160, KernelConfig(64, 4, 1)),
+        (48, KernelConfig(64, 4, 1, stacked=True, resident=4)),
+        (64, KernelConfig(64, 4, 1, stacked=True, resident=4)),
+        (80, KernelConfig(64, 4, 1, registers=128, stacked=True, resident=4)),
+        (160, KernelConfig(64, 4, 1, stacked=True)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_query", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1, resident=4)),
         (64, KernelConfig(64, 4, 1, resident=4)),
-        (80, KernelConfig(64, 4, 1, registers=168, resident=3)),
-        (160, KernelConfig(64, 4, 1, resident=1)),
+        (80, KernelConfig(64, 4, 1, registers=168, stacked=True, resident=3)),
+        (160, KernelConfig(64, 4, 1, stacked=True, resident=1)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     # dK and dV, or at 80 dK alone, along with dQ.
     ("backward", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, sums=2, prefetch=True)),
-        (64, KernelConfig(64, 4, 1, sums=2, prefetch=True)),
-        (80, KernelConfig(64, 4, 1, sums=1, prefetch=True)),
+        (48, KernelConfig(64, 4, 1, registers=248, stacked=True, sums=2, prefetch=True)),
+        (64, KernelConfig(64, 4, 1, registers=248, stacked=True, sums=2, prefetch=True)),
+        (80, KernelConfig(64, 4, 1, stacked=True, sums=1, prefetch=True)),
     ),
     ("backward_key_value", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
@@ -96,14 +98,14 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (48, KernelConfig(64, 4, 1, resident=3)),
         (64, KernelConfig(64, 4, 1, resident=3)),
         (80, KernelConfig(64, 4, 1)),
-        (160, KernelConfig(64, 4, 1)),
+        (160, KernelConfig(64, 4, 1, registers=255)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_query", 100, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
         (64, KernelConfig(64, 4, 1, reload=True, resident=3)),
         (80, KernelConfig(64, 4, 1, reload=True)),
-        (160, KernelConfig(128, 8, 1, resident=1)),
+        (160, KernelConfig(64, 4, 1)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("forward", 80, "half"): _lines(
@@ -173,7 +175,7 @@ def choose_config(
     # More than 80 keys hold more probabilities a row: more warps to hold them, or fewer rows, but
     # no fewer than a warp group's 64 where there are warp groups.
     if key_width > 80:
-        config = config._replace(warps=8, stages=1, registers=255, resident=1)
+        config = config._replace(warps=8, stages=1, registers=255, resident=1, stacked=False)
     if kernel == "backward_key_value" and key_width > (128 if precision == "half" else 80):
         return config._replace(key_tile=64 if precision == "half" else 32)
     if key_width > 128:
@@ -203,7 +205,8 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
     """Shared memory that a program of any of the kernels needs, at most, as compiling them showed.
 
     precision, capability and width are those of `choose_config`, key_main and key_tail the tiles of
-    keys. The kernel of the keys needs up to 88 KiB whatever these are, which every device has.
+    keys. The kernel of the keys needs up to 88 KiB whatever these are before 9.0, which every
+    device has.
     """
     keys = key_main + key_tail
     if precision == "single":
@@ -212,8 +215,9 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
         else:
             needed = 4 * width * (key_main + 32 if width <= 160 else 2 * key_main + 48)
     elif capability // 10 in (9, 10):
-        # Warp groups take keys, values and a block's rows from shared memory.
-        needed = 4 * width * keys + 64 * 1024
+        # Warp groups take keys, values and a block's rows from shared memory, up to 80 keys the
+        # keys of both streams as one tile besides.
+        needed = (6 if keys <= 80 else 4) * width * keys + (84 if keys <= 80 else 64) * 1024
     else:
         needed = 2 * width * keys + 8 * 1024
     return max(needed, 88 * 1024)

@@ -21,7 +21,10 @@ from .primitives import (
     COUNTS,
     accumulate,
     pick_column,
-    probabilities,
+    scores,
+    scores_of_both,
+    softmax,
+    stack,
     zero_rows,
 )
 
@@ -39,6 +42,7 @@ def cross_attention_forward(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr, RELOAD: tl.constexpr,
+    STACKED: tl.constexpr,
 ):  # fmt: skip
     """Equations 4 and 5 for blocks_a_program blocks of rows of one head.
 
@@ -51,6 +55,8 @@ def cross_attention_forward(
     HAS_WEIGHTS: tl.constexpr = token_weights is not None
     HAS_REFERENCE: tl.constexpr = reference_key is not None
     MASK_MAIN: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
+    EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
+    BOTH: tl.constexpr = STACKED and HAS_REFERENCE
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
 
@@ -71,6 +77,11 @@ def cross_attention_forward(
             valid_main, valid_tail, True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL,
             KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
+    if BOTH:
+        both_main = stack(key_main, reference_main, KEY_MAIN, DIM_MAIN, DIM_TAIL)
+        both_tail = both_main
+        if KEY_TAIL > 0:
+            both_tail = stack(key_tail, reference_tail, KEY_TAIL, DIM_MAIN, DIM_TAIL)
     if maps is not None:
         map_tokens += batch.to(tl.int64) * token_stride_b
         maps += tl.program_id(0).to(tl.int64) * tokens * rows
@@ -101,10 +112,17 @@ def cross_attention_forward(
                 key, key_stride_m, keys, valid_main, valid_tail,
                 DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        main, tail, _, _ = probabilities(
-            queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
-            DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
-        )  # fmt: skip
+        if BOTH:
+            main, other_main = scores_of_both(queries, both_main, BLOCK, KEY_MAIN, DIM_TAIL)
+            tail = main
+            other_tail = other_main
+            if KEY_TAIL > 0:
+                tail, other_tail = scores_of_both(queries, both_tail, BLOCK, KEY_TAIL, DIM_TAIL)
+        else:
+            main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
+        main, tail, _, _ = softmax(
+            main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT
+        )
         if maps is not None:
             for token in range(tokens):
                 column = tl.load(map_tokens + token)
@@ -117,9 +135,13 @@ def cross_attention_forward(
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
                     UPCAST,
                 )  # fmt: skip
-            other_main, other_tail, _, _ = probabilities(
-                queries, reference_main, reference_tail, valid_main, valid_tail, scale_log2,
-                DIM_TAIL, KEY_TAIL, MASK_MAIN, HAS_MASK,
+            if not BOTH:
+                other_main, other_tail = scores(
+                    queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
+                )
+            other_main, other_tail, _, _ = softmax(
+                other_main, other_tail, valid_main, valid_tail, scale_log2,
+                KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
             )  # fmt: skip
             difference = main - other_main
             squared = tl.sum(difference * difference * weight_main[None, :], axis=1)

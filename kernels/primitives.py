@@ -66,28 +66,59 @@ def exponentials(scores, peak, scale_log2, EXACT: tl.constexpr):
 
 
 @triton.jit
-def probabilities(
-    queries, key_main, key_tail, valid_main, valid_tail, scale_log2,
-    DIM_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, MASK_MAIN: tl.constexpr,
-    HAS_MASK: tl.constexpr,
+def stack(upper, lower, KEYS: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr):
+    """Two tiles of keys as one of twice as many rows, part by part."""
+    main = tl.permute(tl.join(upper[0], lower[0]), [2, 0, 1])
+    main = tl.reshape(main, [2 * KEYS, DIM_MAIN])
+    if DIM_TAIL > 0:
+        tail = tl.permute(tl.join(upper[1], lower[1]), [2, 0, 1])
+        return (main, tl.reshape(tail, [2 * KEYS, DIM_TAIL]))
+    else:
+        return (main,)
+
+
+@triton.jit
+def scores_of_both(
+    queries, stacked, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM_TAIL: tl.constexpr
+):
+    """Scores of two stacked tiles of keys, by one product: those of the upper and of the lower.
+
+    A warp group waits for each product; here once for both. What belongs to one key lies in the
+    same thread for both, so that taking them apart moves nothing.
+    """
+    both = inner_products(queries, stacked, DIM_TAIL)
+    return tl.split(tl.permute(tl.reshape(both, [ROWS, 2, KEYS]), [0, 2, 1]))
+
+
+@triton.jit
+def scores(queries, key_main, key_tail, DIM_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr):
+    """Scores of all keys, not scaled: main tile and tail tile, which repeats the first if none."""
+    main = inner_products(queries, key_main, DIM_TAIL)
+    if KEY_TAIL > 0:
+        return main, inner_products(queries, key_tail, DIM_TAIL)
+    else:
+        return main, main
+
+
+@triton.jit
+def softmax(
+    main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL: tl.constexpr,
+    MASK_MAIN: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Softmax over all keys (equation 4), float32: main tile, tail tile, rows' peak and inverse.
 
     A probability is exp2((score - peak) · scale_log2) · inverse; scale_log2 is the scale times
     log2(e) and positive. A row without any key has inverse 0. Without a tail tile the second
-    result repeats the first and must not be used.
+    result repeats the first and must not be used. EXACT is that of `exponentials`.
     """
-    main = inner_products(queries, key_main, DIM_TAIL)
     if MASK_MAIN:
         main = tl.where(valid_main[None, :], main, float("-inf"))
     peak = tl.max(main, axis=1)
     if KEY_TAIL > 0:
-        tail = inner_products(queries, key_tail, DIM_TAIL)
         tail = tl.where(valid_tail[None, :], tail, float("-inf"))
         peak = tl.maximum(peak, tl.max(tail, axis=1))
     if HAS_MASK:
         peak = tl.where(peak == float("-inf"), 0.0, peak)
-    EXACT: tl.constexpr = queries[0].dtype == tl.float32
     main = exponentials(main, peak, scale_log2, EXACT)
     total = tl.sum(main, axis=1)
     if KEY_TAIL > 0:

@@ -32,6 +32,8 @@ from sefi_fast.kernels.configs import TABLE  # noqa: E402
 SPILLS: dict[tuple[int, int, str], int] = {
     (80, 160, "float32"): 2596,
     (80, 80, "backward_query"): 20,
+    (90, 80, "forward"): 8,
+    (90, 80, "backward (grad_key)"): 8,
 }
 
 KERNELS = {"forward", "backward_query", "backward_key_value"}
@@ -99,6 +101,12 @@ def test_as_many_programs_are_resident_as_the_table_says(capability: int) -> Non
             measures = (report[key] for key in ("registers", "warps", "shared_bytes"))
             found = occupancy(capability, *measures).blocks
             assert found == report["resident"], (head_dim, name)
+
+
+def test_shared_memory_is_no_more_than_is_told_beforehand() -> None:
+    for (head_dim, name), report in reports(90).items():
+        if name != "sum_partials":
+            assert report["shared_bytes"] <= shared_bytes("half", 90, head_dim, 64, 16), name
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -20,6 +20,7 @@ from sefi_fast.kernels import (
     plan_backward_key_value,
     plan_backward_query,
     plan_backward_sums,
+    plan_forward,
 )
 from sefi_fast.kernels.backward_key_value import sum_partials
 from torch import Tensor
@@ -94,13 +95,13 @@ def apart(case: Call) -> list[Tensor]:
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("shared_keys", [False, True])
 @pytest.mark.parametrize(("keys", "head_dim"), [(5, 40), (33, 64), (77, 40), (80, 80)])
-@pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize(("prefetch", "stacked"), [(False, False), (True, False), (True, True)])
 def test_the_sums_are_those_of_the_kernels_apart(
-    keys: int, head_dim: int, shared_keys: bool, plain: bool, prefetch: bool
+    keys: int, head_dim: int, shared_keys: bool, plain: bool, prefetch: bool, stacked: bool
 ) -> None:
     case = call(keys, head_dim, shared_keys, plain, torch.float32)
     found = case.totals()
-    config = KernelConfig(32, 4, 1, sums=2, prefetch=prefetch)
+    config = KernelConfig(32, 4, 1, sums=2, prefetch=prefetch, stacked=stacked)
     for launch in plan_backward_sums(
         case.inputs, case.gradients, found[0], None, (found[1], found[2]), head_dim**-0.5, False,
         DEVICE, config,
@@ -108,6 +109,23 @@ def test_the_sums_are_those_of_the_kernels_apart(
         launch.run()
     for got, true in zip(found, apart(case), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [5, 64, 77])
+def test_scores_of_both_streams_by_one_product_are_those_by_two(keys: int) -> None:
+    case = call(keys, 40, False, False, torch.float32)
+    found = []
+    for stacked in (False, True):
+        output = case.empty(case.inputs.query)
+        maps = torch.full((2, 2, 2, 150), float("nan"))
+        launch, alignment = plan_forward(
+            case.inputs, output, maps, 0.2, DEVICE, KernelConfig(32, 4, 1, stacked=stacked)
+        )
+        launch.run()
+        assert alignment is not None
+        found.append((output, alignment, maps))
+    for got, true in zip(*found, strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("head_dim", "kernels"), [(40, 1), (64, 1), (80, 2), (160, 2)])
