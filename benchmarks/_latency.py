@@ -6,7 +6,7 @@ instruction how long it must stand apart from the next one and which results it 
 they are issued by these rules, one a clock, with some programs on the multiprocessor at once.
 
 Latencies are those of compute capability 9.0. Pipes and their rates are NVIDIA's and what is
-publicly measured; how long memory, products, fences and barriers take was fitted to 45 times that
+publicly measured; how long memory, products, fences and barriers take was fitted to 41 times that
 an H200 took (docs/performance-gpu.md, section 6).
 """
 

@@ -77,6 +77,7 @@ def _prepare_backward_query(
     numbers["REFERENCE_GRAD"] = reference_grad and gradients.alignment is not None
     numbers["PREFETCH"] = config.prefetch
     numbers["STACKED"] = config.stacked
+    numbers["LATE"] = config.late or config.reload
     batch, heads = inputs.query.shape[:2]
     return Prepared(cross_attention_backward_query, (batch * heads, programs), numbers, config)
 

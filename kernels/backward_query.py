@@ -53,7 +53,7 @@ def cross_attention_backward_query(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
-    RELOAD: tl.constexpr, STACKED: tl.constexpr, PREFETCH: tl.constexpr,
+    RELOAD: tl.constexpr, STACKED: tl.constexpr, PREFETCH: tl.constexpr, LATE: tl.constexpr,
     REFERENCE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head; dK_t and dV_t too.
@@ -64,7 +64,8 @@ def cross_attention_backward_query(
     of A_r's, and two that say nothing. Each of these may be None. Gradients that did not come
     (grad_output, grad_alignment, grad_maps) are None and cost nothing, and so do value without the
     first and reference_key without the second. PREFETCH asks for the rows of the next block before
-    this one is done, and holds them in registers until then.
+    this one is done, and holds them in registers until then; LATE asks for the gradients of a
+    block's outputs when its queries' scores are there, and their tile may take the queries' memory.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
     HAS_WEIGHTS: tl.constexpr = token_weights is not None
@@ -145,8 +146,7 @@ def cross_attention_backward_query(
         if PREFETCH:
             queries = next_queries
             grad_outputs = next_grad_outputs
-        elif RELOAD:
-            # Registers are short: the other half where it is used, as the keys.
+        elif LATE:
             queries = load_block(
                 query, block, query_stride_n, end,
                 BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
@@ -172,10 +172,20 @@ def cross_attention_backward_query(
         main, tail, peak, inverse = softmax(
             main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT
         )
-        if BOTH:
+        if HAS_ALIGNMENT and not RELOAD:
+            # The last use of the queries' tile before the sums.
+            if not BOTH:
+                other_main, other_tail = scores(
+                    queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
+                )
             other_main, other_tail, other_peak, other_inverse = softmax(
                 other_main, other_tail, valid_main, valid_tail, scale_log2,
                 KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+            )  # fmt: skip
+        if LATE and HAS_OUTPUT:
+            grad_outputs = load_block(
+                grad_output, block, output_stride_n, end,
+                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
             )  # fmt: skip
         if SUMS_VALUE:
             value_sum = accumulate_keys(value_sum, main, grad_outputs, DIM_TAIL, TURNED)
@@ -183,10 +193,6 @@ def cross_attention_backward_query(
                 value_tail_sum = accumulate_keys(value_tail_sum, tail, grad_outputs, DIM_TAIL, True)
         if HAS_OUTPUT:
             if RELOAD:
-                grad_outputs = load_block(
-                    grad_output, block, output_stride_n, end,
-                    BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
-                )  # fmt: skip
                 value_main, value_tail = load_tiles(
                     value, value_stride_m, keys, valid_main, valid_tail,
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
@@ -213,7 +219,6 @@ def cross_attention_backward_query(
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
                     UPCAST,
                 )  # fmt: skip
-            if not BOTH:
                 other_main, other_tail = scores(
                     queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
                 )

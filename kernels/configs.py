@@ -17,7 +17,9 @@ class KernelConfig(NamedTuple):
 
     For the kernel of the queries alone: sums, how many of dK and dV it adds up as well (1 is dK),
     where the registers hold their accumulators; what is left is for the kernel of the keys.
-    prefetch: the next block's rows are asked for before this block's products.
+    prefetch: the next block's rows are asked for before this block's products. late: a block's
+    output gradients are asked for after the scores, and their tile takes the queries' shared
+    memory; with reload always.
 
     For the kernel of the keys alone: separate, one launch a gradient, where the accumulators of two
     do not fit into the registers together. key_tile: so many keys a program, a power of two
@@ -36,6 +38,7 @@ class KernelConfig(NamedTuple):
     stacked: bool = False
     sums: int = 0
     prefetch: bool = False
+    late: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -75,10 +78,10 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_query", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, resident=4)),
-        (64, KernelConfig(64, 4, 1, resident=4)),
+        (48, KernelConfig(64, 4, 1, registers=128, resident=4)),
+        (64, KernelConfig(64, 4, 1, registers=128, resident=4)),
         (80, KernelConfig(64, 4, 1, registers=168, stacked=True, resident=3)),
-        (160, KernelConfig(64, 4, 1, stacked=True, resident=1)),
+        (160, KernelConfig(64, 4, 1, late=True)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     # dK and dV, or at 80 dK alone, along with dQ.
@@ -105,7 +108,7 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (48, KernelConfig(64, 4, 1)),
         (64, KernelConfig(64, 4, 1, reload=True, resident=3)),
         (80, KernelConfig(64, 4, 1, reload=True)),
-        (160, KernelConfig(64, 4, 1)),
+        (160, KernelConfig(64, 4, 1, reload=True)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("forward", 80, "half"): _lines(

@@ -95,13 +95,13 @@ def apart(case: Call) -> list[Tensor]:
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("shared_keys", [False, True])
 @pytest.mark.parametrize(("keys", "head_dim"), [(5, 40), (33, 64), (77, 40), (80, 80)])
-@pytest.mark.parametrize(("prefetch", "stacked"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("ways", [{}, {"prefetch": True, "stacked": True}, {"late": True}], ids=str)
 def test_the_sums_are_those_of_the_kernels_apart(
-    keys: int, head_dim: int, shared_keys: bool, plain: bool, prefetch: bool, stacked: bool
+    keys: int, head_dim: int, shared_keys: bool, plain: bool, ways: dict[str, bool]
 ) -> None:
     case = call(keys, head_dim, shared_keys, plain, torch.float32)
     found = case.totals()
-    config = KernelConfig(32, 4, 1, sums=2, prefetch=prefetch, stacked=stacked)
+    config = KernelConfig(32, 4, 1, sums=2, **ways)
     for launch in plan_backward_sums(
         case.inputs, case.gradients, found[0], None, (found[1], found[2]), head_dim**-0.5, False,
         DEVICE, config,
