@@ -17,6 +17,7 @@ from .memory import (
 )
 from .primitives import (
     COUNTS,
+    add_products,
     exponentials,
     inner_products,
 )
@@ -49,18 +50,18 @@ def add_key_gradients(
             gradient = -other * (pull + other_mean[:, None])
             reference_sum = accumulate_keys(reference_sum, gradient, queries, DIM_TAIL, TURNED)
     if NEEDS_KEY:
-        gradient = tl.zeros_like(probability) - mean[:, None]
+        gradient = tl.zeros_like(probability)
         if HAS_ALIGNMENT:
-            gradient += pull
+            gradient = pull
         if HAS_OUTPUT:
-            gradient += inner_products(grad_outputs, value, DIM_TAIL)
+            gradient = add_products(gradient, grad_outputs, value, DIM_TAIL)
         if HAS_MAPS:
             for token in range(tokens):
                 picked = tl.load(grad_maps + token * rows + row, mask=row < rows, other=0.0)
                 column = tl.load(map_tokens + token)
                 picked = (picked * map_factor)[:, None]
                 gradient += tl.where(columns[None, :] == column, picked, 0.0)
-        gradient = probability * gradient
+        gradient = probability * (gradient - mean[:, None])
         key_sum = accumulate_keys(key_sum, gradient, queries, DIM_TAIL, TURNED)
     return key_sum, value_sum, reference_sum
 

@@ -26,8 +26,9 @@ from .memory import (
 from .primitives import (
     COUNTS,
     accumulate,
+    add_products,
     add_to_column,
-    inner_products,
+    pull,
     scale_rows,
     scores,
     scores_of_both,
@@ -182,6 +183,15 @@ def cross_attention_backward_query(
                 other_main, other_tail, valid_main, valid_tail, scale_log2,
                 KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
             )  # fmt: skip
+            pull_main, pull_tail = pull(
+                main, tail, other_main, other_tail, weight_main, weight_tail, alignment_factor,
+                KEY_TAIL,
+            )  # fmt: skip
+            grad_main = pull_main
+            grad_tail = pull_tail
+        else:
+            grad_main = tl.zeros_like(main)
+            grad_tail = tl.zeros_like(tail)
         if LATE and HAS_OUTPUT:
             grad_outputs = load_block(
                 grad_output, block, output_stride_n, end,
@@ -198,13 +208,9 @@ def cross_attention_backward_query(
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
                     UPCAST,
                 )  # fmt: skip
-            grad_main = inner_products(grad_outputs, value_main, DIM_TAIL)
-            grad_tail = grad_main
+            grad_main = add_products(grad_main, grad_outputs, value_main, DIM_TAIL)
             if KEY_TAIL > 0:
-                grad_tail = inner_products(grad_outputs, value_tail, DIM_TAIL)
-        else:
-            grad_main = tl.zeros_like(main)
-            grad_tail = tl.zeros_like(tail)
+                grad_tail = add_products(grad_tail, grad_outputs, value_tail, DIM_TAIL)
         if HAS_MAPS:
             for token in range(tokens):
                 gradient = tl.load(grad_maps + token * rows + row, mask=row_valid, other=0.0)
@@ -212,25 +218,24 @@ def cross_attention_backward_query(
                     grad_main, grad_tail, tl.load(map_tokens + token), gradient * map_factor,
                     KEY_MAIN, KEY_TAIL,
                 )  # fmt: skip
-        if HAS_ALIGNMENT:
-            if RELOAD:
-                reference_main, reference_tail = load_tiles(
-                    reference_key, reference_stride_m, keys, valid_main, valid_tail,
-                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
-                    UPCAST,
-                )  # fmt: skip
-                other_main, other_tail = scores(
-                    queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
-                )
-                other_main, other_tail, other_peak, other_inverse = softmax(
-                    other_main, other_tail, valid_main, valid_tail, scale_log2,
-                    KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
-                )  # fmt: skip
-            pull_main = (main - other_main) * (weight_main * alignment_factor)[None, :]
+        if HAS_ALIGNMENT and RELOAD:
+            reference_main, reference_tail = load_tiles(
+                reference_key, reference_stride_m, keys, valid_main, valid_tail,
+                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+            )  # fmt: skip
+            other_main, other_tail = scores(
+                queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
+            )
+            other_main, other_tail, other_peak, other_inverse = softmax(
+                other_main, other_tail, valid_main, valid_tail, scale_log2,
+                KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+            )  # fmt: skip
+            pull_main, pull_tail = pull(
+                main, tail, other_main, other_tail, weight_main, weight_tail, alignment_factor,
+                KEY_TAIL,
+            )  # fmt: skip
             grad_main += pull_main
-            pull_tail = pull_main
             if KEY_TAIL > 0:
-                pull_tail = (tail - other_tail) * (weight_tail * alignment_factor)[None, :]
                 grad_tail += pull_tail
         grad_main, grad_tail, mean = softmax_gradient(main, tail, grad_main, grad_tail, KEY_TAIL)
         if PREFETCH:

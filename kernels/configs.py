@@ -88,13 +88,13 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("backward", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1, registers=248, stacked=True, sums=2, prefetch=True)),
         (64, KernelConfig(64, 4, 1, registers=248, stacked=True, sums=2, prefetch=True)),
-        (80, KernelConfig(64, 4, 1, stacked=True, sums=1, prefetch=True)),
+        (80, KernelConfig(64, 4, 1, registers=255, stacked=True, sums=1, prefetch=True)),
     ),
     ("backward_key_value", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
         (64, KernelConfig(64, 4, 1)),
         (80, KernelConfig(64, 4, 1, key_tile=64)),
-        (160, KernelConfig(128, 8, 1, key_tile=64, resident=1)),
+        (160, KernelConfig(64, 4, 1, key_tile=64)),
         (256, KernelConfig(64, 8, 1, separate=True, resident=1)),
     ),
     ("forward", 100, "half"): _lines(

@@ -33,6 +33,15 @@ def inner_products(left, right, DIM_TAIL: tl.constexpr):
 
 
 @triton.jit
+def add_products(sums, left, right, DIM_TAIL: tl.constexpr):
+    """sums + left · rightᵀ: the matrix unit adds, and the sums need no registers besides."""
+    sums = tl.dot(left[0], tl.trans(right[0]), acc=sums, input_precision="ieee")
+    if DIM_TAIL > 0:
+        sums = tl.dot(left[1], tl.trans(right[1]), acc=sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
 def accumulate(sums, weights, rows, DIM_TAIL: tl.constexpr):
     """sums + weights · rows, part by part; the weights are rounded to the rows' dtype."""
     rounded = weights.to(rows[0].dtype)
@@ -132,6 +141,18 @@ def softmax(
         return main, tail * inverse[:, None], peak, inverse
     else:
         return main, main, peak, inverse
+
+
+@triton.jit
+def pull(
+    main, tail, other_main, other_tail, weight_main, weight_tail, factor, KEY_TAIL: tl.constexpr
+):
+    """What the alignment adds to the gradient of the probabilities (equation 10), main and tail."""
+    pull_main = (main - other_main) * (weight_main * factor)[None, :]
+    if KEY_TAIL > 0:
+        return pull_main, (tail - other_tail) * (weight_tail * factor)[None, :]
+    else:
+        return pull_main, pull_main
 
 
 @triton.jit

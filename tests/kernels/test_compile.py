@@ -33,7 +33,7 @@ SPILLS: dict[tuple[int, int, str], int] = {
     (80, 160, "float32"): 2596,
     (80, 80, "backward_query"): 20,
     (90, 80, "forward"): 8,
-    (90, 80, "backward (grad_key)"): 8,
+    (90, 160, "backward_key_value"): 96,
 }
 
 KERNELS = {"forward", "backward_query", "backward_key_value"}
