@@ -66,9 +66,9 @@ def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
 
 
 # Lines as benchmarks/tune_kernels.py prints them. Chosen by what the compiler makes of 77 keys with
-# alignment: no spills where that can be reached, then the least time by its counts; the forward
-# lines of 90 were held against the next five by those counts on an H200 as well. The registers
-# stand in docs/performance.md; tests/kernels/test_compile.py holds them and what is resident.
+# alignment: no spills where that can be reached, then the least time by its counts, on 9.0 with the
+# waiting played. The registers stand in docs/performance.md; tests/kernels/test_compile.py holds
+# them and what is resident.
 TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("forward", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1, stacked=True, resident=4)),
