@@ -34,7 +34,7 @@ from .primitives import (
     scores_of_both,
     softmax,
     softmax_gradient,
-    stack,
+    stack_tiles,
     zero_rows,
 )
 
@@ -125,10 +125,10 @@ def cross_attention_backward_query(
             KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
     if BOTH:
-        both_main = stack(key_main, reference_main, KEY_MAIN, DIM_MAIN, DIM_TAIL)
-        both_tail = both_main
-        if KEY_TAIL > 0:
-            both_tail = stack(key_tail, reference_tail, KEY_TAIL, DIM_MAIN, DIM_TAIL)
+        both_main, both_tail = stack_tiles(
+            key_main, key_tail, reference_main, reference_tail,
+            KEY_MAIN, KEY_TAIL, DIM_MAIN, DIM_TAIL,
+        )  # fmt: skip
     if SUMS_KEY:
         key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
         key_tail_sum = key_sum
@@ -163,11 +163,9 @@ def cross_attention_backward_query(
                 DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
         if BOTH:
-            main, other_main = scores_of_both(queries, both_main, BLOCK, KEY_MAIN, DIM_TAIL)
-            tail = main
-            other_tail = other_main
-            if KEY_TAIL > 0:
-                tail, other_tail = scores_of_both(queries, both_tail, BLOCK, KEY_TAIL, DIM_TAIL)
+            main, tail, other_main, other_tail = scores_of_both(
+                queries, both_main, both_tail, BLOCK, KEY_MAIN, KEY_TAIL, DIM_TAIL
+            )
         else:
             main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
         main, tail, peak, inverse = softmax(

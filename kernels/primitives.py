@@ -87,16 +87,45 @@ def stack(upper, lower, KEYS: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl
 
 
 @triton.jit
-def scores_of_both(
+def stack_tiles(
+    key_main, key_tail, reference_main, reference_tail, KEY_MAIN: tl.constexpr,
+    KEY_TAIL: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Keys over reference keys: the main tiles and the tail tiles, which repeat these if none."""
+    main = stack(key_main, reference_main, KEY_MAIN, DIM_MAIN, DIM_TAIL)
+    if KEY_TAIL > 0:
+        return main, stack(key_tail, reference_tail, KEY_TAIL, DIM_MAIN, DIM_TAIL)
+    else:
+        return main, main
+
+
+@triton.jit
+def unstacked_products(
     queries, stacked, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM_TAIL: tl.constexpr
 ):
-    """Scores of two stacked tiles of keys, by one product: those of the upper and of the lower.
+    """Products with the upper and with the lower of two stacked tiles of keys.
 
-    A warp group waits for each product; here once for both. What belongs to one key lies in the
-    same thread for both, so that taking them apart moves nothing.
+    What belongs to one key lies in the same thread for both: taking them apart moves nothing.
     """
     both = inner_products(queries, stacked, DIM_TAIL)
     return tl.split(tl.permute(tl.reshape(both, [ROWS, 2, KEYS]), [0, 2, 1]))
+
+
+@triton.jit
+def scores_of_both(
+    queries, both_main, both_tail, ROWS: tl.constexpr, KEY_MAIN: tl.constexpr,
+    KEY_TAIL: tl.constexpr, DIM_TAIL: tl.constexpr,
+):  # fmt: skip
+    """`scores` of the keys, then of the reference keys, from tiles that `stack_tiles` made.
+
+    A warp group waits for each product; here once for both.
+    """
+    main, other_main = unstacked_products(queries, both_main, ROWS, KEY_MAIN, DIM_TAIL)
+    if KEY_TAIL > 0:
+        tail, other_tail = unstacked_products(queries, both_tail, ROWS, KEY_TAIL, DIM_TAIL)
+        return main, tail, other_main, other_tail
+    else:
+        return main, main, other_main, other_main
 
 
 @triton.jit

@@ -91,6 +91,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Watched]:
     [
         {"queries": 36, "head_dim": 64, "dtype": torch.bfloat16},
         {"queries": 70, "keys": 80, "head_dim": 40, "dtype": torch.float16, "tokens": 2},
+        {"batch": 1, "queries": 200, "head_dim": 80, "dtype": torch.float16, "mask": True},
+        {"heads": 1, "queries": 130, "head_dim": 160, "dtype": torch.bfloat16},
         {"queries": 17, "keys": 5, "head_dim": 33, "mask": True, "weights": True},
         {
             "batch": 1,
