@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ from .layouts import (
 from .memory import STATISTICS
 
 KEY_GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
+
+
+class _Partial(NamedTuple):
+    """What the programs of a launch leave of one gradient: `count` sums for each batch of total."""
+
+    sums: Tensor
+    total: Tensor
+    count: int
 
 
 def _backward_numbers(
@@ -114,18 +122,29 @@ def plan_backward_sums(
 
     totals are as for `plan_backward_key_value`; config says that the kernel sums them up.
     """
+    launch, partials = _backward_sums(
+        inputs, gradients, grad_query, statistics, totals, scale, reference_grad, device, config
+    )
+    return [launch, *_plan_sums(partials, device)]
+
+
+def _backward_sums(
+    inputs: Inputs, gradients: Gradients, grad_query: Tensor | None, statistics: Tensor | None,
+    totals: tuple[Tensor | None, Tensor | None], scale: float, reference_grad: bool,
+    device: Device, config: KernelConfig,
+) -> tuple[Launch, list[_Partial]]:  # fmt: skip
     layouts = GradientLayouts.of(gradients)
     prepared = _prepare_backward_query(
         "backward", InputLayouts.of(inputs), layouts, scale, reference_grad, device, config
     )
-    partials = _partials(inputs, totals, prepared.grid[1])
+    written, partials = _partials(inputs, totals, prepared.grid[1])
     tensors = _gradient_tensors(inputs, gradients) | {
         "grad_query": grad_query,
-        "grad_key": partials[0],
-        "grad_value": partials[1],
+        "grad_key": written[0],
+        "grad_value": written[1],
         "statistics": statistics,
     }
-    return [Launch(prepared, tensors), *_plan_sums(inputs, partials, totals, prepared, device)]
+    return Launch(prepared, tensors), partials
 
 
 @tiling.kept
@@ -152,15 +171,25 @@ def plan_backward_key_value(
     batch of 1 under a larger batch of queries gets the sum over it. Without more than one partial
     sum a gradient, the first kernel writes the totals itself.
     """
+    launches, partials = _backward_key_value(
+        inputs, gradients, statistics, totals, scale, device, config
+    )
+    return launches + _plan_sums(partials, device)
+
+
+def _backward_key_value(
+    inputs: Inputs, gradients: Gradients, statistics: Tensor,
+    totals: tuple[Tensor | None, Tensor | None, Tensor | None], scale: float, device: Device,
+    config: KernelConfig | None,
+) -> tuple[list[Launch], list[_Partial]]:  # fmt: skip
     layouts = GradientLayouts.of(gradients)
     prepared = _prepare_backward_key_value(InputLayouts.of(inputs), layouts, scale, device, config)
-    partials = _partials(inputs, totals, prepared.grid[1])
+    written, partials = _partials(inputs, totals, prepared.grid[1])
     tensors = _gradient_tensors(inputs, gradients) | {"statistics": statistics}
-    parts = [dict(zip(KEY_GRADIENTS, partials, strict=True))]
+    parts = [dict(zip(KEY_GRADIENTS, written, strict=True))]
     if prepared.config.separate:
-        parts = [{name: partial} for name, partial in parts[0].items() if partial is not None]
-    launches = [Launch(prepared, tensors | part) for part in parts]
-    return launches + _plan_sums(inputs, partials, totals, prepared, device)
+        parts = [{name: each} for name, each in parts[0].items() if each is not None]
+    return [Launch(prepared, tensors | part) for part in parts], partials
 
 
 def plan_backward(
@@ -182,6 +211,7 @@ def plan_backward(
     statistics = None
     if any(total is not None for total in of_keys):
         statistics = empty_statistics(inputs.query)
+    partials: list[_Partial] = []
     if summed[0] is None:
         launches = [
             plan_backward_query(
@@ -190,40 +220,48 @@ def plan_backward(
         ]
     else:
         assert config is not None
-        launches = plan_backward_sums(
+        launch, partials = _backward_sums(
             inputs, gradients, grad_query, statistics, (summed[0], summed[1]), scale,
             reference_grad, device, config,
         )  # fmt: skip
+        launches = [launch]
     if statistics is not None:
         wanted = (of_keys[0], of_keys[1], of_keys[2])
-        launches += plan_backward_key_value(inputs, gradients, statistics, wanted, scale, device)
-    return launches
+        more, others = _backward_key_value(
+            inputs, gradients, statistics, wanted, scale, device, None
+        )
+        launches += more
+        partials += others
+    return launches + _plan_sums(partials, device)
 
 
-def _partials(inputs: Inputs, totals: Sequence[Tensor | None], splits: int) -> list[Tensor | None]:
-    """What the programs write for each total: itself, where each of its batches has one sum."""
+def _partials(
+    inputs: Inputs, totals: Sequence[Tensor | None], splits: int
+) -> tuple[list[Tensor | None], list[_Partial]]:
+    """What the programs write for each total, and what is to be added up then.
+
+    They write the total itself where each of its batches has one sum.
+    """
     batch, heads, _, head_dim = inputs.query.shape
     shape = (batch, splits, inputs.key.shape[2], heads, head_dim)
-    return [
-        total
-        if total is None or (splits == 1 and total.shape[0] == batch)
-        else total.new_empty(shape, dtype=torch.float32)
-        for total in totals
-    ]
+    written: list[Tensor | None] = []
+    partials = []
+    for total in totals:
+        if total is None or (splits == 1 and total.shape[0] == batch):
+            written.append(total)
+            continue
+        sums = total.new_empty(shape, dtype=torch.float32)
+        written.append(sums)
+        partials.append(_Partial(sums, total, batch * splits // total.shape[0]))
+    return written, partials
 
 
-def _plan_sums(
-    inputs: Inputs, partials: Sequence[Tensor | None], totals: Sequence[Tensor | None],
-    prepared: Prepared, device: Device,
-) -> list[Launch]:  # fmt: skip
-    """The launches that add up partial sums into the totals, those of one batch size together."""
-    sums = inputs.query.shape[0] * prepared.grid[1]
-    pairs = [(p, t) for p, t in zip(partials, totals, strict=True) if t is not None and p is not t]
-    launches = []
-    for groups in sorted({total.shape[0] for _, total in pairs}):
-        chosen = [(p, t) for p, t in pairs if t.shape[0] == groups]
-        launches.append(_plan_sum(chosen, sums // groups, device))
-    return launches
+def _plan_sums(partials: Sequence[_Partial], device: Device) -> list[Launch]:
+    """The launches that add up partial sums into the totals, those of one kind together."""
+    kinds: dict[tuple[int, int], list[_Partial]] = {}
+    for partial in partials:
+        kinds.setdefault((partial.total.shape[0], partial.count), []).append(partial)
+    return [_plan_sum(kind, device) for _, kind in sorted(kinds.items())]
 
 
 @tiling.kept
@@ -236,13 +274,13 @@ def _prepare_sum(
     return Prepared(sum_partials, grid, numbers, KernelConfig(SUM_BLOCK, 4, 1))
 
 
-def _plan_sum(pairs: list[tuple[Tensor | None, Tensor]], count: int, device: Device) -> Launch:
-    """The launch that adds up `count` partial sums of up to three gradients of equal shape."""
-    total = pairs[0][1]
+def _plan_sum(partials: Sequence[_Partial], device: Device) -> Launch:
+    """The launch that adds up the partial sums of up to three gradients of equal shape."""
+    _, total, count = partials[0]
     prepared = _prepare_sum(
-        total.numel() // total.shape[0], total.shape[0], len(pairs), total.dtype, count, device
+        total.numel() // total.shape[0], total.shape[0], len(partials), total.dtype, count, device
     )
     tensors: dict[str, Tensor | None] = {}
-    for place, (partial, into) in zip(("first", "second", "third"), pairs, strict=False):
-        tensors |= {f"{place}_partials": partial, f"{place}_total": into}
+    for place, (sums, into, _) in zip(("first", "second", "third"), partials, strict=False):
+        tensors |= {f"{place}_partials": sums, f"{place}_total": into}
     return Launch(prepared, tensors)
