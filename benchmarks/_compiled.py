@@ -21,8 +21,8 @@ _SCHEDULERS = 4
 DEVICES_OF = {80: ("A100",), 90: ("H100", "H200")}
 # Clocks a second of all multiprocessors at the highest boost, for the instruction slots.
 _SLOTS = {"A100": 108 * 1.41e9, "H100": 132 * 1.98e9, "H200": 132 * 1.98e9}
-# The architectures of which latencies are known, and the names of their devices.
-PLAYED = {90: ("H100", "H200")}
+# The architectures of which latencies are known.
+PLAYED = (90,)
 # Bytes a second from the L2 cache: NVIDIA gives 5,120 a clock for the A100 and nothing for the
 # others, which are taken to give as many.
 _L2_BYTES = {"A100": 5120 * 1.41e9, "H100": 5120 * 1.98e9, "H200": 5120 * 1.98e9}
@@ -108,7 +108,7 @@ def _row_bound(facts: Facts, device: str) -> Bound:
 
 def played_seconds(facts: Facts, device: str) -> float | None:
     """What a row takes with the waiting played, the device full; None where nobody knows."""
-    if not facts.turn_clocks or device not in PLAYED.get(facts.choice.capability, ()):
+    if not facts.turn_clocks:
         return None
     rows = len(facts.turn_clocks) * facts.block
     return facts.key_tiles * facts.turn_clocks[-1] / rows / _SLOTS[device]

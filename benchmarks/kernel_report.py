@@ -191,7 +191,7 @@ def _cells(facts: Facts, devices: tuple[str, ...]) -> list[str]:
     for device in devices:
         bound = facts.bounds.get(device)
         cells.append(f"{bound['picoseconds']:.0f} {bound['unit']}" if bound else "-")
-        if device in PLAYED.get(facts.choice.capability, ()):
+        if facts.choice.capability in PLAYED:
             played = (bound or {}).get("played")
             cells.append(f"{played:.0f}" if played else "-")
     return [str(cell) for cell in cells]
@@ -203,7 +203,7 @@ def report_table(facts: list[Facts], capability: int) -> str:
     head = [*_HEAD]
     for device in devices:
         head.append(f"{device} ps/row")
-        if device in PLAYED.get(capability, ()):
+        if capability in PLAYED:
             head.append("played")
     rows = [_cells(one, devices) for one in facts if one.choice.capability == capability]
     return table(head, rows)

@@ -28,7 +28,7 @@ from .primitives import (
     accumulate,
     add_products,
     add_to_column,
-    pull,
+    pull_to_reference,
     scale_rows,
     scores,
     scores_of_both,
@@ -177,13 +177,11 @@ def cross_attention_backward_query(
                 other_main, other_tail = scores(
                     queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
                 )
-            other_main, other_tail, other_peak, other_inverse = softmax(
-                other_main, other_tail, valid_main, valid_tail, scale_log2,
+            (other_main, other_tail, other_peak, other_inverse,
+             pull_main, pull_tail) = pull_to_reference(
+                main, tail, other_main, other_tail, valid_main, valid_tail,
+                weight_main, weight_tail, alignment_factor, scale_log2,
                 KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
-            )  # fmt: skip
-            pull_main, pull_tail = pull(
-                main, tail, other_main, other_tail, weight_main, weight_tail, alignment_factor,
-                KEY_TAIL,
             )  # fmt: skip
             grad_main = pull_main
             grad_tail = pull_tail
@@ -224,13 +222,11 @@ def cross_attention_backward_query(
             other_main, other_tail = scores(
                 queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
             )
-            other_main, other_tail, other_peak, other_inverse = softmax(
-                other_main, other_tail, valid_main, valid_tail, scale_log2,
+            (other_main, other_tail, other_peak, other_inverse,
+             pull_main, pull_tail) = pull_to_reference(
+                main, tail, other_main, other_tail, valid_main, valid_tail,
+                weight_main, weight_tail, alignment_factor, scale_log2,
                 KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
-            )  # fmt: skip
-            pull_main, pull_tail = pull(
-                main, tail, other_main, other_tail, weight_main, weight_tail, alignment_factor,
-                KEY_TAIL,
             )  # fmt: skip
             grad_main += pull_main
             if KEY_TAIL > 0:

@@ -98,6 +98,7 @@ def cross_attention_forward(
         row = block * BLOCK + tl.arange(0, BLOCK)
         row_valid = row < rows
         if RELOAD:
+            # With offsets held over the loop: there they cost less than finding them again.
             source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
             queries = load_rows(
                 source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST

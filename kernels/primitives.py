@@ -185,6 +185,23 @@ def pull(
 
 
 @triton.jit
+def pull_to_reference(
+    main, tail, other_main, other_tail, valid_main, valid_tail, weight_main, weight_tail, factor,
+    scale_log2, KEY_TAIL: tl.constexpr, MASK_MAIN: tl.constexpr, HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """`softmax` of the reference's scores, and the pull to it on main and tail."""
+    other_main, other_tail, peak, inverse = softmax(
+        other_main, other_tail, valid_main, valid_tail, scale_log2,
+        KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+    )  # fmt: skip
+    pull_main, pull_tail = pull(
+        main, tail, other_main, other_tail, weight_main, weight_tail, factor, KEY_TAIL
+    )
+    return other_main, other_tail, peak, inverse, pull_main, pull_tail
+
+
+@triton.jit
 def softmax_gradient(probability_main, probability_tail, main, tail, KEY_TAIL: tl.constexpr):
     """Gradient of the scores from that of the probabilities (equation 8), and the rows' mean."""
     mean = tl.sum(probability_main * main, axis=1)

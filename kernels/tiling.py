@@ -53,30 +53,29 @@ def tile_keys(tiles: dict[str, Any], keys: int, key_tile: int) -> int:
     return count
 
 
-def config_of(
-    kernel: str, inputs: InputLayouts, tiles: dict[str, Any], device: Device
-) -> KernelConfig:
-    return choose_config(
-        kernel,
+def _place(
+    inputs: InputLayouts, tiles: dict[str, Any], device: Device
+) -> tuple[int, str, int, int, int]:
+    """Where the table of configurations is looked up: what `choose_config` takes after a kernel."""
+    return (
         device.capability,
         precision_of(inputs),
         tiles["DIM_MAIN"] + tiles["DIM_TAIL"],
         tiles["KEY_MAIN"] + tiles["KEY_TAIL"],
         inputs.query.shape[2],
     )
+
+
+def config_of(
+    kernel: str, inputs: InputLayouts, tiles: dict[str, Any], device: Device
+) -> KernelConfig:
+    return choose_config(kernel, *_place(inputs, tiles, device))
 
 
 @kept
 def sums_config(inputs: InputLayouts, device: Device) -> KernelConfig | None:
     """With what the kernel of the queries sums up dK, and dV, as well; None where it does not."""
-    tiles = tiles_of("backward", inputs, device)
-    return choose_sums(
-        device.capability,
-        precision_of(inputs),
-        tiles["DIM_MAIN"] + tiles["DIM_TAIL"],
-        tiles["KEY_MAIN"] + tiles["KEY_TAIL"],
-        inputs.query.shape[2],
-    )
+    return choose_sums(*_place(inputs, tiles_of("backward", inputs, device), device))
 
 
 def split_rows(
@@ -103,7 +102,7 @@ def split_rows(
 
 
 def common_numbers(inputs: InputLayouts, tiles: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Numbers that all three kernels take."""
+    """Numbers that all kernels of rows take."""
     numbers: dict[str, Any] = {}
     for name in ("query", "key", "value", "reference_key"):
         short = "reference" if name == "reference_key" else name
