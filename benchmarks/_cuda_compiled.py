@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from _compiled import DEVICES_OF, Choice, Facts, add_bounds, per_row
-from _listing import Kernel, kernels, load_widths, read_row_loop
+from _compiled import DEVICES_OF, PLAYED, Choice, Facts, add_bounds, per_row
+from _latency import turn_clocks
+from _listing import Kernel, kernels, load_widths, read_row_loop, row_loop_body
 from _occupancy import LIMITS, RESERVED_SHARED, occupancy
 from _roofline import kernel_work
 from _shapes import Problem
@@ -26,16 +27,19 @@ BACKEND = "cuda"
 # The kernels of the matrix units by source; the others take what these do not, at no set rate.
 SOURCES = {
     "forward": "tensor_forward",
+    "backward": "tensor_backward",
     "backward_query": "tensor_query",
     "backward_key_value": "tensor_key_value",
 }
 HEAD_DIMS = (40, 64, 80, 160)
+# Up to here one kernel has the whole backward pass, but for the reference key's gradient.
+WIDEST_IN_ONE_PASS = 80
 _DTYPES = {"BFloat16": "bfloat16", "Half": "float16"}
 _ROWS = 4096
 _ROWS_A_WARP = 16
 _NAME = re.compile(
-    r"(?:forward|query|key_value)_kernelILi(\d+)ENS\d?_\d+(BFloat16|Half)E"
-    r"(?:Lb(?P<reference>[01])ELb(?P<small>[01])E)?"
+    r"(?P<kernel>forward|query|key_value|backward)_kernelILi(\d+)ENS\d?_\d+(BFloat16|Half)E"
+    r"Lb(?P<reference>[01])E(?:Lb(?P<small>[01])E|Li(?P<slots>[12])E)?"
 )
 _USE = re.compile(
     r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -127,7 +131,7 @@ def _starts(program: Path, shared_bytes: int) -> dict[tuple[str, int], Start]:
 
 def _head_dim(mangled: str) -> int:
     form = _NAME.search(mangled)
-    return int(form[1]) if form else 0
+    return int(form[2]) if form else 0
 
 
 def _rows_a_turn(kernel: str, head_dim: int, warps: int, small: bool) -> int:
@@ -135,7 +139,7 @@ def _rows_a_turn(kernel: str, head_dim: int, warps: int, small: bool) -> int:
     if kernel == "backward_key_value":
         if small:
             return _ROWS_A_WARP
-        return 32 if head_dim > 80 else 64
+        return 32 if head_dim > 64 else 64
     return _ROWS_A_WARP * warps
 
 
@@ -153,15 +157,20 @@ def _facts(choice: Choice, kernel: Kernel, use: _Use, start: Start, small: bool)
 
     warps = start.threads // 32
     rows = _rows_a_turn(choice.kernel, choice.head_dim, warps, small)
-    turn = read_row_loop(kernel, functools.partial(_trips, choice.head_dim, rows))
+    trips = functools.partial(_trips, choice.head_dim, rows)
+    turn = read_row_loop(kernel, trips)
     resident = occupancy(choice.capability, use.registers, warps, start.shared_bytes)
+    played = []
+    if choice.capability in PLAYED:
+        body = row_loop_body(kernel, trips)
+        played = [turn_clocks(body, n, warps) for n in range(1, resident.blocks + 1)]
     a_row = Problem("custom", 1, choice.head_dim, 1)
     itemsize = getattr(torch, choice.dtype).itemsize
     facts = Facts(
         choice=choice,
         block=rows,
         warps=warps,
-        stages=2 if choice.kernel == "backward_key_value" and not small else 1,
+        stages=2 if choice.kernel in ("backward", "backward_key_value") and not small else 1,
         registers=use.registers,
         spill_bytes=use.spill_bytes,
         shared_bytes=start.shared_bytes,
@@ -173,10 +182,18 @@ def _facts(choice: Choice, kernel: Kernel, use: _Use, start: Start, small: bool)
         local_accesses_a_turn=turn.local_accesses,
         load_widths=load_widths(kernel),
         bytes_a_row=kernel_work(a_row, itemsize, choice.kernel).row_bytes,
+        turn_clocks=played,
         **per_row(turn, warps, rows),
     )
     add_bounds(facts, DEVICES_OF.get(choice.capability, ()))
     return facts
+
+
+def _is_taken(form: re.Match[str], small: bool) -> bool:
+    """Whether a call with the loss and without the reference key's gradient takes a kernel."""
+    if form["kernel"] == "key_value":
+        return form["reference"] == "0" and form["small"] == str(int(small))
+    return form["reference"] == "1" and form["slots"] in (None, "1" if small else "2")
 
 
 def compile_capability(
@@ -214,12 +231,12 @@ def compile_capability(
                     raise RuntimeError(
                         f"{SOURCES[kernel]}.cu has a kernel of unknown name: {mangled}"
                     )
-                head_dim, dtype = int(form[1]), _DTYPES[form[2]]
+                head_dim, dtype = int(form[2]), _DTYPES[form[3]]
+                if head_dim not in head_dims or dtype not in dtypes:
+                    continue
                 # Where the shared memory is too small for one kernel another takes its place.
                 small = starts[kernel, head_dim] != roomy[kernel, head_dim]
-                if form["reference"] == "1" or (form["small"] == "1") != small:
-                    continue
-                if head_dim not in head_dims or dtype not in dtypes:
+                if not _is_taken(form, small):
                     continue
                 choice = Choice(kernel, capability, dtype, head_dim, _ROWS, BACKEND)
                 start = starts[kernel, head_dim]

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from _sass import Instruction, access_bits, hot_loop, parse
+from _sass import Instruction, access_bits, hot_loop, matrix_flops, parse
 
 _TURNS = 8
 _WARMED_UP = 2
@@ -34,6 +34,8 @@ class Latencies(NamedTuple):
     global_memory: float = 850.0
     group_product: float = 150.0
     """A warp group's product, beyond the time that the matrix unit works on it."""
+    warp_product: float = 28.0
+    """The same of a single warp's."""
     memory_barrier: float = 45.0
     fence: float = 20.0
     program_barrier: float = 25.0
@@ -90,6 +92,11 @@ def _matrix_work(instruction: Instruction, clocks: Latencies) -> _Work:
     return _Work("matrix", max(columns / 2, operands), clocks.group_product)
 
 
+def _warp_matrix_work(instruction: Instruction, clocks: Latencies) -> _Work:
+    """A product of one warp, 16 x 8 x 16 in four clocks: half of what a warp group comes to."""
+    return _Work("matrix", matrix_flops(instruction) / 1024, clocks.warp_product)
+
+
 def _memory_work(kind: str, opcode: str, clocks: Latencies) -> _Work | None:
     """Shared and global memory, shuffles, barriers: one pipe, shared by the four schedulers."""
     bytes_a_warp = 512 if kind in ("LDSM", "STSM") else access_bits(opcode) * 4
@@ -124,6 +131,8 @@ def _work(instruction: Instruction, clocks: Latencies) -> _Work:
     kind = instruction.opcode.split(".")[0]
     if kind.endswith("GMMA"):
         return _matrix_work(instruction, clocks)
+    if kind == "HMMA":
+        return _warp_matrix_work(instruction, clocks)
     if kind == "MUFU":
         return _Work("special", 8.0, clocks.special)
     if memory := _memory_work(kind, instruction.opcode, clocks):
@@ -196,9 +205,9 @@ def turn_clocks(
     """Clocks between two turns of one program, with `programs` of `warps` each on a multiprocessor.
 
     body is the hot loop of one warp. The four schedulers are taken to be alike: one is played, with
-    a fourth of the warps.
+    a fourth of each program's warps, rounded up.
     """
-    each = max(1, warps // 4)
+    each = -(-warps // 4)
     work = [_work(instruction, clocks) for instruction in body]
     running = [_Warp(i // each, i // each * _APART) for i in range(programs * each)]
     free: dict[str, float] = {}

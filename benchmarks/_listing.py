@@ -12,7 +12,9 @@ from _sass import Instruction, Turn, access_bits, is_matrix, matrix_flops
 _FUNCTION = re.compile(r"^\s*Function : (\S+)", re.M)
 _LINE = re.compile(
     r"^\s*/\*(?P<at>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*"
-    r"(?P<op>[A-Z][\w.]*)\s*(?P<rest>[^;]*);",
+    r"(?P<op>[A-Z][\w.]*)\s*(?P<rest>[^;]*);"
+    # The upper half of the encoding stands in the next line and has the rules of issue.
+    r"[^\n]*(?:\n\s*/\*\s*0x(?P<upper>[0-9a-f]{16})\s*\*/)?",
     re.M,
 )
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
@@ -52,6 +54,19 @@ def kernels(listing: str) -> dict[str, Kernel]:
     return found
 
 
+def _instruction(line: re.Match[str]) -> Instruction:
+    """With its rules of issue, where the encoding is printed."""
+    rules = int(line["upper"] or "0", 16) >> 41
+
+    def barrier(first: int) -> int | None:
+        number = rules >> first & 7
+        return None if number == 7 or not line["upper"] else number
+
+    return Instruction(
+        line["op"], line["rest"], rules >> 11 & 0x3F, barrier(8), barrier(5), rules & 0xF
+    )
+
+
 def _kernel(text: str) -> Kernel:
     lines = list(_LINE.finditer(text))
     place_of = {int(line["at"], 16): place for place, line in enumerate(lines)}
@@ -64,7 +79,7 @@ def _kernel(text: str) -> Kernel:
         # A jump from behind a loop into it returns from code that was moved out of the way.
         if not any(loop.first < first <= loop.last for loop in loops):
             loops.append(Loop(first, place))
-    return Kernel([Instruction(line["op"], line["rest"]) for line in lines], loops)
+    return Kernel([_instruction(line) for line in lines], loops)
 
 
 def _turns(body: list[Instruction], trips: Trips) -> int:
@@ -86,38 +101,55 @@ def row_loop(kernel: Kernel) -> Loop | None:
     return best if best is not None and weight(best)[0] else None
 
 
-def read_row_loop(kernel: Kernel, trips: Trips) -> Turn:
-    """Count one turn of the row loop for a call without maps, its other branches as taken.
+def row_loop_body(kernel: Kernel, trips: Trips) -> list[Instruction]:
+    """What one turn of the row loop issues for a call without maps, its other branches as taken.
 
     Raises ValueError where the kernel has no loop with products in it.
     """
     loop = row_loop(kernel)
     if loop is None:
         raise ValueError("the kernel has no loop with products or exponentials in it")
-    times = [1] * len(kernel.instructions)
-    for inner in kernel.loops:
-        if loop.holds(inner):
-            turns = _turns(kernel.instructions[inner.first : inner.last + 1], trips)
-            for place in range(inner.first, inner.last + 1):
-                times[place] *= turns
+    inner = [other for other in kernel.loops if loop.holds(other)]
+
+    def unrolled(first: int, last: int) -> list[Instruction]:
+        body: list[Instruction] = []
+        place = first
+        while place <= last:
+            # The outermost of the loops that begin here, but for the one that is being unrolled.
+            here = [x for x in inner if x.first == place and (x.first, x.last) != (first, last)]
+            here = [x for x in here if x.last <= last]
+            if here:
+                found = max(here, key=lambda x: x.last)
+                turns = _turns(kernel.instructions[found.first : found.last + 1], trips)
+                body += unrolled(found.first, found.last) * turns
+                place = found.last + 1
+            else:
+                body.append(kernel.instructions[place])
+                place += 1
+        return body
+
+    return unrolled(loop.first, loop.last)
+
+
+def read_row_loop(kernel: Kernel, trips: Trips) -> Turn:
+    """Count one turn of the row loop, as `row_loop_body` has it."""
     counts: Counter[str] = Counter()
     flops = 0.0
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
-    for place in range(loop.first, loop.last + 1):
-        instruction, often = kernel.instructions[place], times[place]
+    for instruction in row_loop_body(kernel, trips):
         kind = instruction.opcode.split(".")[0]
         size = access_bits(instruction.opcode)
-        counts["all"] += often
-        counts["special"] += often * (kind == "MUFU")
-        counts["exponentials"] += often * (instruction.opcode == "MUFU.EX2")
-        counts["matrix"] += often * is_matrix(instruction)
-        counts["local"] += often * (kind in ("LDL", "STL"))
-        flops += often * matrix_flops(instruction) if is_matrix(instruction) else 0.0
+        counts["all"] += 1
+        counts["special"] += kind == "MUFU"
+        counts["exponentials"] += instruction.opcode == "MUFU.EX2"
+        counts["matrix"] += is_matrix(instruction)
+        counts["local"] += kind in ("LDL", "STL")
+        flops += matrix_flops(instruction) if is_matrix(instruction) else 0.0
         if kind in ("LDG", "LDGSTS"):
-            loads[size] += often * size // 8 * _LANES
+            loads[size] += size // 8 * _LANES
         elif kind == "STG":
-            stores[size] += often * size // 8 * _LANES
+            stores[size] += size // 8 * _LANES
     return Turn(
         instructions=counts["all"],
         special=counts["special"],

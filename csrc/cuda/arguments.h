@@ -33,7 +33,7 @@ enum Statistic : int {
     kInverse = 1,
     kMean = 2,
     // Of A_r's row.
-    kReference = 3,
+    kAnchor = 3,
     kStatistics = 6,
 };
 

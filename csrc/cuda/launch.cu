@@ -89,12 +89,12 @@ struct ForwardPlan {
 };
 
 struct BackwardPlan {
-    bool tensor;
+    bool tensor, one_pass;
     BackwardArguments query, key_value;
     int64_t bytes;
 
     BackwardPlan(const BackwardCall& call, void* scratch, int multiprocessors)
-        : tensor(tensor::takes(call)) {
+        : tensor(tensor::takes(call)), one_pass(tensor && tensor::in_one_pass(call)) {
         Arena arena(scratch);
         query.call = call;
         query.with_reference = call.with_reference();
@@ -103,10 +103,15 @@ struct BackwardPlan {
         // Whole tiles, so that a tile's statistics are read without a look at the end.
         query.padded_rows = (call.queries + tensor::kBlockRows - 1) / tensor::kBlockRows;
         query.padded_rows *= tensor::kBlockRows;
-        query.statistics =
-            arena.floats(call.batch * call.heads * kStatistics * query.padded_rows);
+        if (!one_pass) {
+            query.statistics =
+                arena.floats(call.batch * call.heads * kStatistics * query.padded_rows);
+        }
         key_value = query;
-        if (tensor) {
+        if (one_pass) {
+            key_value.cut = cut_rows(call, multiprocessors, tensor::backward_blocks(call.head_dim),
+                                     tensor::kBlockRows, kKeysStart);
+        } else if (tensor) {
             query.cut = cut_rows(call, multiprocessors, tensor::query_blocks(call.head_dim),
                                  tensor::kBlockRows, kStart);
             key_value.cut = cut_rows(call, multiprocessors, tensor::key_blocks(call.head_dim),
@@ -200,11 +205,16 @@ const char* backward(const BackwardCall& call, void* scratch, int multiprocessor
     if (call.grad_value.data && !call.grad_output.data) return "no gradient reaches the value";
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     if (!plan.with_keys() && !call.grad_query.data) return nullptr;
-    cudaError_t error = plan.tensor ? tensor::backward_query(plan.query, on)
-                                    : simple::backward_query(plan.query, on);
-    if (error != cudaSuccess || !plan.with_keys()) return sentence(error);
     const BackwardArguments& a = plan.key_value;
-    error = plan.tensor ? tensor::backward_key_value(a, on) : simple::backward_key_value(a, on);
+    cudaError_t error = cudaSuccess;
+    if (plan.one_pass) {
+        error = tensor::backward(a, on);
+    } else {
+        error = plan.tensor ? tensor::backward_query(plan.query, on)
+                            : simple::backward_query(plan.query, on);
+        if (error != cudaSuccess || !plan.with_keys()) return sentence(error);
+        error = plan.tensor ? tensor::backward_key_value(a, on) : simple::backward_key_value(a, on);
+    }
     if (error != cudaSuccess) return sentence(error);
     TotalArguments totals;
     totals.totals[0] = {a.key, like(call.grad_key, call.key)};

@@ -55,6 +55,16 @@ SEFI_DEVICE float power_of_two(float x) {
     return power;
 }
 
+// 1 / x, accurate to one unit in the last place.
+SEFI_DEVICE float reciprocal(float x) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
+}
+
+// x * y, rounded: not one half of a fused multiply-add.
+SEFI_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }
+
 SEFI_DEVICE char* shared_memory() {
     extern __shared__ __align__(128) char memory[];
     return memory;

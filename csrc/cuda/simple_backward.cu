@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads) query_kernel(const BackwardArguments
         if (with_reference) {
             inner_products(rows, reference, keys, width, visible, piece, anchor);
             const Peak other_peak = softmax(other, keys, mine, visible, a.cut);
-            keep(kReference + kPeak, other_peak.peak);
-            keep(kReference + kInverse, other_peak.inverse);
+            keep(kAnchor + kPeak, other_peak.peak);
+            keep(kAnchor + kInverse, other_peak.inverse);
         }
         if (call.grad_output.data) {
             __syncthreads();
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) query_kernel(const BackwardArguments
         keep(kMean, mean);
         if (with_reference) {
             other_mean = row_sum(other_mean);
-            keep(kReference + kMean, other_mean);
+            keep(kAnchor + kMean, other_mean);
         }
         for (int k = mine; k < keys; k += kRowThreads) {
             const float toward = with_reference ? pull(k) * (p[k] - other[k]) : 0.0f;
@@ -202,10 +202,10 @@ __global__ void __launch_bounds__(kThreads) key_value_kernel(const BackwardArgum
                 p = probability(key, 0);
                 if (a.key && call.grad_output.data) s = product(g, value);
                 if (with_reference) {
-                    other = probability(reference, kReference);
+                    other = probability(reference, kAnchor);
                     const float toward = pull(first_key + k) * (p - other);
                     s += toward;
-                    other *= -toward - statistics[(kReference + kMean) * a.padded_rows + row];
+                    other *= -toward - statistics[(kAnchor + kMean) * a.padded_rows + row];
                 }
                 for (int64_t t = 0; with_maps && t < call.map_count; ++t) {
                     if (tokens[t] != first_key + k) continue;

@@ -20,12 +20,11 @@ SEFI_DEVICE float2 of_columns(const float* keys, int eight) {
     return *reinterpret_cast<const float2*>(keys + 8 * eight + 2 * (lane() % 4));
 }
 
-// softmax(rows * tile^T) over the keys. log_sum: log2 of each row's sum of powers, +inf for a row
-// without any key, whose probabilities are zeros.
+// rows * tile^T, and -inf for keys that no row may attend to. `tile` is the tile's address with
+// score_offset.
 template <int D, class E>
-SEFI_DEVICE void probabilities(const uint32_t (&rows)[D / 8][2], uint32_t tile, const float* bias,
-                               float scale_log2, float (&map)[kKeyEights][4],
-                               float (&log_sum)[2]) {
+SEFI_DEVICE void score_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile, const float* bias,
+                            float (&map)[kKeyEights][4]) {
 #pragma unroll
     for (int e = 0; e < kKeyEights; ++e) {
         const float2 start = of_columns(bias, e);
@@ -33,33 +32,65 @@ SEFI_DEVICE void probabilities(const uint32_t (&rows)[D / 8][2], uint32_t tile, 
         map[e][1] = map[e][3] = start.y;
     }
     multiply_keys<D, E>(rows, tile, map);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
+}
+
+// A map that becomes probabilities, and what a lane knows of its two rows.
+struct Softmax {
+    float (&map)[kKeyEights][4];
+    float shift[2], total[2];
+
+    SEFI_DEVICE explicit Softmax(float (&scores)[kKeyEights][4]) : map(scores) {}
+
+    // log2 of a row's sum of powers, +inf for a row without any key.
+    SEFI_DEVICE float log_sum(int r) const {
+        return total[r] == 0.0f ? INFINITY : shift[r] + log2f(total[r]);
+    }
+
+    SEFI_DEVICE void find_shift(int r, float scale_log2) {
         float peak = -INFINITY;
 #pragma unroll
         for (int e = 0; e < kKeyEights; ++e) {
             peak = fmaxf(peak, fmaxf(map[e][2 * r], map[e][2 * r + 1]));
         }
         peak = row_max(peak);
-        const float shift = peak == -INFINITY ? 0.0f : peak * scale_log2;
-        float total = 0.0f;
+        shift[r] = peak == -INFINITY ? 0.0f : peak * scale_log2;
+    }
+
+    SEFI_DEVICE void find_powers(int r, float scale_log2) {
+        float even = 0.0f, odd = 0.0f;
 #pragma unroll
         for (int e = 0; e < kKeyEights; ++e) {
-#pragma unroll
-            for (int i = 2 * r; i < 2 * r + 2; ++i) {
-                map[e][i] = power_of_two(fmaf(map[e][i], scale_log2, -shift));
-                total += map[e][i];
-            }
+            float &x = map[e][2 * r], &y = map[e][2 * r + 1];
+            x = power_of_two(fmaf(x, scale_log2, -shift[r]));
+            y = power_of_two(fmaf(y, scale_log2, -shift[r]));
+            even += x;
+            odd += y;
         }
-        total = row_sum(total);
-        const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-        log_sum[r] = total == 0.0f ? INFINITY : shift + log2f(total);
+        total[r] = row_sum(even + odd);
+    }
+
+    SEFI_DEVICE void divide(int r) {
+        const float inverse = total[r] == 0.0f ? 0.0f : reciprocal(total[r]);
+        // Not fused with what comes: equal scores of two maps must stay equal.
 #pragma unroll
         for (int e = 0; e < kKeyEights; ++e) {
-            map[e][2 * r] *= inverse;
-            map[e][2 * r + 1] *= inverse;
+            map[e][2 * r] = product(map[e][2 * r], inverse);
+            map[e][2 * r + 1] = product(map[e][2 * r + 1], inverse);
         }
     }
+};
+
+// Scores to probabilities; a row without any key becomes zeros. Two maps at once wait for each
+// other's latencies instead of their own.
+template <class... Maps>
+SEFI_DEVICE void normalise(float scale_log2, Maps&... softmaxes) {
+    const auto each = [&](const auto& step) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) (step(softmaxes, r), ...);
+    };
+    each([&](Softmax& one, int r) { one.find_shift(r, scale_log2); });
+    each([&](Softmax& one, int r) { one.find_powers(r, scale_log2); });
+    each([&](Softmax& one, int r) { one.divide(r); });
 }
 
 }  // namespace sefi::cuda::tensor

@@ -5,20 +5,26 @@
 
 namespace sefi::cuda::tensor {
 
-// The rows that a block's share is a multiple of, for all three kernels.
+// The rows that a block's share is a multiple of, for all kernels.
 constexpr int kBlockRows = 64;
 
 // Blocks that are resident on a multiprocessor at a time, by their registers and shared memory.
 inline int resident(int narrow, int64_t head_dim) { return head_dim > 80 ? 1 : narrow; }
 inline int forward_blocks(int64_t head_dim) { return resident(3, head_dim); }
-inline int query_blocks(int64_t head_dim) { return resident(3, head_dim); }
+inline int query_blocks(int64_t head_dim) { return resident(2, head_dim); }
 inline int key_blocks(int64_t head_dim) { return resident(2, head_dim); }
+int backward_blocks(int64_t head_dim);
 
 // float16 and bfloat16, usual head widths, up to 80 keys, rows at multiples of 16 bytes.
 bool takes(const ForwardCall& call);
 bool takes(const BackwardCall& call);
 
+// Of the calls taken, those whose dQ, dK_t and dV_t one kernel computes: registers hold the sums of
+// two gradients of heads up to 80 wide. The others take a kernel of the queries, then of the keys.
+bool in_one_pass(const BackwardCall& call);
+
 cudaError_t forward(const ForwardArguments&, cudaStream_t);
+cudaError_t backward(const BackwardArguments&, cudaStream_t);
 cudaError_t backward_query(const BackwardArguments&, cudaStream_t);
 cudaError_t backward_key_value(const BackwardArguments&, cudaStream_t);
 

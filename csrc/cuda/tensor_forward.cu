@@ -11,22 +11,16 @@ namespace {
 template <int D>
 constexpr int kWarps = D > 80 ? 8 : 4;
 
+// A multiprocessor's registers are to hold so many blocks.
 template <int D>
-size_t shared_bytes(const ForwardCall& call) {
-    const size_t tiles = call.reference_key.data ? 3 : 2;
-    return tiles * Layout<D>::kTile + 4 * (2 * kKeys + kWarps<D>);
-}
+constexpr int kBlocks = D > 80 ? 1 : 3;
 
-template <int D, int kFirst, class E>
-SEFI_DEVICE void write_output(const uint32_t (&weights)[kKeySteps][4], uint32_t tile, E* head,
-                              int64_t stride, int64_t first, int64_t end) {
-    if constexpr (kFirst < D / 8) {
-        float sums[kGroup<D, kFirst>][4] = {};
-        weigh_keys<D, kFirst, E>(weights, tile, sums);
-        store_group<D, kFirst>(head, stride, first, end, 1.0f, sums);
-        write_output<D, kFirst + kGroup<D, kFirst>>(weights, tile, head, stride, first, end);
-    }
-}
+// Whether its registers hold the next rows beside two maps.
+template <int D>
+constexpr bool kAhead = D != 80;
+
+template <int D, bool kReference>
+constexpr int kBytes = (kReference ? 3 : 2) * Layout<D>::kTile + 4 * (2 * kKeys + kWarps<D>);
 
 // One number a row, of the column that a map asks for; zeros for one that does not exist.
 SEFI_DEVICE void write_map(const float (&map)[kKeyEights][4], int64_t token, int64_t first,
@@ -48,17 +42,16 @@ SEFI_DEVICE void write_map(const float (&map)[kKeyEights][4], int64_t token, int
     }
 }
 
-template <int D, class E>
-__global__ void __launch_bounds__(32 * kWarps<D>) forward_kernel(const ForwardArguments a) {
+template <int D, class E, bool kReference>
+__global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>) forward_kernel(const ForwardArguments a) {
     constexpr int kThreads = 32 * kWarps<D>, kTile = Layout<D>::kTile;
     const ForwardCall& call = a.call;
     const unsigned heads = unsigned(call.heads);
     const int64_t b = blockIdx.x / heads, h = blockIdx.x % heads;
-    const bool with_reference = call.reference_key.data != nullptr;
     char* const key = shared_memory();
     char* const value = key + kTile;
     char* const reference = value + kTile;
-    float* const bias = reinterpret_cast<float*>(with_reference ? reference + kTile : reference);
+    float* const bias = reinterpret_cast<float*>(kReference ? reference + kTile : reference);
     float* const weights = bias + kKeys;
     float* const shares = weights + kKeys;
     load_bias<kThreads>(call, b, bias);
@@ -66,7 +59,7 @@ __global__ void __launch_bounds__(32 * kWarps<D>) forward_kernel(const ForwardAr
     __syncthreads();
     load_keys<D, kThreads>(head_of<E>(call.key, b, h), call.key.row, bias, key);
     load_keys<D, kThreads>(head_of<E>(call.value, b, h), call.value.row, bias, value);
-    if (with_reference) {
+    if (kReference) {
         load_keys<D, kThreads>(head_of<E>(call.reference_key, b, h), call.reference_key.row, bias,
                                reference);
     }
@@ -80,20 +73,20 @@ __global__ void __launch_bounds__(32 * kWarps<D>) forward_kernel(const ForwardAr
     const int64_t begin = blockIdx.y * a.cut.rows_a_block;
     const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
     const int warp = int(threadIdx.x) / 32;
-    float distance = 0.0f;
+    float distance[2] = {};
+    uint32_t rows[D / 8][2];
+    if (kAhead<D>) load_rows<D>(query, call.query.row, begin + 16 * warp, end, rows);
     for (int64_t first = begin + 16 * warp; first < end; first += 16 * kWarps<D>) {
-        uint32_t rows[D / 8][2];
-        load_rows<D>(query, call.query.row, first, end, rows);
-        float target[kKeyEights][4], log_sum[2];
-        probabilities<D, E>(rows, key_scores, bias, a.cut.scale_log2, target, log_sum);
-        for (int64_t t = 0; a.maps && t < call.map_count; ++t) {
-            const int64_t token = call.map_tokens[b * call.map_tokens_batch + t];
-            write_map(target, token < call.keys ? token : -1, first, end,
-                      a.maps + (blockIdx.x * call.map_count + t) * call.queries);
+        if (!kAhead<D>) load_rows<D>(query, call.query.row, first, end, rows);
+        float target[kKeyEights][4], anchor[kKeyEights][4];
+        Softmax of_target(target), of_anchor(anchor);
+        score_keys<D, E>(rows, key_scores, bias, target);
+        if constexpr (kReference) score_keys<D, E>(rows, reference_scores, bias, anchor);
+        if (kAhead<D>) {
+            load_rows<D>(query, call.query.row, first + 16 * kWarps<D>, end, rows);
         }
-        if (with_reference) {
-            float anchor[kKeyEights][4];
-            probabilities<D, E>(rows, reference_scores, bias, a.cut.scale_log2, anchor, log_sum);
+        if constexpr (kReference) {
+            normalise(a.cut.scale_log2, of_target, of_anchor);
             // Rows past the end are zeros in both maps' scores: their difference is exactly 0.
 #pragma unroll
             for (int e = 0; e < kKeyEights; ++e) {
@@ -102,17 +95,25 @@ __global__ void __launch_bounds__(32 * kWarps<D>) forward_kernel(const ForwardAr
                 for (int i = 0; i < 4; ++i) {
                     const float difference = target[e][i] - anchor[e][i];
                     const float own = i % 2 ? weight.y : weight.x;
-                    distance = fmaf(own * difference, difference, distance);
+                    distance[i % 2] = fmaf(own * difference, difference, distance[i % 2]);
                 }
             }
+        } else {
+            normalise(a.cut.scale_log2, of_target);
+        }
+        for (int64_t t = 0; a.maps && t < call.map_count; ++t) {
+            const int64_t token = call.map_tokens[b * call.map_tokens_batch + t];
+            write_map(target, token < call.keys ? token : -1, first, end,
+                      a.maps + (blockIdx.x * call.map_count + t) * call.queries);
         }
         uint32_t packed[kKeySteps][4];
         pack_weights<E>(target, packed);
-        write_output<D, 0>(packed, value_sums, output, call.output.row, first, end);
+        write_sums<D, 0>(packed, value_sums, 1.0f, output, call.output.row, first, end);
     }
     if (!a.partials) return;
-    for (int step = 1; step < 32; step *= 2) distance += __shfl_xor_sync(kAllLanes, distance, step);
-    if (lane() == 0) shares[warp] = distance;
+    float own = distance[0] + distance[1];
+    for (int step = 1; step < 32; step *= 2) own += __shfl_xor_sync(kAllLanes, own, step);
+    if (lane() == 0) shares[warp] = own;
     __syncthreads();
     if (threadIdx.x) return;
     float total = 0.0f;
@@ -120,10 +121,16 @@ __global__ void __launch_bounds__(32 * kWarps<D>) forward_kernel(const ForwardAr
     a.partials[blockIdx.x * a.cut.splits + blockIdx.y] = total;
 }
 
-template <int D, class E>
+template <int D, class E, bool kReference>
 cudaError_t run(const ForwardArguments& a, cudaStream_t stream) {
     const dim3 grid(unsigned(a.call.batch * a.call.heads), unsigned(a.cut.splits));
-    return start(forward_kernel<D, E>, grid, 32 * kWarps<D>, shared_bytes<D>(a.call), stream, a);
+    return start(forward_kernel<D, E, kReference>, grid, 32 * kWarps<D>, kBytes<D, kReference>,
+                 stream, a);
+}
+
+template <int D, class E>
+cudaError_t run(const ForwardArguments& a, cudaStream_t stream) {
+    return a.call.reference_key.data ? run<D, E, true>(a, stream) : run<D, E, false>(a, stream);
 }
 
 template <int D>

@@ -54,7 +54,7 @@ SEFI_DEVICE void load_stage(const BackwardArguments& a, const E* query, const E*
         constexpr int kChunks = kRows / 4;
         // A_t's log_sum and mean, then A_r's. What was not written is not used, whatever it is.
         const int kind = i / kChunks, chunk = i % kChunks;
-        const int place = kind / 2 * kReference + (kind % 2 ? kMean : kLogSum);
+        const int place = kind / 2 * kAnchor + (kind % 2 ? kMean : kLogSum);
         const float* from = statistics + place * a.padded_rows + first + 4 * chunk;
         copy_async(stage + uint32_t(2 * kRows * kStride + 4 * (kind * kRows + 4 * chunk)), from,
                    true);

@@ -1,6 +1,6 @@
 // Backward kernel of the queries for the matrix units: dQ, and what the kernel of the keys needs.
 #include "cuda/kernels.h"
-#include "cuda/softmax.h"
+#include "cuda/slopes.h"
 #include "cuda/start.h"
 #include "cuda/tensor.h"
 
@@ -10,9 +10,9 @@ namespace {
 template <int D>
 constexpr int kWarps = D > 80 ? 8 : 4;
 
-template <int D>
+template <int D, bool kReference>
 size_t shared_bytes(const BackwardArguments& a) {
-    const size_t tiles = 1 + (a.call.grad_output.data ? 1 : 0) + (a.with_reference ? 1 : 0);
+    const size_t tiles = 1 + (a.call.grad_output.data ? 1 : 0) + (kReference ? 1 : 0);
     return tiles * Layout<D>::kTile + 4 * 2 * kKeys;
 }
 
@@ -32,40 +32,7 @@ SEFI_DEVICE void write_gradient(const uint32_t (&slopes)[kKeySteps][4], uint32_t
     }
 }
 
-// Adds one chosen column's gradient.
-SEFI_DEVICE void add_map(float (&slope)[kKeyEights][4], int64_t token, float share, int64_t first,
-                         int64_t end, const float* gradient) {
-    if (token < 0 || token >= kKeys || int(token) % 8 / 2 != lane() % 4) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int64_t row = first + lane() / 4 + 8 * r;
-        const float added = row < end ? share * gradient[row] : 0.0f;
-#pragma unroll
-        for (int e = 0; e < kKeyEights; ++e) {
-            // Added everywhere: an index known only at run time would move the map to memory.
-            const bool here = int(token) / 8 == e;
-            slope[e][2 * r] += here && token % 2 == 0 ? added : 0.0f;
-            slope[e][2 * r + 1] += here && token % 2 == 1 ? added : 0.0f;
-        }
-    }
-}
-
-// rowsum(map * slope) of both rows.
-SEFI_DEVICE void row_means(const float (&map)[kKeyEights][4], const float (&slope)[kKeyEights][4],
-                           float (&means)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float mean = 0.0f;
-#pragma unroll
-        for (int e = 0; e < kKeyEights; ++e) {
-            mean = fmaf(map[e][2 * r], slope[e][2 * r], mean);
-            mean = fmaf(map[e][2 * r + 1], slope[e][2 * r + 1], mean);
-        }
-        means[r] = row_sum(mean);
-    }
-}
-
-template <int D, class E>
+template <int D, class E, bool kReference>
 __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArguments a) {
     constexpr int kThreads = 32 * kWarps<D>, kTile = Layout<D>::kTile;
     const BackwardCall& call = a.call;
@@ -75,10 +42,10 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
     char* const key = shared_memory();
     char* const value = key + kTile;
     char* const reference = with_output ? value + kTile : value;
-    float* const bias = reinterpret_cast<float*>(a.with_reference ? reference + kTile : reference);
+    float* const bias = reinterpret_cast<float*>(kReference ? reference + kTile : reference);
     float* const pull = bias + kKeys;  // 2 g w / H
     load_bias<kThreads>(call, b, bias);
-    if (a.with_reference) {
+    if (kReference) {
         load_weights<kThreads>(call, b, 2.0f * call.grad_alignment[b] / float(heads), pull);
     }
     __syncthreads();
@@ -86,7 +53,7 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
     if (with_output) {
         load_keys<D, kThreads>(head_of<E>(call.value, b, h), call.value.row, bias, value);
     }
-    if (a.with_reference) {
+    if (kReference) {
         load_keys<D, kThreads>(head_of<E>(call.reference_key, b, h), call.reference_key.row, bias,
                                reference);
     }
@@ -103,81 +70,56 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
     const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
     // The kernel of the keys reads whole tiles of statistics.
     const int64_t padded_end = min(begin + a.cut.rows_a_block, a.padded_rows);
+    uint32_t rows[D / 8][2];
+    load_rows<D>(query, call.query.row, begin + 16 * (threadIdx.x / 32), end, rows);
     for (int64_t first = begin + 16 * (threadIdx.x / 32); first < padded_end;
          first += 16 * kWarps<D>) {
-        const auto keep = [&](int which, const float(&numbers)[2], float beyond) {
+        const auto keep = [&](int which, const auto& number, float beyond) {
             if (lane() % 4) return;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int64_t row = first + lane() / 4 + 8 * r;
-                statistics[which * a.padded_rows + row] = row < end ? numbers[r] : beyond;
+                statistics[which * a.padded_rows + row] = row < end ? number(r) : beyond;
             }
         };
-        uint32_t rows[D / 8][2];
-        load_rows<D>(query, call.query.row, first, end, rows);
-        float target[kKeyEights][4], slope[kKeyEights][4], numbers[2];
-        probabilities<D, E>(rows, key_at + scores, bias, a.cut.scale_log2, target, numbers);
-        keep(kLogSum, numbers, INFINITY);
+        float target[kKeyEights][4], slope[kKeyEights][4], means[2];
+        Softmax of_target(target), of_slope(slope);
+        score_keys<D, E>(rows, key_at + scores, bias, target);
+        if constexpr (kReference) score_keys<D, E>(rows, reference_at + scores, bias, slope);
+        // The next rows are on their way while these are worked on.
+        if (with_output) load_rows<D>(grad_output, call.grad_output.row, first, end, rows);
         uint32_t reference_slopes[kKeySteps][4] = {};
-        if (a.with_reference) {
-            probabilities<D, E>(rows, reference_at + scores, bias, a.cut.scale_log2, slope,
-                                numbers);
-            keep(kReference + kLogSum, numbers, INFINITY);
+        if constexpr (kReference) {
+            normalise(a.cut.scale_log2, of_target, of_slope);
+            keep(kAnchor + kLogSum, [&](int r) { return of_slope.log_sum(r); }, INFINITY);
             if (a.reference_grad) {
                 float anchor[kKeyEights][4];
 #pragma unroll
-                for (int e = 0; e < kKeyEights; ++e) {
-                    const float2 factor = of_columns(pull, e);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        anchor[e][i] = slope[e][i];
-                        slope[e][i] = (i % 2 ? factor.y : factor.x) * (target[e][i] - slope[e][i]);
-                    }
-                }
-                row_means(anchor, slope, numbers);
+                for (int i = 0; i < 4 * kKeyEights; ++i) anchor[i / 4][i % 4] = slope[i / 4][i % 4];
+                pull_to_reference(target, pull, slope);
+                row_means(anchor, slope, means);
+                keep(kAnchor + kMean, [&](int r) { return -means[r]; }, 0.0f);
 #pragma unroll
                 for (int e = 0; e < kKeyEights; ++e) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) anchor[e][i] *= numbers[i / 2] - slope[e][i];
+                    for (int i = 0; i < 4; ++i) anchor[e][i] *= means[i / 2] - slope[e][i];
                 }
-                numbers[0] = -numbers[0];
-                numbers[1] = -numbers[1];
-                keep(kReference + kMean, numbers, 0.0f);
                 pack_weights<E>(anchor, reference_slopes);
             } else {
-#pragma unroll
-                for (int e = 0; e < kKeyEights; ++e) {
-                    const float2 factor = of_columns(pull, e);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        slope[e][i] = (i % 2 ? factor.y : factor.x) * (target[e][i] - slope[e][i]);
-                    }
-                }
+                pull_to_reference(target, pull, slope);
             }
         } else {
-#pragma unroll
-            for (int e = 0; e < kKeyEights; ++e) {
-                slope[e][0] = slope[e][1] = slope[e][2] = slope[e][3] = 0.0f;
-            }
+            normalise(a.cut.scale_log2, of_target);
+            clear(slope);
         }
-        if (with_output) {
-            load_rows<D>(grad_output, call.grad_output.row, first, end, rows);
-            multiply_keys<D, E>(rows, value_at + scores, slope);
-        }
-        for (int64_t t = 0; call.grad_maps && t < call.map_count; ++t) {
-            const int64_t token = call.map_tokens[b * call.map_tokens_batch + t];
-            const int64_t map = call.map_all_heads ? int64_t(blockIdx.x) : b;
-            add_map(slope, token, a.map_share, first, end,
-                    call.grad_maps + (map * call.map_count + t) * call.queries);
-        }
-        row_means(target, slope, numbers);
-        keep(kMean, numbers, 0.0f);
+        keep(kLogSum, [&](int r) { return of_target.log_sum(r); }, INFINITY);
+        if (with_output) multiply_keys<D, E>(rows, value_at + scores, slope);
+        load_rows<D>(query, call.query.row, first + 16 * kWarps<D>, end, rows);
+        add_maps(a, b, first, end, slope);
+        row_means(target, slope, means);
+        keep(kMean, [&](int r) { return means[r]; }, 0.0f);
         if (!call.grad_query.data) continue;
-#pragma unroll
-        for (int e = 0; e < kKeyEights; ++e) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) slope[e][i] = target[e][i] * (slope[e][i] - numbers[i / 2]);
-        }
+        through_softmax(target, means, slope);
         uint32_t slopes[kKeySteps][4];
         pack_weights<E>(slope, slopes);
         write_gradient<D, 0>(slopes, key_at + sums, reference_slopes, reference_at + sums,
@@ -186,10 +128,16 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
     }
 }
 
-template <int D, class E>
+template <int D, class E, bool kReference>
 cudaError_t run(const BackwardArguments& a, cudaStream_t stream) {
     const dim3 grid(unsigned(a.call.batch * a.call.heads), unsigned(a.cut.splits));
-    return start(query_kernel<D, E>, grid, 32 * kWarps<D>, shared_bytes<D>(a), stream, a);
+    return start(query_kernel<D, E, kReference>, grid, 32 * kWarps<D>,
+                 shared_bytes<D, kReference>(a), stream, a);
+}
+
+template <int D, class E>
+cudaError_t run(const BackwardArguments& a, cudaStream_t stream) {
+    return a.with_reference ? run<D, E, true>(a, stream) : run<D, E, false>(a, stream);
 }
 
 template <int D>

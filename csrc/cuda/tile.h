@@ -40,36 +40,41 @@ SEFI_DEVICE uint32_t sum_offset() {
     return uint32_t(lane() % 16 * Layout<D>::kStride + lane() / 16 * 16);
 }
 
-// Fragments of rows first + g and first + g + 8: rows[eight][which]; zeros from row `end` on.
+// A lane's fragments of one row at `from`: rows[eight][r].
+template <int D>
+SEFI_DEVICE void load_row(const char* from, int r, uint32_t (&rows)[D / 8][2]) {
+    const int t = lane() % 4;
+#pragma unroll
+    for (int e = 0; e + 4 <= D / 8; e += 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(from + 16 * e + 16 * t);
+        rows[e][r] = four.x;
+        rows[e + 1][r] = four.y;
+        rows[e + 2][r] = four.z;
+        rows[e + 3][r] = four.w;
+    }
+    constexpr int kWhole = D / 32 * 4;
+    if constexpr (D % 32 == 16) {
+        const uint2 two = *reinterpret_cast<const uint2*>(from + 16 * kWhole + 8 * t);
+        rows[kWhole][r] = two.x;
+        rows[kWhole + 1][r] = two.y;
+    }
+    if constexpr (D % 32 == 8) {
+        rows[kWhole][r] = *reinterpret_cast<const uint32_t*>(from + 16 * kWhole + 4 * t);
+    }
+}
+
+// Fragments of rows first + g and first + g + 8; zeros from row `end` on.
 template <int D, class E>
 SEFI_DEVICE void load_rows(const E* head, int64_t stride, int64_t first, int64_t end,
                            uint32_t (&rows)[D / 8][2]) {
-    const int t = lane() % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int64_t row = first + lane() / 4 + 8 * r;
-        const char* from = reinterpret_cast<const char*>(head + row * stride);
-        const bool inside = row < end;
+        if (row < end) {
+            load_row<D>(reinterpret_cast<const char*>(head + row * stride), r, rows);
+        } else {
 #pragma unroll
-        for (int e = 0; e + 4 <= D / 8; e += 4) {
-            uint4 four = make_uint4(0, 0, 0, 0);
-            if (inside) four = *reinterpret_cast<const uint4*>(from + 16 * e + 16 * t);
-            rows[e][r] = four.x;
-            rows[e + 1][r] = four.y;
-            rows[e + 2][r] = four.z;
-            rows[e + 3][r] = four.w;
-        }
-        constexpr int kWhole = D / 32 * 4;
-        if constexpr (D % 32 == 16) {
-            uint2 two = make_uint2(0, 0);
-            if (inside) two = *reinterpret_cast<const uint2*>(from + 16 * kWhole + 8 * t);
-            rows[kWhole][r] = two.x;
-            rows[kWhole + 1][r] = two.y;
-        }
-        if constexpr (D % 32 == 8) {
-            uint32_t one = 0;
-            if (inside) one = *reinterpret_cast<const uint32_t*>(from + 16 * kWhole + 4 * t);
-            rows[kWhole][r] = one;
+            for (int e = 0; e < D / 8; ++e) rows[e][r] = 0;
         }
     }
 }
@@ -201,6 +206,19 @@ SEFI_DEVICE void weigh_keys(const uint32_t (&weights)[kKeySteps][4], uint32_t ti
                 multiply_add<E>(sums[i + 1], weights[k], b[2], b[3]);
             }
         }
+    }
+}
+
+// factor * (weights * tile): 16 rows of one head, group by group of columns. `tile` is the tile's
+// address with sum_offset.
+template <int D, int kFirst, class E>
+SEFI_DEVICE void write_sums(const uint32_t (&weights)[kKeySteps][4], uint32_t tile, float factor,
+                            E* head, int64_t stride, int64_t first, int64_t end) {
+    if constexpr (kFirst < D / 8) {
+        float sums[kGroup<D, kFirst>][4] = {};
+        weigh_keys<D, kFirst, E>(weights, tile, sums);
+        store_group<D, kFirst>(head, stride, first, end, factor, sums);
+        write_sums<D, kFirst + kGroup<D, kFirst>>(weights, tile, factor, head, stride, first, end);
     }
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from _compiled import Choice, Facts
-from _listing import kernels, load_widths, read_row_loop, row_loop
+from _listing import kernels, load_widths, read_row_loop, row_loop, row_loop_body
 from _sass import access_bits, read_turn
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -93,6 +93,21 @@ def test_the_row_loop_of_a_raw_listing_is_counted_with_its_inner_loops() -> None
     assert turn.store_bytes == {128: 16 * 32}
     assert turn.instructions == 1 + 2 + 4 * 3 + 3
     assert load_widths(kernel) == {64: 2, 128: 2}
+
+
+def test_the_rules_of_a_raw_listing_are_in_the_second_line_of_the_encoding() -> None:
+    """From bit 41: stall 4, yield 1, barriers written and read 3 each, those waited for 6."""
+    rules = 0x12 << 11 | 7 << 8 | 3 << 5 | 9
+    line = "/* 0x0000000000000000 */"
+    (kernel,) = kernels(RAW.replace(line, f"/* 0x{rules << 41:016x} */", 2)).values()
+    first, second = kernel.instructions[:2]
+    assert (first.wait, first.read_barrier, first.write_barrier, first.stall) == (0x12, None, 3, 9)
+    assert (second.wait, second.read_barrier, second.write_barrier) == (0, None, None)
+    # In the order of issue, inner loops as often as they run.
+    body = row_loop_body(kernel, lambda exponentials: 2 if exponentials else 1)
+    products = [i for i, one in enumerate(body) if one.opcode.startswith("HMMA")]
+    assert len(products) == 2
+    assert products[1] - products[0] == 3
 
 
 def test_a_raw_listing_without_kernels_or_loops_is_refused() -> None:

@@ -64,6 +64,17 @@ def test_a_warp_group_s_product_is_waited_for_where_the_code_says_so() -> None:
     assert turn_clocks([product(64), product(64), wait], 1, 4) == 64 + HOPPER.group_product + 1
 
 
+def test_products_of_single_warps_queue_and_the_last_is_waited_for() -> None:
+    """Four clocks each of the matrix unit; what uses a result stands off its latency."""
+    one = Instruction("HMMA.16816.F32.BF16", "R4, R8, R12, R4")
+    assert turn_clocks([one] * 100, 1, 4) == 400
+    half = one._replace(opcode="HMMA.1688.F32.BF16")
+    assert turn_clocks([half] * 100, 1, 4) == 200
+    waits = ADD._replace(wait=1 << 2)
+    last = one._replace(write_barrier=2)
+    assert turn_clocks([last, waits], 1, 4) == 4 + HOPPER.warp_product + 1
+
+
 def test_copies_are_waited_for_by_group() -> None:
     copy = Instruction("LDGSTS.E.BYPASS.128", "[R1], desc[UR4][R2.64]")
     close = Instruction("LDGDEPBAR", "")

@@ -52,7 +52,10 @@ inline float __shfl_xor_sync(uint32_t mask, float value, int distance) {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 using cudaStream_t = void*;
 
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+};
 
 inline cudaError_t cudaDriverGetVersion(int* version) {
     *version = 13000;
@@ -62,8 +65,9 @@ inline cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-    *value = int(::emulation::shared_limit());
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+    const bool all = which == cudaDevAttrMaxSharedMemoryPerMultiprocessor;
+    *value = int(::emulation::shared_limit()) + (all ? 1024 : 0);
     return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -52,7 +52,8 @@ def facts(capability: int, widths: tuple[int, ...]) -> dict[tuple[str, int], Any
         text = source.read_text(encoding="utf-8")
         if source.stem in _cuda_compiled.SOURCES.values():
             text, branches = re.subn(r"\brun<\d+>", f"run<{widths[0]}>", text)
-            assert branches == len(ALL)
+            # The kernel of one pass has no branch for the widest heads.
+            assert branches == len(ALL) - (source.stem == "tensor_backward")
         narrowed = output.with_suffix(".cu")
         narrowed.write_text(text, encoding="utf-8")
         return whole(narrowed, capability, output)
@@ -69,6 +70,7 @@ def test_every_kernel_of_every_width_meets_the_line(
     capability: int, widths: tuple[int, ...]
 ) -> None:
     wanted = {(kernel, width) for kernel in _cuda_compiled.SOURCES for width in widths}
+    wanted -= {("backward", width) for width in widths if width > _cuda_compiled.WIDEST_IN_ONE_PASS}
     assert facts(capability, widths).keys() == wanted
     lost = {
         key: failures(one)
@@ -81,10 +83,15 @@ def test_every_kernel_of_every_width_meets_the_line(
 @ARCHITECTURES
 def test_a_row_costs_what_the_design_says(capability: int, widths: tuple[int, ...]) -> None:
     """Exponentials of two softmaxes over 80 keys, and no more products than tiles of 16 need."""
-    products = {"forward": 3, "backward_query": 5, "backward_key_value": 6}
+    products = {"forward": 3, "backward": 6, "backward_query": 5, "backward_key_value": 6}
     for (kernel, width), one in facts(capability, widths).items():
         assert one.exponentials_a_row == 160, (kernel, width)
-        assert one.matrix_flops_a_row == products[kernel] * 2 * 80 * width, (kernel, width)
+        wanted = products[kernel] * 2 * 80 * width
+        if kernel == "backward":
+            # The fifth tile of keys is shared by four warps, by whole eights of columns.
+            shares = 4 * 8 * -(-width // 32) - width
+            wanted += 2 * 2 * 16 * shares
+        assert one.matrix_flops_a_row == wanted, (kernel, width)
         assert one.load_widths.get(128, 0) > 0, (kernel, width)
         assert one.blocks_resident >= 1, (kernel, width)
 

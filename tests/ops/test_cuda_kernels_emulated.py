@@ -28,8 +28,10 @@ from sefi_fast.ops import cpu
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 EVERYTHING = {"weights": True, "mask": True, "tokens": 3, "reference_grad": True}
-# Shared memory a block may have on GeForce cards.
-SMALL_SHARED, LARGE_SHARED = 99 * 1024, 227 * 1024
+# Up to 80 columns and without the reference's gradient: one kernel has all of dQ, dK and dV.
+ONE_PASS = {**EVERYTHING, "reference_grad": False}
+# Shared memory a block may have on GeForce cards, on 8.0 and on 9.0.
+SMALL_SHARED, MIDDLE_SHARED, LARGE_SHARED = 99 * 1024, 163 * 1024, 227 * 1024
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +69,45 @@ def test_everything_at_once(emulated: Emulated, head_dim: int) -> None:
     dtype, all_heads = (FLOAT16, True) if head_dim in (40, 160) else (BFLOAT16, False)
     options = {"head_dim": head_dim, "dtype": dtype, "map_all_heads": all_heads, "queries": 70}
     check_backend("cpu", make_inputs(**options, **EVERYTHING))
+
+
+@pytest.mark.parametrize("queries", [1, 64, 65, 200])
+@pytest.mark.parametrize("head_dim", [40, 64, 80])
+def test_backward_in_one_pass(emulated: Emulated, head_dim: int, queries: int) -> None:
+    dtype, all_heads = (FLOAT16, True) if queries % 2 else (BFLOAT16, False)
+    emulated.multiprocessors = 1
+    options = {"head_dim": head_dim, "dtype": dtype, "map_all_heads": all_heads}
+    check_backend("cpu", make_inputs(1, 3, queries, **options, **ONE_PASS, seed=queries))
+
+
+@pytest.mark.parametrize("keys", [1, 15, 64, 65, 80])
+@pytest.mark.parametrize("head_dim, limit", [(80, MIDDLE_SHARED), (64, SMALL_SHARED)])
+def test_one_pass_where_shared_memory_is_small(
+    emulated: Emulated, head_dim: int, limit: int, keys: int
+) -> None:
+    emulated.multiprocessors = 1
+    emulated.shared_limit(limit)
+    check_backend("cpu", make_inputs(1, 3, 150, keys, head_dim, BFLOAT16, **ONE_PASS))
+
+
+@pytest.mark.parametrize("head_dim", [40, 80])
+def test_one_pass_without_a_reference(emulated: Emulated, head_dim: int) -> None:
+    inputs = make_inputs(2, 2, 90, head_dim=head_dim, dtype=FLOAT16, reference=False, tokens=2)
+    check_backend("cpu", inputs)
+
+
+@pytest.mark.parametrize("limit", [MIDDLE_SHARED, LARGE_SHARED])
+@pytest.mark.parametrize("head_dim", [40, 64, 80])
+def test_one_pass_in_any_order_of_threads_or_copies(
+    emulated: Emulated, head_dim: int, limit: int
+) -> None:
+    inputs = make_inputs(1, 2, 200, 77, head_dim, BFLOAT16, **ONE_PASS)
+    emulated.multiprocessors = 1
+    emulated.shared_limit(limit)
+    first = backend_results("cpu", inputs)
+    for seed, late in ((1, True), (2, False)):
+        emulated.schedule(seed, late_copies=late)
+        assert_same_bits(backend_results("cpu", inputs), first)
 
 
 @pytest.mark.parametrize("queries", [1, 16, 63, 64, 65, 130])
@@ -167,6 +208,24 @@ def test_nothing_in_a_hidden_key_reaches_a_result(emulated: Emulated, dtype: tor
     for name in ("key", "value", "reference_key"):
         getattr(inputs, name)[:, :, hidden] = torch.nan
     assert_same_bits(backend_results("cpu", inputs), wanted)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_one_pass_leaves_what_nobody_asks_for(emulated: Emulated, head_dim: int) -> None:
+    inputs = make_inputs(1, 2, 100, head_dim=head_dim, dtype=BFLOAT16, **ONE_PASS)
+
+    def gradients(needs: tuple[bool, ...]) -> Any:
+        with poisoned_empty():
+            return cpu.backward(
+                *inputs.grads, *inputs.tensors, **inputs.options, reference_grad=False, needs=needs
+            )
+
+    together = gradients((True, True, True, False))
+    for needs in ((False, True, True), (True, True, False), (False, True, False)):
+        some = gradients((*needs, False))
+        for wanted, one, other in zip(needs, some, together, strict=False):
+            assert (one is not None) == wanted
+            assert one is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("head_dim", [40, 17])
