@@ -146,9 +146,9 @@ def candidates(place: Place) -> list[KernelConfig]:
         ]
     elif place.kernel == "backward_key_value":
         tried = [
-            KernelConfig(block, warps, 1, reload, separate, key_tile)
-            for (block, warps), reload, separate, key_tile in product(
-                shapes, (False, True), (False, True), KEY_TILES
+            KernelConfig(block, warps, stages, reload, separate, key_tile)
+            for (block, warps), (stages, reload), separate, key_tile in product(
+                shapes, ((1, False), (1, True), (2, True)), (False, True), KEY_TILES
             )
         ]
     else:

@@ -81,7 +81,7 @@ def cross_attention_backward_key_value(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     KEY_TILES: tl.constexpr, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
-    RELOAD: tl.constexpr,
+    RELOAD: tl.constexpr, PIPELINED: tl.constexpr,
 ):  # fmt: skip
     """dK_t, dV_t and dK_r of equations 9 and 11, summed over blocks_a_program blocks of rows.
 
@@ -137,7 +137,7 @@ def cross_attention_backward_key_value(
             token_weights, batch, weight_stride_b, own_keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
         alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
-    if not RELOAD:
+    if not RELOAD and not PIPELINED:
         (key_main, key_tail, value_main, value_tail,
          reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, own_keys,
@@ -194,6 +194,7 @@ def cross_attention_backward_key_value(
         if RELOAD:
             # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
             tl.debug_barrier()
+        if RELOAD or PIPELINED:
             (key_main, key_tail, value_main, value_tail,
              reference_main, reference_tail) = load_operands(
                 key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m,

@@ -36,12 +36,13 @@ class _Partial(NamedTuple):
 
 
 def _backward_numbers(
-    kernel: str, inputs: InputLayouts, gradients: GradientLayouts, scale: float, device: Device,
-    config: KernelConfig | None,
+    kernel: str, inputs: InputLayouts, gradients: GradientLayouts, scale: float,
+    reference_grad: bool, device: Device, config: KernelConfig | None,
 ) -> tuple[dict[str, Any], KernelConfig, int]:  # fmt: skip
     """Numbers shared by the backward kernels, their configuration and the programs."""
     tiles = tiling.tiles_of(kernel, inputs, device)
-    config = config or tiling.config_of(kernel, inputs, tiles, device)
+    pipeline = gradients.maps is None and not reference_grad
+    config = config or tiling.config_of(kernel, inputs, tiles, device, pipeline)
     key_tiles = 1
     if kernel == "backward_key_value":
         key_tiles = tiling.tile_keys(tiles, inputs.key.shape[2], config.key_tile)
@@ -61,7 +62,8 @@ def _backward_numbers(
         "blocks_a_program": blocks,
         "scale": scale,
         "BLOCK": config.block,
-        "RELOAD": config.reload,
+        "RELOAD": config.reload and not config.pipelined,
+        "PIPELINED": config.pipelined,
         "ALIGNMENT": row_alignment(head_dim, *inputs[:4], gradients.output),
         "UPCAST": device.interpreted and inputs.query.dtype == torch.bfloat16,
     }
@@ -81,11 +83,14 @@ def _prepare_backward_query(
     kernel: str, inputs: InputLayouts, gradients: GradientLayouts, scale: float,
     reference_grad: bool, device: Device, config: KernelConfig | None,
 ) -> Prepared:  # fmt: skip
-    numbers, config, programs = _backward_numbers(kernel, inputs, gradients, scale, device, config)
-    numbers["REFERENCE_GRAD"] = reference_grad and gradients.alignment is not None
+    reference_grad = reference_grad and gradients.alignment is not None
+    numbers, config, programs = _backward_numbers(
+        kernel, inputs, gradients, scale, reference_grad, device, config
+    )
+    numbers["REFERENCE_GRAD"] = reference_grad
     numbers["PREFETCH"] = config.prefetch
     numbers["STACKED"] = config.stacked
-    numbers["LATE"] = config.late or config.reload
+    numbers["LATE"] = config.late or numbers["RELOAD"]
     batch, heads = inputs.query.shape[:2]
     return Prepared(cross_attention_backward_query, (batch * heads, programs), numbers, config)
 
@@ -149,11 +154,11 @@ def _backward_sums(
 
 @tiling.kept
 def _prepare_backward_key_value(
-    inputs: InputLayouts, gradients: GradientLayouts, scale: float, device: Device,
-    config: KernelConfig | None,
+    inputs: InputLayouts, gradients: GradientLayouts, scale: float, reference_grad: bool,
+    device: Device, config: KernelConfig | None,
 ) -> Prepared:  # fmt: skip
     numbers, config, splits = _backward_numbers(
-        "backward_key_value", inputs, gradients, scale, device, config
+        "backward_key_value", inputs, gradients, scale, reference_grad, device, config
     )
     batch, heads = inputs.query.shape[:2]
     grid = (batch * heads * numbers["KEY_TILES"], splits)
@@ -183,7 +188,9 @@ def _backward_key_value(
     config: KernelConfig | None,
 ) -> tuple[list[Launch], list[_Partial]]:  # fmt: skip
     layouts = GradientLayouts.of(gradients)
-    prepared = _prepare_backward_key_value(InputLayouts.of(inputs), layouts, scale, device, config)
+    prepared = _prepare_backward_key_value(
+        InputLayouts.of(inputs), layouts, scale, totals[2] is not None, device, config
+    )
     written, partials = _partials(inputs, totals, prepared.grid[1])
     tensors = _gradient_tensors(inputs, gradients) | {"statistics": statistics}
     parts = [dict(zip(KEY_GRADIENTS, written, strict=True))]

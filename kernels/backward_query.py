@@ -54,8 +54,8 @@ def cross_attention_backward_query(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
-    RELOAD: tl.constexpr, STACKED: tl.constexpr, PREFETCH: tl.constexpr, LATE: tl.constexpr,
-    REFERENCE_GRAD: tl.constexpr,
+    RELOAD: tl.constexpr, PIPELINED: tl.constexpr, STACKED: tl.constexpr,
+    PREFETCH: tl.constexpr, LATE: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head; dK_t and dV_t too.
 
@@ -117,7 +117,7 @@ def cross_attention_backward_query(
             query, grad_output, first, query_stride_n, output_stride_n, end, HAS_OUTPUT,
             BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
         )  # fmt: skip
-    if not RELOAD:
+    if not RELOAD and not PIPELINED:
         (key_main, key_tail, value_main, value_tail,
          reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
@@ -156,6 +156,13 @@ def cross_attention_backward_query(
             queries, grad_outputs = load_pair(
                 query, grad_output, block, query_stride_n, output_stride_n, end, HAS_OUTPUT,
                 BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            )  # fmt: skip
+        if PIPELINED:
+            (key_main, key_tail, value_main, value_tail,
+             reference_main, reference_tail) = load_operands(
+                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
+                valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
+                KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
         if RELOAD:
             key_main, key_tail = load_tiles(

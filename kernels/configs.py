@@ -10,10 +10,12 @@ class KernelConfig(NamedTuple):
 
     reload: the keys are loaded again for each block of rows, each set where it is used. Where the
     matrix unit takes its operands from registers (8.x), keys held over the loop would fill them
-    all. registers: the most a thread, for the compiler to keep to; 0 leaves it to the compiler.
-    resident: so many programs fit on a multiprocessor at once, by the registers and the shared
-    memory that come of it. stacked, for all but the kernel of the keys: one product gives the
-    scores of both streams, of keys and reference keys held as one tile; not with reload.
+    all. With two stages all that a block needs is on its way to shared memory while the block
+    before it is worked on, and stays there until it is used: no wait, and hardly a barrier, at
+    the price of that memory. registers: the most a thread, for the compiler to keep to; 0 leaves
+    it to the compiler. resident: so many programs fit on a multiprocessor at once, by the registers
+    and the shared memory that come of it. stacked, for all but the kernel of the keys: one product
+    gives the scores of both streams, of keys and reference keys held as one tile; not with reload.
 
     For the kernel of the queries alone: sums, how many of dK and dV it adds up as well (1 is dK),
     where the registers hold their accumulators; what is left is for the kernel of the keys.
@@ -39,6 +41,11 @@ class KernelConfig(NamedTuple):
     sums: int = 0
     prefetch: bool = False
     late: bool = False
+
+    @property
+    def pipelined(self) -> bool:
+        """Whether a block's loads, keys included, are asked for a block ahead."""
+        return self.reload and self.stages > 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -112,24 +119,46 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("forward", 80, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, reload=True, resident=3)),
-        (64, KernelConfig(64, 4, 1, reload=True)),
-        (80, KernelConfig(64, 4, 1, reload=True)),
+        (48, KernelConfig(64, 4, 2, reload=True)),
+        (64, KernelConfig(64, 4, 2, reload=True)),
+        (80, KernelConfig(64, 4, 2, reload=True)),
         (160, KernelConfig(16, 4, 1)),
         (256, KernelConfig(16, 4, 1)),
     ),
     ("backward_query", 80, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, reload=True)),
-        (64, KernelConfig(64, 4, 1, reload=True)),
-        (80, KernelConfig(64, 4, 1, reload=True)),
+        (48, KernelConfig(64, 4, 2, reload=True)),
+        (64, KernelConfig(64, 4, 2, reload=True)),
+        (80, KernelConfig(64, 4, 2, reload=True)),
         (160, KernelConfig(16, 4, 1, reload=True)),
         (256, KernelConfig(16, 4, 1, reload=True)),
     ),
     ("backward_key_value", 80, "half"): _lines(
         (48, KernelConfig(64, 4, 1, key_tile=32)),
         (64, KernelConfig(64, 4, 1, key_tile=32)),
+        (80, KernelConfig(64, 4, 2, reload=True, key_tile=64)),
+        (160, KernelConfig(64, 4, 2, reload=True, key_tile=16)),
+        (256, KernelConfig(16, 4, 1, reload=True, separate=True)),
+    ),
+    # 100 KiB of shared memory a multiprocessor: what is pipelined must be small.
+    ("forward", 86, "half"): _lines(
+        (48, KernelConfig(64, 4, 2, reload=True)),
+        (64, KernelConfig(64, 4, 2, reload=True)),
+        (80, KernelConfig(64, 4, 1, reload=True)),
+        (160, KernelConfig(16, 4, 1)),
+        (256, KernelConfig(16, 4, 1)),
+    ),
+    ("backward_query", 86, "half"): _lines(
+        (48, KernelConfig(64, 4, 2, reload=True)),
+        (64, KernelConfig(64, 4, 1, reload=True)),
+        (80, KernelConfig(64, 4, 2, reload=True, resident=1)),
+        (160, KernelConfig(16, 4, 1, reload=True)),
+        (256, KernelConfig(16, 4, 1, reload=True)),
+    ),
+    ("backward_key_value", 86, "half"): _lines(
+        (48, KernelConfig(64, 4, 1, key_tile=32)),
+        (64, KernelConfig(64, 4, 1, key_tile=32)),
         (80, KernelConfig(32, 4, 1, key_tile=32)),
-        (160, KernelConfig(32, 4, 1, reload=True, key_tile=16)),
+        (160, KernelConfig(32, 4, 2, reload=True, key_tile=16)),
         (256, KernelConfig(16, 4, 1, reload=True, separate=True)),
     ),
     # Without tensor cores a thread's part of a product is long, and ptxas gives up early where it
@@ -158,14 +187,24 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
 }
 
 
+def _unpipelined(kernel: str, width: int) -> KernelConfig:
+    """What stands in for a configuration with a pipeline, in half precision before 9.0."""
+    if kernel == "backward_key_value":
+        return KernelConfig(32, 4, 1, reload=width > 80, key_tile=16 if width > 80 else 32)
+    return KernelConfig(64 if width <= 80 else 16, 4, 1, reload=True)
+
+
 def choose_config(
-    kernel: str, capability: int, precision: str, width: int, key_width: int, rows: int
-) -> KernelConfig:
+    kernel: str, capability: int, precision: str, width: int, key_width: int, rows: int,
+    pipeline: bool = True,
+) -> KernelConfig:  # fmt: skip
     """The configuration of the newest listed device that is not newer than this one.
 
     kernel is "forward", "backward_query" or "backward_key_value"; capability is major · 10 + minor;
     precision "half" or "single"; width and key_width are columns of main and tail tile together;
-    rows is the number of queries of a head.
+    rows is the number of queries of a head. pipeline: whether the call is one that Triton pipelines
+    without spills: it has no maps, whose loop inside the loop over the rows prevents that, and the
+    reference key no gradient, which would be one more to hold.
     """
     if capability // 10 == 12:
         capability = 89  # consumer Blackwell: matrix instructions and shared memory as on 8.9
@@ -173,6 +212,8 @@ def choose_config(
     table = TABLE[kernel, max(listed, default=80), precision]
     bucket = "few" if rows <= FEW_ROWS else "many"
     config = table[next(limit for limit in WIDTHS if width <= limit)][bucket]
+    if config.pipelined and (not pipeline or (key_width > 80 and not config.key_tile)):
+        config = _unpipelined(kernel, width)
     if config.key_tile:
         return config
     # More than 80 keys hold more probabilities a row: more warps to hold them, or fewer rows, but
@@ -209,7 +250,7 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
 
     precision, capability and width are those of `choose_config`, key_main and key_tail the tiles of
     keys. The kernel of the keys needs up to 88 KiB whatever these are before 9.0, which every
-    device has.
+    device has, with a pipeline too.
     """
     keys = key_main + key_tail
     if precision == "single":

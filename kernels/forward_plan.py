@@ -17,7 +17,9 @@ def _prepare_forward(
     inputs: InputLayouts, scale: float, device: Device, config: KernelConfig | None
 ) -> Prepared:
     tiles = tiling.tiles_of("forward", inputs, device)
-    config = config or tiling.config_of("forward", inputs, tiles, device)
+    config = config or tiling.config_of(
+        "forward", inputs, tiles, device, pipeline=inputs.map_tokens is None
+    )
     programs, blocks = tiling.split_rows(inputs, config, device)
     batch, heads, _, head_dim = inputs.query.shape
     numbers = tiling.common_numbers(inputs, tiles, scale) | {

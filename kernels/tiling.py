@@ -67,9 +67,9 @@ def _place(
 
 
 def config_of(
-    kernel: str, inputs: InputLayouts, tiles: dict[str, Any], device: Device
+    kernel: str, inputs: InputLayouts, tiles: dict[str, Any], device: Device, pipeline: bool
 ) -> KernelConfig:
-    return choose_config(kernel, *_place(inputs, tiles, device))
+    return choose_config(kernel, *_place(inputs, tiles, device), pipeline)
 
 
 @kept
