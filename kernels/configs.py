@@ -105,14 +105,14 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (256, KernelConfig(64, 8, 1, separate=True, resident=1)),
     ),
     ("forward", 100, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, resident=3)),
-        (64, KernelConfig(64, 4, 1, resident=3)),
+        (48, KernelConfig(64, 4, 1)),
+        (64, KernelConfig(64, 4, 1, registers=168, resident=3)),
         (80, KernelConfig(64, 4, 1)),
         (160, KernelConfig(64, 4, 1, registers=255)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_query", 100, "half"): _lines(
-        (48, KernelConfig(64, 4, 1)),
+        (48, KernelConfig(64, 4, 1, resident=3)),
         (64, KernelConfig(64, 4, 1, reload=True, resident=3)),
         (80, KernelConfig(64, 4, 1, reload=True)),
         (160, KernelConfig(64, 4, 1, reload=True)),
