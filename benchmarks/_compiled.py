@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _latency import loop_clocks
+from _latency import PLAYED, loop_clocks
 from _occupancy import occupancy
 from _roofline import DATASHEET, KERNELS, Bound, kernel_work
 from _sass import Turn, read_turn
@@ -21,8 +21,6 @@ _SCHEDULERS = 4
 DEVICES_OF = {80: ("A100",), 90: ("H100", "H200")}
 # Clocks a second of all multiprocessors at the highest boost, for the instruction slots.
 _SLOTS = {"A100": 108 * 1.41e9, "H100": 132 * 1.98e9, "H200": 132 * 1.98e9}
-# The architectures of which latencies are known.
-PLAYED = (90,)
 # Bytes a second from the L2 cache: NVIDIA gives 5,120 a clock for the A100 and nothing for the
 # others, which are taken to give as many.
 _L2_BYTES = {"A100": 5120 * 1.41e9, "H100": 5120 * 1.98e9, "H200": 5120 * 1.98e9}
@@ -188,7 +186,8 @@ def compile_facts(launch: Launch, choice: Choice) -> Facts:
     a_row = Problem("custom", 1, choice.head_dim, 1)
     resident = occupancy(choice.capability, report.registers, report.warps, report.shared_bytes)
     turn = read_turn(sass)
-    played = choice.capability in PLAYED and choice.dtype != "float32"
+    clocks = None if choice.dtype == "float32" else PLAYED.get(choice.capability)
+    turns = [] if clocks is None else loop_clocks(sass, resident.blocks, report.warps, clocks)
     facts = Facts(
         choice=choice,
         block=report.block,
@@ -205,7 +204,7 @@ def compile_facts(launch: Launch, choice: Choice) -> Facts:
         local_accesses_a_turn=turn.local_accesses,
         load_widths=dict(report.loads),
         bytes_a_row=kernel_work(a_row, dtype.itemsize, choice.kernel).row_bytes,
-        turn_clocks=loop_clocks(sass, resident.blocks, report.warps) if played else [],
+        turn_clocks=turns,
         key_tiles=key_tiles,
         **per_row(turn, report.warps, report.block, key_tiles),
     )

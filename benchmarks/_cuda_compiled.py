@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from _compiled import DEVICES_OF, PLAYED, Choice, Facts, add_bounds, per_row
-from _latency import turn_clocks
+from _compiled import DEVICES_OF, Choice, Facts, add_bounds, per_row
+from _latency import PLAYED, turn_clocks
 from _listing import Kernel, kernels, load_widths, read_row_loop, row_loop_body
 from _occupancy import LIMITS, RESERVED_SHARED, occupancy
 from _roofline import kernel_work
@@ -162,8 +162,8 @@ def _facts(choice: Choice, kernel: Kernel, use: _Use, start: Start, small: bool)
     resident = occupancy(choice.capability, use.registers, warps, start.shared_bytes)
     played = []
     if choice.capability in PLAYED:
-        body = row_loop_body(kernel, trips)
-        played = [turn_clocks(body, n, warps) for n in range(1, resident.blocks + 1)]
+        body, clocks = row_loop_body(kernel, trips), PLAYED[choice.capability]
+        played = [turn_clocks(body, n, warps, clocks) for n in range(1, resident.blocks + 1)]
     a_row = Problem("custom", 1, choice.head_dim, 1)
     itemsize = getattr(torch, choice.dtype).itemsize
     facts = Facts(

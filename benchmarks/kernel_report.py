@@ -19,7 +19,8 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
     if _place not in sys.path:
         sys.path.append(_place)
 
-from _compiled import DEVICES_OF, PLAYED, Choice, Facts, compile_case  # noqa: E402
+from _compiled import DEVICES_OF, Choice, Facts, compile_case  # noqa: E402
+from _latency import PLAYED  # noqa: E402
 from _report import table, write_json  # noqa: E402
 from _roofline import KERNELS  # noqa: E402
 from tqdm import tqdm  # noqa: E402
