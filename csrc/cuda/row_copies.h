@@ -10,15 +10,15 @@ namespace sefi::cuda::tensor {
 template <int D, class E, int kRows, int kThreads>
 class RowCopies {
     static constexpr int kEights = Layout<D>::kEights, kStride = Layout<D>::kStride;
-    static constexpr int kLanes = kEights >= 8 ? 8 : 4, kRest = kEights - kLanes;
-    static constexpr int kStep = kThreads / kLanes;
-    static_assert(kRows % kStep == 0 && kRest * kRows <= kThreads);
+    static constexpr int kLanes = kEights >= 16 ? 16 : kEights >= 8 ? 8 : 4;
+    static constexpr int kRest = kEights - kLanes, kStep = kThreads / kLanes;
+    static_assert(kRest * kRows <= kThreads, "one chunk of the rest a thread");
 
 public:
     SEFI_DEVICE RowCopies(const View& view, int64_t b, int64_t h)
         : head_(head_of<E>(view, b, h)), stride_(view.row) {}
 
-    // Rows first, first + 1, ...; zeros from row `end` on.
+    // Rows first, first + 1, ...; zeros from row `end` on. The caller closes the group.
     SEFI_DEVICE void start(int64_t first, int64_t end, uint32_t to) const {
         const int inside = int(min(end - first, int64_t(kRows)));
         const E* const rows = head_ + first * stride_;
@@ -29,13 +29,13 @@ public:
         };
         const int thread = int(threadIdx.x);
 #pragma unroll
-        for (int i = 0; i < kRows / kStep; ++i) {
-            copy(thread / kLanes + i * kStep, thread % kLanes);
+        for (int i = 0; i < (kRows + kStep - 1) / kStep; ++i) {
+            const int row = thread / kLanes + i * kStep;
+            if (kRows % kStep == 0 || row < kRows) copy(row, thread % kLanes);
         }
         if constexpr (kRest > 0) {
             if (thread < kRest * kRows) copy(thread / kRest, kLanes + thread % kRest);
         }
-        commit_copies();
     }
 
 private:

@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
     const RowCopies<D, E, kRows, kThreads> grad_outputs(call.grad_output, b, h);
     queries.start(begin, end, shared_address(slots));
     if (with_output) grad_outputs.start(begin, end, shared_address(outputs));
+    commit_copies();
     load_bias<kThreads>(call, b, bias);
     if (kReference) {
         load_weights<kThreads>(call, b, 2.0f * call.grad_alignment[b] / float(heads), pull);
@@ -136,6 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
         if constexpr (kSlots == 2) {
             slot = 1 - slot;
             if (more) queries.start(first + kRows, end, shared_address(slots + slot * S::kTile));
+            commit_copies();
         }
         uint32_t rows[D / 8][2], packed[kKeySteps][4];
         float target[kKeyEights][4], slope[kKeyEights][4], means[2];
@@ -168,6 +170,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
         __syncthreads();
         if (with_output && more) {
             grad_outputs.start(first + kRows, end, shared_address(outputs));
+            commit_copies();
         }
         share_map(packed, own_map);
         if (call.grad_query.data) {
@@ -179,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
         if (kSlots == 1 && more) {
             __syncthreads();
             queries.start(first + kRows, end, shared_address(slots));
+            commit_copies();
         }
     }
     const int64_t entry = (blockIdx.x * a.cut.splits + blockIdx.y) * call.keys * D;

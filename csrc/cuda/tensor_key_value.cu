@@ -4,6 +4,7 @@
 // columns of query rows, are at once the left factor of the sums over those rows.
 #include "cuda/key_tile.h"
 #include "cuda/kernels.h"
+#include "cuda/row_copies.h"
 #include "cuda/start.h"
 #include "cuda/tensor.h"
 
@@ -33,30 +34,21 @@ struct Shape {
 
 // One tile of rows, and four numbers of each, on their way to shared memory.
 template <int D, int kRows, int kThreads, class E>
-SEFI_DEVICE void load_stage(const BackwardArguments& a, const E* query, const E* grad_output,
-                            const float* statistics, int64_t first, uint32_t stage) {
-    constexpr int kEights = Layout<D>::kEights, kStride = Layout<D>::kStride;
-    const int thread = int(threadIdx.x);
-    for (int i = thread; i < kRows * kEights; i += kThreads) {
-        const int r = i / kEights, eight = i % kEights;
-        const int64_t row = first + r;
-        const bool inside = row < a.call.queries;
-        const uint32_t to = stage + uint32_t(r * kStride + 16 * eight);
-        // Nothing is read where `inside` is false, but the address must be a good one.
-        const int64_t from = inside ? row : 0;
-        copy_async(to, query + from * a.call.query.row + 8 * eight, inside);
-        if (grad_output) {
-            copy_async(to + uint32_t(kRows * kStride),
-                       grad_output + from * a.call.grad_output.row + 8 * eight, inside);
-        }
-    }
-    for (int i = thread; i < kRows; i += kThreads) {
+SEFI_DEVICE void load_stage(const BackwardArguments& a,
+                            const RowCopies<D, E, kRows, kThreads>& queries,
+                            const RowCopies<D, E, kRows, kThreads>& grad_outputs,
+                            bool with_output, const float* statistics, int64_t first,
+                            uint32_t stage) {
+    constexpr int kTile = kRows * Layout<D>::kStride;
+    queries.start(first, a.call.queries, stage);
+    if (with_output) grad_outputs.start(first, a.call.queries, stage + uint32_t(kTile));
+    for (int i = int(threadIdx.x); i < kRows; i += kThreads) {
         constexpr int kChunks = kRows / 4;
         // A_t's log_sum and mean, then A_r's. What was not written is not used, whatever it is.
         const int kind = i / kChunks, chunk = i % kChunks;
         const int place = kind / 2 * kAnchor + (kind % 2 ? kMean : kLogSum);
         const float* from = statistics + place * a.padded_rows + first + 4 * chunk;
-        copy_async(stage + uint32_t(2 * kRows * kStride + 4 * (kind * kRows + 4 * chunk)), from,
+        copy_async(stage + uint32_t(2 * kTile + 4 * (kind * kRows + 4 * chunk)), from,
                    true);
     }
     commit_copies();
@@ -84,8 +76,8 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
     }
     __syncthreads();
 
-    const E* const query = head_of<E>(call.query, b, h);
-    const E* const grad_output = with_output ? head_of<E>(call.grad_output, b, h) : nullptr;
+    const RowCopies<D, E, S::kRows, kThreads> queries(call.query, b, h);
+    const RowCopies<D, E, S::kRows, kThreads> grad_outputs(call.grad_output, b, h);
     const float* const statistics = a.statistics + blockIdx.x * kStatistics * a.padded_rows;
     KeyTile<D, E, S::kResident> key, value, reference;
     key.template load<kThreads>(call.key, b, h, bias, tile, keys);
@@ -103,7 +95,10 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
     const int64_t begin = blockIdx.y * a.cut.rows_a_block;
     const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
     const uint32_t stages_at = shared_address(stages);
-    load_stage<D, S::kRows, kThreads>(a, query, grad_output, statistics, begin, stages_at);
+    const auto load = [&](int64_t from, uint32_t stage) {
+        load_stage(a, queries, grad_outputs, with_output, statistics, from, stage);
+    };
+    load(begin, stages_at);
     for (int64_t first = begin; first < end; first += S::kRows) {
         const int now = int((first - begin) / S::kRows % S::kStages);
         const char* const stage = stages + now * S::kStage;
@@ -112,8 +107,7 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
         // All copies are there, and all warps have left the other stage.
         __syncthreads();
         if (S::kStages == 2 && first + S::kRows < end) {
-            load_stage<D, S::kRows, kThreads>(a, query, grad_output, statistics, first + S::kRows,
-                                              stages_at + uint32_t((1 - now) * S::kStage));
+            load(first + S::kRows, stages_at + uint32_t((1 - now) * S::kStage));
         }
         const float* const of_rows = reinterpret_cast<const float*>(stage + 2 * S::kTile);
         const auto add = [&](int chunk, const uint32_t(&maps)[S::kMaps][4]) {
@@ -164,8 +158,7 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
         }
         if (S::kStages == 1 && first + S::kRows < end) {
             __syncthreads();
-            load_stage<D, S::kRows, kThreads>(a, query, grad_output, statistics, first + S::kRows,
-                                              stages_at);
+            load(first + S::kRows, stages_at);
         }
     }
     const int64_t entry = (blockIdx.x * a.cut.splits + blockIdx.y) * call.keys * D;

@@ -100,11 +100,19 @@ def _check(found: Results, inputs: Inputs) -> None:
         return {name: share * x.abs().max().item() for name, x in present.items()}
 
     allowed = {"outputs": beside(truth.outputs)}
+    allowed["outputs"]["alignment"] = allowed["outputs"].get("alignment", 0.0) + _squared(inputs)
     for which in GRADIENTS_OF:
         allowed[which] = beside(truth.gradients[which])
         for name, cancelled in _cancelled(inputs, which).items():
             allowed[which][name] = allowed[which].get(name, 0.0) + cancelled
     check_results(found, inputs, factor=FACTOR, near=near, beside=allowed)
+
+
+def _squared(inputs: Inputs) -> float:
+    """What rounded probabilities leave where both maps are equal: a unit of float32 in each."""
+    weight = 1.0 if inputs.token_weights is None else inputs.token_weights.abs().max().item()
+    rows, keys = inputs.query.shape[2], inputs.key.shape[2]
+    return weight * rows * keys * torch.finfo(torch.float32).eps ** 2
 
 
 def _rounded_anew(inputs: Inputs, seed: int) -> Results:
