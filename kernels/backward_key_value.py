@@ -20,6 +20,7 @@ from .primitives import (
     add_products,
     exponentials,
     inner_products,
+    normalised,
 )
 
 
@@ -37,14 +38,14 @@ def add_key_gradients(
     if HAS_MASK:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     EXACT: tl.constexpr = queries[0].dtype == tl.float32
-    probability = exponentials(scores, peak, scale_log2, EXACT) * inverse[:, None]
+    probability = normalised(exponentials(scores, peak, scale_log2, EXACT), inverse)
     if NEEDS_VALUE:
         value_sum = accumulate_keys(value_sum, probability, grad_outputs, DIM_TAIL, TURNED)
     if HAS_ALIGNMENT:
         scores = inner_products(queries, reference, DIM_TAIL)
         if HAS_MASK:
             scores = tl.where(valid[None, :], scores, float("-inf"))
-        other = exponentials(scores, other_peak, scale_log2, EXACT) * other_inverse[:, None]
+        other = normalised(exponentials(scores, other_peak, scale_log2, EXACT), other_inverse)
         pull = (probability - other) * (weights * alignment_factor)[None, :]
         if NEEDS_REFERENCE:
             gradient = -other * (pull + other_mean[:, None])

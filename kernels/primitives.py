@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 COUNTS = ("heads", "tokens", "blocks_a_program", "count")
 """Arguments of the kernels that only count: a 1 or a multiple of 16 among them, which a batch or a
 resolution decides, is not worth a kernel of its own."""
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -72,6 +75,19 @@ def exponentials(scores, peak, scale_log2, EXACT: tl.constexpr):
         return tl.exp2((scores - peak[:, None]) * scale_log2)
     else:
         return tl.exp2(scores * scale_log2 - (peak * scale_log2)[:, None])
+
+
+@triton.jit
+def normalised(powers, inverse):
+    """Powers times their row's inverse sum, each rounded by itself.
+
+    Fused with the difference of two maps, the one half would be exact and the other rounded: equal
+    scores would leave a loss, and a gradient of it, of some 1e-9 instead of 0.
+    """
+    if INTERPRETED:
+        return powers * inverse[:, None]
+    else:
+        return libdevice.mul_rn(powers, inverse[:, None])
 
 
 @triton.jit
@@ -165,9 +181,9 @@ def softmax(
     inverse = 1.0 / total
     if HAS_MASK:
         inverse = tl.where(total == 0.0, 0.0, inverse)
-    main = main * inverse[:, None]
+    main = normalised(main, inverse)
     if KEY_TAIL > 0:
-        return main, tail * inverse[:, None], peak, inverse
+        return main, normalised(tail, inverse), peak, inverse
     else:
         return main, main, peak, inverse
 

@@ -63,7 +63,7 @@ SEFI_DEVICE float reciprocal(float x) {
 }
 
 // x * y, rounded: not one half of a fused multiply-add.
-SEFI_DEVICE float product(float x, float y) { return __fmul_rn(x, y); }
+SEFI_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 
 SEFI_DEVICE char* shared_memory() {
     extern __shared__ __align__(128) char memory[];

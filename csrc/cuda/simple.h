@@ -161,7 +161,7 @@ SEFI_DEVICE Peak softmax(float* scores, int keys, int mine, const Visible& visib
     }
     total = row_sum(total);
     const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    for (int k = mine; k < keys; k += kRowThreads) scores[k] *= inverse;
+    for (int k = mine; k < keys; k += kRowThreads) scores[k] = multiply(scores[k], inverse);
     return {peak, inverse};
 }
 

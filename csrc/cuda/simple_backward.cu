@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) key_value_kernel(const BackwardArgum
                 const auto probability = [&](const float* right, int which) {
                     const float* own = statistics + which * a.padded_rows + row;
                     const float score = a.cut.sign * product(q, right) - own[0];
-                    return exp2f(score * a.cut.scale_log2) * own[a.padded_rows];
+                    return multiply(exp2f(score * a.cut.scale_log2), own[a.padded_rows]);
                 };
                 p = probability(key, 0);
                 if (a.key && call.grad_output.data) s = product(g, value);

@@ -74,8 +74,8 @@ struct Softmax {
         // Not fused with what comes: equal scores of two maps must stay equal.
 #pragma unroll
         for (int e = 0; e < kKeyEights; ++e) {
-            map[e][2 * r] = product(map[e][2 * r], inverse);
-            map[e][2 * r + 1] = product(map[e][2 * r + 1], inverse);
+            map[e][2 * r] = multiply(map[e][2 * r], inverse);
+            map[e][2 * r + 1] = multiply(map[e][2 * r + 1], inverse);
         }
     }
 };

@@ -31,8 +31,9 @@ from sefi_fast.kernels.configs import TABLE  # noqa: E402
 SPILLS: dict[tuple[int, int, str], int] = {
     (80, 160, "float32"): 2596,
     (80, 80, "backward_key_value"): 128,
-    (80, 160, "backward_key_value"): 8,
-    (86, 64, "forward"): 24,
+    (80, 160, "backward_key_value"): 32,
+    (80, 64, "forward"): 40,
+    (86, 64, "forward"): 56,
     (90, 80, "forward"): 8,
     (90, 160, "backward_key_value"): 96,
 }

@@ -32,7 +32,7 @@ inline float power_of_two(float x) {
 }
 
 inline float reciprocal(float x) { return 1.0f / x; }
-inline float product(float x, float y) { return x * y; }
+inline float multiply(float x, float y) { return x * y; }
 
 inline char* shared_memory() { return ::emulation::shared_memory(); }
 inline uint32_t shared_address(const void* pointer) { return ::emulation::shared_offset(pointer); }
