@@ -32,7 +32,7 @@ struct Shape {
 
 constexpr int kBlocks = 2;  // a multiprocessor, by their registers
 
-// Shared memory of a multiprocessor, in units of what so many bytes a block need of it.
+// How many blocks of so many bytes each the shared memory of a multiprocessor holds, at most kBlocks.
 int fitting(int bytes) {
     constexpr int kReserved = 1024;  // by the driver, for each block
     int device = 0, all = 0;

@@ -43,7 +43,8 @@ SEFI_DEVICE void write_map(const float (&map)[kKeyEights][4], int64_t token, int
 }
 
 template <int D, class E, bool kReference>
-__global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>) forward_kernel(const ForwardArguments a) {
+__global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
+    forward_kernel(const ForwardArguments a) {
     constexpr int kThreads = 32 * kWarps<D>, kTile = Layout<D>::kTile;
     const ForwardCall& call = a.call;
     const unsigned heads = unsigned(call.heads);

