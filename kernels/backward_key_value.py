@@ -138,7 +138,7 @@ def cross_attention_backward_key_value(
             token_weights, batch, weight_stride_b, own_keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
         )
         alignment_factor = tl.load(grad_alignment + batch * alignment_stride_b) * (2.0 / heads)
-    if not RELOAD and not PIPELINED:
+    if not RELOAD:
         (key_main, key_tail, value_main, value_tail,
          reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, own_keys,
@@ -193,9 +193,9 @@ def cross_attention_backward_key_value(
             grad_output is not None, BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
         )  # fmt: skip
         if RELOAD:
-            # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
-            tl.debug_barrier()
-        if RELOAD or PIPELINED:
+            if not PIPELINED:
+                # Keeps the loads, and so the keys' registers, from being hoisted out of the loop.
+                tl.debug_barrier()
             (key_main, key_tail, value_main, value_tail,
              reference_main, reference_tail) = load_operands(
                 key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m,

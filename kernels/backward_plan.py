@@ -41,7 +41,8 @@ def _backward_numbers(
 ) -> tuple[dict[str, Any], KernelConfig, int]:  # fmt: skip
     """Numbers shared by the backward kernels, their configuration and the programs."""
     tiles = tiling.tiles_of(kernel, inputs, device)
-    pipeline = gradients.maps is None and not reference_grad
+    masked = kernel == "backward_key_value" and inputs.key_mask is not None
+    pipeline = gradients.maps is None and not reference_grad and not masked
     config = config or tiling.config_of(kernel, inputs, tiles, device, pipeline)
     key_tiles = 1
     if kernel == "backward_key_value":
@@ -62,7 +63,7 @@ def _backward_numbers(
         "blocks_a_program": blocks,
         "scale": scale,
         "BLOCK": config.block,
-        "RELOAD": config.reload and not config.pipelined,
+        "RELOAD": config.reload,
         "PIPELINED": config.pipelined,
         "ALIGNMENT": row_alignment(head_dim, *inputs[:4], gradients.output),
         "UPCAST": device.interpreted and inputs.query.dtype == torch.bfloat16,
@@ -90,7 +91,7 @@ def _prepare_backward_query(
     numbers["REFERENCE_GRAD"] = reference_grad
     numbers["PREFETCH"] = config.prefetch
     numbers["STACKED"] = config.stacked
-    numbers["LATE"] = config.late or numbers["RELOAD"]
+    numbers["LATE"] = config.late or (config.reload and not config.pipelined)
     batch, heads = inputs.query.shape[:2]
     return Prepared(cross_attention_backward_query, (batch * heads, programs), numbers, config)
 

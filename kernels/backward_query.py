@@ -64,7 +64,9 @@ def cross_attention_backward_query(
     of the keys, statistics [B, H, N, 8]: peak, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, those
     of A_r's, and two that say nothing. Each of these may be None. Gradients that did not come
     (grad_output, grad_alignment, grad_maps) are None and cost nothing, and so do value without the
-    first and reference_key without the second. PREFETCH asks for the rows of the next block before
+    first and reference_key without the second. RELOAD loads the keys anew for each block: each set
+    where it is used or, PIPELINED, all when the block begins, in truth a block before. STACKED: one
+    product for the scores of both streams. PREFETCH asks for the rows of the next block before
     this one is done, and holds them in registers until then; LATE asks for the gradients of a
     block's outputs when its queries' scores are there, and their tile may take the queries' memory.
     """
@@ -78,6 +80,8 @@ def cross_attention_backward_query(
     BOTH: tl.constexpr = STACKED and HAS_ALIGNMENT
     SUMS_KEY: tl.constexpr = grad_key is not None
     SUMS_VALUE: tl.constexpr = grad_value is not None
+    # Each set of keys where it is used; else all of them when the turn begins.
+    AT_USE: tl.constexpr = RELOAD and not PIPELINED
     # Whether the keys of the main tile are too few to be shared by the warps.
     TURNED: tl.constexpr = KEY_MAIN < 64
     batch = tl.program_id(0) // heads
@@ -117,7 +121,7 @@ def cross_attention_backward_query(
             query, grad_output, first, query_stride_n, output_stride_n, end, HAS_OUTPUT,
             BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
         )  # fmt: skip
-    if not RELOAD and not PIPELINED:
+    if not RELOAD:
         (key_main, key_tail, value_main, value_tail,
          reference_main, reference_tail) = load_operands(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
@@ -164,7 +168,7 @@ def cross_attention_backward_query(
                 valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
                 KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        if RELOAD:
+        if AT_USE:
             key_main, key_tail = load_tiles(
                 key, key_stride_m, keys, valid_main, valid_tail,
                 DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
@@ -178,7 +182,7 @@ def cross_attention_backward_query(
         main, tail, peak, inverse = softmax(
             main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT
         )
-        if HAS_ALIGNMENT and not RELOAD:
+        if HAS_ALIGNMENT and not AT_USE:
             # The last use of the queries' tile before the sums.
             if not BOTH:
                 other_main, other_tail = scores(
@@ -205,7 +209,7 @@ def cross_attention_backward_query(
             if KEY_TAIL > 0:
                 value_tail_sum = accumulate_keys(value_tail_sum, tail, grad_outputs, DIM_TAIL, True)
         if HAS_OUTPUT:
-            if RELOAD:
+            if AT_USE:
                 value_main, value_tail = load_tiles(
                     value, value_stride_m, keys, valid_main, valid_tail,
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
@@ -221,7 +225,7 @@ def cross_attention_backward_query(
                     grad_main, grad_tail, tl.load(map_tokens + token), gradient * map_factor,
                     KEY_MAIN, KEY_TAIL,
                 )  # fmt: skip
-        if HAS_ALIGNMENT and RELOAD:
+        if HAS_ALIGNMENT and AT_USE:
             reference_main, reference_tail = load_tiles(
                 reference_key, reference_stride_m, keys, valid_main, valid_tail,
                 DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
@@ -249,7 +253,7 @@ def cross_attention_backward_query(
             key_sum = accumulate_keys(key_sum, grad_main, queries, DIM_TAIL, TURNED)
             if KEY_TAIL > 0:
                 key_tail_sum = accumulate_keys(key_tail_sum, grad_tail, queries, DIM_TAIL, True)
-        if RELOAD:
+        if AT_USE:
             # Not the tiles from above, which would fill the registers until here.
             tl.debug_barrier()
             key_main, key_tail = load_tiles(
@@ -263,7 +267,7 @@ def cross_attention_backward_query(
             pull_main, pull_tail, other_mean = softmax_gradient(
                 other_main, other_tail, -pull_main, -pull_tail, KEY_TAIL
             )
-            if RELOAD:
+            if AT_USE:
                 reference_main, reference_tail = load_tiles(
                     reference_key, reference_stride_m, keys, valid_main, valid_tail,
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,

@@ -191,7 +191,7 @@ def _unpipelined(kernel: str, width: int) -> KernelConfig:
     """What stands in for a configuration with a pipeline, in half precision before 9.0."""
     if kernel == "backward_key_value":
         return KernelConfig(32, 4, 1, reload=width > 80, key_tile=16 if width > 80 else 32)
-    return KernelConfig(64 if width <= 80 else 16, 4, 1, reload=True)
+    return KernelConfig(64, 4, 1, reload=True)
 
 
 def choose_config(
@@ -202,9 +202,9 @@ def choose_config(
 
     kernel is "forward", "backward_query" or "backward_key_value"; capability is major · 10 + minor;
     precision "half" or "single"; width and key_width are columns of main and tail tile together;
-    rows is the number of queries of a head. pipeline: whether the call is one that Triton pipelines
-    without spills: it has no maps, whose loop inside the loop over the rows prevents that, and the
-    reference key no gradient, which would be one more to hold.
+    rows is the number of queries of a head. pipeline: whether Triton pipelines the call well: it
+    has no maps, whose loop inside the loop over the rows prevents that, and nothing more to hold
+    than usual, as the reference key's gradient is, or in the kernel of the keys a mask.
     """
     if capability // 10 == 12:
         capability = 89  # consumer Blackwell: matrix instructions and shared memory as on 8.9

@@ -12,7 +12,8 @@ int driver_version();
 
 // Bytes of device memory that a call needs beside its results (partial sums of the alignment and of
 // the maps; row statistics and partial sums of the key-side gradients). The caller hands them over
-// uninitialised and 256-byte aligned; 0 means that `scratch` may be null.
+// uninitialised and 256-byte aligned; 0 means that `scratch` may be null. The device that is current
+// here must be so when the call is made: how its rows are cut depends on its shared memory.
 int64_t forward_scratch(const ForwardCall& call, int multiprocessors);
 int64_t backward_scratch(const BackwardCall& call, int multiprocessors);
 

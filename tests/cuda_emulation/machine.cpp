@@ -149,6 +149,7 @@ bool run_block() {
     std::memset(machine.memory.data(), kPoison, machine.memory.size());
     machine.block.waiting.clear();
     machine.ready.clear();
+    machine.hurried %= int(machine.warps.size());
     for (Warp& warp : machine.warps) warp.meeting.waiting.clear();
     for (int t = 0; t < machine.threads; ++t) {
         Fiber& fiber = machine.fibers[size_t(t)];

@@ -118,4 +118,17 @@ def test_calls_that_triton_does_not_pipeline_have_other_configurations(
     for launch in (dq, keys):
         assert launch.config.pipelined == (not maps and not reference_grad)
         assert launch.arguments["PIPELINED"] == launch.config.pipelined
-        assert not (launch.arguments["RELOAD"] and launch.arguments["PIPELINED"])
+        assert launch.arguments["RELOAD"] or not launch.config.pipelined
+
+
+def test_a_mask_keeps_the_kernel_of_the_keys_from_the_pipeline_alone() -> None:
+    inputs, gradients = half(maps=False)
+    assert inputs.value is not None
+    inputs = inputs._replace(key_mask=torch.empty((1, 77), dtype=torch.uint8, device="meta"))
+    device, statistics = Device(80, 108, False), empty_statistics(inputs.query)
+    dq = plan_backward_query(
+        inputs, gradients, nan_like(inputs.query), statistics, SCALE, False, device
+    )
+    totals = (nan_like(inputs.key), nan_like(inputs.value), None)
+    keys, *_ = plan_backward_key_value(inputs, gradients, statistics, totals, SCALE, device)
+    assert dq.config.pipelined and not keys.config.pipelined

@@ -81,13 +81,14 @@ def test_backward_in_one_pass(emulated: Emulated, head_dim: int, queries: int) -
 
 
 @pytest.mark.parametrize("keys", [1, 15, 64, 65, 80])
-@pytest.mark.parametrize("head_dim, limit", [(80, MIDDLE_SHARED), (64, SMALL_SHARED)])
-def test_one_pass_where_shared_memory_is_small(
-    emulated: Emulated, head_dim: int, limit: int, keys: int
+@pytest.mark.parametrize("limit", [MIDDLE_SHARED, LARGE_SHARED])
+def test_one_pass_with_one_tile_of_rows_and_with_two(
+    emulated: Emulated, limit: int, keys: int
 ) -> None:
+    """At 80 columns two blocks fit on a multiprocessor of 8.0 with one tile of queries each."""
     emulated.multiprocessors = 1
     emulated.shared_limit(limit)
-    check_backend("cpu", make_inputs(1, 3, 150, keys, head_dim, BFLOAT16, **ONE_PASS))
+    check_backend("cpu", make_inputs(1, 3, 150, keys, 80, BFLOAT16, **ONE_PASS))
 
 
 @pytest.mark.parametrize("head_dim", [40, 80])
