@@ -110,14 +110,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
         load_weights<kThreads>(call, b, 2.0f * call.grad_alignment[b] / float(heads), pull);
     }
     __syncthreads();
-    load_keys<D, kThreads>(head_of<E>(call.key, b, h), call.key.row, bias, key);
-    if (with_output) {
-        load_keys<D, kThreads>(head_of<E>(call.value, b, h), call.value.row, bias, value);
-    }
-    if (kReference) {
-        load_keys<D, kThreads>(head_of<E>(call.reference_key, b, h), call.reference_key.row, bias,
-                               reference);
-    }
+    load_streams<D, kThreads, E>(call, b, h, bias, key, with_output ? value : nullptr,
+                                 kReference ? reference : nullptr);
 
     const int warp = int(threadIdx.x) / 32;
     const uint32_t key_at = shared_address(key), map_at = shared_address(map);

@@ -58,12 +58,7 @@ __global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
     load_bias<kThreads>(call, b, bias);
     load_weights<kThreads>(call, b, 1.0f, weights);
     __syncthreads();
-    load_keys<D, kThreads>(head_of<E>(call.key, b, h), call.key.row, bias, key);
-    load_keys<D, kThreads>(head_of<E>(call.value, b, h), call.value.row, bias, value);
-    if (kReference) {
-        load_keys<D, kThreads>(head_of<E>(call.reference_key, b, h), call.reference_key.row, bias,
-                               reference);
-    }
+    load_streams<D, kThreads, E>(call, b, h, bias, key, value, kReference ? reference : nullptr);
     __syncthreads();
 
     const E* const query = head_of<E>(call.query, b, h);

@@ -155,6 +155,18 @@ SEFI_DEVICE void load_weights(const Problem& p, int64_t b, float factor, float* 
     }
 }
 
+// Keys, values and reference keys of one head; a stream without a tile is left out.
+template <int D, int kThreads, class E>
+SEFI_DEVICE void load_streams(const Problem& p, int64_t b, int64_t h, const float* bias, char* key,
+                              char* value, char* reference) {
+    load_keys<D, kThreads>(head_of<E>(p.key, b, h), p.key.row, bias, key);
+    if (value) load_keys<D, kThreads>(head_of<E>(p.value, b, h), p.value.row, bias, value);
+    if (reference) {
+        load_keys<D, kThreads>(head_of<E>(p.reference_key, b, h), p.reference_key.row, bias,
+                               reference);
+    }
+}
+
 // products += rows * tile^T: 16 rows by 80 keys. `tile` is the tile's address with score_offset.
 template <int D, class E>
 SEFI_DEVICE void multiply_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile,
