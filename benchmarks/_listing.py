@@ -109,26 +109,25 @@ def row_loop_body(kernel: Kernel, trips: Trips) -> list[Instruction]:
     loop = row_loop(kernel)
     if loop is None:
         raise ValueError("the kernel has no loop with products or exponentials in it")
+    return _unrolled(kernel, loop, trips)
+
+
+def _unrolled(kernel: Kernel, loop: Loop, trips: Trips) -> list[Instruction]:
+    """The instructions of one turn, those of the loops inside as often as these run."""
     inner = [other for other in kernel.loops if loop.holds(other)]
-
-    def unrolled(first: int, last: int) -> list[Instruction]:
-        body: list[Instruction] = []
-        place = first
-        while place <= last:
-            # The outermost of the loops that begin here, but for the one that is being unrolled.
-            here = [x for x in inner if x.first == place and (x.first, x.last) != (first, last)]
-            here = [x for x in here if x.last <= last]
-            if here:
-                found = max(here, key=lambda x: x.last)
-                turns = _turns(kernel.instructions[found.first : found.last + 1], trips)
-                body += unrolled(found.first, found.last) * turns
-                place = found.last + 1
-            else:
-                body.append(kernel.instructions[place])
-                place += 1
-        return body
-
-    return unrolled(loop.first, loop.last)
+    body: list[Instruction] = []
+    place = loop.first
+    while place <= loop.last:
+        # The outermost of those that begin here.
+        here = max((x for x in inner if x.first == place), key=lambda x: x.last, default=None)
+        if here is None:
+            body.append(kernel.instructions[place])
+            place += 1
+        else:
+            turns = _turns(kernel.instructions[here.first : here.last + 1], trips)
+            body += _unrolled(kernel, here, trips) * turns
+            place = here.last + 1
+    return body
 
 
 def read_row_loop(kernel: Kernel, trips: Trips) -> Turn:

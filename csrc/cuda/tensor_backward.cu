@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
         }
         share_map(packed, own_map);
         if (call.grad_query.data) {
-            write_sums<D, 0, E>(packed, key_at + sum_offset<D>(), call.scale, grad_query,
-                                call.grad_query.row, first + 16 * warp, end);
+            write_sums<D, 0>(call.scale, grad_query, call.grad_query.row, first + 16 * warp, end,
+                             Weighed{packed, key_at + sum_offset<D>()});
         }
         __syncthreads();
         add_tile<D, E>(map_at, shared_address(tile), share, key_sums, key_share);

@@ -104,7 +104,8 @@ __global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
         }
         uint32_t packed[kKeySteps][4];
         pack_weights<E>(target, packed);
-        write_sums<D, 0>(packed, value_sums, 1.0f, output, call.output.row, first, end);
+        write_sums<D, 0>(1.0f, output, call.output.row, first, end,
+                         Weighed{packed, value_sums});
     }
     if (!a.partials) return;
     float own = distance[0] + distance[1];

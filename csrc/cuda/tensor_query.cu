@@ -16,22 +16,6 @@ size_t shared_bytes(const BackwardArguments& a) {
     return tiles * Layout<D>::kTile + 4 * 2 * kKeys;
 }
 
-template <int D, int kFirst, class E>
-SEFI_DEVICE void write_gradient(const uint32_t (&slopes)[kKeySteps][4], uint32_t key,
-                                const uint32_t (&reference_slopes)[kKeySteps][4],
-                                uint32_t reference, bool reference_grad, float scale, E* head,
-                                int64_t stride, int64_t first, int64_t end) {
-    if constexpr (kFirst < D / 8) {
-        float sums[kGroup<D, kFirst>][4] = {};
-        weigh_keys<D, kFirst, E>(slopes, key, sums);
-        if (reference_grad) weigh_keys<D, kFirst, E>(reference_slopes, reference, sums);
-        store_group<D, kFirst>(head, stride, first, end, scale, sums);
-        write_gradient<D, kFirst + kGroup<D, kFirst>>(slopes, key, reference_slopes, reference,
-                                                      reference_grad, scale, head, stride, first,
-                                                      end);
-    }
-}
-
 template <int D, class E, bool kReference>
 __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArguments a) {
     constexpr int kThreads = 32 * kWarps<D>, kTile = Layout<D>::kTile;
@@ -116,9 +100,9 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
         through_softmax(target, means, slope);
         uint32_t slopes[kKeySteps][4];
         pack_weights<E>(slope, slopes);
-        write_gradient<D, 0>(slopes, key_at + sums, reference_slopes, reference_at + sums,
-                             a.reference_grad, call.scale, grad_query, call.grad_query.row, first,
-                             end);
+        write_sums<D, 0>(call.scale, grad_query, call.grad_query.row, first, end,
+                         Weighed{slopes, key_at + sums},
+                         Weighed{reference_slopes, reference_at + sums, a.reference_grad});
     }
 }
 

@@ -221,16 +221,25 @@ SEFI_DEVICE void weigh_keys(const uint32_t (&weights)[kKeySteps][4], uint32_t ti
     }
 }
 
-// factor * (weights * tile): 16 rows of one head, group by group of columns. `tile` is the tile's
-// address with sum_offset.
-template <int D, int kFirst, class E>
-SEFI_DEVICE void write_sums(const uint32_t (&weights)[kKeySteps][4], uint32_t tile, float factor,
-                            E* head, int64_t stride, int64_t first, int64_t end) {
+// Weights and the tile they weigh, at its address with sum_offset; nothing where not `taken`.
+struct Weighed {
+    const uint32_t (&weights)[kKeySteps][4];
+    uint32_t tile;
+    bool taken = true;
+};
+
+// factor * the sum of weights * tile: 16 rows of one head, group by group of columns.
+template <int D, int kFirst, class E, class... Parts>
+SEFI_DEVICE void write_sums(float factor, E* head, int64_t stride, int64_t first, int64_t end,
+                            const Parts&... parts) {
     if constexpr (kFirst < D / 8) {
         float sums[kGroup<D, kFirst>][4] = {};
-        weigh_keys<D, kFirst, E>(weights, tile, sums);
+        const auto add = [&](const Weighed& part) {
+            if (part.taken) weigh_keys<D, kFirst, E>(part.weights, part.tile, sums);
+        };
+        (add(parts), ...);
         store_group<D, kFirst>(head, stride, first, end, factor, sums);
-        write_sums<D, kFirst + kGroup<D, kFirst>>(weights, tile, factor, head, stride, first, end);
+        write_sums<D, kFirst + kGroup<D, kFirst>>(factor, head, stride, first, end, parts...);
     }
 }
 
