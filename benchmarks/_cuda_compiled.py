@@ -32,8 +32,6 @@ SOURCES = {
     "backward_key_value": "tensor_key_value",
 }
 HEAD_DIMS = (40, 64, 80, 160)
-# Up to here one kernel has the whole backward pass, but for the reference key's gradient.
-WIDEST_IN_ONE_PASS = 80
 _DTYPES = {"BFloat16": "bfloat16", "Half": "float16"}
 _ROWS = 4096
 _ROWS_A_WARP = 16
@@ -140,6 +138,8 @@ def _rows_a_turn(kernel: str, head_dim: int, warps: int, small: bool) -> int:
         if small:
             return _ROWS_A_WARP
         return 32 if head_dim > 64 else 64
+    if kernel == "backward" and head_dim > 80:
+        return _ROWS_A_WARP * warps // 2  # two warps have half of the keys each
     return _ROWS_A_WARP * warps
 
 
@@ -216,7 +216,8 @@ def compile_capability(
         }
         said = {kernel: log.result() for kernel, log in logs.items()}
         program = _probe(list(objects.values()), capability, folder)
-        starts = _starts(program, LIMITS[capability].shared_bytes - RESERVED_SHARED)
+        room = LIMITS[capability].shared_bytes - RESERVED_SHARED
+        starts = _starts(program, room)
         roomy = _starts(program, 2**30)
         for kernel, output in objects.items():
             uses = {
@@ -240,4 +241,6 @@ def compile_capability(
                     continue
                 choice = Choice(kernel, capability, dtype, head_dim, _ROWS, BACKEND)
                 start = starts[kernel, head_dim]
+                if start.shared_bytes > room:
+                    continue
                 yield _facts(choice, instructions, uses[mangled], start, small)

@@ -88,6 +88,11 @@ SEFI_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kBut) : "memory");
 }
 
+// Waits for the other one of two neighbouring warps.
+SEFI_DEVICE void meet_neighbour() {
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 64) : "memory");
+}
+
 // Four 8x8 matrices of two-byte elements; lane i gives the address of row i % 8 of matrix i / 8.
 SEFI_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -5,16 +5,18 @@
 
 namespace sefi::cuda::tensor {
 
-SEFI_DEVICE void clear(float (&map)[kKeyEights][4]) {
+template <int kEights>
+SEFI_DEVICE void clear(float (&map)[kEights][4]) {
 #pragma unroll
-    for (int i = 0; i < 4 * kKeyEights; ++i) map[i / 4][i % 4] = 0.0f;
+    for (int i = 0; i < 4 * kEights; ++i) map[i / 4][i % 4] = 0.0f;
 }
 
 // What the alignment adds to the gradients of A_t's probabilities, in the place of A_r's.
-SEFI_DEVICE void pull_to_reference(const float (&target)[kKeyEights][4], const float* pull,
-                                   float (&anchor)[kKeyEights][4]) {
+template <int kEights>
+SEFI_DEVICE void pull_to_reference(const float (&target)[kEights][4], const float* pull,
+                                   float (&anchor)[kEights][4]) {
 #pragma unroll
-    for (int e = 0; e < kKeyEights; ++e) {
+    for (int e = 0; e < kEights; ++e) {
         const float2 factor = of_columns(pull, e);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -24,15 +26,16 @@ SEFI_DEVICE void pull_to_reference(const float (&target)[kKeyEights][4], const f
 }
 
 // Adds one chosen column's gradient.
-SEFI_DEVICE void add_map(float (&slope)[kKeyEights][4], int64_t token, float share, int64_t first,
+template <int kEights>
+SEFI_DEVICE void add_map(float (&slope)[kEights][4], int64_t token, float share, int64_t first,
                          int64_t end, const float* gradient) {
-    if (token < 0 || token >= kKeys || int(token) % 8 / 2 != lane() % 4) return;
+    if (token < 0 || token >= 8 * kEights || int(token) % 8 / 2 != lane() % 4) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int64_t row = first + lane() / 4 + 8 * r;
         const float added = row < end ? share * gradient[row] : 0.0f;
 #pragma unroll
-        for (int e = 0; e < kKeyEights; ++e) {
+        for (int e = 0; e < kEights; ++e) {
             // Added everywhere: an index known only at run time would move the map to memory.
             const bool here = int(token) / 8 == e;
             slope[e][2 * r] += here && token % 2 == 0 ? added : 0.0f;
@@ -41,24 +44,26 @@ SEFI_DEVICE void add_map(float (&slope)[kKeyEights][4], int64_t token, float sha
     }
 }
 
-// Adds the gradients of all chosen columns of head h of sample b.
+// Adds the gradients of all chosen columns of head h of sample b. `first_key`: of the map.
+template <int kEights>
 SEFI_DEVICE void add_maps(const BackwardArguments& a, int64_t b, int64_t first, int64_t end,
-                          float (&slope)[kKeyEights][4]) {
+                          int first_key, float (&slope)[kEights][4]) {
     const BackwardCall& call = a.call;
     const int64_t map = call.map_all_heads ? int64_t(blockIdx.x) : b;
     for (int64_t t = 0; call.grad_maps && t < call.map_count; ++t) {
-        const int64_t token = call.map_tokens[b * call.map_tokens_batch + t];
+        const int64_t token = call.map_tokens[b * call.map_tokens_batch + t] - first_key;
         add_map(slope, token, a.map_share, first, end,
                 call.grad_maps + (map * call.map_count + t) * call.queries);
     }
 }
 
 // rowsum(map * slope) of both rows.
-SEFI_DEVICE void row_means(const float (&map)[kKeyEights][4], const float (&slope)[kKeyEights][4],
+template <int kEights>
+SEFI_DEVICE void row_means(const float (&map)[kEights][4], const float (&slope)[kEights][4],
                            float (&means)[2]) {
     float even[2] = {}, odd[2] = {};
 #pragma unroll
-    for (int e = 0; e < kKeyEights; ++e) {
+    for (int e = 0; e < kEights; ++e) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             even[r] = fmaf(map[e][2 * r], slope[e][2 * r], even[r]);
@@ -70,10 +75,11 @@ SEFI_DEVICE void row_means(const float (&map)[kKeyEights][4], const float (&slop
 }
 
 // Gradients of probabilities to those of scores (equation 8 of docs/method.md).
-SEFI_DEVICE void through_softmax(const float (&map)[kKeyEights][4], const float (&means)[2],
-                                 float (&slope)[kKeyEights][4]) {
+template <int kEights>
+SEFI_DEVICE void through_softmax(const float (&map)[kEights][4], const float (&means)[2],
+                                 float (&slope)[kEights][4]) {
 #pragma unroll
-    for (int e = 0; e < kKeyEights; ++e) {
+    for (int e = 0; e < kEights; ++e) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) slope[e][i] = map[e][i] * (slope[e][i] - means[i / 2]);
     }

@@ -22,11 +22,11 @@ SEFI_DEVICE float2 of_columns(const float* keys, int eight) {
 
 // rows * tile^T, and -inf for keys that no row may attend to. `tile` is the tile's address with
 // score_offset.
-template <int D, class E>
+template <int D, class E, int kEights>
 SEFI_DEVICE void score_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile, const float* bias,
-                            float (&map)[kKeyEights][4]) {
+                            float (&map)[kEights][4]) {
 #pragma unroll
-    for (int e = 0; e < kKeyEights; ++e) {
+    for (int e = 0; e < kEights; ++e) {
         const float2 start = of_columns(bias, e);
         map[e][0] = map[e][2] = start.x;
         map[e][1] = map[e][3] = start.y;
@@ -35,11 +35,12 @@ SEFI_DEVICE void score_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile, con
 }
 
 // A map that becomes probabilities, and what a lane knows of its two rows.
+template <int kEights>
 struct Softmax {
-    float (&map)[kKeyEights][4];
+    float (&map)[kEights][4];
     float shift[2], total[2];
 
-    SEFI_DEVICE explicit Softmax(float (&scores)[kKeyEights][4]) : map(scores) {}
+    SEFI_DEVICE explicit Softmax(float (&scores)[kEights][4]) : map(scores) {}
 
     // log2 of a row's sum of powers, +inf for a row without any key.
     SEFI_DEVICE float log_sum(int r) const {
@@ -49,7 +50,7 @@ struct Softmax {
     SEFI_DEVICE void find_shift(int r, float scale_log2) {
         float peak = -INFINITY;
 #pragma unroll
-        for (int e = 0; e < kKeyEights; ++e) {
+        for (int e = 0; e < kEights; ++e) {
             peak = fmaxf(peak, fmaxf(map[e][2 * r], map[e][2 * r + 1]));
         }
         peak = row_max(peak);
@@ -59,7 +60,7 @@ struct Softmax {
     SEFI_DEVICE void find_powers(int r, float scale_log2) {
         float even = 0.0f, odd = 0.0f;
 #pragma unroll
-        for (int e = 0; e < kKeyEights; ++e) {
+        for (int e = 0; e < kEights; ++e) {
             float &x = map[e][2 * r], &y = map[e][2 * r + 1];
             x = power_of_two(fmaf(x, scale_log2, -shift[r]));
             y = power_of_two(fmaf(y, scale_log2, -shift[r]));
@@ -70,10 +71,30 @@ struct Softmax {
     }
 
     SEFI_DEVICE void divide(int r) {
-        const float inverse = total[r] == 0.0f ? 0.0f : reciprocal(total[r]);
+        scale(r, total[r] == 0.0f ? 0.0f : reciprocal(total[r]));
+    }
+
+    // What the warp needs to know that has the row's other keys: shift and total.
+    SEFI_DEVICE float2 half(int r) const {
+        return make_float2(total[r] == 0.0f ? -INFINITY : shift[r], total[r]);
+    }
+
+    // Probabilities among the keys of both.
+    SEFI_DEVICE void divide(int r, float2 other) {
+        const float2 own = half(r);
+        const float peak = fmaxf(own.x, other.x), joint = peak == -INFINITY ? 0.0f : peak;
+        const float toward = power_of_two(own.x - joint);
+        // The same in both warps.
+        const float all =
+            multiply(own.y, toward) + multiply(other.y, power_of_two(other.x - joint));
+        scale(r, all == 0.0f ? 0.0f : toward * reciprocal(all));
+    }
+
+private:
+    SEFI_DEVICE void scale(int r, float inverse) {
         // Not fused with what comes: equal scores of two maps must stay equal.
 #pragma unroll
-        for (int e = 0; e < kKeyEights; ++e) {
+        for (int e = 0; e < kEights; ++e) {
             map[e][2 * r] = multiply(map[e][2 * r], inverse);
             map[e][2 * r + 1] = multiply(map[e][2 * r + 1], inverse);
         }
@@ -88,9 +109,9 @@ SEFI_DEVICE void normalise(float scale_log2, Maps&... softmaxes) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) (step(softmaxes, r), ...);
     };
-    each([&](Softmax& one, int r) { one.find_shift(r, scale_log2); });
-    each([&](Softmax& one, int r) { one.find_powers(r, scale_log2); });
-    each([&](Softmax& one, int r) { one.divide(r); });
+    each([&](auto& one, int r) { one.find_shift(r, scale_log2); });
+    each([&](auto& one, int r) { one.find_powers(r, scale_log2); });
+    each([&](auto& one, int r) { one.divide(r); });
 }
 
 }  // namespace sefi::cuda::tensor

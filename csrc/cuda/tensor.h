@@ -20,7 +20,8 @@ bool takes(const ForwardCall& call);
 bool takes(const BackwardCall& call);
 
 // Of the calls taken, those whose dQ, dK_t and dV_t one kernel computes: registers hold the sums of
-// two gradients of heads up to 80 wide. The others take a kernel of the queries, then of the keys.
+// two gradients, and heads of 160 columns need the shared memory of 8.0 or 9.0. The others take a
+// kernel of the queries, then of the keys.
 bool in_one_pass(const BackwardCall& call);
 
 cudaError_t forward(const ForwardArguments&, cudaStream_t);

@@ -1,91 +1,76 @@
 // Backward kernel for the matrix units in one pass: dQ, and partial sums of dK_t and dV_t.
 //
-// A warp first has 16 query rows, whose maps, computed once, give dQ. Then it has 16 keys: all rows'
-// maps of these come to it through shared memory, as left factors of the sums over the rows.
+// A warp first has the maps of 16 query rows, which are computed once and give dQ. Then it has keys
+// and columns: all rows' maps come to it through shared memory, as left factors of the sums over
+// the rows.
 #include <algorithm>
 
-#include "cuda/key_tile.h"
 #include "cuda/kernels.h"
+#include "cuda/key_sums.h"
 #include "cuda/row_copies.h"
 #include "cuda/slopes.h"
 #include "cuda/start.h"
 #include "cuda/tensor.h"
+#include "cuda/warp_pair.h"
 
 namespace sefi::cuda::tensor {
 namespace {
 
-constexpr int kWarps = 4, kRows = 16 * kWarps, kThreads = 32 * kWarps;
-static_assert(kRows == kBlockRows);
-// Bytes from row to row of a map: an odd number of 16-byte chunks, as in Layout.
-constexpr int kMapStride = 16 * (kKeyEights | 1), kMap = kRows * kMapStride;
+constexpr int kRows = kBlockRows;
 
-// Each warp sums one of the first four tiles of 16 keys, and a share of the columns of the fifth.
-// kSlots: tiles of query rows in shared memory, two where the next one is on its way.
+// kHalves: warps that share 16 rows, each with half of the keys; two where registers do not hold
+// all keys' maps beside the rows and the sums. kSlots: tiles of query rows in shared memory, two
+// where the next one is on its way.
 template <int D, int kSlots>
 struct Shape {
-    static constexpr int kEights = Layout<D>::kEights;
-    static constexpr int kShare = (kEights + kWarps - 1) / kWarps;
+    static constexpr int kHalves = D > 80 ? 2 : 1;
+    static constexpr int kWarps = kRows / 16 * kHalves, kThreads = 32 * kWarps;
+    static constexpr int kBlocks = D > 80 ? 1 : 2;  // a multiprocessor, by their registers
+    static constexpr int kEights = kKeyEights / kHalves;  // of a warp's keys
     static constexpr int kTile = kRows * Layout<D>::kStride;
-    static constexpr int kBytes =
-        3 * Layout<D>::kTile + (1 + kSlots) * kTile + kMap + 4 * 2 * kKeys;
+    static constexpr int kExchange = kHalves == 1 ? 0 : kWarps / 2 * WarpPair::kBytes;
+    static constexpr int kBytes = 3 * Layout<D>::kTile + (1 + kSlots) * kTile +
+                                  kRows * kMapStride + kExchange + 4 * 2 * kKeys;
 };
 
-constexpr int kBlocks = 2;  // a multiprocessor, by their registers
-
-// How many blocks of so many bytes each the shared memory of a multiprocessor holds, at most kBlocks.
-int fitting(int bytes) {
+// How many blocks the shared memory of a multiprocessor holds, at most as many as its registers.
+template <class Shape>
+int fitting() {
     constexpr int kReserved = 1024;  // by the driver, for each block
     int device = 0, all = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return kBlocks;
+    if (cudaGetDevice(&device) != cudaSuccess) return Shape::kBlocks;
     constexpr cudaDeviceAttr kAll = cudaDevAttrMaxSharedMemoryPerMultiprocessor;
-    if (cudaDeviceGetAttribute(&all, kAll, device) != cudaSuccess) return kBlocks;
-    return std::min(all / (bytes + kReserved), kBlocks);
+    if (cudaDeviceGetAttribute(&all, kAll, device) != cudaSuccess) return Shape::kBlocks;
+    return std::min(all / (Shape::kBytes + kReserved), Shape::kBlocks);
 }
 
 // Whether one slot lets one block more on a multiprocessor: at 80 columns on 8.0.
 template <int D>
 bool small() {
-    if constexpr (D < 80) return false;
-    return fitting(Shape<D, 1>::kBytes) > fitting(Shape<D, 2>::kBytes);
+    if constexpr (D != 80) return false;
+    return fitting<Shape<D, 1>>() > fitting<Shape<D, 2>>();
 }
 
-// A warp's 16 rows of a map, to where all warps read it.
-SEFI_DEVICE void share_map(const uint32_t (&weights)[kKeySteps][4], char* rows) {
+// A warp's 16 rows of a map, or its half of these, to where all warps read them.
+template <class E, int kEights>
+SEFI_DEVICE void share_map(const float (&map)[kEights][4], char* rows) {
     char* const to = rows + lane() / 4 * kMapStride + lane() % 4 * 4;
 #pragma unroll
-    for (int k = 0; k < kKeySteps; ++k) {
+    for (int e = 0; e < kEights; ++e) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int at = i % 2 * 8 * kMapStride + 32 * k + i / 2 * 16;
-            *reinterpret_cast<uint32_t*>(to + at) = weights[k][i];
+        for (int r = 0; r < 2; ++r) {
+            *reinterpret_cast<uint32_t*>(to + r * 8 * kMapStride + 16 * e) =
+                pack<E>(map[e][2 * r], map[e][2 * r + 1]);
         }
     }
 }
 
-// What a map's rows add to the sums of a warp's keys and of its share, from `share` columns on.
-// `map`, `rows`: addresses in shared memory of the map and of the tile of rows.
-template <int D, class E, int kEights, int kShare>
-SEFI_DEVICE void add_tile(uint32_t map, uint32_t rows, int share, float (&sums)[kEights][4],
-                          float (&shared)[kShare][4]) {
-    const uint32_t keys = map + uint32_t((lane() / 16 * 8 + lane() % 8) * kMapStride) +
-                          uint32_t(lane() / 8 % 2 * 16);
-    const int warp = int(threadIdx.x) / 32;
-#pragma unroll
-    for (int chunk = 0; chunk < kRows / 16; ++chunk) {
-        const uint32_t from = keys + uint32_t(16 * chunk * kMapStride);
-        const uint32_t at = rows + sum_offset<D>() + uint32_t(16 * chunk * Layout<D>::kStride);
-        uint32_t factor[4];
-        load_transposed(factor, from + uint32_t(32 * warp));
-        add_rows<D, E>(sums, factor, at);
-        load_transposed(factor, from + uint32_t(32 * kWarps));
-        add_rows<D, E>(shared, factor, at + uint32_t(2 * share));
-    }
-}
-
 template <int D, class E, bool kReference, int kSlots>
-__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const BackwardArguments a) {
+__global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::kBlocks)
+    backward_kernel(const BackwardArguments a) {
     using S = Shape<D, kSlots>;
-    constexpr int kTile = Layout<D>::kTile, kStride = Layout<D>::kStride;
+    constexpr int kTile = Layout<D>::kTile, kStride = Layout<D>::kStride, kThreads = S::kThreads;
+    constexpr bool kPaired = S::kHalves == 2;
     const BackwardCall& call = a.call;
     const unsigned heads = unsigned(call.heads);
     const int64_t b = blockIdx.x / heads, h = blockIdx.x % heads;
@@ -96,7 +81,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
     char* const outputs = reference + kTile;
     char* const slots = outputs + S::kTile;
     char* const map = slots + kSlots * S::kTile;  // A_t, then dS_t
-    float* const bias = reinterpret_cast<float*>(map + kMap);
+    char* const exchange = map + kRows * kMapStride;
+    float* const bias = reinterpret_cast<float*>(exchange + S::kExchange);
     float* const pull = bias + kKeys;  // 2 g w / H
     const int64_t begin = blockIdx.y * a.cut.rows_a_block;
     const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
@@ -113,19 +99,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
     load_streams<D, kThreads, E>(call, b, h, bias, key, with_output ? value : nullptr,
                                  kReference ? reference : nullptr);
 
-    const int warp = int(threadIdx.x) / 32;
+    const int warp = int(threadIdx.x) / 32, own = 16 * (warp / S::kHalves);
+    const int first_key = 8 * S::kEights * (warp % S::kHalves);
+    const uint32_t scores = score_offset<D>() + uint32_t(first_key * kStride);
     const uint32_t key_at = shared_address(key), map_at = shared_address(map);
-    // The last shares overlap where the columns are no multiple of them.
-    const int share = 8 * min(warp * S::kShare, S::kEights - S::kShare);
-    char* const own_map = map + 16 * warp * kMapStride;
-    const int own_row = (16 * warp + lane() / 4) * kStride;
+    const int lane_row = (own + lane() / 4) * kStride;
+    char* const own_map = map + own * kMapStride + 2 * first_key;
+    const WarpPair pair(exchange);
     E* const grad_query = head_of<E>(call.grad_query, b, h);
-    float key_sums[S::kEights][4] = {}, value_sums[S::kEights][4] = {};
-    float key_share[S::kShare][4] = {}, value_share[S::kShare][4] = {};
+    KeySums<D, S::kWarps> key_sums, value_sums;
     int slot = 0;
     for (int64_t first = begin; first < end; first += kRows) {
         char* const tile = slots + slot * S::kTile;
         const bool more = first + kRows < end;
+        const int64_t first_row = first + own;
         wait_copies<0>();
         // All copies are there, and all warps are done with the map and with the other slot.
         __syncthreads();
@@ -134,46 +121,64 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
             if (more) queries.start(first + kRows, end, shared_address(slots + slot * S::kTile));
             commit_copies();
         }
-        uint32_t rows[D / 8][2], packed[kKeySteps][4];
-        float target[kKeyEights][4], slope[kKeyEights][4], means[2];
-        load_row<D>(tile + own_row, 0, rows);
-        load_row<D>(tile + own_row + 8 * kStride, 1, rows);
+        uint32_t rows[D / 8][2];
+        const auto load = [&](const char* from) {
+            load_row<D>(from + lane_row, 0, rows);
+            load_row<D>(from + lane_row + 8 * kStride, 1, rows);
+        };
+        const auto normalise = [&](auto&... softmaxes) {
+            if constexpr (kPaired) {
+                pair.normalise(a.cut.scale_log2, softmaxes...);
+            } else {
+                tensor::normalise(a.cut.scale_log2, softmaxes...);
+            }
+        };
+        float target[S::kEights][4], slope[S::kEights][4], means[2];
         Softmax of_target(target), of_slope(slope);
-        score_keys<D, E>(rows, key_at + score_offset<D>(), bias, target);
+        load(tile);
+        score_keys<D, E>(rows, key_at + scores, bias + first_key, target);
         if constexpr (kReference) {
-            score_keys<D, E>(rows, shared_address(reference) + score_offset<D>(), bias, slope);
-            normalise(a.cut.scale_log2, of_target, of_slope);
-            pull_to_reference(target, pull, slope);
+            score_keys<D, E>(rows, shared_address(reference) + scores, bias + first_key, slope);
+            normalise(of_target, of_slope);
+            pull_to_reference(target, pull + first_key, slope);
         } else {
-            normalise(a.cut.scale_log2, of_target);
+            normalise(of_target);
             clear(slope);
         }
         if (with_output) {
-            pack_weights<E>(target, packed);
-            share_map(packed, own_map);
-            load_row<D>(outputs + own_row, 0, rows);
-            load_row<D>(outputs + own_row + 8 * kStride, 1, rows);
-            multiply_keys<D, E>(rows, shared_address(value) + score_offset<D>(), slope);
-            __syncthreads();
-            add_tile<D, E>(map_at, shared_address(outputs), share, value_sums, value_share);
+            share_map<E>(target, own_map);
+            load(outputs);
+            multiply_keys<D, E>(rows, shared_address(value) + scores, slope);
         }
-        add_maps(a, b, first + 16 * warp, end, slope);
+        add_maps(a, b, first_row, end, first_key, slope);
         row_means(target, slope, means);
+        if constexpr (kPaired) pair.put(means);
+        // A_t and the means are there.
+        __syncthreads();
+        if (with_output) value_sums.template add<E, kRows>(map_at, shared_address(outputs));
+        if constexpr (kPaired) pair.add(means);
         through_softmax(target, means, slope);
-        pack_weights<E>(slope, packed);
         // All warps are done with A_t and with the output gradients.
         __syncthreads();
         if (with_output && more) {
             grad_outputs.start(first + kRows, end, shared_address(outputs));
             commit_copies();
         }
-        share_map(packed, own_map);
-        if (call.grad_query.data) {
-            write_sums<D, 0>(call.scale, grad_query, call.grad_query.row, first + 16 * warp, end,
-                             Weighed{packed, key_at + sum_offset<D>()});
-        }
+        share_map<E>(slope, own_map);
         __syncthreads();
-        add_tile<D, E>(map_at, shared_address(tile), share, key_sums, key_share);
+        if (call.grad_query.data) {
+            const uint32_t sums = shared_address(key) + sum_offset<D>();
+            if constexpr (kPaired) {
+                write_half<D>(call.scale, grad_query, call.grad_query.row, first_row, end,
+                              map_at + uint32_t(own * kMapStride), sums);
+            } else {
+                uint32_t packed[kKeySteps][4];
+                pack_weights<E>(slope, packed);
+                write_sums<D, 0>(call.scale, grad_query, call.grad_query.row, first_row, end,
+                                 Weighed{packed, sums});
+            }
+        }
+        key_sums.template add<E, kRows>(map_at, shared_address(tile));
         if (kSlots == 1 && more) {
             __syncthreads();
             queries.start(first + kRows, end, shared_address(slots));
@@ -181,19 +186,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(const Backw
         }
     }
     const int64_t entry = (blockIdx.x * a.cut.splits + blockIdx.y) * call.keys * D;
-    const auto store = [&](float* to, float factor, const auto& sums, const auto& shared) {
-        if (!to) return;
-        store_sums<D>(sums, factor, call.keys, warp, to + entry);
-        store_sums<D>(shared, factor, call.keys, kWarps, to + entry + share);
-    };
-    store(a.key, call.scale, key_sums, key_share);
-    store(a.value, 1.0f, value_sums, value_share);
+    if (a.key) key_sums.store(call.scale, call.keys, a.key + entry);
+    if (a.value) value_sums.store(1.0f, call.keys, a.value + entry);
 }
 
 template <int D, class E, bool kReference, int kSlots>
 cudaError_t run(const BackwardArguments& a, cudaStream_t stream) {
     const dim3 grid(unsigned(a.call.batch * a.call.heads), unsigned(a.cut.splits));
-    return start(backward_kernel<D, E, kReference, kSlots>, grid, kThreads,
+    return start(backward_kernel<D, E, kReference, kSlots>, grid, Shape<D, kSlots>::kThreads,
                  Shape<D, kSlots>::kBytes, stream, a);
 }
 
@@ -217,18 +217,27 @@ cudaError_t run(const BackwardArguments& a, cudaStream_t stream) {
 
 template <int D>
 int blocks() {
-    return std::max(fitting(small<D>() ? Shape<D, 1>::kBytes : Shape<D, 2>::kBytes), 1);
+    return std::max(small<D>() ? fitting<Shape<D, 1>>() : fitting<Shape<D, 2>>(), 1);
 }
 
 }  // namespace
 
 bool in_one_pass(const BackwardCall& call) {
-    return call.head_dim <= 80 && call.grad_key.data &&
-           !(call.reference_grad && call.with_reference());
+    if (!call.grad_key.data || (call.reference_grad && call.with_reference())) return false;
+    return call.head_dim <= 80 || fitting<Shape<160, 2>>() > 0;
 }
 
 int backward_blocks(int64_t head_dim) {
-    return head_dim == 40 ? blocks<40>() : head_dim == 64 ? blocks<64>() : blocks<80>();
+    switch (head_dim) {
+        case 40:
+            return blocks<40>();
+        case 64:
+            return blocks<64>();
+        case 80:
+            return blocks<80>();
+        default:
+            return blocks<160>();
+    }
 }
 
 cudaError_t backward(const BackwardArguments& a, cudaStream_t stream) {
@@ -237,8 +246,10 @@ cudaError_t backward(const BackwardArguments& a, cudaStream_t stream) {
             return run<40>(a, stream);
         case 64:
             return run<64>(a, stream);
-        default:
+        case 80:
             return run<80>(a, stream);
+        default:
+            return run<160>(a, stream);
     }
 }
 

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
         keep(kLogSum, [&](int r) { return of_target.log_sum(r); }, INFINITY);
         if (with_output) multiply_keys<D, E>(rows, value_at + scores, slope);
         load_rows<D>(query, call.query.row, first + 16 * kWarps<D>, end, rows);
-        add_maps(a, b, first, end, slope);
+        add_maps(a, b, first, end, 0, slope);
         row_means(target, slope, means);
         keep(kMean, [&](int r) { return means[r]; }, 0.0f);
         if (!call.grad_query.data) continue;

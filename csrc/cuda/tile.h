@@ -23,6 +23,9 @@ struct Layout {
     static constexpr int kTile = kKeys * kStride;
 };
 
+// Bytes from row to row of a map of all keys, by the same rule.
+constexpr int kMapStride = 16 * (kKeyEights | 1);
+
 // Eights in the group of columns that begins at eight kFirst.
 template <int D, int kFirst>
 constexpr int kGroup = D / 8 - kFirst >= 4 ? 4 : D / 8 - kFirst >= 2 ? 2 : 1;
@@ -79,11 +82,11 @@ SEFI_DEVICE void load_rows(const E* head, int64_t stride, int64_t first, int64_t
     }
 }
 
-// The same way back for one group of columns, times a factor.
-template <int D, int kFirst, class E>
-SEFI_DEVICE void store_group(E* head, int64_t stride, int64_t first, int64_t end, float factor,
-                             const float (&sums)[kGroup<D, kFirst>][4]) {
-    constexpr int kCount = kGroup<D, kFirst>;
+// The same way back: factor * sums of kCount eights of a group, whose columns lie side by side in a
+// lane from head[column] on.
+template <int kCount, class E>
+SEFI_DEVICE void store_eights(E* head, int column, int64_t stride, int64_t first, int64_t end,
+                              float factor, const float (&sums)[kCount][4]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int64_t row = first + lane() / 4 + 8 * r;
@@ -93,8 +96,7 @@ SEFI_DEVICE void store_group(E* head, int64_t stride, int64_t first, int64_t end
         for (int i = 0; i < kCount; ++i) {
             pairs[i] = pack<E>(factor * sums[i][2 * r], factor * sums[i][2 * r + 1]);
         }
-        char* to = reinterpret_cast<char*>(head + row * stride);
-        to += 16 * kFirst + 4 * kCount * (lane() % 4);
+        E* const to = head + row * stride + column;
         if constexpr (kCount == 4) {
             *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         } else if constexpr (kCount == 2) {
@@ -167,57 +169,70 @@ SEFI_DEVICE void load_streams(const Problem& p, int64_t b, int64_t h, const floa
     }
 }
 
-// products += rows * tile^T: 16 rows by 80 keys. `tile` is the tile's address with score_offset.
-template <int D, class E>
+// products += rows * tile^T: 16 rows by eights of keys. `tile` is the tile's address with
+// score_offset.
+template <int D, class E, int kEights>
 SEFI_DEVICE void multiply_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile,
-                               float (&products)[kKeyEights][4]) {
+                               float (&products)[kEights][4]) {
     constexpr int kStride = Layout<D>::kStride;
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
         const uint32_t a[4] = {rows[2 * step][0], rows[2 * step][1], rows[2 * step + 1][0],
                                rows[2 * step + 1][1]};
 #pragma unroll
-        for (int k = 0; k < kKeySteps; ++k) {
+        for (int e = 0; e + 2 <= kEights; e += 2) {
             uint32_t b[4];
-            load_matrices(b, tile + uint32_t(16 * k * kStride + 32 * step));
-            multiply_add<E>(products[2 * k], a, b[0], b[1]);
-            multiply_add<E>(products[2 * k + 1], a, b[2], b[3]);
+            load_matrices(b, tile + uint32_t(8 * e * kStride + 32 * step));
+            multiply_add<E>(products[e], a, b[0], b[1]);
+            multiply_add<E>(products[e + 1], a, b[2], b[3]);
+        }
+        if constexpr (kEights % 2) {
+            uint32_t b[2];
+            load_matrices(b, tile + uint32_t(8 * (kEights - 1) * kStride + 32 * step));
+            multiply_add<E>(products[kEights - 1], a, b[0], b[1]);
         }
     }
     if constexpr (D % 16 == 8) {
+        static_assert(kEights % 2 == 0, "two eights of keys at a time");
         const uint32_t a[2] = {rows[D / 8 - 1][0], rows[D / 8 - 1][1]};
         const uint32_t last = tile - score_offset<D>() + uint32_t(lane() % 16 * kStride);
 #pragma unroll
-        for (int k = 0; k < kKeySteps; ++k) {
+        for (int e = 0; e < kEights; e += 2) {
             uint32_t b[2];
-            load_matrices(b, last + uint32_t(16 * k * kStride + 2 * D - 16));
-            multiply_add<E>(products[2 * k], a, b[0]);
-            multiply_add<E>(products[2 * k + 1], a, b[1]);
+            load_matrices(b, last + uint32_t(8 * e * kStride + 2 * D - 16));
+            multiply_add<E>(products[e], a, b[0]);
+            multiply_add<E>(products[e + 1], a, b[1]);
         }
     }
 }
 
-// sums += weights * tile for one group of columns. `tile` is the tile's address with sum_offset.
-template <int D, int kFirst, class E>
+// Right factors of sums over a tile's rows, for kCount eights of columns. `rows`: the address of
+// the first of 16 rows and of the columns, with sum_offset.
+template <int kCount>
+SEFI_DEVICE void load_eights(uint32_t rows, uint32_t (&b)[kCount][2]) {
+#pragma unroll
+    for (int e = 0; e + 2 <= kCount; e += 2) {
+        uint32_t two[4];
+        load_transposed(two, rows + uint32_t(16 * e));
+        b[e][0] = two[0];
+        b[e][1] = two[1];
+        b[e + 1][0] = two[2];
+        b[e + 1][1] = two[3];
+    }
+    if constexpr (kCount % 2) load_transposed(b[kCount - 1], rows + 16 * (kCount - 1));
+}
+
+// sums += weights * tile for kCount eights of columns. `tile`: the address of the first of them,
+// with sum_offset.
+template <int D, class E, int kCount>
 SEFI_DEVICE void weigh_keys(const uint32_t (&weights)[kKeySteps][4], uint32_t tile,
-                            float (&sums)[kGroup<D, kFirst>][4]) {
-    constexpr int kCount = kGroup<D, kFirst>, kStride = Layout<D>::kStride;
+                            float (&sums)[kCount][4]) {
 #pragma unroll
     for (int k = 0; k < kKeySteps; ++k) {
-        const uint32_t from = tile + uint32_t(16 * k * kStride + 16 * kFirst);
-        if constexpr (kCount == 1) {
-            uint32_t b[2];
-            load_transposed(b, from);
-            multiply_add<E>(sums[0], weights[k], b[0], b[1]);
-        } else {
+        uint32_t b[kCount][2];
+        load_eights(tile + uint32_t(16 * k * Layout<D>::kStride), b);
 #pragma unroll
-            for (int i = 0; i < kCount; i += 2) {
-                uint32_t b[4];
-                load_transposed(b, from + uint32_t(16 * i));
-                multiply_add<E>(sums[i], weights[k], b[0], b[1]);
-                multiply_add<E>(sums[i + 1], weights[k], b[2], b[3]);
-            }
-        }
+        for (int e = 0; e < kCount; ++e) multiply_add<E>(sums[e], weights[k], b[e][0], b[e][1]);
     }
 }
 
@@ -233,13 +248,15 @@ template <int D, int kFirst, class E, class... Parts>
 SEFI_DEVICE void write_sums(float factor, E* head, int64_t stride, int64_t first, int64_t end,
                             const Parts&... parts) {
     if constexpr (kFirst < D / 8) {
-        float sums[kGroup<D, kFirst>][4] = {};
+        constexpr int kCount = kGroup<D, kFirst>;
+        float sums[kCount][4] = {};
         const auto add = [&](const Weighed& part) {
-            if (part.taken) weigh_keys<D, kFirst, E>(part.weights, part.tile, sums);
+            if (part.taken) weigh_keys<D, E>(part.weights, part.tile + uint32_t(16 * kFirst), sums);
         };
         (add(parts), ...);
-        store_group<D, kFirst>(head, stride, first, end, factor, sums);
-        write_sums<D, kFirst + kGroup<D, kFirst>>(factor, head, stride, first, end, parts...);
+        const int column = 8 * kFirst + 2 * kCount * (lane() % 4);
+        store_eights(head, column, stride, first, end, factor, sums);
+        write_sums<D, kFirst + kCount>(factor, head, stride, first, end, parts...);
     }
 }
 

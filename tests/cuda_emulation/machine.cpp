@@ -48,6 +48,7 @@ struct Machine {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     Meeting block;
+    std::vector<Meeting> pairs;
     std::vector<int> ready;
     int threads = 0, current = -1;
     Index block_at, grid;
@@ -151,6 +152,7 @@ bool run_block() {
     machine.ready.clear();
     machine.hurried %= int(machine.warps.size());
     for (Warp& warp : machine.warps) warp.meeting.waiting.clear();
+    for (Meeting& pair : machine.pairs) pair.waiting.clear();
     for (int t = 0; t < machine.threads; ++t) {
         Fiber& fiber = machine.fibers[size_t(t)];
         fiber.started = fiber.finished = false;
@@ -191,6 +193,12 @@ const Index& block_index() { return machine.block_at; }
 const Index& grid_size() { return machine.grid; }
 
 void block_barrier() { meet(machine.block, size_t(machine.threads), [] {}); }
+
+void pair_barrier() {
+    const size_t pair = size_t(machine.current / (2 * kLanes));
+    if (pair >= machine.pairs.size()) fail("a warp without a neighbour waits for one");
+    meet(machine.pairs[pair], 2 * kLanes, [] {});
+}
 
 Lane& my_lane() { return machine.warp().lanes[machine.current % kLanes]; }
 
@@ -282,6 +290,7 @@ bool launch(const void* kernel, Index grid, int threads, size_t shared,
     machine.body = &body;
     if (machine.fibers.size() < size_t(threads)) machine.fibers.resize(size_t(threads));
     machine.warps.resize(size_t(threads / kLanes));
+    machine.pairs.resize(machine.warps.size() / 2);
     for (unsigned z = 0; z < grid.z; ++z) {
         for (unsigned y = 0; y < grid.y; ++y) {
             for (unsigned x = 0; x < grid.x; ++x) {

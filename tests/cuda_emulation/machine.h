@@ -17,6 +17,7 @@ const Index& block_index();
 const Index& grid_size();
 
 void block_barrier();
+void pair_barrier();  // of two neighbouring warps, the first an even one
 void warp_barrier();
 float shuffle_xor(uint32_t mask, float value, int distance);
 

@@ -28,7 +28,7 @@ from sefi_fast.ops import cpu
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
 EVERYTHING = {"weights": True, "mask": True, "tokens": 3, "reference_grad": True}
-# Up to 80 columns and without the reference's gradient: one kernel has all of dQ, dK and dV.
+# Without the reference's gradient one kernel has all of dQ, dK and dV.
 ONE_PASS = {**EVERYTHING, "reference_grad": False}
 # Shared memory a block may have on GeForce cards, on 8.0 and on 9.0.
 SMALL_SHARED, MIDDLE_SHARED, LARGE_SHARED = 99 * 1024, 163 * 1024, 227 * 1024
@@ -72,7 +72,7 @@ def test_everything_at_once(emulated: Emulated, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 64, 65, 200])
-@pytest.mark.parametrize("head_dim", [40, 64, 80])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_backward_in_one_pass(emulated: Emulated, head_dim: int, queries: int) -> None:
     dtype, all_heads = (FLOAT16, True) if queries % 2 else (BFLOAT16, False)
     emulated.multiprocessors = 1
@@ -91,14 +91,33 @@ def test_one_pass_with_one_tile_of_rows_and_with_two(
     check_backend("cpu", make_inputs(1, 3, 150, keys, 80, BFLOAT16, **ONE_PASS))
 
 
-@pytest.mark.parametrize("head_dim", [40, 80])
+@pytest.mark.parametrize("hidden", [range(40), range(40, 80), range(80), range(3, 77)], ids=str)
+def test_warps_whose_half_of_the_keys_is_hidden(emulated: Emulated, hidden: range) -> None:
+    """At 160 columns two warps have the same rows, and the first and the last 40 keys."""
+    inputs = make_inputs(1, 2, 70, 80, 160, FLOAT16, **ONE_PASS)
+    assert inputs.key_mask is not None
+    inputs.key_mask[:] = True
+    inputs.key_mask[:, list(hidden)] = False
+    check_backend("cpu", inputs)
+
+
+@pytest.mark.parametrize("keys", [1, 39, 40, 41, 77])
+def test_one_pass_of_wide_heads_at_the_ends_of_halves(emulated: Emulated, keys: int) -> None:
+    emulated.shared_limit(MIDDLE_SHARED)
+    inputs = make_inputs(1, 2, 80, keys, 160, BFLOAT16, **ONE_PASS)
+    sharper = {name: getattr(inputs, name) * 8 for name in ("query", "key", "reference_key")}
+    check_backend("cpu", inputs)
+    check_backend("cpu", dataclasses.replace(inputs, **sharper))
+
+
+@pytest.mark.parametrize("head_dim", [40, 80, 160])
 def test_one_pass_without_a_reference(emulated: Emulated, head_dim: int) -> None:
     inputs = make_inputs(2, 2, 90, head_dim=head_dim, dtype=FLOAT16, reference=False, tokens=2)
     check_backend("cpu", inputs)
 
 
 @pytest.mark.parametrize("limit", [MIDDLE_SHARED, LARGE_SHARED])
-@pytest.mark.parametrize("head_dim", [40, 64, 80])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_one_pass_in_any_order_of_threads_or_copies(
     emulated: Emulated, head_dim: int, limit: int
 ) -> None:
@@ -170,10 +189,14 @@ def test_any_number_of_multiprocessors(emulated: Emulated, multiprocessors: int)
     check_backend("cpu", make_inputs(1, 1, 300, dtype=BFLOAT16, tokens=1, reference_grad=True))
 
 
+@pytest.mark.parametrize("reference_grad", [True, False])
 @pytest.mark.parametrize("queries", [16, 70])
-def test_wide_heads_with_little_shared_memory(emulated: Emulated, queries: int) -> None:
+def test_wide_heads_with_little_shared_memory(
+    emulated: Emulated, queries: int, reference_grad: bool
+) -> None:
     emulated.shared_limit(SMALL_SHARED)
-    check_backend("cpu", make_inputs(1, 2, queries, 77, 160, BFLOAT16, **EVERYTHING))
+    options = {**EVERYTHING, "reference_grad": reference_grad}
+    check_backend("cpu", make_inputs(1, 2, queries, 77, 160, BFLOAT16, **options))
 
 
 @pytest.mark.parametrize("head_dim, dtype", [(40, FLOAT16), (160, BFLOAT16), (20, FLOAT32)])
@@ -189,14 +212,17 @@ def test_no_order_of_threads_or_copies_changes_a_bit(
             assert_same_bits(backend_results("cpu", inputs), first)
 
 
+@pytest.mark.parametrize("reference_grad", [True, False])
 @pytest.mark.parametrize("head_dim, dtype", [(64, FLOAT16), (160, BFLOAT16), (64, FLOAT32)])
 def test_identical_streams_have_no_alignment_and_no_gradient(
-    emulated: Emulated, head_dim: int, dtype: torch.dtype
+    emulated: Emulated, head_dim: int, dtype: torch.dtype, reference_grad: bool
 ) -> None:
-    inputs = make_inputs(head_dim=head_dim, dtype=dtype, reference_grad=True, weights=True)
+    options = {"head_dim": head_dim, "dtype": dtype, "reference_grad": reference_grad}
+    inputs = make_inputs(**options, weights=True)
     found = backend_results("cpu", dataclasses.replace(inputs, reference_key=inputs.key.clone()))
     assert not found.outputs["alignment"].any()
-    assert not any(found.gradients["alignment"][name].any() for name in GRADIENTS)
+    gradients = (found.gradients["alignment"][name] for name in GRADIENTS)
+    assert not any(gradient.any() for gradient in gradients if gradient is not None)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
@@ -211,7 +237,7 @@ def test_nothing_in_a_hidden_key_reaches_a_result(emulated: Emulated, dtype: tor
     assert_same_bits(backend_results("cpu", inputs), wanted)
 
 
-@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("head_dim", [40, 64, 160])
 def test_one_pass_leaves_what_nobody_asks_for(emulated: Emulated, head_dim: int) -> None:
     inputs = make_inputs(1, 2, 100, head_dim=head_dim, dtype=BFLOAT16, **ONE_PASS)
 

@@ -46,6 +46,8 @@ void wait_copies() {
     ::emulation::wait_copies(kBut);
 }
 
+inline void meet_neighbour() { ::emulation::pair_barrier(); }
+
 // Lane l receives elements (l / 4, 2 (l % 4)) and its right neighbour of each matrix, transposed
 // those of the transposed matrix.
 template <int kCount, bool kTransposed>
