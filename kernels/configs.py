@@ -55,7 +55,8 @@ class KernelConfig(NamedTuple):
 
 
 WIDTHS = (48, 64, 80, 160, 256)
-"""Upper ends of the head width buckets, in columns of main and tail tile together."""
+"""Upper ends of the head width buckets, in columns of main and tail tile together: of all devices,
+some have more."""
 
 FEW_ROWS = 256
 """Up to so many queries a head, the configuration of the "few" bucket is taken."""
@@ -129,7 +130,8 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
         (48, KernelConfig(64, 4, 2, reload=True)),
         (64, KernelConfig(64, 4, 2, reload=True)),
         (80, KernelConfig(64, 4, 2, reload=True)),
-        (160, KernelConfig(16, 4, 1, reload=True)),
+        (128, KernelConfig(16, 4, 2, reload=True)),
+        (160, KernelConfig(64, 4, 2, reload=True, resident=1)),
         (256, KernelConfig(16, 4, 1, reload=True)),
     ),
     ("backward_key_value", 80, "half"): _lines(
@@ -189,9 +191,10 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
 
 def _unpipelined(kernel: str, width: int) -> KernelConfig:
     """What stands in for a configuration with a pipeline, in half precision before 9.0."""
+    wide = width > 80
     if kernel == "backward_key_value":
-        return KernelConfig(32, 4, 1, reload=width > 80, key_tile=16 if width > 80 else 32)
-    return KernelConfig(64, 4, 1, reload=True)
+        return KernelConfig(32, 4, 1, reload=wide, key_tile=16 if wide else 32)
+    return KernelConfig(16 if wide else 64, 4, 1, reload=True)
 
 
 def choose_config(
@@ -211,7 +214,7 @@ def choose_config(
     listed = [c for k, c, p in TABLE if k == kernel and p == precision and c <= capability]
     table = TABLE[kernel, max(listed, default=80), precision]
     bucket = "few" if rows <= FEW_ROWS else "many"
-    config = table[next(limit for limit in WIDTHS if width <= limit)][bucket]
+    config = table[next(limit for limit in table if width <= limit)][bucket]
     if config.pipelined and (not pipeline or (key_width > 80 and not config.key_tile)):
         config = _unpipelined(kernel, width)
     if config.key_tile:
@@ -249,8 +252,8 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
     """Shared memory that a program of any of the kernels needs, at most, as compiling them showed.
 
     precision, capability and width are those of `choose_config`, key_main and key_tail the tiles of
-    keys. The kernel of the keys needs up to 88 KiB whatever these are before 9.0, which every
-    device has, with a pipeline too.
+    keys. Before 9.0 pipelined kernels need up to 88 KiB whatever these are, which every device has,
+    and on 8.0 up to 124.
     """
     keys = key_main + key_tail
     if precision == "single":
@@ -264,7 +267,8 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
         needed = (6 if keys <= 80 else 4) * width * keys + (84 if keys <= 80 else 64) * 1024
     else:
         needed = 2 * width * keys + 8 * 1024
-    return max(needed, 88 * 1024)
+    pipelined = 124 if precision == "half" and capability < 86 else 88
+    return max(needed, pipelined * 1024)
 
 
 def smallest_tile(kernel: str, precision: str, capability: int) -> int:

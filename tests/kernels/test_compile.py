@@ -32,6 +32,7 @@ SPILLS: dict[tuple[int, int, str], int] = {
     (80, 160, "float32"): 2604,
     (80, 80, "backward_key_value"): 128,
     (80, 160, "backward_key_value"): 32,
+    (80, 160, "backward_query"): 336,
     (80, 64, "forward"): 40,
     (86, 64, "forward"): 56,
     (90, 80, "forward"): 8,
