@@ -47,8 +47,11 @@ int fitting() {
 // Whether one slot lets one block more on a multiprocessor: at 80 columns on 8.0.
 template <int D>
 bool small() {
-    if constexpr (D != 80) return false;
-    return fitting<Shape<D, 1>>() > fitting<Shape<D, 2>>();
+    if constexpr (D == 80) {
+        return fitting<Shape<D, 1>>() > fitting<Shape<D, 2>>();
+    } else {
+        return false;
+    }
 }
 
 // A warp's 16 rows of a map, or its half of these, to where all warps read them.
@@ -95,8 +98,7 @@ __global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::
     if (kReference) {
         load_weights<kThreads>(call, b, 2.0f * call.grad_alignment[b] / float(heads), pull);
     }
-    __syncthreads();
-    load_streams<D, kThreads, E>(call, b, h, bias, key, with_output ? value : nullptr,
+    load_streams<D, kThreads, E>(call, b, h, key, with_output ? value : nullptr,
                                  kReference ? reference : nullptr);
 
     const int warp = int(threadIdx.x) / 32, own = 16 * (warp / S::kHalves);
@@ -217,7 +219,10 @@ cudaError_t run(const BackwardArguments& a, cudaStream_t stream) {
 
 template <int D>
 int blocks() {
-    return std::max(small<D>() ? fitting<Shape<D, 1>>() : fitting<Shape<D, 2>>(), 1);
+    if constexpr (D == 80) {
+        if (small<D>()) return fitting<Shape<D, 1>>();
+    }
+    return std::max(fitting<Shape<D, 2>>(), 1);
 }
 
 }  // namespace

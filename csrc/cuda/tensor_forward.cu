@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
     float* const shares = weights + kKeys;
     load_bias<kThreads>(call, b, bias);
     load_weights<kThreads>(call, b, 1.0f, weights);
-    __syncthreads();
-    load_streams<D, kThreads, E>(call, b, h, bias, key, value, kReference ? reference : nullptr);
+    load_streams<D, kThreads, E>(call, b, h, key, value, kReference ? reference : nullptr);
     __syncthreads();
 
     const E* const query = head_of<E>(call.query, b, h);

@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
     if (kReference) {
         load_weights<kThreads>(call, b, 2.0f * call.grad_alignment[b] / float(heads), pull);
     }
-    __syncthreads();
-    load_streams<D, kThreads, E>(call, b, h, bias, key, with_output ? value : nullptr,
+    load_streams<D, kThreads, E>(call, b, h, key, with_output ? value : nullptr,
                                  kReference ? reference : nullptr);
     __syncthreads();
 

@@ -107,34 +107,26 @@ SEFI_DEVICE void store_eights(E* head, int column, int64_t stride, int64_t first
     }
 }
 
-// All keys of one head into shared memory in the fragments' order of columns; hidden and missing
-// ones become zeros, so that nothing in them reaches a product.
-template <int D, int kThreads, class E>
-SEFI_DEVICE void load_keys(const E* head, int64_t stride, const float* bias, char* tile) {
-    constexpr int kEights = Layout<D>::kEights, kWhole = D / 32 * 4;
-#pragma unroll 4
-    for (int i = int(threadIdx.x); i < kKeys * kEights; i += kThreads) {
-        const int key = i / kEights, eight = i % kEights;
-        uint4 chunk = make_uint4(0, 0, 0, 0);
-        if (bias[key] == 0.0f) {
-            chunk = *reinterpret_cast<const uint4*>(head + key * stride + 8 * eight);
-        }
-        uint32_t* to = reinterpret_cast<uint32_t*>(tile + key * Layout<D>::kStride);
-        if (eight < kWhole) {
-            to += eight / 4 * 16 + eight % 4;
-            to[0] = chunk.x;
-            to[4] = chunk.y;
-            to[8] = chunk.z;
-            to[12] = chunk.w;
-        } else if (D % 32 == 16) {
-            to += 4 * kWhole + 2 * (eight - kWhole);
-            to[0] = chunk.x;
-            to[4] = chunk.y;
-            to[1] = chunk.z;
-            to[5] = chunk.w;
-        } else {
-            *reinterpret_cast<uint4*>(to + 4 * kWhole) = chunk;
-        }
+// A key's 16 bytes from column 8 * eight on, into its row of a tile in the fragments' order of
+// columns.
+template <int D>
+SEFI_DEVICE void store_chunk(uint4 chunk, int eight, char* row) {
+    constexpr int kWhole = D / 32 * 4;
+    uint32_t* to = reinterpret_cast<uint32_t*>(row);
+    if (eight < kWhole) {
+        to += eight / 4 * 16 + eight % 4;
+        to[0] = chunk.x;
+        to[4] = chunk.y;
+        to[8] = chunk.z;
+        to[12] = chunk.w;
+    } else if (D % 32 == 16) {
+        to += 4 * kWhole + 2 * (eight - kWhole);
+        to[0] = chunk.x;
+        to[4] = chunk.y;
+        to[1] = chunk.z;
+        to[5] = chunk.w;
+    } else {
+        *reinterpret_cast<uint4*>(to + 4 * kWhole) = chunk;
     }
 }
 
@@ -157,15 +149,43 @@ SEFI_DEVICE void load_weights(const Problem& p, int64_t b, float factor, float* 
     }
 }
 
-// Keys, values and reference keys of one head; a stream without a tile is left out.
+// Keys, values and reference keys of one head into shared memory; a stream without a tile is left
+// out. Hidden and missing keys become zeros, so that nothing in them reaches a product.
 template <int D, int kThreads, class E>
-SEFI_DEVICE void load_streams(const Problem& p, int64_t b, int64_t h, const float* bias, char* key,
-                              char* value, char* reference) {
-    load_keys<D, kThreads>(head_of<E>(p.key, b, h), p.key.row, bias, key);
-    if (value) load_keys<D, kThreads>(head_of<E>(p.value, b, h), p.value.row, bias, value);
-    if (reference) {
-        load_keys<D, kThreads>(head_of<E>(p.reference_key, b, h), p.reference_key.row, bias,
-                               reference);
+SEFI_DEVICE void load_streams(const Problem& p, int64_t b, int64_t h, char* key, char* value,
+                              char* reference) {
+    constexpr int kEights = Layout<D>::kEights, kChunks = kKeys * kEights;
+    // All streams' chunks of a batch are asked for before the first is stored: one wait for all.
+    constexpr int kEach = (kChunks + kThreads - 1) / kThreads, kBatches = (kEach + 3) / 4;
+    constexpr int kBatch = (kEach + kBatches - 1) / kBatches, kStreams = 3;
+    const E* const heads[kStreams] = {head_of<E>(p.key, b, h), head_of<E>(p.value, b, h),
+                                      head_of<E>(p.reference_key, b, h)};
+    const int64_t strides[kStreams] = {p.key.row, p.value.row, p.reference_key.row};
+    char* const tiles[kStreams] = {key, value, reference};
+    const uint8_t* const mask = p.key_mask ? p.key_mask + b * p.key_mask_batch : nullptr;
+    for (int first = int(threadIdx.x); first < kChunks; first += kBatch * kThreads) {
+        uint4 chunks[kStreams][kBatch] = {};
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int place = first + i * kThreads, k = place / kEights, eight = place % kEights;
+            if (k >= p.keys || (mask && !mask[k])) continue;
+#pragma unroll
+            for (int s = 0; s < kStreams; ++s) {
+                if (!tiles[s]) continue;
+                const E* const from = heads[s] + k * strides[s] + 8 * eight;
+                chunks[s][i] = *reinterpret_cast<const uint4*>(from);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            const int place = first + i * kThreads, k = place / kEights, eight = place % kEights;
+            if (place >= kChunks) continue;
+#pragma unroll
+            for (int s = 0; s < kStreams; ++s) {
+                if (!tiles[s]) continue;
+                store_chunk<D>(chunks[s][i], eight, tiles[s] + k * Layout<D>::kStride);
+            }
+        }
     }
 }
 
