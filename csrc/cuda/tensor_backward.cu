@@ -94,12 +94,11 @@ __global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::
     queries.start(begin, end, shared_address(slots));
     if (with_output) grad_outputs.start(begin, end, shared_address(outputs));
     commit_copies();
-    load_bias<kThreads>(call, b, bias);
-    if (kReference) {
-        load_weights<kThreads>(call, b, 2.0f * call.grad_alignment[b] / float(heads), pull);
-    }
     load_streams<D, kThreads, E>(call, b, h, key, with_output ? value : nullptr,
-                                 kReference ? reference : nullptr);
+                                 kReference ? reference : nullptr, [&] {
+                                     load_bias(call, b, bias);
+                                     if (kReference) load_pull(call, b, pull);
+                                 });
 
     const int warp = int(threadIdx.x) / 32, own = 16 * (warp / S::kHalves);
     const int first_key = 8 * S::kEights * (warp % S::kHalves);

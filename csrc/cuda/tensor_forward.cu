@@ -55,22 +55,23 @@ __global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
     float* const bias = reinterpret_cast<float*>(kReference ? reference + kTile : reference);
     float* const weights = bias + kKeys;
     float* const shares = weights + kKeys;
-    load_bias<kThreads>(call, b, bias);
-    load_weights<kThreads>(call, b, 1.0f, weights);
-    load_streams<D, kThreads, E>(call, b, h, key, value, kReference ? reference : nullptr);
-    __syncthreads();
-
     const E* const query = head_of<E>(call.query, b, h);
     E* const output = head_of<E>(call.output, b, h);
-    const uint32_t key_scores = shared_address(key) + score_offset<D>();
-    const uint32_t reference_scores = shared_address(reference) + score_offset<D>();
-    const uint32_t value_sums = shared_address(value) + sum_offset<D>();
     const int64_t begin = blockIdx.y * a.cut.rows_a_block;
     const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
     const int warp = int(threadIdx.x) / 32;
-    float distance[2] = {};
     uint32_t rows[D / 8][2];
-    if (kAhead<D>) load_rows<D>(query, call.query.row, begin + 16 * warp, end, rows);
+    load_streams<D, kThreads, E>(call, b, h, key, value, kReference ? reference : nullptr, [&] {
+        load_bias(call, b, bias);
+        load_weights(call, b, weights);
+        if (kAhead<D>) load_rows<D>(query, call.query.row, begin + 16 * warp, end, rows);
+    });
+    __syncthreads();
+
+    const uint32_t key_scores = shared_address(key) + score_offset<D>();
+    const uint32_t reference_scores = shared_address(reference) + score_offset<D>();
+    const uint32_t value_sums = shared_address(value) + sum_offset<D>();
+    float distance[2] = {};
     for (int64_t first = begin + 16 * warp; first < end; first += 16 * kWarps<D>) {
         if (!kAhead<D>) load_rows<D>(query, call.query.row, first, end, rows);
         float target[kKeyEights][4], anchor[kKeyEights][4];

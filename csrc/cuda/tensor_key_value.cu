@@ -70,10 +70,8 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
     char* const exchange = keys + S::kKeyTiles;
     float* const bias = reinterpret_cast<float*>(exchange + S::kExchange);
     float* const pull = bias + kKeys;  // 2 g w / H
-    load_bias<kThreads>(call, b, bias);
-    if (a.with_reference) {
-        load_weights<kThreads>(call, b, 2.0f * call.grad_alignment[b] / float(heads), pull);
-    }
+    load_bias(call, b, bias);
+    if (a.with_reference) load_pull(call, b, pull);
     __syncthreads();
 
     const RowCopies<D, E, S::kRows, kThreads> queries(call.query, b, h);

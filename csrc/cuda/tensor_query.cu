@@ -28,27 +28,26 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
     char* const reference = with_output ? value + kTile : value;
     float* const bias = reinterpret_cast<float*>(kReference ? reference + kTile : reference);
     float* const pull = bias + kKeys;  // 2 g w / H
-    load_bias<kThreads>(call, b, bias);
-    if (kReference) {
-        load_weights<kThreads>(call, b, 2.0f * call.grad_alignment[b] / float(heads), pull);
-    }
-    load_streams<D, kThreads, E>(call, b, h, key, with_output ? value : nullptr,
-                                 kReference ? reference : nullptr);
-    __syncthreads();
-
     const E* const query = head_of<E>(call.query, b, h);
     const E* const grad_output = head_of<E>(call.grad_output, b, h);
     E* const grad_query = head_of<E>(call.grad_query, b, h);
-    const uint32_t scores = score_offset<D>(), sums = sum_offset<D>();
-    const uint32_t key_at = shared_address(key), value_at = shared_address(value),
-                   reference_at = shared_address(reference);
     float* const statistics = a.statistics + blockIdx.x * kStatistics * a.padded_rows;
     const int64_t begin = blockIdx.y * a.cut.rows_a_block;
     const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
     // The kernel of the keys reads whole tiles of statistics.
     const int64_t padded_end = min(begin + a.cut.rows_a_block, a.padded_rows);
     uint32_t rows[D / 8][2];
-    load_rows<D>(query, call.query.row, begin + 16 * (threadIdx.x / 32), end, rows);
+    load_streams<D, kThreads, E>(call, b, h, key, with_output ? value : nullptr,
+                                 kReference ? reference : nullptr, [&] {
+        load_bias(call, b, bias);
+        if (kReference) load_pull(call, b, pull);
+        load_rows<D>(query, call.query.row, begin + 16 * (threadIdx.x / 32), end, rows);
+    });
+    __syncthreads();
+
+    const uint32_t scores = score_offset<D>(), sums = sum_offset<D>();
+    const uint32_t key_at = shared_address(key), value_at = shared_address(value),
+                   reference_at = shared_address(reference);
     for (int64_t first = begin + 16 * (threadIdx.x / 32); first < padded_end;
          first += 16 * kWarps<D>) {
         const auto keep = [&](int which, const auto& number, float beyond) {

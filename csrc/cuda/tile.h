@@ -130,62 +130,98 @@ SEFI_DEVICE void store_chunk(uint4 chunk, int eight, char* row) {
     }
 }
 
-// 0 for the keys a sample may attend to, -inf for the others.
-template <int kThreads>
-SEFI_DEVICE void load_bias(const Problem& p, int64_t b, float* bias) {
-    const uint8_t* mask = p.key_mask ? p.key_mask + b * p.key_mask_batch : nullptr;
-    for (int k = int(threadIdx.x); k < kKeys; k += kThreads) {
-        const bool visible = k < p.keys && (!mask || mask[k]);
-        bias[k] = visible ? 0.0f : -INFINITY;
-    }
+// Whether a sample may attend to a key.
+SEFI_DEVICE bool visible(const Problem& p, int64_t b, int key) {
+    return key < p.keys && (!p.key_mask || p.key_mask[b * p.key_mask_batch + key]);
 }
 
-// `factor` times the weights of the keys; 0 where a key does not exist.
-template <int kThreads>
-SEFI_DEVICE void load_weights(const Problem& p, int64_t b, float factor, float* weights) {
-    const float* given = p.token_weights ? p.token_weights + b * p.token_weights_batch : nullptr;
-    for (int k = int(threadIdx.x); k < kKeys; k += kThreads) {
-        weights[k] = k >= p.keys ? 0.0f : given ? factor * given[k] : factor;
-    }
+// 0 for the keys a sample may attend to, -inf for the others: one key a thread.
+SEFI_DEVICE void load_bias(const Problem& p, int64_t b, float* bias) {
+    const int key = int(threadIdx.x);
+    if (key < kKeys) bias[key] = visible(p, b, key) ? 0.0f : -INFINITY;
 }
+
+// A key's weight in the alignment; 0 where it does not exist.
+SEFI_DEVICE float weight_of(const Problem& p, int64_t b, int key) {
+    if (key >= p.keys) return 0.0f;
+    return p.token_weights ? p.token_weights[b * p.token_weights_batch + key] : 1.0f;
+}
+
+SEFI_DEVICE void load_weights(const Problem& p, int64_t b, float* weights) {
+    const int key = int(threadIdx.x);
+    if (key < kKeys) weights[key] = weight_of(p, b, key);
+}
+
+// 2 g w / H: what the alignment's gradient g makes of a difference of probabilities.
+SEFI_DEVICE void load_pull(const BackwardCall& call, int64_t b, float* pull) {
+    const int key = int(threadIdx.x);
+    if (key >= kKeys) return;
+    const float weight = weight_of(call, b, key);
+    pull[key] = 2.0f * call.grad_alignment[b] / float(call.heads) * weight;
+}
+
+// The 16-byte chunks of kRows rows of D columns, shared by kThreads threads: neighbours take
+// neighbouring chunks of a row, as many as a power of two allows, and then what is left.
+template <int D, int kRows, int kThreads>
+class Chunks {
+    static constexpr int kEights = Layout<D>::kEights;
+    static constexpr int kLanes = kEights >= 16 ? 16 : kEights >= 8 ? 8 : 4;
+    static constexpr int kStep = kThreads / kLanes, kFirst = (kRows + kStep - 1) / kStep;
+    static constexpr int kLeft = kEights - kLanes, kRest = kLeft * kRows;
+
+public:
+    static constexpr int kEach = kFirst + (kRest + kThreads - 1) / kThreads;  // at most, a thread
+
+    // step(i, row, eight) for the i-th chunk of this thread.
+    template <class Step>
+    static SEFI_DEVICE void each(const Step& step) {
+        const int thread = int(threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < kFirst; ++i) {
+            const int row = thread / kLanes + i * kStep;
+            if (kRows % kStep == 0 || row < kRows) step(i, row, thread % kLanes);
+        }
+        if constexpr (kLeft > 0) {
+#pragma unroll
+            for (int i = kFirst; i < kEach; ++i) {
+                const int place = thread + (i - kFirst) * kThreads;
+                const bool inside = kRest % kThreads == 0 || place < kRest;
+                if (inside) step(i, place / kLeft, kLanes + place % kLeft);
+            }
+        }
+    }
+};
 
 // Keys, values and reference keys of one head into shared memory; a stream without a tile is left
-// out. Hidden and missing keys become zeros, so that nothing in them reaches a product.
-template <int D, int kThreads, class E>
+// out. Hidden and missing keys become zeros, so that nothing in them reaches a product. All is
+// asked for before the first of it is stored: one wait for all, and for what `meanwhile` loads.
+template <int D, int kThreads, class E, class Meanwhile>
 SEFI_DEVICE void load_streams(const Problem& p, int64_t b, int64_t h, char* key, char* value,
-                              char* reference) {
-    constexpr int kEights = Layout<D>::kEights, kChunks = kKeys * kEights;
-    // All streams' chunks of a batch are asked for before the first is stored: one wait for all.
-    constexpr int kEach = (kChunks + kThreads - 1) / kThreads, kBatches = (kEach + 3) / 4;
-    constexpr int kBatch = (kEach + kBatches - 1) / kBatches, kStreams = 3;
+                              char* reference, const Meanwhile& meanwhile) {
+    using Own = Chunks<D, kKeys, kThreads>;
+    constexpr int kStreams = 3;
     const E* const heads[kStreams] = {head_of<E>(p.key, b, h), head_of<E>(p.value, b, h),
                                       head_of<E>(p.reference_key, b, h)};
     const int64_t strides[kStreams] = {p.key.row, p.value.row, p.reference_key.row};
     char* const tiles[kStreams] = {key, value, reference};
-    const uint8_t* const mask = p.key_mask ? p.key_mask + b * p.key_mask_batch : nullptr;
-    for (int first = int(threadIdx.x); first < kChunks; first += kBatch * kThreads) {
-        uint4 chunks[kStreams][kBatch] = {};
+    uint4 chunks[kStreams][Own::kEach] = {};
+    bool wanted[Own::kEach] = {};
+    Own::each([&](int i, int k, int) { wanted[i] = visible(p, b, k); });
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int place = first + i * kThreads, k = place / kEights, eight = place % kEights;
-            if (k >= p.keys || (mask && !mask[k])) continue;
+    for (int s = 0; s < kStreams; ++s) {
+        if (!tiles[s]) continue;
+        Own::each([&](int i, int k, int eight) {
+            const E* const from = heads[s] + k * strides[s] + 8 * eight;
+            if (wanted[i]) chunks[s][i] = *reinterpret_cast<const uint4*>(from);
+        });
+    }
+    meanwhile();
 #pragma unroll
-            for (int s = 0; s < kStreams; ++s) {
-                if (!tiles[s]) continue;
-                const E* const from = heads[s] + k * strides[s] + 8 * eight;
-                chunks[s][i] = *reinterpret_cast<const uint4*>(from);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-            const int place = first + i * kThreads, k = place / kEights, eight = place % kEights;
-            if (place >= kChunks) continue;
-#pragma unroll
-            for (int s = 0; s < kStreams; ++s) {
-                if (!tiles[s]) continue;
-                store_chunk<D>(chunks[s][i], eight, tiles[s] + k * Layout<D>::kStride);
-            }
-        }
+    for (int s = 0; s < kStreams; ++s) {
+        if (!tiles[s]) continue;
+        Own::each([&](int i, int k, int eight) {
+            store_chunk<D>(chunks[s][i], eight, tiles[s] + k * Layout<D>::kStride);
+        });
     }
 }
 
