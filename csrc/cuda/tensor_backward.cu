@@ -10,6 +10,7 @@
 #include "cuda/row_copies.h"
 #include "cuda/slopes.h"
 #include "cuda/start.h"
+#include "cuda/streams.h"
 #include "cuda/tensor.h"
 #include "cuda/warp_pair.h"
 

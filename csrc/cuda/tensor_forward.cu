@@ -2,6 +2,7 @@
 #include "cuda/kernels.h"
 #include "cuda/softmax.h"
 #include "cuda/start.h"
+#include "cuda/streams.h"
 #include "cuda/tensor.h"
 
 namespace sefi::cuda::tensor {

@@ -6,6 +6,7 @@
 #include "cuda/kernels.h"
 #include "cuda/row_copies.h"
 #include "cuda/start.h"
+#include "cuda/streams.h"
 #include "cuda/tensor.h"
 
 namespace sefi::cuda::tensor {
