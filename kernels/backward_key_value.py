@@ -1,4 +1,4 @@
-"""Backward kernels for keys, values and reference keys: partial sums over rows, then totals."""
+"""Backward kernel for keys, values and reference keys: partial sums over rows."""
 
 from __future__ import annotations
 
@@ -238,37 +238,3 @@ def cross_attention_backward_key_value(
             grad_reference_key, start, stride, own_keys, reference_sum, reference_tail_sum, scale,
             KEY_MAIN, KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
         )  # fmt: skip
-
-
-@triton.jit
-def write_total(partials, total, elements, count, BLOCK: tl.constexpr):
-    """Sum partials [groups, count, elements] in order into total [groups, elements]."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < elements
-    group = tl.program_id(1).to(tl.int64)
-    source = partials + group * count * elements + place
-    sums = tl.zeros([BLOCK], tl.float32)
-    for _ in tl.range(0, count):
-        sums += tl.load(source, mask=inside, other=0.0)
-        source += elements
-    tl.store(total + group * elements + place, sums.to(total.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def sum_partials(
-    first_partials, second_partials, third_partials, first_total, second_total, third_total,
-    elements, count, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Totals of up to three gradients; grid (blocks of elements, groups, gradients).
-
-    Each program adds in order and no two write the same place, so the same bits come every time.
-    """
-    which = tl.program_id(2)
-    if which == 0:
-        write_total(first_partials, first_total, elements, count, BLOCK)
-    if second_partials is not None:  # noqa: SIM102 (compile-time outside, run-time inside)
-        if which == 1:
-            write_total(second_partials, second_total, elements, count, BLOCK)
-    if third_partials is not None:  # noqa: SIM102 (compile-time outside, run-time inside)
-        if which == 2:
-            write_total(third_partials, third_total, elements, count, BLOCK)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import tiling
-from .backward_key_value import cross_attention_backward_key_value, sum_partials
+from .backward_key_value import cross_attention_backward_key_value
 from .backward_query import cross_attention_backward_query
-from .configs import SUM_BLOCK, KernelConfig
+from .configs import SUM_LOADS, KernelConfig
 from .launch import Device, Launch, Prepared
 from .layouts import (
     GradientLayouts,
@@ -23,6 +23,7 @@ from .layouts import (
     steps_of,
 )
 from .memory import STATISTICS
+from .totals import sum_partials
 
 KEY_GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
 
@@ -277,9 +278,11 @@ def _prepare_sum(
     elements: int, groups: int, gradients: int, dtype: torch.dtype, count: int, device: Device
 ) -> Prepared:
     """dtype and device are not read: kernels of other ones are others."""
-    numbers = {"elements": elements, "count": count, "BLOCK": SUM_BLOCK}
-    grid = (-(-elements // SUM_BLOCK), groups, gradients)
-    return Prepared(sum_partials, grid, numbers, KernelConfig(SUM_BLOCK, 4, 1))
+    ahead = next(size for size in (4, 8, 16) if size >= min(count, 16))
+    block = SUM_LOADS // ahead
+    numbers = {"elements": elements, "count": count, "BLOCK": block, "AHEAD": ahead}
+    grid = (-(-elements // block), groups, gradients)
+    return Prepared(sum_partials, grid, numbers, KernelConfig(block, 4, 1))
 
 
 def _plan_sum(partials: Sequence[_Partial], device: Device) -> Launch:

@@ -61,8 +61,8 @@ some have more."""
 FEW_ROWS = 256
 """Up to so many queries a head, the configuration of the "few" bucket is taken."""
 
-SUM_BLOCK = 1024
-"""Elements a program of the kernel that adds up partial gradients."""
+SUM_LOADS = 1024
+"""Numbers that a program of the kernel that adds up partial gradients asks for at once."""
 
 
 _Line = tuple[int, KernelConfig] | tuple[int, KernelConfig, KernelConfig]

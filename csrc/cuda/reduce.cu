@@ -33,6 +33,9 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(const MapArguments a) {
     a.mean[place] = sum / float(a.heads);
 }
 
+// Threads that share one number's partial sums: one thread alone would wait for one after the other.
+constexpr int kParts = 8, kNumbers = kThreads / kParts;
+
 // Grid: heads of all samples, pieces of one head's sums, gradients. Of a gradient that all samples
 // share, the first sample's blocks add up everything.
 template <class E>
@@ -40,22 +43,30 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const TotalArguments a)
     const Total& total = a.totals[blockIdx.z];
     const unsigned heads = unsigned(a.heads), width = unsigned(a.head_dim);
     const unsigned b = blockIdx.x / heads, h = blockIdx.x % heads;
-    const unsigned place = blockIdx.y * kThreads + threadIdx.x;
+    const int number = int(threadIdx.x) % kNumbers, part = int(threadIdx.x) / kNumbers;
+    const unsigned place = blockIdx.y * kNumbers + unsigned(number);
     const int64_t entry = a.keys * a.head_dim;
-    if (place >= entry || (total.result.shared && b > 0)) return;
+    if (total.result.shared && b > 0) return;
+    float* const sums = reinterpret_cast<float*>(shared_memory());
     float sum = 0.0f;
     for (int64_t sample = b; sample < (total.result.shared ? a.batch : b + 1); ++sample) {
-        const float* part = total.partials + (sample * a.heads + h) * a.splits * entry + place;
-        for (int64_t s = 0; s < a.splits; ++s) sum += part[s * entry];
+        const float* from = total.partials + (sample * a.heads + h) * a.splits * entry + place;
+        for (int64_t s = part; s < a.splits && place < entry; s += kParts) sum += from[s * entry];
     }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (part > 0 || place >= entry) return;
+#pragma unroll
+    for (int p = 1; p < kParts; ++p) sum += sums[p * kNumbers + number];
     E* const rows = head_of<E>(total.result, b, h);
     narrow(sum, rows[place / width * total.result.row + place % width]);
 }
 
 template <class E>
 cudaError_t run_totals(const TotalArguments& a, unsigned count, cudaStream_t stream) {
-    const dim3 grid(unsigned(a.batch * a.heads), blocks(a.keys * a.head_dim), count);
-    return start(total_kernel<E>, grid, kThreads, 0, stream, a);
+    const unsigned pieces = unsigned((a.keys * a.head_dim + kNumbers - 1) / kNumbers);
+    const dim3 grid(unsigned(a.batch * a.heads), pieces, count);
+    return start(total_kernel<E>, grid, kThreads, kThreads * sizeof(float), stream, a);
 }
 
 }  // namespace

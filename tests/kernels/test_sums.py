@@ -22,7 +22,7 @@ from sefi_fast.kernels import (
     plan_backward_sums,
     plan_forward,
 )
-from sefi_fast.kernels.backward_key_value import sum_partials
+from sefi_fast.kernels.totals import sum_partials
 from torch import Tensor
 
 from sefi_fast.ops.triton import interpreted
