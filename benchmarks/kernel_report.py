@@ -64,7 +64,7 @@ CUDA_EXCEPTIONS: dict[tuple[str, int, str, int], str] = {
 }
 CUDA_EXCEPTIONS |= {
     ("backward", capability, dtype, 160): "two warps write a fifth of dQ, 8 bytes a lane each"
-    for capability in (80, 90)
+    for capability in (80, 90, 100)
     for dtype in ("bfloat16", "float16")
 }
 

@@ -44,7 +44,7 @@ ARCHITECTURES = pytest.mark.parametrize(
 
 
 # Where a block has shared memory for dQ, dK and dV of 160 columns in one pass.
-ONE_PASS_OF_WIDE_HEADS = (80, 90)
+ONE_PASS_OF_WIDE_HEADS = (80, 90, 100)
 
 
 @functools.cache
