@@ -1,9 +1,25 @@
-// Sums over query rows, as the warps of a block share them: of 80 keys by all columns of a head.
+// Sums over query rows: of 80 keys by all columns of a head, as the warps of a block share them.
 #pragma once
 
 #include "cuda/tile.h"
 
 namespace sefi::cuda::tensor {
+
+// The partial sums of a warp's keys and columns, times a factor.
+template <int D, int kEights>
+SEFI_DEVICE void store_sums(const float (&sums)[kEights][4], float factor, int64_t keys, int tile,
+                            float* to) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int key = 16 * tile + lane() / 4 + 8 * r;
+        if (key >= keys) continue;
+#pragma unroll
+        for (int e = 0; e < kEights; ++e) {
+            *reinterpret_cast<float2*>(to + key * D + 8 * e + 2 * (lane() % 4)) =
+                make_float2(factor * sums[e][2 * r], factor * sums[e][2 * r + 1]);
+        }
+    }
+}
 
 // A warp sums two of the first four tiles of 16 keys by one group of columns, and the fifth tile by
 // half of these: so each matrix it reads is a factor of two or three products. The last groups and
@@ -44,30 +60,15 @@ public:
     // factor * sums as float32 of [keys, D].
     SEFI_DEVICE void store(float factor, int64_t keys, float* to) const {
         to += 8 * first_eight();
-        store_tile(own_[0], factor, keys, 2 * side(), to);
-        store_tile(own_[1], factor, keys, 2 * side() + 1, to);
-        store_tile(fifth_, factor, keys, 4, to + (side() ? 8 * (kEights - kShare) : 0));
+        store_sums<D>(own_[0], factor, keys, 2 * side(), to);
+        store_sums<D>(own_[1], factor, keys, 2 * side() + 1, to);
+        store_sums<D>(fifth_, factor, keys, 4, to + (side() ? 8 * (kEights - kShare) : 0));
     }
 
 private:
     static SEFI_DEVICE int side() { return int(threadIdx.x) / 32 % 2; }
     static SEFI_DEVICE int first_eight() {
         return min(int(threadIdx.x) / 64 * kEights, Layout<D>::kEights - kEights);
-    }
-
-    template <int kCount>
-    static SEFI_DEVICE void store_tile(const float (&sums)[kCount][4], float factor, int64_t keys,
-                                       int tile, float* to) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int key = 16 * tile + lane() / 4 + 8 * r;
-            if (key >= keys) continue;
-#pragma unroll
-            for (int e = 0; e < kCount; ++e) {
-                *reinterpret_cast<float2*>(to + key * D + 8 * e + 2 * (lane() % 4)) =
-                    make_float2(factor * sums[e][2 * r], factor * sums[e][2 * r + 1]);
-            }
-        }
     }
 
     float own_[2][kEights][4] = {}, fifth_[kShare][4] = {};

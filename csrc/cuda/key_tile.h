@@ -130,22 +130,6 @@ SEFI_DEVICE void add_rows(float (&sums)[kEights][4], const uint32_t (&map)[4], u
     }
 }
 
-// The partial sums of a warp's keys and columns, times a factor.
-template <int D, int kEights>
-SEFI_DEVICE void store_sums(const float (&sums)[kEights][4], float factor, int64_t keys, int tile,
-                            float* to) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int key = 16 * tile + lane() / 4 + 8 * r;
-        if (key >= keys) continue;
-#pragma unroll
-        for (int e = 0; e < kEights; ++e) {
-            *reinterpret_cast<float2*>(to + key * D + 8 * e + 2 * (lane() % 4)) =
-                make_float2(factor * sums[e][2 * r], factor * sums[e][2 * r + 1]);
-        }
-    }
-}
-
 // Adds the gradients of chosen columns to those of 16 keys and the rows from `first` on.
 SEFI_DEVICE void add_map_gradients(const BackwardArguments& a, int64_t first, int tile,
                                    float (&slope)[2][4]) {

@@ -2,8 +2,9 @@
 //
 // Keys are the rows of the products here: a warp has 16 of them, and its maps, computed anew as
 // columns of query rows, are at once the left factor of the sums over those rows.
-#include "cuda/key_tile.h"
 #include "cuda/kernels.h"
+#include "cuda/key_sums.h"
+#include "cuda/key_tile.h"
 #include "cuda/row_copies.h"
 #include "cuda/start.h"
 #include "cuda/streams.h"
