@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .assembler import assembling
 from .backward_plan import (
     KEY_GRADIENTS,
     empty_statistics,
@@ -112,12 +113,17 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     source = ASTSource(launch.kernel, signature, constants, promises)
     log = io.StringIO()
     knobs = triton.knobs
-    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope(), knobs.nvidia.scope():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        knobs.cache.scope(),
+        assembling(capability) as options,
+        knobs.nvidia.scope(),
+    ):
         knobs.cache.dir = folder
         knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(log):
             target = GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(source, target, launch.config.options)
+            compiled = triton.compile(source, target, {**launch.config.options, **options})
     text = log.getvalue()
     registers = re.search(r"Used (\d+) registers", text)
     if registers is None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
 
+from .assembler import assembling
 from .configs import KernelConfig
 
 
@@ -65,7 +68,8 @@ class Prepared:
         if start is not None:
             start(*given, *self._values)
             return
-        compiled = self.kernel[self.grid](*given, *self._values, **self.config.options)
+        with self._assembling() as options:
+            compiled = self.kernel[self.grid](*given, *self._values, **options)
         # The interpreter compiles nothing, and Triton's asynchronous mode gives a promise only.
         if isinstance(compiled, CompiledKernel):
             self.compiled = self.compiled or compiled
@@ -74,7 +78,17 @@ class Prepared:
     def compile(self, tensors: Mapping[str, Tensor | None]) -> None:
         """Compile for these tensors and the current device into Triton's cache; nothing runs."""
         given = self._given(tensors)
-        self.kernel.warmup(*given, *self._values, grid=self.grid, **self.config.options)
+        with self._assembling() as options:
+            self.kernel.warmup(*given, *self._values, grid=self.grid, **options)
+
+    @contextlib.contextmanager
+    def _assembling(self) -> Iterator[dict[str, Any]]:
+        """Inside, the current device's assembler is taken; yields what the compiler is told."""
+        if not isinstance(self.kernel, JITFunction):
+            yield self.config.options
+            return
+        with assembling(driver.active.get_current_target().arch) as more:
+            yield {**self.config.options, **more}
 
 
 class Launch(NamedTuple):

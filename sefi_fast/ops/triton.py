@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 LOWEST_CAPABILITY = 80
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Older ones reuse the registers of a warp group's operands before its product has read them, and
-# the kernels then read wrong numbers or addresses: seen on an H200 with 12.8, gone with 13.4;
-# NVIDIA's release notes of 13.3 tell of it. Triton 3.9 brings 13.4 along.
-SOUND_ASSEMBLER = (13, 3)
-
 SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """Shared memory that a program may have, by compute capability; 99 on the others from 8.6 on."""
 
@@ -57,29 +52,24 @@ def _device_of(query: Tensor) -> Device:
     return _device(query.get_device() if query.is_cuda else None)
 
 
-def assembler_version(capability: int) -> str:
-    """Version of the ptxas that Triton takes for a compute capability of major * 10 + minor."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    return get_ptxas(capability).version
-
-
 @functools.cache
 def _why_not_assembler(capability: int) -> str | None:
-    """Why Triton's assembler must not make these kernels for a device, None where it may."""
+    """Why no assembler is there to make these kernels for a device, None where one is."""
     if capability // 10 != 9:
         return None
     import triton
 
+    from sefi_fast.kernels.assembler import SOUND, assembler_version, is_sound
+
     version = assembler_version(capability)
-    if tuple(map(int, version.split(".")[:2])) >= SOUND_ASSEMBLER:
+    if is_sound(version, capability):
         return None
-    sound = ".".join(map(str, SOUND_ASSEMBLER))
+    sound = ".".join(map(str, SOUND))
     return (
         f"Triton {triton.__version__} uses the assembler ptxas {version}, which miscompiles "
-        f"warp-group products on compute capability 9.0: let TRITON_PTXAS_PATH name a ptxas of "
-        f"CUDA {sound} or newer (pip install nvidia-cuda-nvcc; docs/performance-gpu.md), or use "
-        "triton 3.9 or newer where PyTorch allows it"
+        f"warp-group products on compute capability 9.0: pip install 'nvidia-cuda-nvcc>={sound}' "
+        f"(the extra sefi_fast[hopper]), let TRITON_PTXAS_PATH name a ptxas of CUDA {sound} or "
+        "newer, or use triton 3.9 or newer where PyTorch allows it"
     )
 
 

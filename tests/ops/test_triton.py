@@ -255,15 +255,21 @@ def test_an_assembler_that_miscompiles_for_hopper_is_refused_in_words(
     monkeypatch: pytest.MonkeyPatch, capability: int, version: str, refused: bool
 ) -> None:
     compiler = pytest.importorskip("triton.backends.nvidia.compiler")
+    from sefi_fast.kernels import assembler
+
     tool = SimpleNamespace(version=version)
     monkeypatch.setattr(compiler, "get_ptxas", lambda arch: tool)
-    backend._why_not_assembler.cache_clear()
+    monkeypatch.setattr(assembler, "_candidates", lambda: iter([]))
+    kept = (backend._why_not_assembler, assembler.replacement)
+    for one in kept:
+        one.cache_clear()
     reason = backend._why_not_assembler(capability)
-    backend._why_not_assembler.cache_clear()
+    for one in kept:
+        one.cache_clear()
     assert (reason is not None) == refused
     if refused:
         assert f"ptxas {version}" in reason and "triton 3.9" in reason
-        assert "TRITON_PTXAS_PATH" in reason
+        assert "TRITON_PTXAS_PATH" in reason and "nvidia-cuda-nvcc" in reason
 
 
 @pytest.mark.parametrize(
