@@ -25,8 +25,6 @@ _SHAPES = {
     "single": ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8)),
 }
 KEY_TILES = (0, 16, 32, 64)
-# Keys loaded again or not, held as one tile with the reference's or not.
-_KEYS = ((False, False), (True, False), (False, True))
 # By warps: the compiler's choice, and what lets three or four (of eight warps: two) be resident.
 _REGISTERS = {4: (0, 128, 168), 8: (0, 128)}
 # Bytes of spills that one program more on a multiprocessor may be worth: for a device to say.
@@ -138,10 +136,8 @@ def candidates(place: Place) -> list[KernelConfig]:
     if place.kernel == "backward":
         # Sums of another number of gradients are other work.
         tried = [
-            default._replace(
-                block=block, warps=warps, registers=registers, stacked=stacked, prefetch=prefetch
-            )
-            for (block, warps), stacked, prefetch in product(shapes, (False, True), (False, True))
+            default._replace(block=block, warps=warps, registers=registers, prefetch=prefetch)
+            for (block, warps), prefetch in product(shapes, (False, True))
             for registers in _REGISTERS[warps]
         ]
     elif place.kernel == "backward_key_value":
@@ -153,10 +149,8 @@ def candidates(place: Place) -> list[KernelConfig]:
         ]
     else:
         tried = [
-            KernelConfig(
-                block, warps, stages, reload, registers=registers, stacked=stacked, late=late
-            )
-            for (block, warps), stages, (reload, stacked) in product(shapes, (1, 2), _KEYS)
+            KernelConfig(block, warps, stages, reload, registers=registers, late=late)
+            for (block, warps), stages, reload in product(shapes, (1, 2), (False, True))
             for registers in _REGISTERS[warps]
             for late in ((False,) if place.kernel == "forward" or reload else (False, True))
         ]

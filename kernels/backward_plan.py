@@ -11,7 +11,7 @@ from torch import Tensor
 from . import tiling
 from .backward_key_value import cross_attention_backward_key_value
 from .backward_query import cross_attention_backward_query
-from .configs import SUM_LOADS, KernelConfig
+from .configs import SUM_COLUMNS, KernelConfig
 from .launch import Device, Launch, Prepared
 from .layouts import (
     GradientLayouts,
@@ -91,7 +91,6 @@ def _prepare_backward_query(
     )
     numbers["REFERENCE_GRAD"] = reference_grad
     numbers["PREFETCH"] = config.prefetch
-    numbers["STACKED"] = config.stacked
     numbers["LATE"] = config.late or (config.reload and not config.pipelined)
     batch, heads = inputs.query.shape[:2]
     return Prepared(cross_attention_backward_query, (batch * heads, programs), numbers, config)
@@ -277,12 +276,15 @@ def _plan_sums(partials: Sequence[_Partial], device: Device) -> list[Launch]:
 def _prepare_sum(
     elements: int, groups: int, gradients: int, dtype: torch.dtype, count: int, device: Device
 ) -> Prepared:
-    """dtype and device are not read: kernels of other ones are others."""
-    ahead = next(size for size in (4, 8, 16) if size >= min(count, 16))
-    block = SUM_LOADS // ahead
+    """dtype is not read: kernels of another one are others."""
+    ahead = next(size for size in (2, 4, 8, 16) if size >= min(count, 16))
+    # Small programs where larger ones would leave multiprocessors without any.
+    places = 2 * device.multiprocessors
+    warps = 4 if elements * groups * gradients >= SUM_COLUMNS[4] * places else 1
+    block = SUM_COLUMNS[warps]
     numbers = {"elements": elements, "count": count, "BLOCK": block, "AHEAD": ahead}
     grid = (-(-elements // block), groups, gradients)
-    return Prepared(sum_partials, grid, numbers, KernelConfig(block, 4, 1))
+    return Prepared(sum_partials, grid, numbers, KernelConfig(block, warps, 1))
 
 
 def _plan_sum(partials: Sequence[_Partial], device: Device) -> Launch:

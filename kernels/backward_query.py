@@ -31,10 +31,8 @@ from .primitives import (
     pull_to_reference,
     scale_rows,
     scores,
-    scores_of_both,
     softmax,
     softmax_gradient,
-    stack_tiles,
     zero_rows,
 )
 
@@ -54,8 +52,8 @@ def cross_attention_backward_query(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
-    RELOAD: tl.constexpr, PIPELINED: tl.constexpr, STACKED: tl.constexpr,
-    PREFETCH: tl.constexpr, LATE: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
+    RELOAD: tl.constexpr, PIPELINED: tl.constexpr, PREFETCH: tl.constexpr,
+    LATE: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
 ):  # fmt: skip
     """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head; dK_t and dV_t too.
 
@@ -65,10 +63,10 @@ def cross_attention_backward_query(
     of A_r's, and two that say nothing. Each of these may be None. Gradients that did not come
     (grad_output, grad_alignment, grad_maps) are None and cost nothing, and so do value without the
     first and reference_key without the second. RELOAD loads the keys anew for each block: each set
-    where it is used or, PIPELINED, all when the block begins, in truth a block before. STACKED: one
-    product for the scores of both streams. PREFETCH asks for the rows of the next block before
-    this one is done, and holds them in registers until then; LATE asks for the gradients of a
-    block's outputs when its queries' scores are there, and their tile may take the queries' memory.
+    where it is used or, PIPELINED, all when the block begins, in truth a block before. PREFETCH
+    asks for the rows of the next block before this one is done, and holds them in registers until
+    then; LATE asks for the gradients of a block's outputs when its queries' scores are there, and
+    their tile may take the queries' memory.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
     HAS_WEIGHTS: tl.constexpr = token_weights is not None
@@ -77,7 +75,6 @@ def cross_attention_backward_query(
     HAS_ALIGNMENT: tl.constexpr = grad_alignment is not None
     HAS_MAPS: tl.constexpr = grad_maps is not None
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
-    BOTH: tl.constexpr = STACKED and HAS_ALIGNMENT
     SUMS_KEY: tl.constexpr = grad_key is not None
     SUMS_VALUE: tl.constexpr = grad_value is not None
     # Each set of keys where it is used; else all of them when the turn begins.
@@ -128,11 +125,6 @@ def cross_attention_backward_query(
             valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
             KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
-    if BOTH:
-        both_main, both_tail = stack_tiles(
-            key_main, key_tail, reference_main, reference_tail,
-            KEY_MAIN, KEY_TAIL, DIM_MAIN, DIM_TAIL,
-        )  # fmt: skip
     if SUMS_KEY:
         key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
         key_tail_sum = key_sum
@@ -173,21 +165,15 @@ def cross_attention_backward_query(
                 key, key_stride_m, keys, valid_main, valid_tail,
                 DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        if BOTH:
-            main, tail, other_main, other_tail = scores_of_both(
-                queries, both_main, both_tail, BLOCK, KEY_MAIN, KEY_TAIL, DIM_TAIL
-            )
-        else:
-            main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
+        main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
         main, tail, peak, inverse = softmax(
             main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT
         )
         if HAS_ALIGNMENT and not AT_USE:
             # The last use of the queries' tile before the sums.
-            if not BOTH:
-                other_main, other_tail = scores(
-                    queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
-                )
+            other_main, other_tail = scores(
+                queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
+            )
             (other_main, other_tail, other_peak, other_inverse,
              pull_main, pull_tail) = pull_to_reference(
                 main, tail, other_main, other_tail, valid_main, valid_tail,

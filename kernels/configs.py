@@ -14,8 +14,7 @@ class KernelConfig(NamedTuple):
     before it is worked on, and stays there until it is used: no wait, and hardly a barrier, at
     the price of that memory. registers: the most a thread, for the compiler to keep to; 0 leaves
     it to the compiler. resident: so many programs fit on a multiprocessor at once, by the registers
-    and the shared memory that come of it. stacked, for all but the kernel of the keys: one product
-    gives the scores of both streams, of keys and reference keys held as one tile; not with reload.
+    and the shared memory that come of it.
 
     For the kernel of the queries alone: sums, how many of dK and dV it adds up as well (1 is dK),
     where the registers hold their accumulators; what is left is for the kernel of the keys.
@@ -37,7 +36,6 @@ class KernelConfig(NamedTuple):
     key_tile: int = 0
     registers: int = 0
     resident: int = 2
-    stacked: bool = False
     sums: int = 0
     prefetch: bool = False
     late: bool = False
@@ -61,8 +59,9 @@ some have more."""
 FEW_ROWS = 256
 """Up to so many queries a head, the configuration of the "few" bucket is taken."""
 
-SUM_LOADS = 1024
-"""Numbers that a program of the kernel that adds up partial gradients asks for at once."""
+SUM_COLUMNS = {1: 128, 4: 512}
+"""Elements a program of the kernel that adds up partial gradients, by its warps: each thread has
+four neighbouring ones, and no other thread has any of their partial sums."""
 
 
 _Line = tuple[int, KernelConfig] | tuple[int, KernelConfig, KernelConfig]
@@ -78,25 +77,26 @@ def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
 # waiting played. The registers stand in docs/performance.md; tests/kernels/test_compile.py holds
 # them and what is resident.
 TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
+    # Measured on an H200.
     ("forward", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, stacked=True, resident=4)),
-        (64, KernelConfig(64, 4, 1, stacked=True, resident=4)),
-        (80, KernelConfig(64, 4, 1, registers=128, stacked=True, resident=4)),
-        (160, KernelConfig(64, 4, 1, stacked=True)),
+        (48, KernelConfig(64, 4, 2, resident=3)),
+        (64, KernelConfig(64, 4, 2, resident=4)),
+        (80, KernelConfig(64, 4, 1, registers=128, resident=4)),
+        (160, KernelConfig(64, 4, 1)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     ("backward_query", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1, registers=128, resident=4)),
         (64, KernelConfig(64, 4, 1, registers=128, resident=4)),
-        (80, KernelConfig(64, 4, 1, registers=168, stacked=True, resident=3)),
+        (80, KernelConfig(64, 4, 1, registers=168, resident=3)),
         (160, KernelConfig(64, 4, 1, late=True)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
     # dK and dV, or at 80 dK alone, along with dQ.
     ("backward", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, registers=248, stacked=True, sums=2, prefetch=True)),
-        (64, KernelConfig(64, 4, 1, registers=248, stacked=True, sums=2, prefetch=True)),
-        (80, KernelConfig(64, 4, 1, registers=255, stacked=True, sums=1, prefetch=True)),
+        (48, KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True)),
+        (64, KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True)),
+        (80, KernelConfig(64, 4, 1, registers=255, sums=1, prefetch=True)),
     ),
     ("backward_key_value", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),
@@ -222,7 +222,7 @@ def choose_config(
     # More than 80 keys hold more probabilities a row: more warps to hold them, or fewer rows, but
     # no fewer than a warp group's 64 where there are warp groups.
     if key_width > 80:
-        config = config._replace(warps=8, stages=1, registers=255, resident=1, stacked=False)
+        config = config._replace(warps=8, stages=1, registers=255, resident=1)
     if kernel == "backward_key_value" and key_width > (128 if precision == "half" else 80):
         return config._replace(key_tile=64 if precision == "half" else 32)
     if key_width > 128:
@@ -262,9 +262,8 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
         else:
             needed = 4 * width * (key_main + 32 if width <= 160 else 2 * key_main + 48)
     elif capability // 10 in (9, 10):
-        # Warp groups take keys, values and a block's rows from shared memory, up to 80 keys the
-        # keys of both streams as one tile besides.
-        needed = (6 if keys <= 80 else 4) * width * keys + (84 if keys <= 80 else 64) * 1024
+        # Warp groups take keys, values and a block's rows from shared memory.
+        needed = 4 * width * keys + (84 if keys <= 80 else 64) * 1024
     else:
         needed = 2 * width * keys + 8 * 1024
     pipelined = 124 if precision == "half" and capability < 86 else 88

@@ -22,9 +22,7 @@ from .primitives import (
     accumulate,
     pick_column,
     scores,
-    scores_of_both,
     softmax,
-    stack_tiles,
     zero_rows,
 )
 
@@ -42,7 +40,6 @@ def cross_attention_forward(
     DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
     KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
     BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr, RELOAD: tl.constexpr,
-    STACKED: tl.constexpr,
 ):  # fmt: skip
     """Equations 4 and 5 for blocks_a_program blocks of rows of one head.
 
@@ -56,7 +53,6 @@ def cross_attention_forward(
     HAS_REFERENCE: tl.constexpr = reference_key is not None
     MASK_MAIN: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
-    BOTH: tl.constexpr = STACKED and HAS_REFERENCE
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
 
@@ -76,11 +72,6 @@ def cross_attention_forward(
             key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
             valid_main, valid_tail, True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL,
             KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
-        )  # fmt: skip
-    if BOTH:
-        both_main, both_tail = stack_tiles(
-            key_main, key_tail, reference_main, reference_tail,
-            KEY_MAIN, KEY_TAIL, DIM_MAIN, DIM_TAIL,
         )  # fmt: skip
     if maps is not None:
         map_tokens += batch.to(tl.int64) * token_stride_b
@@ -113,12 +104,7 @@ def cross_attention_forward(
                 key, key_stride_m, keys, valid_main, valid_tail,
                 DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        if BOTH:
-            main, tail, other_main, other_tail = scores_of_both(
-                queries, both_main, both_tail, BLOCK, KEY_MAIN, KEY_TAIL, DIM_TAIL
-            )
-        else:
-            main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
+        main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
         main, tail, _, _ = softmax(
             main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT
         )
@@ -134,10 +120,9 @@ def cross_attention_forward(
                     DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
                     UPCAST,
                 )  # fmt: skip
-            if not BOTH:
-                other_main, other_tail = scores(
-                    queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
-                )
+            other_main, other_tail = scores(
+                queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
+            )
             other_main, other_tail, _, _ = softmax(
                 other_main, other_tail, valid_main, valid_tail, scale_log2,
                 KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,

@@ -26,7 +26,6 @@ def _prepare_forward(
         "blocks_a_program": blocks,
         "BLOCK": config.block,
         "RELOAD": config.reload,
-        "STACKED": config.stacked,
         "ALIGNMENT": row_alignment(head_dim, *inputs[:4]),
         "UPCAST": device.interpreted and inputs.query.dtype == torch.bfloat16,
     }

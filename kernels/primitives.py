@@ -91,60 +91,6 @@ def normalised(powers, inverse):
 
 
 @triton.jit
-def stack(upper, lower, KEYS: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr):
-    """Two tiles of keys as one of twice as many rows, part by part."""
-    main = tl.permute(tl.join(upper[0], lower[0]), [2, 0, 1])
-    main = tl.reshape(main, [2 * KEYS, DIM_MAIN])
-    if DIM_TAIL > 0:
-        tail = tl.permute(tl.join(upper[1], lower[1]), [2, 0, 1])
-        return (main, tl.reshape(tail, [2 * KEYS, DIM_TAIL]))
-    else:
-        return (main,)
-
-
-@triton.jit
-def stack_tiles(
-    key_main, key_tail, reference_main, reference_tail, KEY_MAIN: tl.constexpr,
-    KEY_TAIL: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
-):  # fmt: skip
-    """Keys over reference keys: the main tiles and the tail tiles, which repeat these if none."""
-    main = stack(key_main, reference_main, KEY_MAIN, DIM_MAIN, DIM_TAIL)
-    if KEY_TAIL > 0:
-        return main, stack(key_tail, reference_tail, KEY_TAIL, DIM_MAIN, DIM_TAIL)
-    else:
-        return main, main
-
-
-@triton.jit
-def unstacked_products(
-    queries, stacked, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM_TAIL: tl.constexpr
-):
-    """Products with the upper and with the lower of two stacked tiles of keys.
-
-    What belongs to one key lies in the same thread for both: taking them apart moves nothing.
-    """
-    both = inner_products(queries, stacked, DIM_TAIL)
-    return tl.split(tl.permute(tl.reshape(both, [ROWS, 2, KEYS]), [0, 2, 1]))
-
-
-@triton.jit
-def scores_of_both(
-    queries, both_main, both_tail, ROWS: tl.constexpr, KEY_MAIN: tl.constexpr,
-    KEY_TAIL: tl.constexpr, DIM_TAIL: tl.constexpr,
-):  # fmt: skip
-    """`scores` of the keys, then of the reference keys, from tiles that `stack_tiles` made.
-
-    A warp group waits for each product; here once for both.
-    """
-    main, other_main = unstacked_products(queries, both_main, ROWS, KEY_MAIN, DIM_TAIL)
-    if KEY_TAIL > 0:
-        tail, other_tail = unstacked_products(queries, both_tail, ROWS, KEY_TAIL, DIM_TAIL)
-        return main, tail, other_main, other_tail
-    else:
-        return main, main, other_main, other_main
-
-
-@triton.jit
 def scores(queries, key_main, key_tail, DIM_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr):
     """Scores of all keys, not scaled: main tile and tail tile, which repeats the first if none."""
     main = inner_products(queries, key_main, DIM_TAIL)

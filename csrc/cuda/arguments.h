@@ -12,6 +12,13 @@ namespace sefi::cuda {
 // [y * rows_a_block, (y + 1) * rows_a_block).
 struct Cut {
     int64_t rows_a_block = 0, splits = 0;
+
+    // A block's rows, where 32 bits count them all.
+    SEFI_DEVICE int begin() const { return int(blockIdx.y * rows_a_block); }
+    SEFI_DEVICE int end(const Problem& p) const {
+        return int(min((blockIdx.y + int64_t(1)) * rows_a_block, p.queries));
+    }
+
     // |scale| * log2(e), and the scale's sign: softmax seeks the maximum of sign * q k.
     float scale_log2 = 0.0f, sign = 1.0f;
 };
@@ -45,7 +52,8 @@ struct BackwardArguments {
     float* statistics = nullptr;
     int64_t padded_rows = 0;
     float map_share = 1.0f;  // of a map's gradient that each head gets
-    // Partial sums of dK_t, dV_t, dK_r, [batch, heads, splits, keys, head_dim]; null: not wanted.
+    // Partial sums of dK_t, dV_t, dK_r, [batch, heads, splits, keys, head_dim]. Null where a
+    // gradient is not wanted, or where nothing is to be added up: then it is written itself.
     float *key = nullptr, *value = nullptr, *reference = nullptr;
 };
 
@@ -58,6 +66,7 @@ struct Total {
 struct TotalArguments {
     Total totals[3];
     int64_t batch = 0, heads = 0, splits = 0, keys = 0, head_dim = 0;
+    int parts = 1;  // threads that share a number, a power of two
     DType dtype = DType::float32;
 };
 

@@ -123,13 +123,21 @@ struct BackwardPlan {
         }
         const int64_t partial =
             call.batch * call.heads * key_value.cut.splits * call.keys * call.head_dim;
-        if (call.grad_key.data) key_value.key = arena.floats(partial);
-        if (call.grad_value.data) key_value.value = arena.floats(partial);
-        if (call.grad_reference_key.data) key_value.reference = arena.floats(partial);
+        const auto partials = [&](const View& gradient, const View& input) {
+            const bool added_up = key_value.cut.splits > 1 || (input.shared && call.batch > 1);
+            const bool direct = tensor && !added_up && tensor::writes(call, gradient);
+            return gradient.data && !direct ? arena.floats(partial) : nullptr;
+        };
+        key_value.key = partials(call.grad_key, call.key);
+        key_value.value = partials(call.grad_value, call.value);
+        key_value.reference = partials(call.grad_reference_key, call.reference_key);
         bytes = arena.used();
     }
 
-    bool with_keys() const { return key_value.key || key_value.value || key_value.reference; }
+    bool with_keys() const {
+        const BackwardCall& call = key_value.call;
+        return call.grad_key.data || call.grad_value.data || call.grad_reference_key.data;
+    }
 };
 
 View like(View result, const View& input) {
@@ -197,7 +205,7 @@ const char* forward(const ForwardCall& call, void* scratch, int multiprocessors,
 const char* backward(const BackwardCall& call, void* scratch, int multiprocessors, void* stream) {
     if (const char* why = refusal(call)) return why;
     const BackwardPlan plan(call, scratch, multiprocessors);
-    if (!scratch) return "the backward pass needs its scratch memory";
+    if (plan.bytes && !scratch) return "the backward pass needs its scratch memory";
     const bool through_reference = call.reference_grad && call.with_reference();
     if (call.grad_reference_key.data && !through_reference) {
         return "no gradient reaches the reference key";

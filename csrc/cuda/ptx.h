@@ -88,6 +88,19 @@ SEFI_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kBut) : "memory");
 }
 
+// Lets the next kernel of the stream come once all blocks have said so, or ended; and waits, in that
+// kernel, until the one before it has ended and all that it wrote is there.
+SEFI_DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+SEFI_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Waits for the other one of two neighbouring warps.
 SEFI_DEVICE void meet_neighbour() {
     asm volatile("bar.sync %0, 64;" ::"r"(1 + threadIdx.x / 64) : "memory");

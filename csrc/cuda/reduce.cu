@@ -12,6 +12,7 @@ unsigned blocks(int64_t entries) { return unsigned((entries + kThreads - 1) / kT
 // One block a sample.
 __global__ void __launch_bounds__(kThreads) alignment_kernel(const AlignmentArguments a) {
     double* const sums = reinterpret_cast<double*>(shared_memory());
+    wait_for_previous();
     const int64_t count = a.heads * a.splits;
     const float* partials = a.partials + blockIdx.x * count;
     double sum = 0.0;
@@ -25,6 +26,7 @@ __global__ void __launch_bounds__(kThreads) alignment_kernel(const AlignmentArgu
 }
 
 __global__ void __launch_bounds__(kThreads) mean_kernel(const MapArguments a) {
+    wait_for_previous();
     const int64_t place = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (place >= a.count) return;
     const float* all = a.all + place / a.entries * a.heads * a.entries + place % a.entries;
@@ -33,51 +35,86 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(const MapArguments a) {
     a.mean[place] = sum / float(a.heads);
 }
 
-// Threads that share one number's partial sums: one thread alone would wait for one after the other.
-constexpr int kParts = 8, kNumbers = kThreads / kParts;
+// So many threads at most share numbers: one alone would wait for one partial sum after the other.
+constexpr int kMostParts = 8;
 
 // Grid: heads of all samples, pieces of one head's sums, gradients. Of a gradient that all samples
-// share, the first sample's blocks add up everything.
-template <class E>
+// share, the first sample's blocks add up everything. A thread has kWide neighbouring numbers, and
+// of their partial sums each `parts`-th.
+template <class E, int kWide>
 __global__ void __launch_bounds__(kThreads) total_kernel(const TotalArguments a) {
     const Total& total = a.totals[blockIdx.z];
     const unsigned heads = unsigned(a.heads), width = unsigned(a.head_dim);
-    const unsigned b = blockIdx.x / heads, h = blockIdx.x % heads;
-    const int number = int(threadIdx.x) % kNumbers, part = int(threadIdx.x) / kNumbers;
-    const unsigned place = blockIdx.y * kNumbers + unsigned(number);
-    const int64_t entry = a.keys * a.head_dim;
+    const unsigned b = blockIdx.x / heads, h = blockIdx.x % heads, splits = unsigned(a.splits);
     if (total.result.shared && b > 0) return;
-    float* const sums = reinterpret_cast<float*>(shared_memory());
-    float sum = 0.0f;
-    for (int64_t sample = b; sample < (total.result.shared ? a.batch : b + 1); ++sample) {
-        const float* from = total.partials + (sample * a.heads + h) * a.splits * entry + place;
-        for (int64_t s = part; s < a.splits && place < entry; s += kParts) sum += from[s * entry];
+    const int threads = kThreads / a.parts, thread = int(threadIdx.x) % threads;
+    const unsigned part = threadIdx.x / unsigned(threads);
+    const unsigned place = kWide * (blockIdx.y * unsigned(threads) + unsigned(thread));
+    const unsigned entry = unsigned(a.keys) * width;
+    const unsigned samples = total.result.shared ? unsigned(a.batch) : 1;
+    const unsigned count = place < entry ? samples * splits : 0;
+    const float* const from = total.partials + int64_t(blockIdx.x) * splits * entry + place;
+    float sums[kWide] = {};
+    wait_for_previous();
+#pragma unroll 4
+    for (unsigned i = part; i < count; i += unsigned(a.parts)) {
+        // Between the samples lie the other heads.
+        const int64_t skipped = int64_t(i / splits) * heads * splits + i % splits;
+        const float* const one = from + skipped * entry;
+        if constexpr (kWide == 4) {
+            const float4 four = *reinterpret_cast<const float4*>(one);
+            sums[0] += four.x;
+            sums[1] += four.y;
+            sums[2] += four.z;
+            sums[3] += four.w;
+        } else {
+            sums[0] += *one;
+        }
     }
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (part > 0 || place >= entry) return;
+    float* const others = reinterpret_cast<float*>(shared_memory()) + thread;
+    if (a.parts > 1) {
 #pragma unroll
-    for (int p = 1; p < kParts; ++p) sum += sums[p * kNumbers + number];
-    E* const rows = head_of<E>(total.result, b, h);
-    narrow(sum, rows[place / width * total.result.row + place % width]);
+        for (int i = 0; i < kWide; ++i) {
+            others[(int(part) * kWide + i) * threads] = sums[i];
+        }
+        __syncthreads();
+    }
+    if (part > 0 || place >= entry) return;
+    for (int p = 1; p < a.parts; ++p) {
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) sums[i] += others[(p * kWide + i) * threads];
+    }
+    E* const to = head_of<E>(total.result, b, h) + place / width * total.result.row + place % width;
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) narrow(sums[i], to[i]);
+}
+
+template <class E, int kWide>
+cudaError_t run_totals(TotalArguments a, unsigned count, cudaStream_t stream) {
+    const int64_t summed = a.splits * (a.totals[0].result.shared ? a.batch : 1);
+    while (a.parts < kMostParts && 2 * a.parts <= summed) a.parts *= 2;
+    const int64_t numbers = int64_t(kWide) * (kThreads / a.parts);
+    const unsigned pieces = unsigned((a.keys * a.head_dim + numbers - 1) / numbers);
+    const dim3 grid(unsigned(a.batch * a.heads), pieces, count);
+    return start_early(total_kernel<E, kWide>, grid, kThreads, kWide * kThreads * sizeof(float),
+                       stream, a);
 }
 
 template <class E>
 cudaError_t run_totals(const TotalArguments& a, unsigned count, cudaStream_t stream) {
-    const unsigned pieces = unsigned((a.keys * a.head_dim + kNumbers - 1) / kNumbers);
-    const dim3 grid(unsigned(a.batch * a.heads), pieces, count);
-    return start(total_kernel<E>, grid, kThreads, kThreads * sizeof(float), stream, a);
+    // So every four begin at 16 bytes and lie in one row.
+    return a.head_dim % 4 ? run_totals<E, 1>(a, count, stream) : run_totals<E, 4>(a, count, stream);
 }
 
 }  // namespace
 
 cudaError_t sum_alignment(const AlignmentArguments& a, cudaStream_t stream) {
-    return start(alignment_kernel, dim3(unsigned(a.batch)), kThreads, kThreads * sizeof(double),
-                 stream, a);
+    return start_early(alignment_kernel, dim3(unsigned(a.batch)), kThreads,
+                       kThreads * sizeof(double), stream, a);
 }
 
 cudaError_t mean_maps(const MapArguments& a, cudaStream_t stream) {
-    return start(mean_kernel, dim3(blocks(a.count)), kThreads, 0, stream, a);
+    return start_early(mean_kernel, dim3(blocks(a.count)), kThreads, 0, stream, a);
 }
 
 cudaError_t sum_totals(const TotalArguments& wanted, cudaStream_t stream) {

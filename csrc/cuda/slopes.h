@@ -5,12 +5,6 @@
 
 namespace sefi::cuda::tensor {
 
-template <int kEights>
-SEFI_DEVICE void clear(float (&map)[kEights][4]) {
-#pragma unroll
-    for (int i = 0; i < 4 * kEights; ++i) map[i / 4][i % 4] = 0.0f;
-}
-
 // What the alignment adds to the gradients of A_t's probabilities, in the place of A_r's.
 template <int kEights>
 SEFI_DEVICE void pull_to_reference(const float (&target)[kEights][4], const float* pull,
@@ -27,12 +21,12 @@ SEFI_DEVICE void pull_to_reference(const float (&target)[kEights][4], const floa
 
 // Adds one chosen column's gradient.
 template <int kEights>
-SEFI_DEVICE void add_map(float (&slope)[kEights][4], int64_t token, float share, int64_t first,
-                         int64_t end, const float* gradient) {
+SEFI_DEVICE void add_map(float (&slope)[kEights][4], int64_t token, float share, int first,
+                         int end, const float* gradient) {
     if (token < 0 || token >= 8 * kEights || int(token) % 8 / 2 != lane() % 4) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int64_t row = first + lane() / 4 + 8 * r;
+        const int row = first + lane() / 4 + 8 * r;
         const float added = row < end ? share * gradient[row] : 0.0f;
 #pragma unroll
         for (int e = 0; e < kEights; ++e) {
@@ -46,7 +40,7 @@ SEFI_DEVICE void add_map(float (&slope)[kEights][4], int64_t token, float share,
 
 // Adds the gradients of all chosen columns of head h of sample b. `first_key`: of the map.
 template <int kEights>
-SEFI_DEVICE void add_maps(const BackwardArguments& a, int64_t b, int64_t first, int64_t end,
+SEFI_DEVICE void add_maps(const BackwardArguments& a, int64_t b, int first, int end,
                           int first_key, float (&slope)[kEights][4]) {
     const BackwardCall& call = a.call;
     const int64_t map = call.map_all_heads ? int64_t(blockIdx.x) : b;

@@ -20,18 +20,45 @@ SEFI_DEVICE float2 of_columns(const float* keys, int eight) {
     return *reinterpret_cast<const float2*>(keys + 8 * eight + 2 * (lane() % 4));
 }
 
+template <int kEights>
+SEFI_DEVICE void clear(float (&map)[kEights][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * kEights; ++i) map[i / 4][i % 4] = 0.0f;
+}
+
+// 0 for the keys of a tile that a sample may attend to, -inf for the others.
+struct Bias {
+    const float* keys;
+    // The usual call hides none of them but in the last eight, which may lie past the last key.
+    bool only_last;
+
+    template <int kEights>
+    SEFI_DEVICE void add(float (&map)[kEights][4]) const {
+        if (!only_last) {
+#pragma unroll
+            for (int e = 0; e + 1 < kEights; ++e) add(e, map[e]);
+        }
+        add(kEights - 1, map[kEights - 1]);
+    }
+
+private:
+    SEFI_DEVICE void add(int eight, float (&scores)[4]) const {
+        const float2 own = of_columns(keys, eight);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[i] += i % 2 ? own.y : own.x;
+    }
+};
+
+SEFI_DEVICE bool hides_only_last(const Problem& p) { return !p.key_mask && p.keys > kKeys - 8; }
+
 // rows * tile^T, and -inf for keys that no row may attend to. `tile` is the tile's address with
 // score_offset.
 template <int D, class E, int kEights>
-SEFI_DEVICE void score_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile, const float* bias,
+SEFI_DEVICE void score_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile, const Bias& bias,
                             float (&map)[kEights][4]) {
-#pragma unroll
-    for (int e = 0; e < kEights; ++e) {
-        const float2 start = of_columns(bias, e);
-        map[e][0] = map[e][2] = start.x;
-        map[e][1] = map[e][3] = start.y;
-    }
+    clear(map);
     multiply_keys<D, E>(rows, tile, map);
+    bias.add(map);
 }
 
 // A map that becomes probabilities, and what a lane knows of its two rows.
@@ -70,9 +97,12 @@ struct Softmax {
         total[r] = row_sum(even + odd);
     }
 
-    SEFI_DEVICE void divide(int r) {
-        scale(r, total[r] == 0.0f ? 0.0f : reciprocal(total[r]));
+    // What makes probabilities of a row's powers.
+    SEFI_DEVICE float inverse(int r) const {
+        return total[r] == 0.0f ? 0.0f : reciprocal(total[r]);
     }
+
+    SEFI_DEVICE void divide(int r) { scale(r, inverse(r)); }
 
     // What the warp needs to know that has the row's other keys: shift and total.
     SEFI_DEVICE float2 half(int r) const {
@@ -101,17 +131,25 @@ private:
     }
 };
 
-// Scores to probabilities; a row without any key becomes zeros. Two maps at once wait for each
-// other's latencies instead of their own.
+template <class Step, class... Maps>
+SEFI_DEVICE void for_rows(const Step& step, Maps&... softmaxes) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) (step(softmaxes, r), ...);
+}
+
+// Scores to powers; a row without any key becomes zeros. Two maps at once wait for each other's
+// latencies instead of their own.
+template <class... Maps>
+SEFI_DEVICE void find_powers(float scale_log2, Maps&... softmaxes) {
+    for_rows([&](auto& one, int r) { one.find_shift(r, scale_log2); }, softmaxes...);
+    for_rows([&](auto& one, int r) { one.find_powers(r, scale_log2); }, softmaxes...);
+}
+
+// Scores to probabilities.
 template <class... Maps>
 SEFI_DEVICE void normalise(float scale_log2, Maps&... softmaxes) {
-    const auto each = [&](const auto& step) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) (step(softmaxes, r), ...);
-    };
-    each([&](auto& one, int r) { one.find_shift(r, scale_log2); });
-    each([&](auto& one, int r) { one.find_powers(r, scale_log2); });
-    each([&](auto& one, int r) { one.divide(r); });
+    find_powers(scale_log2, softmaxes...);
+    for_rows([&](auto& one, int r) { one.divide(r); }, softmaxes...);
 }
 
 }  // namespace sefi::cuda::tensor

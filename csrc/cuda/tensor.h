@@ -9,15 +9,19 @@ namespace sefi::cuda::tensor {
 constexpr int kBlockRows = 64;
 
 // Blocks that are resident on a multiprocessor at a time, by their registers and shared memory.
-inline int resident(int narrow, int64_t head_dim) { return head_dim > 80 ? 1 : narrow; }
-inline int forward_blocks(int64_t head_dim) { return resident(3, head_dim); }
-inline int query_blocks(int64_t head_dim) { return resident(2, head_dim); }
-inline int key_blocks(int64_t head_dim) { return resident(2, head_dim); }
+constexpr int forward_blocks(int64_t head_dim) {
+    return head_dim > 80 ? 1 : head_dim > 64 ? 3 : 4;
+}
+constexpr int query_blocks(int64_t head_dim) { return head_dim > 80 ? 1 : 2; }
+constexpr int key_blocks(int64_t head_dim) { return head_dim > 80 ? 1 : 2; }
 int backward_blocks(int64_t head_dim);
 
 // float16 and bfloat16, usual head widths, up to 80 keys, rows at multiples of 16 bytes.
 bool takes(const ForwardCall& call);
 bool takes(const BackwardCall& call);
+
+// Whether their kernels can write a key-side gradient, two elements at a time.
+bool writes(const BackwardCall& call, const View& gradient);
 
 // Of the calls taken, those whose dQ, dK_t and dV_t one kernel computes: registers hold the sums of
 // two gradients, and heads of 160 columns need the shared memory of 8.0 or 9.0. The others take a

@@ -88,8 +88,7 @@ __global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::
     char* const exchange = map + kRows * kMapStride;
     float* const bias = reinterpret_cast<float*>(exchange + S::kExchange);
     float* const pull = bias + kKeys;  // 2 g w / H
-    const int64_t begin = blockIdx.y * a.cut.rows_a_block;
-    const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
+    const int begin = a.cut.begin(), end = a.cut.end(call);
     const RowCopies<D, E, kRows, kThreads> queries(call.query, b, h);
     const RowCopies<D, E, kRows, kThreads> grad_outputs(call.grad_output, b, h);
     queries.start(begin, end, shared_address(slots));
@@ -101,20 +100,23 @@ __global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::
                                      if (kReference) load_pull(call, b, pull);
                                  });
 
+    let_next_start();
     const int warp = int(threadIdx.x) / 32, own = 16 * (warp / S::kHalves);
     const int first_key = 8 * S::kEights * (warp % S::kHalves);
     const uint32_t scores = score_offset<D>() + uint32_t(first_key * kStride);
     const uint32_t key_at = shared_address(key), map_at = shared_address(map);
     const int lane_row = (own + lane() / 4) * kStride;
     char* const own_map = map + own * kMapStride + 2 * first_key;
+    const Bias own_bias{bias + first_key, hides_only_last(call)};
     const WarpPair pair(exchange);
-    E* const grad_query = head_of<E>(call.grad_query, b, h);
+    const float2 scales = make_float2(call.scale, call.scale);
+    const Rows grad_query = Rows::of<E>(call.grad_query, b, h);
     KeySums<D, S::kWarps> key_sums, value_sums;
     int slot = 0;
-    for (int64_t first = begin; first < end; first += kRows) {
+    for (int first = begin; first < end; first += kRows) {
         char* const tile = slots + slot * S::kTile;
         const bool more = first + kRows < end;
-        const int64_t first_row = first + own;
+        const int first_row = first + own;
         wait_copies<0>();
         // All copies are there, and all warps are done with the map and with the other slot.
         __syncthreads();
@@ -127,6 +129,7 @@ __global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::
         const auto load = [&](const char* from) {
             load_row<D>(from + lane_row, 0, rows);
             load_row<D>(from + lane_row + 8 * kStride, 1, rows);
+            settle(rows);
         };
         const auto normalise = [&](auto&... softmaxes) {
             if constexpr (kPaired) {
@@ -138,9 +141,9 @@ __global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::
         float target[S::kEights][4], slope[S::kEights][4], means[2];
         Softmax of_target(target), of_slope(slope);
         load(tile);
-        score_keys<D, E>(rows, key_at + scores, bias + first_key, target);
+        score_keys<D, E>(rows, key_at + scores, own_bias, target);
         if constexpr (kReference) {
-            score_keys<D, E>(rows, shared_address(reference) + scores, bias + first_key, slope);
+            score_keys<D, E>(rows, shared_address(reference) + scores, own_bias, slope);
             normalise(of_target, of_slope);
             pull_to_reference(target, pull + first_key, slope);
         } else {
@@ -171,13 +174,12 @@ __global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::
         if (call.grad_query.data) {
             const uint32_t sums = shared_address(key) + sum_offset<D>();
             if constexpr (kPaired) {
-                write_half<D>(call.scale, grad_query, call.grad_query.row, first_row, end,
-                              map_at + uint32_t(own * kMapStride), sums);
+                write_half<D, E>(scales, grad_query, first_row, end,
+                                 map_at + uint32_t(own * kMapStride), sums);
             } else {
                 uint32_t packed[kKeySteps][4];
                 pack_weights<E>(slope, packed);
-                write_sums<D, 0>(call.scale, grad_query, call.grad_query.row, first_row, end,
-                                 Weighed{packed, sums});
+                write_sums<D, 0, E>(scales, grad_query, first_row, end, Weighed{packed, sums});
             }
         }
         key_sums.template add<E, kRows>(map_at, shared_address(tile));
@@ -187,9 +189,12 @@ __global__ void __launch_bounds__(Shape<D, kSlots>::kThreads, Shape<D, kSlots>::
             commit_copies();
         }
     }
-    const int64_t entry = (blockIdx.x * a.cut.splits + blockIdx.y) * call.keys * D;
-    if (a.key) key_sums.store(call.scale, call.keys, a.key + entry);
-    if (a.value) value_sums.store(1.0f, call.keys, a.value + entry);
+    store_gradient<D, E>(a, a.key, call.grad_key, [&](auto* to, int64_t row) {
+        key_sums.store(call.scale, call.keys, to, row);
+    });
+    store_gradient<D, E>(a, a.value, call.grad_value, [&](auto* to, int64_t row) {
+        value_sums.store(1.0f, call.keys, to, row);
+    });
 }
 
 template <int D, class E, bool kReference, int kSlots>

@@ -12,10 +12,6 @@ namespace {
 template <int D>
 constexpr int kWarps = D > 80 ? 8 : 4;
 
-// A multiprocessor's registers are to hold so many blocks.
-template <int D>
-constexpr int kBlocks = D > 80 ? 1 : 3;
-
 // Whether its registers hold the next rows beside two maps.
 template <int D>
 constexpr bool kAhead = D != 80;
@@ -24,8 +20,8 @@ template <int D, bool kReference>
 constexpr int kBytes = (kReference ? 3 : 2) * Layout<D>::kTile + 4 * (2 * kKeys + kWarps<D>);
 
 // One number a row, of the column that a map asks for; zeros for one that does not exist.
-SEFI_DEVICE void write_map(const float (&map)[kKeyEights][4], int64_t token, int64_t first,
-                           int64_t end, float* to) {
+SEFI_DEVICE void write_map(const float (&map)[kKeyEights][4], const float (&inverses)[2],
+                           int64_t token, int first, int end, float* to) {
     const int t = lane() % 4;
     const bool exists = token >= 0 && token < kKeys;
     const int column = exists ? int(token) : 0;
@@ -38,13 +34,41 @@ SEFI_DEVICE void write_map(const float (&map)[kKeyEights][4], int64_t token, int
             const float number = column % 2 ? map[e][2 * r + 1] : map[e][2 * r];
             picked = exists && column / 8 == e ? number : picked;
         }
-        const int64_t row = first + lane() / 4 + 8 * r;
-        if (row < end) to[row] = picked;
+        const int row = first + lane() / 4 + 8 * r;
+        if (row < end) to[row] = inverses[r] * picked;
+    }
+}
+
+// Adds the rows' weighed squares of differences between two maps, which are powers here and no
+// probabilities yet: of the differences a quarter of the numbers are to be scaled. Rows of the same
+// powers differ by exactly 0, and so do those past the end, which are zeros.
+SEFI_DEVICE void add_distances(const Softmax<kKeyEights>& target, const Softmax<kKeyEights>& anchor,
+                               const float (&inverses)[2], const float* weights,
+                               float (&distance)[2]) {
+    float ratios[2], sums[2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float ratio = target.total[r] * anchor.inverse(r);
+        ratios[r] = target.total[r] == anchor.total[r] ? 1.0f : ratio;
+    }
+#pragma unroll
+    for (int e = 0; e < kKeyEights; ++e) {
+        const float2 weight = of_columns(weights, e);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float difference = fmaf(-ratios[i / 2], anchor.map[e][i], target.map[e][i]);
+            const float own = i % 2 ? weight.y : weight.x;
+            sums[i / 2] = fmaf(own * difference, difference, sums[i / 2]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        distance[r] = fmaf(inverses[r] * inverses[r], sums[r], distance[r]);
     }
 }
 
 template <int D, class E, bool kReference>
-__global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
+__global__ void __launch_bounds__(32 * kWarps<D>, forward_blocks(D))
     forward_kernel(const ForwardArguments a) {
     constexpr int kThreads = 32 * kWarps<D>, kTile = Layout<D>::kTile;
     const ForwardCall& call = a.call;
@@ -56,57 +80,51 @@ __global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
     float* const bias = reinterpret_cast<float*>(kReference ? reference + kTile : reference);
     float* const weights = bias + kKeys;
     float* const shares = weights + kKeys;
-    const E* const query = head_of<E>(call.query, b, h);
-    E* const output = head_of<E>(call.output, b, h);
-    const int64_t begin = blockIdx.y * a.cut.rows_a_block;
-    const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
+    const Rows query = Rows::of<E>(call.query, b, h), output = Rows::of<E>(call.output, b, h);
+    const int begin = a.cut.begin(), end = a.cut.end(call);
     const int warp = int(threadIdx.x) / 32;
     uint32_t rows[D / 8][2];
     load_streams<D, kThreads, E>(call, b, h, key, value, kReference ? reference : nullptr, [&] {
         load_bias(call, b, bias);
         load_weights(call, b, weights);
-        if (kAhead<D>) load_rows<D>(query, call.query.row, begin + 16 * warp, end, rows);
+        if (kAhead<D>) load_rows<D>(query, begin + 16 * warp, end, rows);
     });
+    let_next_start();
     __syncthreads();
 
     const uint32_t key_scores = shared_address(key) + score_offset<D>();
     const uint32_t reference_scores = shared_address(reference) + score_offset<D>();
     const uint32_t value_sums = shared_address(value) + sum_offset<D>();
+    const Bias of_keys{bias, hides_only_last(call)};
     float distance[2] = {};
-    for (int64_t first = begin + 16 * warp; first < end; first += 16 * kWarps<D>) {
-        if (!kAhead<D>) load_rows<D>(query, call.query.row, first, end, rows);
+    for (int first = begin + 16 * warp; first < end; first += 16 * kWarps<D>) {
+        if (!kAhead<D>) load_rows<D>(query, first, end, rows);
         float target[kKeyEights][4], anchor[kKeyEights][4];
         Softmax of_target(target), of_anchor(anchor);
-        score_keys<D, E>(rows, key_scores, bias, target);
-        if constexpr (kReference) score_keys<D, E>(rows, reference_scores, bias, anchor);
+        settle(rows);
+        score_keys<D, E>(rows, key_scores, of_keys, target);
+        if constexpr (kReference) score_keys<D, E>(rows, reference_scores, of_keys, anchor);
         if (kAhead<D>) {
-            load_rows<D>(query, call.query.row, first + 16 * kWarps<D>, end, rows);
+            load_rows<D>(query, first + 16 * kWarps<D>, end, rows);
         }
         if constexpr (kReference) {
-            normalise(a.cut.scale_log2, of_target, of_anchor);
-            // Rows past the end are zeros in both maps' scores: their difference is exactly 0.
-#pragma unroll
-            for (int e = 0; e < kKeyEights; ++e) {
-                const float2 weight = of_columns(weights, e);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float difference = target[e][i] - anchor[e][i];
-                    const float own = i % 2 ? weight.y : weight.x;
-                    distance[i % 2] = fmaf(own * difference, difference, distance[i % 2]);
-                }
-            }
+            find_powers(a.cut.scale_log2, of_target, of_anchor);
         } else {
-            normalise(a.cut.scale_log2, of_target);
+            find_powers(a.cut.scale_log2, of_target);
+        }
+        const float inverses[2] = {of_target.inverse(0), of_target.inverse(1)};
+        if constexpr (kReference) {
+            add_distances(of_target, of_anchor, inverses, weights, distance);
         }
         for (int64_t t = 0; a.maps && t < call.map_count; ++t) {
             const int64_t token = call.map_tokens[b * call.map_tokens_batch + t];
-            write_map(target, token < call.keys ? token : -1, first, end,
+            write_map(target, inverses, token < call.keys ? token : -1, first, end,
                       a.maps + (blockIdx.x * call.map_count + t) * call.queries);
         }
         uint32_t packed[kKeySteps][4];
         pack_weights<E>(target, packed);
-        write_sums<D, 0>(1.0f, output, call.output.row, first, end,
-                         Weighed{packed, value_sums});
+        write_sums<D, 0, E>(make_float2(inverses[0], inverses[1]), output, first, end,
+                            Weighed{packed, value_sums});
     }
     if (!a.partials) return;
     float own = distance[0] + distance[1];

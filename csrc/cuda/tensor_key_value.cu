@@ -39,11 +39,12 @@ template <int D, int kRows, int kThreads, class E>
 SEFI_DEVICE void load_stage(const BackwardArguments& a,
                             const RowCopies<D, E, kRows, kThreads>& queries,
                             const RowCopies<D, E, kRows, kThreads>& grad_outputs,
-                            bool with_output, const float* statistics, int64_t first,
+                            bool with_output, const float* statistics, int first,
                             uint32_t stage) {
     constexpr int kTile = kRows * Layout<D>::kStride;
-    queries.start(first, a.call.queries, stage);
-    if (with_output) grad_outputs.start(first, a.call.queries, stage + uint32_t(kTile));
+    const int end = int(a.call.queries);
+    queries.start(first, end, stage);
+    if (with_output) grad_outputs.start(first, end, stage + uint32_t(kTile));
     for (int i = int(threadIdx.x); i < kRows; i += kThreads) {
         constexpr int kChunks = kRows / 4;
         // A_t's log_sum and mean, then A_r's. What was not written is not used, whatever it is.
@@ -92,14 +93,13 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
     // Of dK_t and dV_t, or of dK_r alone.
     float sums[S::kMaps][S::kEights][4] = {};
 
-    const int64_t begin = blockIdx.y * a.cut.rows_a_block;
-    const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
+    const int begin = a.cut.begin(), end = a.cut.end(call);
     const uint32_t stages_at = shared_address(stages);
-    const auto load = [&](int64_t from, uint32_t stage) {
+    const auto load = [&](int from, uint32_t stage) {
         load_stage(a, queries, grad_outputs, with_output, statistics, from, stage);
     };
     load(begin, stages_at);
-    for (int64_t first = begin; first < end; first += S::kRows) {
+    for (int first = begin; first < end; first += S::kRows) {
         const int now = int((first - begin) / S::kRows % S::kStages);
         const char* const stage = stages + now * S::kStage;
         const uint32_t rows = stages_at + uint32_t(now * S::kStage);
@@ -161,13 +161,17 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
             load(first + S::kRows, stages_at);
         }
     }
-    const int64_t entry = (blockIdx.x * a.cut.splits + blockIdx.y) * call.keys * D;
-    const int column = 8 * part * S::kEights;
-    const auto store = [&](int which, float* to, float factor) {
-        if (to) store_sums<D>(sums[which], factor, call.keys, tile, to + entry + column);
+    const auto store = [&](int which, float factor, float* partials, const View& gradient) {
+        store_gradient<D, E>(a, partials, gradient, [&](auto* to, int64_t row) {
+            store_sums(sums[which], factor, call.keys, tile, to + 8 * part * S::kEights, row);
+        });
     };
-    store(0, kReference ? a.reference : a.key, call.scale);
-    if constexpr (!kReference) store(1, a.value, 1.0f);
+    if constexpr (kReference) {
+        store(0, call.scale, a.reference, call.grad_reference_key);
+    } else {
+        store(0, call.scale, a.key, call.grad_key);
+        store(1, 1.0f, a.value, call.grad_value);
+    }
 }
 
 template <int D, class E, bool kReference, bool kSmall = false>
@@ -189,8 +193,9 @@ cudaError_t run(const BackwardArguments& a, cudaStream_t stream) {
 template <int D, class E>
 cudaError_t run(const BackwardArguments& a, cudaStream_t stream) {
     cudaError_t error = cudaSuccess;
-    if (a.key || a.value) error = run<D, E, false>(a, stream);
-    if (a.reference && error == cudaSuccess) error = run<D, E, true>(a, stream);
+    const BackwardCall& call = a.call;
+    if (call.grad_key.data || call.grad_value.data) error = run<D, E, false>(a, stream);
+    if (call.grad_reference_key.data && error == cudaSuccess) error = run<D, E, true>(a, stream);
     return error;
 }
 

@@ -29,42 +29,43 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
     char* const reference = with_output ? value + kTile : value;
     float* const bias = reinterpret_cast<float*>(kReference ? reference + kTile : reference);
     float* const pull = bias + kKeys;  // 2 g w / H
-    const E* const query = head_of<E>(call.query, b, h);
-    const E* const grad_output = head_of<E>(call.grad_output, b, h);
-    E* const grad_query = head_of<E>(call.grad_query, b, h);
+    const Rows query = Rows::of<E>(call.query, b, h);
+    const Rows grad_output = Rows::of<E>(call.grad_output, b, h);
+    const Rows grad_query = Rows::of<E>(call.grad_query, b, h);
     float* const statistics = a.statistics + blockIdx.x * kStatistics * a.padded_rows;
-    const int64_t begin = blockIdx.y * a.cut.rows_a_block;
-    const int64_t end = min(begin + a.cut.rows_a_block, call.queries);
+    const int begin = a.cut.begin(), end = a.cut.end(call);
     // The kernel of the keys reads whole tiles of statistics.
-    const int64_t padded_end = min(begin + a.cut.rows_a_block, a.padded_rows);
+    const int padded_end = int(min(begin + a.cut.rows_a_block, a.padded_rows));
+    const int warp = int(threadIdx.x) / 32;
     uint32_t rows[D / 8][2];
     load_streams<D, kThreads, E>(call, b, h, key, with_output ? value : nullptr,
                                  kReference ? reference : nullptr, [&] {
         load_bias(call, b, bias);
         if (kReference) load_pull(call, b, pull);
-        load_rows<D>(query, call.query.row, begin + 16 * (threadIdx.x / 32), end, rows);
+        load_rows<D>(query, begin + 16 * warp, end, rows);
     });
     __syncthreads();
 
+    const Bias of_keys{bias, hides_only_last(call)};
     const uint32_t scores = score_offset<D>(), sums = sum_offset<D>();
     const uint32_t key_at = shared_address(key), value_at = shared_address(value),
                    reference_at = shared_address(reference);
-    for (int64_t first = begin + 16 * (threadIdx.x / 32); first < padded_end;
-         first += 16 * kWarps<D>) {
+    for (int first = begin + 16 * warp; first < padded_end; first += 16 * kWarps<D>) {
         const auto keep = [&](int which, const auto& number, float beyond) {
             if (lane() % 4) return;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const int64_t row = first + lane() / 4 + 8 * r;
+                const int row = first + lane() / 4 + 8 * r;
                 statistics[which * a.padded_rows + row] = row < end ? number(r) : beyond;
             }
         };
         float target[kKeyEights][4], slope[kKeyEights][4], means[2];
         Softmax of_target(target), of_slope(slope);
-        score_keys<D, E>(rows, key_at + scores, bias, target);
-        if constexpr (kReference) score_keys<D, E>(rows, reference_at + scores, bias, slope);
+        settle(rows);
+        score_keys<D, E>(rows, key_at + scores, of_keys, target);
+        if constexpr (kReference) score_keys<D, E>(rows, reference_at + scores, of_keys, slope);
         // The next rows are on their way while these are worked on.
-        if (with_output) load_rows<D>(grad_output, call.grad_output.row, first, end, rows);
+        if (with_output) load_rows<D>(grad_output, first, end, rows);
         uint32_t reference_slopes[kKeySteps][4] = {};
         if constexpr (kReference) {
             normalise(a.cut.scale_log2, of_target, of_slope);
@@ -90,8 +91,9 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
             clear(slope);
         }
         keep(kLogSum, [&](int r) { return of_target.log_sum(r); }, INFINITY);
+        settle(rows);
         if (with_output) multiply_keys<D, E>(rows, value_at + scores, slope);
-        load_rows<D>(query, call.query.row, first + 16 * kWarps<D>, end, rows);
+        load_rows<D>(query, first + 16 * kWarps<D>, end, rows);
         add_maps(a, b, first, end, 0, slope);
         row_means(target, slope, means);
         keep(kMean, [&](int r) { return means[r]; }, 0.0f);
@@ -99,9 +101,9 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
         through_softmax(target, means, slope);
         uint32_t slopes[kKeySteps][4];
         pack_weights<E>(slope, slopes);
-        write_sums<D, 0>(call.scale, grad_query, call.grad_query.row, first, end,
-                         Weighed{slopes, key_at + sums},
-                         Weighed{reference_slopes, reference_at + sums, a.reference_grad});
+        write_sums<D, 0, E>(make_float2(call.scale, call.scale), grad_query, first, end,
+                            Weighed{slopes, key_at + sums},
+                            Weighed{reference_slopes, reference_at + sums, a.reference_grad});
     }
 }
 

@@ -66,15 +66,41 @@ SEFI_DEVICE void load_row(const char* from, int r, uint32_t (&rows)[D / 8][2]) {
     }
 }
 
+// Before rows that were loaded become factors. One load fills neighbouring registers with one row,
+// and a product wants those of two rows side by side: the assembler then copies all four for nearly
+// each product, but not behind an operation that it cannot see through. No grid here has a second
+// layer.
+template <int kEights>
+SEFI_DEVICE void settle(uint32_t (&rows)[kEights][2]) {
+#pragma unroll
+    for (int i = 0; i < 2 * kEights; ++i) rows[i / 2][i % 2] |= blockIdx.z;
+}
+
+// The rows of one head of a tensor whose rows and bytes from row to row 32 bits count: one
+// multiplication finds a row.
+class Rows {
+public:
+    template <class E>
+    static SEFI_DEVICE Rows of(const View& view, int64_t b, int64_t h) {
+        return Rows(reinterpret_cast<char*>(head_of<E>(view, b, h)), sizeof(E) * view.row);
+    }
+    SEFI_DEVICE char* operator[](int row) const { return first_ + uint64_t(uint32_t(row)) * step_; }
+
+private:
+    SEFI_DEVICE Rows(char* first, int64_t step) : first_(first), step_(uint32_t(step)) {}
+
+    char* first_;
+    uint32_t step_;
+};
+
 // Fragments of rows first + g and first + g + 8; zeros from row `end` on.
-template <int D, class E>
-SEFI_DEVICE void load_rows(const E* head, int64_t stride, int64_t first, int64_t end,
-                           uint32_t (&rows)[D / 8][2]) {
+template <int D>
+SEFI_DEVICE void load_rows(const Rows& head, int first, int end, uint32_t (&rows)[D / 8][2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int64_t row = first + lane() / 4 + 8 * r;
+        const int row = first + lane() / 4 + 8 * r;
         if (row < end) {
-            load_row<D>(reinterpret_cast<const char*>(head + row * stride), r, rows);
+            load_row<D>(head[row], r, rows);
         } else {
 #pragma unroll
             for (int e = 0; e < D / 8; ++e) rows[e][r] = 0;
@@ -82,21 +108,22 @@ SEFI_DEVICE void load_rows(const E* head, int64_t stride, int64_t first, int64_t
     }
 }
 
-// The same way back: factor * sums of kCount eights of a group, whose columns lie side by side in a
-// lane from head[column] on.
-template <int kCount, class E>
-SEFI_DEVICE void store_eights(E* head, int column, int64_t stride, int64_t first, int64_t end,
-                              float factor, const float (&sums)[kCount][4]) {
+// The same way back: kCount eights of a group, whose columns lie side by side in a lane from
+// `column` on, times a factor for each of the two rows.
+template <class E, int kCount>
+SEFI_DEVICE void store_eights(const Rows& head, int column, int first, int end, float2 factors,
+                              const float (&sums)[kCount][4]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const int64_t row = first + lane() / 4 + 8 * r;
+        const int row = first + lane() / 4 + 8 * r;
         if (row >= end) continue;
+        const float factor = r ? factors.y : factors.x;
         uint32_t pairs[kCount];
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
             pairs[i] = pack<E>(factor * sums[i][2 * r], factor * sums[i][2 * r + 1]);
         }
-        E* const to = head + row * stride + column;
+        char* const to = head[row] + 2 * column;
         if constexpr (kCount == 4) {
             *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         } else if constexpr (kCount == 2) {
@@ -213,9 +240,9 @@ struct Weighed {
     bool taken = true;
 };
 
-// factor * the sum of weights * tile: 16 rows of one head, group by group of columns.
+// The sum of weights * tile times factors: 16 rows of one head, group by group of columns.
 template <int D, int kFirst, class E, class... Parts>
-SEFI_DEVICE void write_sums(float factor, E* head, int64_t stride, int64_t first, int64_t end,
+SEFI_DEVICE void write_sums(float2 factors, const Rows& head, int first, int end,
                             const Parts&... parts) {
     if constexpr (kFirst < D / 8) {
         constexpr int kCount = kGroup<D, kFirst>;
@@ -225,8 +252,8 @@ SEFI_DEVICE void write_sums(float factor, E* head, int64_t stride, int64_t first
         };
         (add(parts), ...);
         const int column = 8 * kFirst + 2 * kCount * (lane() % 4);
-        store_eights(head, column, stride, first, end, factor, sums);
-        write_sums<D, kFirst + kCount>(factor, head, stride, first, end, parts...);
+        store_eights<E>(head, column, first, end, factors, sums);
+        write_sums<D, kFirst + kCount, E>(factors, head, first, end, parts...);
     }
 }
 

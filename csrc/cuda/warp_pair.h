@@ -56,11 +56,11 @@ private:
     const int row_;
 };
 
-// factor * map * tile for the pair's 16 rows, half of the columns each. `map`: the address of the
+// map * tile times factors for the pair's 16 rows, half of the columns each. `map`: the address of the
 // rows' map in shared memory; `tile` with sum_offset.
 template <int D, class E>
-SEFI_DEVICE void write_half(float factor, E* head, int64_t stride, int64_t first, int64_t end,
-                            uint32_t map, uint32_t tile) {
+SEFI_DEVICE void write_half(float2 factors, const Rows& head, int first, int end, uint32_t map,
+                            uint32_t tile) {
     static_assert(D % 64 == 32, "an odd number of groups of 32 columns");
     constexpr int kWhole = D / 64;  // groups a warp, and half of the last one
     uint32_t weights[kKeySteps][4];
@@ -75,11 +75,11 @@ SEFI_DEVICE void write_half(float factor, E* head, int64_t stride, int64_t first
         const int group = kWhole * half + i;
         float sums[4][4] = {};
         weigh_keys<D, E>(weights, tile + uint32_t(64 * group), sums);
-        store_eights(head, 32 * group + 8 * t, stride, first, end, factor, sums);
+        store_eights<E>(head, 32 * group + 8 * t, first, end, factors, sums);
     }
     float sums[2][4] = {};
     weigh_keys<D, E>(weights, tile + uint32_t(128 * kWhole + 32 * half), sums);
-    store_eights(head, 64 * kWhole + 8 * t + 4 * half, stride, first, end, factor, sums);
+    store_eights<E>(head, 64 * kWhole + 8 * t + 4 * half, first, end, factors, sums);
 }
 
 }  // namespace sefi::cuda::tensor

@@ -20,7 +20,6 @@ from sefi_fast.kernels import (
     plan_backward_key_value,
     plan_backward_query,
     plan_backward_sums,
-    plan_forward,
 )
 from sefi_fast.kernels.totals import sum_partials
 from torch import Tensor
@@ -96,7 +95,7 @@ def apart(case: Call) -> list[Tensor]:
     ("keys", "head_dim", "shared_keys", "plain"),
     [(5, 40, False, False), (33, 64, True, False), (77, 40, False, True), (80, 80, True, False)],
 )
-@pytest.mark.parametrize("ways", [{}, {"prefetch": True, "stacked": True}, {"late": True}], ids=str)
+@pytest.mark.parametrize("ways", [{}, {"prefetch": True}, {"late": True}], ids=str)
 def test_the_sums_are_those_of_the_kernels_apart(
     keys: int, head_dim: int, shared_keys: bool, plain: bool, ways: dict[str, bool]
 ) -> None:
@@ -110,23 +109,6 @@ def test_the_sums_are_those_of_the_kernels_apart(
         launch.run()
     for got, true in zip(found, apart(case), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("keys", [5, 64, 77])
-def test_scores_of_both_streams_by_one_product_are_those_by_two(keys: int) -> None:
-    case = call(keys, 40, False, False, torch.float32)
-    found = []
-    for stacked in (False, True):
-        output = case.empty(case.inputs.query)
-        maps = torch.full((2, 1, 2, 100), float("nan"))
-        launch, alignment = plan_forward(
-            case.inputs, output, maps, 0.2, DEVICE, KernelConfig(32, 4, 1, stacked=stacked)
-        )
-        launch.run()
-        assert alignment is not None
-        found.append((output, alignment, maps))
-    for got, true in zip(*found, strict=True):
-        torch.testing.assert_close(got, true, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("head_dim", "kernels"), [(40, 1), (64, 1), (80, 2), (160, 2)])

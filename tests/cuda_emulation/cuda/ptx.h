@@ -46,6 +46,9 @@ void wait_copies() {
     ::emulation::wait_copies(kBut);
 }
 
+inline void let_next_start() {}
+inline void wait_for_previous() {}
+
 inline void meet_neighbour() { ::emulation::pair_barrier(); }
 
 // Lane l receives elements (l / 4, 2 (l % 4)) and its right neighbour of each matrix, transposed

@@ -17,4 +17,11 @@ cudaError_t start(void (*kernel)(Arguments), dim3 grid, int threads, size_t shar
                                                                    : cudaErrorLaunchFailure;
 }
 
+// Kernels run one after the other here.
+template <class Arguments>
+cudaError_t start_early(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared,
+                        cudaStream_t stream, const Arguments& arguments) {
+    return start(kernel, grid, threads, shared, stream, arguments);
+}
+
 }  // namespace sefi::cuda
