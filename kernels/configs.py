@@ -81,7 +81,7 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("forward", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 2, resident=3)),
         (64, KernelConfig(64, 4, 2, resident=4)),
-        (80, KernelConfig(64, 4, 1, registers=128, resident=4)),
+        (80, KernelConfig(64, 4, 1, resident=4)),
         (160, KernelConfig(64, 4, 1)),
         (256, KernelConfig(64, 8, 1, resident=1)),
     ),
@@ -96,7 +96,7 @@ TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     ("backward", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True)),
         (64, KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True)),
-        (80, KernelConfig(64, 4, 1, registers=255, sums=1, prefetch=True)),
+        (80, KernelConfig(64, 4, 1, registers=255, sums=1, late=True)),
     ),
     ("backward_key_value", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1)),

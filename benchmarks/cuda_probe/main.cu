@@ -30,13 +30,14 @@ int main() {
         BackwardArguments backward;
         fill(backward.call, head_dim, &anything);
         backward.with_reference = true;
-        backward.call.grad_output.data = reinterpret_cast<char*>(&anything);
+        sefi::BackwardCall& call = backward.call;
+        call.grad_output.data = call.grad_key.data = call.grad_value.data =
+            reinterpret_cast<char*>(&anything);
         std::printf("\nbackward_query %d", head_dim);
         tensor::backward_query(backward, nullptr);
-        backward.key = backward.value = &anything;
         std::printf("\nbackward %d", head_dim);
         tensor::backward(backward, nullptr);
-        backward.reference = &anything;
+        call.grad_reference_key = call.grad_key;
         std::printf("\nbackward_key_value %d", head_dim);
         tensor::backward_key_value(backward, nullptr);
         std::printf("\n");

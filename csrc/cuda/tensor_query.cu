@@ -91,7 +91,6 @@ __global__ void __launch_bounds__(32 * kWarps<D>) query_kernel(const BackwardArg
             clear(slope);
         }
         keep(kLogSum, [&](int r) { return of_target.log_sum(r); }, INFINITY);
-        settle(rows);
         if (with_output) multiply_keys<D, E>(rows, value_at + scores, slope);
         load_rows<D>(query, first + 16 * kWarps<D>, end, rows);
         add_maps(a, b, first, end, 0, slope);
