@@ -33,7 +33,7 @@ from _measure import Effort  # noqa: E402
 from _rates import device_name  # noqa: E402
 from _report import bars_table, environment, table, write_json  # noqa: E402
 from _run import reason  # noqa: E402
-from _shapes import problems  # noqa: E402
+from _shapes import layers_of, problems  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 NO_GPU = "no CUDA device on this machine: nothing here was measured on a GPU"
@@ -176,12 +176,13 @@ def measure_training(device: torch.device, deadline: float, folder: Path) -> dic
     return found
 
 
-def _chosen_backend(device: torch.device) -> str:
-    """The contender whose backend a call on this device gets by itself."""
+def _chosen_backends(device: torch.device) -> set[str]:
+    """The contenders whose backends the layers of SD 1.5 and SDXL get by themselves here."""
     from sefi_fast.ops import choose_backend
 
-    tensor = torch.empty(1, 1, 1, 64, device=device, dtype=torch.bfloat16)
-    return f"sefi-{choose_backend(tensor, tensor, tensor, tensor)}"
+    widths = {layer.head_dim for _, layer in layers_of("sd15") + layers_of("sdxl")}
+    tensors = [torch.empty(1, 1, 1, width, device=device, dtype=torch.bfloat16) for width in widths]
+    return {f"sefi-{choose_backend(tensor, tensor, tensor, tensor)}" for tensor in tensors}
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
@@ -230,9 +231,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             arguments = ["--output", str(folder), "--only", *kernels, "sdpa-cudnn"]
             kernel_times.run(kernel_times.parse(arguments), device)
             host_times.run(device, folder, wrong)
-        # Training takes the backend that a call chooses: none if that one is red.
-        if _chosen_backend(device) in wrong:
-            report["training"] = "the backend that training would take is red"
+        # Training takes the backends that a call chooses: none if one of these is red.
+        if _chosen_backends(device) & wrong:
+            report["training"] = "a backend that training would take is red"
         else:
             report["training"] = measure_training(device, deadline, folder)
         if not options.small:

@@ -79,8 +79,8 @@ def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
 TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
     # Measured on an H200.
     ("forward", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 2, resident=3)),
-        (64, KernelConfig(64, 4, 2, resident=4)),
+        (48, KernelConfig(64, 4, 1, registers=128, resident=4)),
+        (64, KernelConfig(64, 4, 1, registers=128, resident=4)),
         (80, KernelConfig(64, 4, 1, resident=4)),
         (160, KernelConfig(64, 4, 1)),
         (256, KernelConfig(64, 8, 1, resident=1)),

@@ -16,12 +16,16 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("triton", "cuda", "cpu", "eager")
 
-# The first that takes the input; eager where none does. On an H200 Triton's kernels were faster
-# at most layers (docs/performance-gpu.md), so the C++ ones serve where Triton cannot.
-_FASTEST = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
-
-
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _by_speed(query: Tensor, key: Tensor) -> tuple[str, ...]:
+    """Backends of the tensors' device, the first that takes the input being the fastest."""
+    if query.device.type != "cuda":
+        return ("cpu",) if query.device.type == "cpu" else ()
+    cpp = _import("cuda")
+    first = not isinstance(cpp, str) and cpp.faster_than_triton(query, key)
+    return ("cuda", "triton") if first else ("triton", "cuda")
 
 
 @functools.cache
@@ -81,7 +85,7 @@ def choose_backend(
     tensors = (query, key, value, reference_key, map_tokens)
     if backend is None:
         refused = []
-        for name in _FASTEST.get(query.device.type, ()):
+        for name in _by_speed(query, key):
             reason = _why_not(name, tensors)
             if reason is None:
                 return name

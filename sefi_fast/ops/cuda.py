@@ -76,6 +76,18 @@ def _why_not_device(query: Tensor) -> str | None:
     return None
 
 
+# By compute capability the head widths at which these kernels were measured to take less time than
+# Triton's, in half precision with a text's 77 keys: docs/performance-gpu.md.
+_FASTER_WIDTHS = {90: (40, 80, 160)}
+_MOST_KEYS = 80
+
+
+def faster_than_triton(query: Tensor, key: Tensor) -> bool:
+    """Whether a call on this CUDA device takes less time here; unknown is no."""
+    widths = _FASTER_WIDTHS.get(cuda_device(query.get_device()).capability, ())
+    return query.dtype.itemsize == 2 and query.shape[3] in widths and key.shape[2] <= _MOST_KEYS
+
+
 def _place(query: Tensor) -> tuple[int, int]:
     """Multiprocessors of the query's device, and the handle of its current stream."""
     stream = torch.cuda.current_stream(query.device).cuda_stream

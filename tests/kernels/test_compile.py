@@ -35,7 +35,8 @@ SPILLS: dict[tuple[int, int, str], int] = {
     (80, 160, "backward_query"): 336,
     (80, 64, "forward"): 40,
     (86, 64, "forward"): 56,
-    (90, 80, "forward"): 8,
+    (90, 40, "forward"): 24,
+    (90, 64, "forward"): 16,
     (90, 160, "backward_key_value"): 96,
 }
 

@@ -172,7 +172,10 @@ def test_a_device_without_code_of_its_own_is_told_what_to_build(monkeypatch) -> 
 
 class _OnCuda:
     device = torch.device("cuda", 0)
-    dtype = BFLOAT16
+
+    def __init__(self, head_dim: int = 64, rows: int = 77, dtype: torch.dtype = BFLOAT16) -> None:
+        self.shape = (1, 8, rows, head_dim)
+        self.dtype = dtype
 
     def get_device(self) -> int:
         return 0
@@ -184,26 +187,49 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, capability: int, driver: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("refusing", "chosen"),
-    [((), "triton"), (("triton",), "cuda"), (("triton", "cuda"), "eager")],
+    ("capability", "refusing", "chosen"),
+    [
+        (80, (), "triton"),
+        (80, ("triton",), "cuda"),
+        (90, (), "cuda"),
+        (90, ("cuda",), "triton"),
+        (90, ("triton", "cuda"), "eager"),
+    ],
 )
-def test_cuda_tensors_go_to_triton_then_to_these_kernels(
-    monkeypatch, refusing: tuple[str, ...], chosen: str
+def test_cuda_tensors_go_to_the_kernels_measured_faster_then_to_the_others(
+    monkeypatch, capability: int, refusing: tuple[str, ...], chosen: str
 ) -> None:
+    _pretend(monkeypatch, capability, 13000)
     monkeypatch.setattr(
         backends, "_why_not", lambda name, tensors: "not here" if name in refusing else None
     )
-    query = _OnCuda()
+    query = _OnCuda(80)
     assert choose_backend(query, query, query) == chosen
+
+
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [
+        (_OnCuda(64), _OnCuda(64)),
+        (_OnCuda(80), _OnCuda(80, rows=81)),
+        (_OnCuda(80, dtype=torch.float32), _OnCuda(80, dtype=torch.float32)),
+    ],
+    ids=["width", "keys", "dtype"],
+)
+def test_calls_not_measured_faster_go_to_triton(monkeypatch, query: _OnCuda, key: _OnCuda) -> None:
+    _pretend(monkeypatch, 90, 13000)
+    monkeypatch.setattr(backends, "_why_not", lambda name, tensors: None)
+    assert choose_backend(query, key, key) == "triton"
 
 
 def test_a_gpu_without_kernels_is_told_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    _pretend(monkeypatch, 80, 13000)
     monkeypatch.setattr(backends, "_why_not", lambda name, tensors: f"{name} is not here")
     backends._warn_of_eager.cache_clear()
     for _ in range(2):
-        assert choose_backend(_OnCuda(), None, None) == "eager"
+        assert choose_backend(_OnCuda(), _OnCuda(), None) == "eager"
     (record,) = caplog.records
     assert "plain PyTorch path" in record.message
     assert "triton: triton is not here; cuda: cuda is not here" in record.message
