@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(const MapArguments a) {
 }
 
 // So many threads at most share numbers: one alone would wait for one partial sum after the other.
-constexpr int kMostParts = 8;
+// But each more costs blocks, and starting these takes longest where so many fill the device.
+constexpr int kMostParts = 8, kManyBlocks = 1024;
 
 // Grid: heads of all samples, pieces of one head's sums, gradients. Of a gradient that all samples
 // share, the first sample's blocks add up everything. A thread has kWide neighbouring numbers, and
@@ -92,10 +93,15 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const TotalArguments a)
 template <class E, int kWide>
 cudaError_t run_totals(TotalArguments a, unsigned count, cudaStream_t stream) {
     const int64_t summed = a.splits * (a.totals[0].result.shared ? a.batch : 1);
-    while (a.parts < kMostParts && 2 * a.parts <= summed) a.parts *= 2;
-    const int64_t numbers = int64_t(kWide) * (kThreads / a.parts);
-    const unsigned pieces = unsigned((a.keys * a.head_dim + numbers - 1) / numbers);
-    const dim3 grid(unsigned(a.batch * a.heads), pieces, count);
+    const auto pieces = [&] {
+        const int64_t numbers = kWide * (kThreads / a.parts);
+        return (a.keys * a.head_dim + numbers - 1) / numbers;
+    };
+    const int64_t gradients = a.batch * a.heads * count;
+    while (a.parts < kMostParts && 2 * a.parts <= summed && gradients * pieces() < kManyBlocks) {
+        a.parts *= 2;
+    }
+    const dim3 grid(unsigned(a.batch * a.heads), unsigned(pieces()), count);
     return start_early(total_kernel<E, kWide>, grid, kThreads, kWide * kThreads * sizeof(float),
                        stream, a);
 }
