@@ -41,6 +41,18 @@ struct Bias {
         add(kEights - 1, map[kEights - 1]);
     }
 
+    // Whether more than one key can be attended to.
+    SEFI_DEVICE bool shows_several() const {
+        if (only_last) return true;
+        float shown = 0.0f;
+#pragma unroll
+        for (int e = 0; e < kKeyEights; ++e) {
+            const float2 own = of_columns(keys, e);
+            shown += (own.x == 0.0f ? 1.0f : 0.0f) + (own.y == 0.0f ? 1.0f : 0.0f);
+        }
+        return row_sum(shown) > 1.0f;
+    }
+
 private:
     SEFI_DEVICE void add(int eight, float (&scores)[4]) const {
         const float2 own = of_columns(keys, eight);

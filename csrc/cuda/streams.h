@@ -24,8 +24,7 @@ SEFI_DEVICE float weight_of(const Problem& p, int64_t b, int key) {
 
 SEFI_DEVICE void load_weights(const Problem& p, int64_t b, float* weights) {
     const int key = int(threadIdx.x);
-    // Of a single key both maps are 1, which their powers say but for rounding.
-    if (key < kKeys) weights[key] = p.keys > 1 ? weight_of(p, b, key) : 0.0f;
+    if (key < kKeys) weights[key] = weight_of(p, b, key);
 }
 
 // 2 g w / H: what the alignment's gradient g makes of a difference of probabilities.

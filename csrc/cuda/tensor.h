@@ -9,9 +9,7 @@ namespace sefi::cuda::tensor {
 constexpr int kBlockRows = 64;
 
 // Blocks that are resident on a multiprocessor at a time, by their registers and shared memory.
-constexpr int forward_blocks(int64_t head_dim) {
-    return head_dim > 80 ? 1 : head_dim > 64 ? 3 : 4;
-}
+int forward_blocks(int64_t head_dim);
 constexpr int query_blocks(int64_t head_dim) { return head_dim > 80 ? 1 : 2; }
 constexpr int key_blocks(int64_t head_dim) { return head_dim > 80 ? 1 : 2; }
 int backward_blocks(int64_t head_dim);

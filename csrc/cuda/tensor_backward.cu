@@ -3,10 +3,9 @@
 // A warp first has the maps of 16 query rows, which are computed once and give dQ. Then it has keys
 // and columns: all rows' maps come to it through shared memory, as left factors of the sums over
 // the rows.
-#include <algorithm>
-
 #include "cuda/kernels.h"
 #include "cuda/key_sums.h"
+#include "cuda/residence.h"
 #include "cuda/row_copies.h"
 #include "cuda/slopes.h"
 #include "cuda/start.h"
@@ -34,15 +33,9 @@ struct Shape {
                                   kRows * kMapStride + kExchange + 4 * 2 * kKeys;
 };
 
-// How many blocks the shared memory of a multiprocessor holds, at most as many as its registers.
 template <class Shape>
 int fitting() {
-    constexpr int kReserved = 1024;  // by the driver, for each block
-    int device = 0, all = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return Shape::kBlocks;
-    constexpr cudaDeviceAttr kAll = cudaDevAttrMaxSharedMemoryPerMultiprocessor;
-    if (cudaDeviceGetAttribute(&all, kAll, device) != cudaSuccess) return Shape::kBlocks;
-    return std::min(all / (Shape::kBytes + kReserved), Shape::kBlocks);
+    return cuda::fitting(Shape::kBytes, Shape::kBlocks);
 }
 
 // Whether one slot lets one block more on a multiprocessor: at 80 columns on 8.0.

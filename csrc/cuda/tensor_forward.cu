@@ -1,5 +1,6 @@
 // Forward kernel of the matrix units: equations 4 and 5 of docs/method.md, 16 rows a warp.
 #include "cuda/kernels.h"
+#include "cuda/residence.h"
 #include "cuda/softmax.h"
 #include "cuda/start.h"
 #include "cuda/streams.h"
@@ -12,7 +13,11 @@ namespace {
 template <int D>
 constexpr int kWarps = D > 80 ? 8 : 4;
 
-// Whether its registers hold the next rows beside two maps.
+// A multiprocessor's registers are to hold so many blocks.
+template <int D>
+constexpr int kBlocks = D > 80 ? 1 : D > 64 ? 3 : 4;
+
+// Whether a multiprocessor's registers hold the next rows beside two maps.
 template <int D>
 constexpr bool kAhead = D != 80;
 
@@ -68,7 +73,7 @@ SEFI_DEVICE void add_distances(const Softmax<kKeyEights>& target, const Softmax<
 }
 
 template <int D, class E, bool kReference>
-__global__ void __launch_bounds__(32 * kWarps<D>, forward_blocks(D))
+__global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
     forward_kernel(const ForwardArguments a) {
     constexpr int kThreads = 32 * kWarps<D>, kTile = Layout<D>::kTile;
     const ForwardCall& call = a.call;
@@ -127,7 +132,8 @@ __global__ void __launch_bounds__(32 * kWarps<D>, forward_blocks(D))
                             Weighed{packed, value_sums});
     }
     if (!a.partials) return;
-    float own = distance[0] + distance[1];
+    // Of a single key both maps are 1, which their powers say but for rounding.
+    float own = of_keys.shows_several() ? distance[0] + distance[1] : 0.0f;
     for (int step = 1; step < 32; step *= 2) own += __shfl_xor_sync(kAllLanes, own, step);
     if (lane() == 0) shares[warp] = own;
     __syncthreads();
@@ -154,7 +160,25 @@ cudaError_t run(const ForwardArguments& a, cudaStream_t stream) {
     return a.call.dtype == DType::float16 ? run<D, Half>(a, stream) : run<D, BFloat16>(a, stream);
 }
 
+template <int D>
+int blocks() {
+    return std::max(fitting(kBytes<D, true>, kBlocks<D>), 1);
+}
+
 }  // namespace
+
+int forward_blocks(int64_t head_dim) {
+    switch (head_dim) {
+        case 40:
+            return blocks<40>();
+        case 64:
+            return blocks<64>();
+        case 80:
+            return blocks<80>();
+        default:
+            return blocks<160>();
+    }
+}
 
 cudaError_t forward(const ForwardArguments& a, cudaStream_t stream) {
     switch (a.call.head_dim) {

@@ -101,6 +101,21 @@ def test_warps_whose_half_of_the_keys_is_hidden(emulated: Emulated, hidden: rang
     check_backend("cpu", inputs)
 
 
+@pytest.mark.parametrize("head_dim", [40, 160])
+def test_a_single_visible_key_leaves_no_alignment(emulated: Emulated, head_dim: int) -> None:
+    inputs = make_inputs(2, 2, 70, 77, head_dim, BFLOAT16, **ONE_PASS)
+    assert inputs.key_mask is not None
+    inputs.key_mask[:] = False
+    inputs.key_mask[0, 5] = inputs.key_mask[-1, 76] = True
+    check_backend("cpu", inputs)
+
+
+def test_many_partial_sums_are_added_up_by_one_thread_each(emulated: Emulated) -> None:
+    """Two splits of 128 heads: more blocks than it takes to keep a device busy."""
+    emulated.multiprocessors = 200
+    check_backend("cpu", make_inputs(4, 32, 70, 77, 40, FLOAT16, reference_grad=False))
+
+
 @pytest.mark.parametrize("keys", [1, 39, 40, 41, 77])
 def test_one_pass_of_wide_heads_at_the_ends_of_halves(emulated: Emulated, keys: int) -> None:
     emulated.shared_limit(MIDDLE_SHARED)
