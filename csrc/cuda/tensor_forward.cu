@@ -15,7 +15,7 @@ constexpr int kWarps = D > 80 ? 8 : 4;
 
 // A multiprocessor's registers are to hold so many blocks.
 template <int D>
-constexpr int kBlocks = D > 80 ? 1 : D > 64 ? 3 : 4;
+constexpr int kBlocks = D > 80 ? 1 : 4;
 
 // Whether a multiprocessor's registers hold the next rows beside two maps.
 template <int D>
