@@ -33,6 +33,9 @@ _COLOURS = {
     "flex": "#3d5a3c",
 }
 _OTHER = "#444444"
+_INCHES_A_LABEL = 2.2
+# A logarithm has no place for a call that allocates nothing.
+_LEAST_MIB = 0.1
 
 
 def style(axes: Axes) -> None:
@@ -119,16 +122,17 @@ def plot_bars(records: Sequence[ProblemRecord], title: str, path: Path) -> None:
                 if seconds and base:
                     speed[i, entry.contender] = base / seconds
                 if entry.sound and entry.memory is not None:
-                    extra[i, entry.contender] = max(entry.memory.extra, 1024) / 2**20
+                    extra[i, entry.contender] = max(entry.memory.extra / 2**20, _LEAST_MIB)
         _grouped(left, chosen, names, speed)
         left.axhline(1.0, color="#555555", linewidth=0.8, linestyle="--")
         left.set_ylabel(f"batch {batch}\nspeed over eager maps")
         _grouped(right, chosen, names, extra)
         right.set_yscale("log")
         _plain_ticks(right.yaxis)
-        right.set_ylabel("MiB beyond the results")
+        right.set_ylabel(f"MiB beyond the results, from {_LEAST_MIB} on")
     handles, labels = grid[-1][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)))
+    columns = int(figure.get_figwidth() / _INCHES_A_LABEL)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
     save(figure, path)
 
 

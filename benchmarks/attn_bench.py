@@ -22,6 +22,7 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch  # noqa: E402
+import torch._functorch.config  # noqa: E402
 from _bars import bars_of  # noqa: E402
 from _contenders import COMPILED, Contender, contenders  # noqa: E402
 from _measure import FULL, QUICK, Effort  # noqa: E402

@@ -25,6 +25,7 @@ import attn_bench  # noqa: E402
 import host_times  # noqa: E402
 import kernel_times  # noqa: E402
 import torch  # noqa: E402
+import torch._functorch.config  # noqa: E402
 from _bars import bars_of  # noqa: E402
 from _check_processes import checks_apart, checks_of_cpu  # noqa: E402
 from _contenders import COMPILED, contenders  # noqa: E402

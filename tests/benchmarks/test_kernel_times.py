@@ -37,6 +37,14 @@ def test_runs_are_added_up_and_the_flush_is_left_out() -> None:
     assert found == pytest.approx({"a": 4e-6, "b": 1e-6})
 
 
+def test_of_each_stretch_the_second_call_counts() -> None:
+    events = [(4.0 * turn + place, name, 10.0 * turn + place) for turn in range(2)
+              for place, name in enumerate(["a", "b", "a", "b"])]  # fmt: skip
+    events += [(-1.0, "Memset (Device)", 90.0), (3.5, "Memset (Device)", 90.0)]
+    found = kernel_times.last_calls(reversed(events), calls=2)
+    assert found == [("a", 2.0), ("b", 3.0), ("a", 12.0), ("b", 13.0)]
+
+
 def test_rows_tell_the_longest_first_and_the_time_a_row() -> None:
     problem = Problem("sd15", 100, 40, 2, batch=5)
     contender = Contender("one", "sefi", True, eager_maps)
