@@ -136,8 +136,11 @@ def candidates(place: Place) -> list[KernelConfig]:
     if place.kernel == "backward":
         # Sums of another number of gradients are other work.
         tried = [
-            default._replace(block=block, warps=warps, registers=registers, prefetch=prefetch)
-            for (block, warps), prefetch in product(shapes, (False, True))
+            default._replace(
+                block=block, warps=warps, registers=registers, prefetch=prefetch, late=late
+            )
+            for block, warps in shapes
+            for prefetch, late in ((False, False), (True, False), (False, True))
             for registers in _REGISTERS[warps]
         ]
     elif place.kernel == "backward_key_value":
@@ -161,9 +164,9 @@ def candidates(place: Place) -> list[KernelConfig]:
 def among(trials: list[Trial], ranked: list[dict[str, Any]], best: int) -> list[Trial]:
     """The default and the `best` others by what a static run's JSON says of each.
 
-    ranked: its "trials". What it dropped or what spills more than a few words is left out; where it
-    tells nothing of the place, all trials stay. The compiler does not know the number of queries:
-    "few" are ranked as "many".
+    ranked: its "trials". What it dropped, what spills more than a few words and what there is no
+    more is left out; where it tells nothing of the place, all trials stay. The compiler does not
+    know the number of queries: "few" are ranked as "many".
     """
     from sefi_fast.kernels import KernelConfig
 
@@ -172,7 +175,8 @@ def among(trials: list[Trial], ranked: list[dict[str, Any]], best: int) -> list[
     if not here:
         return trials
     sound = [one for one in here if one["dropped"] is None and one["spill_bytes"] <= _FEW]
-    order = [KernelConfig(**one["config"]) for one in sorted(sound, key=lambda one: one["cost"])]
+    known = [one for one in sound if one["config"].keys() <= set(KernelConfig._fields)]
+    order = [KernelConfig(**one["config"]) for one in sorted(known, key=lambda one: one["cost"])]
     default = next(trial for trial in trials if trial.default)
     others = [config for config in order[:best] if config != default.config]
     return [default, *(Trial(default.place, config, False) for config in others)]

@@ -2,7 +2,7 @@
 
 python benchmarks/kernel_times.py
 python benchmarks/kernel_times.py --shapes sd15:4096 --batches 1 16 --only sefi-triton sdpa-cudnn
-python benchmarks/kernel_times.py --batches 1 --cold data    # the kernels' code stays in the cache
+python benchmarks/kernel_times.py --batches 1 --cold all data nothing    # to kernel_times_cold.json
 
 A kernel that is started early, as those of the C++ backend that add up, waits for the one before
 it, and its time counts from its start: the whole call's is attn_bench.py's.
@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def by_kernel(events: Iterable[tuple[str, float]], calls: int = CALLS) -> dict[s
 def profile(
     workload: Workload, device: torch.device, before: Workload | None = None, flushed: bool = True
 ) -> dict[str, float]:
-    """Seconds a call of each kernel, behind a write that empties the L2 cache each time.
+    """Seconds a call of each kernel; flushed: behind a write that empties the L2 cache each time.
 
     before: the same call on other tensors, which brings the kernels' code back into the cache.
     """
@@ -96,7 +97,9 @@ def profile(
     return by_kernel(last_calls(events) if before else [event[1:] for event in events])
 
 
-def rows_of(problem: Problem, contender: Contender, kernels: dict[str, float]) -> list[dict]:
+def rows_of(
+    problem: Problem, contender: Contender, kernels: dict[str, float], cold: str = "all"
+) -> list[dict]:
     """A flat row a kernel, the longest first."""
     ordered = sorted(kernels.items(), key=lambda item: -item[1])
     return [
@@ -105,6 +108,7 @@ def rows_of(problem: Problem, contender: Contender, kernels: dict[str, float]) -
             "batch": problem.batch,
             "contender": contender.name,
             "kernel": name,
+            "cold": cold,
             "seconds": seconds,
             "picoseconds_a_row": seconds / problem.rows * 1e12,
         }
@@ -121,8 +125,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--only", nargs="+", default=["sefi-triton", "sefi-cuda", "sdpa-cudnn"], metavar="NAME"
     )
     parser.add_argument(
-        "--cold", choices=("all", "data", "nothing"), default="all",
-        help="what is not in the L2 cache when a call begins",
+        "--cold", nargs="+", choices=("all", "data", "nothing"), default=["all"],
+        help="what is not in the L2 cache when a call begins; data: all but the kernels' code",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     return parser.parse_args(arguments)
@@ -133,36 +137,37 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     field, absent = contenders(device, options.only)
     field = [contender for contender in field if contender.family != "eager"]
     found: list[dict] = []
-    for problem in problems(options.shapes, options.batches):
-        for contender in field:
-            try:
-                workload, *before = (
-                    Workload(contender, make_inputs(problem, device, torch.bfloat16))
-                    for _ in range(2 if options.cold == "data" else 1)
-                )
-                with contender.context():
-                    kernels = profile(workload, device, *before, flushed=options.cold != "nothing")
-            except Exception as error:  # noqa: BLE001 - one that cannot leaves the others theirs
-                print(f"{problem.name}, {contender.name}: {reason(error)}", file=sys.stderr)
-                continue
-            rows = rows_of(problem, contender, kernels)
-            found += rows
-            cells = [
-                [row["kernel"], f"{row['seconds'] * 1e6:.1f}", f"{row['picoseconds_a_row']:.0f}"]
-                for row in rows
-            ]
-            print(f"\n{problem.name}, {contender.name}")
-            print(table(["kernel", "us", "ps a row"], cells))
+    chosen = problems(options.shapes, options.batches)
+    for problem, contender, cold in product(chosen, field, options.cold):
+        try:
+            workload, *before = (
+                Workload(contender, make_inputs(problem, device, torch.bfloat16))
+                for _ in range(2 if cold == "data" else 1)
+            )
+            with contender.context():
+                kernels = profile(workload, device, *before, flushed=cold != "nothing")
+        except Exception as error:  # noqa: BLE001 - one that cannot leaves the others theirs
+            print(f"{problem.name}, {contender.name}: {reason(error)}", file=sys.stderr)
+            continue
+        rows = rows_of(problem, contender, kernels, cold)
+        found += rows
+        cells = [
+            [row["kernel"], f"{row['seconds'] * 1e6:.1f}", f"{row['picoseconds_a_row']:.0f}"]
+            for row in rows
+        ]
+        print(f"\n{problem.name}, {contender.name}, cold: {cold}")
+        print(table(["kernel", "us", "ps a row"], cells))
     report = {
         "benchmark": "kernel_times",
         "environment": environment(device),
-        "cold": options.cold,
         "absent": absent,
         "results": found,
     }
     folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
-    write_json(folder / "kernel_times.json", report)
-    print(f"wrote {os.path.relpath(folder / 'kernel_times.json')}")
+    usual = options.cold == ["all"]
+    written = folder / ("kernel_times.json" if usual else "kernel_times_cold.json")
+    write_json(written, report)
+    print(f"wrote {os.path.relpath(written)}")
     return report
 
 

@@ -19,8 +19,8 @@ class KernelConfig(NamedTuple):
     For the kernel of the queries alone: sums, how many of dK and dV it adds up as well (1 is dK),
     where the registers hold their accumulators; what is left is for the kernel of the keys.
     prefetch: the next block's rows are asked for before this block's products. late: a block's
-    output gradients are asked for after the scores, and their tile takes the queries' shared
-    memory; with reload always.
+    output gradients are asked for after the scores, and their tile may take the queries' shared
+    memory, where dK is not summed up as well; with reload always.
 
     For the kernel of the keys alone: separate, one launch a gradient, where the accumulators of two
     do not fit into the registers together. key_tile: so many keys a program, a power of two
@@ -60,8 +60,8 @@ FEW_ROWS = 256
 """Up to so many queries a head, the configuration of the "few" bucket is taken."""
 
 SUM_COLUMNS = {1: 128, 4: 512}
-"""Elements a program of the kernel that adds up partial gradients, by its warps: each thread has
-four neighbouring ones, and no other thread has any of their partial sums."""
+"""Elements a program of the kernel that adds up partial gradients, by its warps: no more than four
+a thread, so that a thread has all partial sums of its elements and shares none."""
 
 
 _Line = tuple[int, KernelConfig] | tuple[int, KernelConfig, KernelConfig]

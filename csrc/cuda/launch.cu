@@ -30,7 +30,7 @@ private:
 };
 
 // What a block takes besides its rows, in units of rows: the keys' loads above all. In the kernel of
-// the keys each block also writes sums that another kernel adds up.
+// the keys each block also writes sums, which another kernel adds up if there are several.
 constexpr double kStart = 0.5, kKeysStart = 2.0;
 
 // Splits of the rows, each of a multiple of `unit` rows, that are expected to end first. A

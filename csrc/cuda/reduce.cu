@@ -1,4 +1,6 @@
 // Sums of partial results, each by one thread or block in a fixed order: the same bits every time.
+#include <algorithm>
+
 #include "cuda/kernels.h"
 #include "cuda/start.h"
 
@@ -92,13 +94,17 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const TotalArguments a)
 
 template <class E, int kWide>
 cudaError_t run_totals(TotalArguments a, unsigned count, cudaStream_t stream) {
-    const int64_t summed = a.splits * (a.totals[0].result.shared ? a.batch : 1);
     const auto pieces = [&] {
         const int64_t numbers = kWide * (kThreads / a.parts);
         return (a.keys * a.head_dim + numbers - 1) / numbers;
     };
-    const int64_t gradients = a.batch * a.heads * count;
-    while (a.parts < kMostParts && 2 * a.parts <= summed && gradients * pieces() < kManyBlocks) {
+    int64_t summed = 1, entries = 0;
+    for (unsigned i = 0; i < count; ++i) {
+        const bool shared = a.totals[i].result.shared;
+        summed = std::max(summed, a.splits * (shared ? a.batch : 1));
+        entries += a.heads * (shared ? 1 : a.batch);
+    }
+    while (a.parts < kMostParts && 2 * a.parts <= summed && entries * pieces() < kManyBlocks) {
         a.parts *= 2;
     }
     const dim3 grid(unsigned(a.batch * a.heads), unsigned(pieces()), count);

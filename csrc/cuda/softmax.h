@@ -86,6 +86,9 @@ struct Softmax {
         return total[r] == 0.0f ? INFINITY : shift[r] + log2f(total[r]);
     }
 
+    // kCentred: the powers are to be used as they are, and the rounding of a large shift would make
+    // the greatest of them any number but 1; then the scores are shifted instead.
+    template <bool kCentred>
     SEFI_DEVICE void find_shift(int r, float scale_log2) {
         float peak = -INFINITY;
 #pragma unroll
@@ -94,6 +97,14 @@ struct Softmax {
         }
         peak = row_max(peak);
         shift[r] = peak == -INFINITY ? 0.0f : peak * scale_log2;
+        if (kCentred && fabsf(shift[r]) > 1048576.0f) {
+            shift[r] = 0.0f;
+#pragma unroll
+            for (int e = 0; e < kEights; ++e) {
+                map[e][2 * r] -= peak;
+                map[e][2 * r + 1] -= peak;
+            }
+        }
     }
 
     SEFI_DEVICE void find_powers(int r, float scale_log2) {
@@ -151,16 +162,17 @@ SEFI_DEVICE void for_rows(const Step& step, Maps&... softmaxes) {
 
 // Scores to powers; a row without any key becomes zeros. Two maps at once wait for each other's
 // latencies instead of their own.
-template <class... Maps>
+template <bool kCentred, class... Maps>
 SEFI_DEVICE void find_powers(float scale_log2, Maps&... softmaxes) {
-    for_rows([&](auto& one, int r) { one.find_shift(r, scale_log2); }, softmaxes...);
+    const auto shift = [&](auto& one, int r) { one.template find_shift<kCentred>(r, scale_log2); };
+    for_rows(shift, softmaxes...);
     for_rows([&](auto& one, int r) { one.find_powers(r, scale_log2); }, softmaxes...);
 }
 
 // Scores to probabilities.
 template <class... Maps>
 SEFI_DEVICE void normalise(float scale_log2, Maps&... softmaxes) {
-    find_powers(scale_log2, softmaxes...);
+    find_powers<false>(scale_log2, softmaxes...);
     for_rows([&](auto& one, int r) { one.divide(r); }, softmaxes...);
 }
 

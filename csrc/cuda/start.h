@@ -41,8 +41,13 @@ cudaError_t start_early(void (*kernel)(Arguments), dim3 grid, int threads, size_
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &early;
-    // Compiled for older devices a kernel does not wait, on whatever it runs.
-    config.numAttrs = known.ptxVersion >= 90 ? 1 : 0;
+    // Compiled for older devices a kernel does not wait, on whatever it runs; and drivers before
+    // CUDA 12.3 do not capture such starts in graphs as what they are.
+    static const bool known_to_graphs = [] {
+        int driver = 0;
+        return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+    }();
+    config.numAttrs = known.ptxVersion >= 90 && known_to_graphs ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, arguments);
     if (error != cudaSuccess) cudaGetLastError();
     return error;

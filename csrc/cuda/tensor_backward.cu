@@ -1,4 +1,4 @@
-// Backward kernel for the matrix units in one pass: dQ, and partial sums of dK_t and dV_t.
+// Backward kernel for the matrix units in one pass: dQ, and dK_t and dV_t or partial sums of them.
 //
 // A warp first has the maps of 16 query rows, which are computed once and give dQ. Then it has keys
 // and columns: all rows' maps come to it through shared memory, as left factors of the sums over

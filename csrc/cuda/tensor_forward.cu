@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
             load_rows<D>(query, first + 16 * kWarps<D>, end, rows);
         }
         if constexpr (kReference) {
-            find_powers(a.cut.scale_log2, of_target, of_anchor);
+            find_powers<true>(a.cut.scale_log2, of_target, of_anchor);
         } else {
-            find_powers(a.cut.scale_log2, of_target);
+            find_powers<true>(a.cut.scale_log2, of_target);
         }
         const float inverses[2] = {of_target.inverse(0), of_target.inverse(1)};
         if constexpr (kReference) {
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
                             Weighed{packed, value_sums});
     }
     if (!a.partials) return;
-    // Of a single key both maps are 1, which their powers say but for rounding.
-    float own = of_keys.shows_several() ? distance[0] + distance[1] : 0.0f;
+    // Of a single key both maps are 1, which their powers say but for rounding. NaN stays.
+    float own = (distance[0] + distance[1]) * (of_keys.shows_several() ? 1.0f : 0.0f);
     for (int step = 1; step < 32; step *= 2) own += __shfl_xor_sync(kAllLanes, own, step);
     if (lane() == 0) shares[warp] = own;
     __syncthreads();

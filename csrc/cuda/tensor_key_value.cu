@@ -1,4 +1,4 @@
-// Backward kernel of the keys for the matrix units: partial sums of dK_t, dV_t and dK_r.
+// Backward kernel of the keys for the matrix units: dK_t, dV_t and dK_r, or partial sums of them.
 //
 // Keys are the rows of the products here: a warp has 16 of them, and its maps, computed anew as
 // columns of query rows, are at once the left factor of the sums over those rows.

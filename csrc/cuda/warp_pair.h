@@ -29,7 +29,7 @@ public:
                 ((step(softmaxes, r, place), place += 2 * kRows), ...);
             }
         };
-        each([&](auto& one, int r, int) { one.find_shift(r, scale_log2); });
+        each([&](auto& one, int r, int) { one.template find_shift<false>(r, scale_log2); });
         each([&](auto& one, int r, int place) {
             one.find_powers(r, scale_log2);
             if (lane() % 4 == 0) numbers_[place] = one.half(r);

@@ -19,12 +19,13 @@ NAMES = ("triton", "cuda", "cpu", "eager")
 _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _by_speed(query: Tensor, key: Tensor) -> tuple[str, ...]:
+def _by_speed(tensors: _Tensors) -> tuple[str, ...]:
     """Backends of the tensors' device, the first that takes the input being the fastest."""
+    query = tensors[0]
     if query.device.type != "cuda":
         return ("cpu",) if query.device.type == "cpu" else ()
     cpp = _import("cuda")
-    first = not isinstance(cpp, str) and cpp.faster_than_triton(query, key)
+    first = not isinstance(cpp, str) and cpp.faster_than_triton(*tensors[:4])
     return ("cuda", "triton") if first else ("triton", "cuda")
 
 
@@ -85,7 +86,7 @@ def choose_backend(
     tensors = (query, key, value, reference_key, map_tokens)
     if backend is None:
         refused = []
-        for name in _by_speed(query, key):
+        for name in _by_speed(tensors):
             reason = _why_not(name, tensors)
             if reason is None:
                 return name

@@ -82,10 +82,22 @@ _FASTER_WIDTHS = {90: (40, 80, 160)}
 _MOST_KEYS = 80
 
 
-def faster_than_triton(query: Tensor, key: Tensor) -> bool:
-    """Whether a call on this CUDA device takes less time here; unknown is no."""
+def faster_than_triton(query: Tensor, key: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call on this CUDA device takes less time here; unknown is no.
+
+    others: value and reference key, whose rows must begin at multiples of 16 bytes as well for the
+    matrix units' kernels (csrc/cuda/tensor.cu).
+    """
     widths = _FASTER_WIDTHS.get(cuda_device(query.get_device()).capability, ())
-    return query.dtype.itemsize == 2 and query.shape[3] in widths and key.shape[2] <= _MOST_KEYS
+    if query.dtype.itemsize != 2 or query.shape[3] not in widths or key.shape[2] > _MOST_KEYS:
+        return False
+    return all(tensor is None or _aligned(tensor) for tensor in (query, key, *others))
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether every row of two-byte elements begins at a multiple of 16 bytes."""
+    strides = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    return tensor.data_ptr() % 16 == 0 and not any(size > 1 and step % 8 for size, step in strides)
 
 
 def _place(query: Tensor) -> tuple[int, int]:
@@ -123,6 +135,8 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equations 4 and 5 of docs/method.md in one pass over the query rows."""
+    if scale < 0:
+        query, scale = -query, -scale
     with on_device(query):
         call = native.forward_call(
             query, key, value, reference_key, token_weights, key_mask, map_tokens,
@@ -160,6 +174,9 @@ def backward(
     Returns:
         Those gradients, None where not wanted; each has its input's shape and dtype.
     """
+    negative = scale < 0
+    if negative:
+        query, scale = -query, -scale
     with on_device(query):
         call = native.backward_call(
             grad_output, grad_alignment, grad_maps,
@@ -170,6 +187,8 @@ def backward(
             multiprocessors, stream = _place(query)
             scratch = _scratch(query, _cuda.backward_scratch(*call.arguments, multiprocessors))
             _cuda.backward(*call.arguments, scratch.data_ptr(), multiprocessors, stream)
+        if negative and call.results[0] is not None:
+            call.results[0].neg_()
     return call.results
 
 

@@ -176,6 +176,14 @@ class _OnCuda:
     def __init__(self, head_dim: int = 64, rows: int = 77, dtype: torch.dtype = BFLOAT16) -> None:
         self.shape = (1, 8, rows, head_dim)
         self.dtype = dtype
+        self.address = 4096
+
+    def stride(self) -> tuple[int, ...]:
+        _, heads, _, head_dim = self.shape
+        return (heads * 100 * head_dim, head_dim, heads * head_dim, 1)
+
+    def data_ptr(self) -> int:
+        return self.address
 
     def get_device(self) -> int:
         return 0
@@ -205,6 +213,15 @@ def test_cuda_tensors_go_to_the_kernels_measured_faster_then_to_the_others(
     )
     query = _OnCuda(80)
     assert choose_backend(query, query, query) == chosen
+
+
+def test_rows_that_begin_between_16_bytes_go_to_triton(monkeypatch) -> None:
+    _pretend(monkeypatch, 90, 13000)
+    monkeypatch.setattr(backends, "_why_not", lambda name, tensors: None)
+    query, value = _OnCuda(80), _OnCuda(80)
+    value.address += 8
+    assert choose_backend(query, query, query) == "cuda"
+    assert choose_backend(query, query, value) == "triton"
 
 
 @pytest.mark.parametrize(

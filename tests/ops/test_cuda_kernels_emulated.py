@@ -110,6 +110,34 @@ def test_a_single_visible_key_leaves_no_alignment(emulated: Emulated, head_dim: 
     check_backend("cpu", inputs)
 
 
+def test_not_a_number_shows_in_the_alignment_of_a_single_key(emulated: Emulated) -> None:
+    inputs = make_inputs(1, 1, 70, 77, 40, BFLOAT16, mask=True)
+    assert inputs.key_mask is not None
+    inputs.key_mask[:] = False
+    inputs.key_mask[:, 5] = True
+    query = inputs.query.clone()
+    query[0, 0, 3] = float("nan")
+    _, alignment, _ = cpu.forward(query, *inputs.tensors[1:], **inputs.options)
+    assert alignment.isnan().all()
+
+
+@pytest.mark.parametrize("size", [6000.0, 7500.0, 12000.0])
+def test_half_precision_holds_the_weights_of_scores_of_any_size(
+    emulated: Emulated, size: float
+) -> None:
+    """Where a score's own rounding is large a row's powers are not, but for their sum."""
+    generator = torch.Generator().manual_seed(int(size))
+    inputs = make_inputs(1, 2, 64, 16, 64, FLOAT16, scale=0.125)
+    query, key = (
+        (size + 300.0 * torch.randn(tensor.shape, generator=generator)).half()
+        for tensor in (inputs.query, inputs.key)
+    )
+    output, _, _ = cpu.forward(query, key, *inputs.tensors[2:], **inputs.options)
+    scores = query.double() @ key.double().transpose(-1, -2) * 0.125
+    true = torch.softmax(scores, -1) @ inputs.value.double()
+    torch.testing.assert_close(output.double(), true, rtol=1e-2, atol=1e-2)
+
+
 def test_many_partial_sums_are_added_up_by_one_thread_each(emulated: Emulated) -> None:
     """Two splits of 128 heads: more blocks than it takes to keep a device busy."""
     emulated.multiprocessors = 200
