@@ -1,9 +1,26 @@
 // The kernels of the matrix units: which calls they take, and how their rows are cut.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/arguments.h"
 
 namespace sefi::cuda::tensor {
+
+// step(width) with one of the usual head widths as a type, whose `value` is a constant.
+template <class Step>
+auto for_width(int64_t head_dim, const Step& step) {
+    switch (head_dim) {
+        case 40:
+            return step(std::integral_constant<int, 40>());
+        case 64:
+            return step(std::integral_constant<int, 64>());
+        case 80:
+            return step(std::integral_constant<int, 80>());
+        default:
+            return step(std::integral_constant<int, 160>());
+    }
+}
 
 // The rows that a block's share is a multiple of, for all kernels.
 constexpr int kBlockRows = 64;

@@ -168,29 +168,12 @@ int blocks() {
 }  // namespace
 
 int forward_blocks(int64_t head_dim) {
-    switch (head_dim) {
-        case 40:
-            return blocks<40>();
-        case 64:
-            return blocks<64>();
-        case 80:
-            return blocks<80>();
-        default:
-            return blocks<160>();
-    }
+    return for_width(head_dim, [](auto width) { return blocks<decltype(width)::value>(); });
 }
 
 cudaError_t forward(const ForwardArguments& a, cudaStream_t stream) {
-    switch (a.call.head_dim) {
-        case 40:
-            return run<40>(a, stream);
-        case 64:
-            return run<64>(a, stream);
-        case 80:
-            return run<80>(a, stream);
-        default:
-            return run<160>(a, stream);
-    }
+    return for_width(a.call.head_dim,
+                     [&](auto width) { return run<decltype(width)::value>(a, stream); });
 }
 
 }  // namespace sefi::cuda::tensor

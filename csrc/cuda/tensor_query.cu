@@ -126,16 +126,8 @@ cudaError_t run(const BackwardArguments& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t backward_query(const BackwardArguments& a, cudaStream_t stream) {
-    switch (a.call.head_dim) {
-        case 40:
-            return run<40>(a, stream);
-        case 64:
-            return run<64>(a, stream);
-        case 80:
-            return run<80>(a, stream);
-        default:
-            return run<160>(a, stream);
-    }
+    return for_width(a.call.head_dim,
+                     [&](auto width) { return run<decltype(width)::value>(a, stream); });
 }
 
 }  // namespace sefi::cuda::tensor

@@ -55,8 +55,9 @@ def facts(capability: int, widths: tuple[int, ...]) -> dict[tuple[str, int], Any
         """The dispatch by head width with the one wanted in every branch."""
         text = source.read_text(encoding="utf-8")
         if source.stem in _cuda_compiled.SOURCES.values():
-            text, branches = re.subn(r"\brun<\d+>", f"run<{widths[0]}>", text)
-            assert branches == len(ALL)
+            chosen = f"run<{widths[0]}>"
+            text, places = re.subn(r"\brun<decltype\(width\)::value>", chosen, text)
+            assert places == 1
         narrowed = output.with_suffix(".cu")
         narrowed.write_text(text, encoding="utf-8")
         return whole(narrowed, capability, output)
