@@ -72,12 +72,12 @@ def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
     return {line[0]: {"many": line[1], "few": line[-1]} for line in lines}  # type: ignore[dict-item]
 
 
-# Lines as benchmarks/tune_kernels.py prints them. Chosen by what the compiler makes of 77 keys with
-# alignment: no spills where that can be reached, then the least time by its counts, on 9.0 with the
-# waiting played. The registers stand in docs/performance.md; tests/kernels/test_compile.py holds
-# them and what is resident.
+# Lines as benchmarks/tune_kernels.py prints them. Those of "forward", and of "backward" up to 64
+# columns, on 9.0 were chosen on an H200 (docs/performance-gpu.md); the others by what the compiler
+# makes of 77 keys with alignment: no spills where that can be reached, then the least time by its
+# counts, on 9.0 with the waiting played. The registers stand in docs/performance.md;
+# tests/kernels/test_compile.py holds them and what is resident.
 TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
-    # Measured on an H200.
     ("forward", 90, "half"): _lines(
         (48, KernelConfig(64, 4, 1, registers=128, resident=4)),
         (64, KernelConfig(64, 4, 1, registers=128, resident=4)),

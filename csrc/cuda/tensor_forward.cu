@@ -45,8 +45,8 @@ SEFI_DEVICE void write_map(const float (&map)[kKeyEights][4], const float (&inve
 }
 
 // Adds the rows' weighed squares of differences between two maps, which are powers here and no
-// probabilities yet: of the differences a quarter of the numbers are to be scaled. Rows of the same
-// powers differ by exactly 0, and so do those past the end, which are zeros.
+// probabilities yet: a row's sum is scaled, not each number of both maps. Rows of the same powers
+// differ by exactly 0, and so do those past the end, which are zeros.
 SEFI_DEVICE void add_distances(const Softmax<kKeyEights>& target, const Softmax<kKeyEights>& anchor,
                                const float (&inverses)[2], const float* weights,
                                float (&distance)[2]) {
