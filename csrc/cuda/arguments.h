@@ -12,15 +12,14 @@ namespace sefi::cuda {
 // [y * rows_a_block, (y + 1) * rows_a_block).
 struct Cut {
     int64_t rows_a_block = 0, splits = 0;
+    // |scale| * log2(e), and the scale's sign: softmax seeks the maximum of sign * q k.
+    float scale_log2 = 0.0f, sign = 1.0f;
 
     // A block's rows, where 32 bits count them all.
     SEFI_DEVICE int begin() const { return int(blockIdx.y * rows_a_block); }
     SEFI_DEVICE int end(const Problem& p) const {
         return int(min((blockIdx.y + int64_t(1)) * rows_a_block, p.queries));
     }
-
-    // |scale| * log2(e), and the scale's sign: softmax seeks the maximum of sign * q k.
-    float scale_log2 = 0.0f, sign = 1.0f;
 };
 
 struct ForwardArguments {

@@ -88,8 +88,8 @@ SEFI_DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kBut) : "memory");
 }
 
-// Lets the next kernel of the stream come once all blocks have said so, or ended; and waits, in that
-// kernel, until the one before it has ended and all that it wrote is there.
+// Lets the next kernel of the stream come once all blocks have said so, or ended; and waits, in
+// that kernel, until the one before it has ended and all that it wrote is there.
 SEFI_DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

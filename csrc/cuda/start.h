@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/calls.h"
+
 namespace sefi::cuda {
 
 template <class Arguments>
@@ -43,10 +45,7 @@ cudaError_t start_early(void (*kernel)(Arguments), dim3 grid, int threads, size_
     config.attrs = &early;
     // Compiled for older devices a kernel does not wait, on whatever it runs; and drivers before
     // CUDA 12.3 do not capture such starts in graphs as what they are.
-    static const bool known_to_graphs = [] {
-        int driver = 0;
-        return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
-    }();
+    static const bool known_to_graphs = driver_version() >= 12030;
     config.numAttrs = known.ptxVersion >= 90 && known_to_graphs ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, arguments);
     if (error != cudaSuccess) cudaGetLastError();

@@ -16,8 +16,9 @@ bool aligned(const Problem& p, const View& view, int64_t batch, int64_t rows) {
 bool usual(const Problem& p) {
     const int64_t d = p.head_dim;
     return p.dtype != DType::float32 && (d == 40 || d == 64 || d == 80 || d == 160) &&
-           p.keys <= 80 && p.queries <= (int64_t(1) << 30) && p.scale >= 0.0f && aligned(p, p.query, p.batch, p.queries) &&
-           aligned(p, p.key, p.batch, p.keys) && aligned(p, p.value, p.batch, p.keys) &&
+           p.keys <= 80 && p.queries <= (int64_t(1) << 30) && p.scale >= 0.0f &&
+           aligned(p, p.query, p.batch, p.queries) && aligned(p, p.key, p.batch, p.keys) &&
+           aligned(p, p.value, p.batch, p.keys) &&
            aligned(p, p.reference_key, p.batch, p.keys);
 }
 

@@ -56,8 +56,8 @@ private:
     const int row_;
 };
 
-// map * tile times factors for the pair's 16 rows, half of the columns each. `map`: the address of the
-// rows' map in shared memory; `tile` with sum_offset.
+// map * tile times factors for the pair's 16 rows, half of the columns each. `map`: the address of
+// the rows' map in shared memory; `tile` with sum_offset.
 template <int D, class E>
 SEFI_DEVICE void write_half(float2 factors, const Rows& head, int first, int end, uint32_t map,
                             uint32_t tile) {
