@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -96,7 +96,7 @@ def run_demo(
     )
     if subject.history is not None:
         curves = training_curves(subject.history, title="one picture, bundled model")
-        write_whole(paths["curves"], png(curves))
+        atomic_write(paths["curves"], png(curves))
 
     pipe = load_pipeline(None)
     pipe.set_progress_bar_config(disable=True)
@@ -121,13 +121,13 @@ def run_demo(
             ("the subject with accessories", panels(ACCESSORY_PROMPTS, PLACEHOLDER)),
         ]
         sheet = contact_sheet(rows, title="sefi_fast: one picture in, the subject anywhere")
-        write_whole(paths["sheet"], png(sheet))
+        atomic_write(paths["sheet"], png(sheet))
         _draw_maps(pipe, seed, paths["maps"])
     finally:
         detach(pipe)
     seconds = time.perf_counter() - started
     record = {"seconds": round(seconds, 1), "seed": seed, "settings": subject.settings}
-    write_whole(paths.pop("record"), json.dumps(record).encode())
+    atomic_write(paths.pop("record"), json.dumps(record).encode())
     return DemoResult(**paths, seconds=seconds)
 
 
@@ -150,4 +150,4 @@ def _draw_maps(pipe: StableDiffusionPipeline, seed: int, path: Path) -> None:
         ]
         rows.append(("", row))
     sheet = contact_sheet(rows, title="attention of chosen words", panel_size=192)
-    write_whole(path, png(sheet))
+    atomic_write(path, png(sheet))

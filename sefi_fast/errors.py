@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from sefi_fast.utils.text import printable
+
 
 class SefiError(Exception):
-    """Base of every error that sefi_fast raises on purpose."""
+    """Base of every error that sefi_fast raises on purpose.
+
+    The message is safe to print and at most a screen long, whatever text of a file it quotes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class SubjectFileError(SefiError, ValueError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sefi_fast.training.output import check_folder, check_output, is_one_of
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -62,7 +62,7 @@ def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture in the format of its name, whole or not at all, missing folders too."""
     stream = io.BytesIO()
     picture.save(stream, format=_FORMATS[path.suffix.lower()])
-    write_whole(path, stream.getvalue())
+    atomic_write(path, stream.getvalue())
 
 
 def leave_picture(path: Path, what: str, draw: Callable[[], Image.Image]) -> bool:

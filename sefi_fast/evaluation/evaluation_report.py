@@ -13,7 +13,7 @@ from PIL import Image
 
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 CONTROL = "class word"
 """Name of the rows whose pictures have the class word in the subject's place."""
@@ -107,7 +107,7 @@ def write_evaluation(
         "sheet.png": png(sheet),
     }
     for name, content in contents.items():
-        write_whole(folder / name, content)
+        atomic_write(folder / name, content)
     return [folder / name for name in contents]
 
 

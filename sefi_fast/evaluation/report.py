@@ -19,7 +19,7 @@ from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import Interval, bootstrap, paired_difference
 from sefi_fast.evaluation.tasks import Task
 from sefi_fast.evaluation.variants import BASELINE, CONTROLS, Study, Variant
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 SCORED = ("id", "rank", "prompt", "share", "id_p", "leak", "open_leak", "open_id")
 COMPARED = ("id", "prompt", "id_p", "open_leak")
@@ -74,24 +74,24 @@ def write_report(
         texts = {"md": _markdown(study, rows, results, shown), "csv": _csv(rows)}
         for suffix, text in texts.items():
             files.append(folder / f"{study.name}.{suffix}")
-            write_whole(files[-1], text.encode())
+            atomic_write(files[-1], text.encode())
         pictures = {
             folder / f"{study.name}.png": plot_study(study, results),
             folder / f"{study.name}-sheet.png": _sheet(folder, study, results),
         }
         for path, picture in pictures.items():
             if picture is not None:
-                write_whole(path, png(picture))
+                atomic_write(path, png(picture))
                 files.append(path)
     verdicts = judge_sheet(results)
     if verdicts is not None:
         files.append(folder / "judge-sheet.png")
-        write_whole(files[-1], png(verdicts))
+        atomic_write(files[-1], png(verdicts))
     files.append(folder / "summary.json")
     text = json.dumps(
         {"protocol": asdict(results.protocol), "studies": summary}, indent=1, ensure_ascii=False
     )
-    write_whole(files[-1], text.encode())
+    atomic_write(files[-1], text.encode())
     return files
 
 

@@ -28,7 +28,7 @@ from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.training.image import load_image
 from sefi_fast.training.output import check_folder
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -199,5 +199,5 @@ def _draw(
         if not job.control:
             attach(pipe, before) if before else detach(pipe)
     for path, image in zip(paths, images, strict=True):
-        write_whole(path, png(image))
+        atomic_write(path, png(image))
     return images

@@ -29,7 +29,7 @@ from sefi_fast.training import ManyResult, TrainConfig, train_many
 from sefi_fast.training.image import prepare
 from sefi_fast.training.masks import load_mask
 from sefi_fast.training.summary import FILE as SUMMARY_FILE
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 PLACEHOLDER = "<it>"
 PICTURE_SIZE = 192
@@ -197,7 +197,7 @@ class Worker:
             if "pictures" not in found:
                 images = _draw(pipe, self._texts(task, one, one.prompts), protocol)
                 found["pictures"] = self._scores(images, one.prompts, one, protocol.seeds)
-                write_whole(task.pictures(one.number), png(_strip(images[:: protocol.seeds])))
+                atomic_write(task.pictures(one.number), png(_strip(images[:: protocol.seeds])))
             if "overfit" not in found:
                 found["overfit"] = None if subject is None else _overfit(pipe, subject, one)
             if "open" not in found:
@@ -206,7 +206,7 @@ class Worker:
         finally:
             detach(pipe)
         text = json.dumps(found, indent=1, ensure_ascii=False)
-        write_whole(task.result(one.number), text.encode())
+        atomic_write(task.result(one.number), text.encode())
 
     def _texts(self, task: Task, one: StudySubject, prompts: Sequence[StudyPrompt]) -> list[str]:
         """The prompts with the subject, or what the control has in its place."""

@@ -28,7 +28,7 @@ from sefi_fast.tiny_world.drawing import SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
 from sefi_fast.tiny_world.pairs import halves_of
 from sefi_fast.training import TrainConfig
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 _SCENES_A_PAIR = 2
 _SHEET_PAIRS = 4
@@ -267,5 +267,5 @@ def _report(
         "two-sheet.png": png(sheet),
     }
     for name, content in files.items():
-        write_whole(folder / name, content)
+        atomic_write(folder / name, content)
     return [folder / name for name in files]

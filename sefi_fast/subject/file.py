@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sefi_fast.errors import SubjectFileError
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from sefi_fast.subject.subject import Subject
@@ -27,7 +27,7 @@ _TEXTS = ("placeholder", "class_word", "base_model", "library_version")
 
 def write(subject: Subject, path: Path) -> None:
     """Writes the subject's file, whole or not at all."""
-    write_whole(path, _content(subject))
+    atomic_write(path, _content(subject))
 
 
 def _content(subject: Subject) -> bytes:

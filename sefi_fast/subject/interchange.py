@@ -19,7 +19,7 @@ from sefi_fast.conditioning.prompt import class_token_ids, padded
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import SubjectFileError
 from sefi_fast.subject.subject import Subject
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 _SDXL_NAMES = ("clip_l", "clip_g")
 _READ_LIMIT = 64 * 2**20
@@ -68,7 +68,7 @@ def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False)
         "base_model": subject.base_model,
         "lossy": str(not exact).lower(),
     }
-    write_whole(path, to_bytes(dict(zip(names, rows, strict=True)), metadata))
+    atomic_write(path, to_bytes(dict(zip(names, rows, strict=True)), metadata))
     return path
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sefi_fast import __version__
 from sefi_fast.errors import TrainingError
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class CheckpointFolder:
             OSError: it cannot be written.
         """
         path = self.file(checkpoint.step)
-        write_whole(path, _content(checkpoint))
+        atomic_write(path, _content(checkpoint))
         return path
 
     def read(self, step: int) -> Checkpoint:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sefi_fast.training.config import TrainConfig, named_with_nearest
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 RUN_KEYS = ("image", "mask", "model", "class_word", "placeholder", "output", "preset")
 """What a run's file may name beside the fields of TrainConfig."""
@@ -38,7 +38,7 @@ def write_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
     else:
         yaml = importlib.import_module("yaml")
         text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
-    write_whole(target, text.encode())
+    atomic_write(target, text.encode())
 
 
 def read_settings(path: str | os.PathLike[str]) -> RunFile:

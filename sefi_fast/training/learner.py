@@ -36,7 +36,7 @@ from sefi_fast.training.prompts import TrainingPrompts
 from sefi_fast.training.resume import Unfinished
 from sefi_fast.training.schedule import MovingAverage
 from sefi_fast.training.source import Source, resolution_of
-from sefi_fast.whole_file import remove_partials
+from sefi_fast.utils.files import remove_partials
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from sefi_fast.subject import Subject
 from sefi_fast.subject.file import summarise
 from sefi_fast.training.manifest import Entry
 from sefi_fast.training.shard import Shard
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 FILE = "summary.jsonl"
 
@@ -55,7 +55,7 @@ class Summary:
         Raises:
             OSError: it cannot be written.
         """
-        write_whole(self._folder / FILE if self._alone else self._own, _lines(rows))
+        atomic_write(self._folder / FILE if self._alone else self._own, _lines(rows))
 
     def join(self) -> None:
         """Make one file of all processes' lines, if every process has ended."""
@@ -68,7 +68,7 @@ class Summary:
             return
         rows = [json.loads(line) for text in texts for line in text.splitlines()]
         if all(row["state"] != "open" for row in rows):
-            write_whole(self._folder / FILE, _lines(rows))
+            atomic_write(self._folder / FILE, _lines(rows))
             for part in self._parts:
                 part.unlink(missing_ok=True)
 

@@ -25,7 +25,7 @@ from sefi_fast.tiny_world.recipe.noising import Noising
 from sefi_fast.tiny_world.recipe.progress import Budget
 from sefi_fast.tiny_world.recipe.tokenizer import CaptionCodes
 from sefi_fast.tiny_world.recipe.vae import encode_pictures
-from sefi_fast.whole_file import write_whole
+from sefi_fast.utils.files import atomic_write
 
 _CAPTION_DROPOUT = 0.1
 _NARROWEST = 64
@@ -177,7 +177,7 @@ def _save(
         b = low_rank.b.detach().view(outputs, rank, *[1] * (len(inputs) - 1))
         for part, weight in (("A", a), ("B", b)):
             state[f"unet.{name}.lora_{part}.weight"] = weight.cpu().half().contiguous()
-    write_whole(out, save(state))
+    atomic_write(out, save(state))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,11 +11,11 @@ import torch
 
 from sefi_fast import export_embedding
 from sefi_fast.subject import Subject
-from sefi_fast.whole_file import remove_partials, write_whole
+from sefi_fast.utils.files import atomic_write, checksum, read_regular, remove_partials
 
 SUBJECT = Subject("<me>", "cat", [torch.ones(1, 1, 4)], [torch.ones(4)], base_model="none")
 WRITERS = {
-    "write_whole": lambda path: write_whole(path, b"content"),
+    "atomic_write": lambda path: atomic_write(path, b"content"),
     "a subject": lambda path: SUBJECT.save(path),
     "an embedding": lambda path: export_embedding(SUBJECT, path),
 }
@@ -56,3 +56,26 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_bytes(b"")
     remove_partials(path)
     assert set(os.listdir(tmp_path)) == kept
+
+
+def _not_a_file(folder):
+    os.mkfifo(folder / "fifo")
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "to-device").symlink_to("/dev/zero")
+    return [folder, folder / "fifo", folder / "loop", folder / "to-device", folder / "none"]
+
+
+@pytest.mark.parametrize(
+    "read", [lambda path: read_regular(path, 10), lambda path: checksum(path, 10)]
+)
+def test_only_regular_files_up_to_the_limit_are_read(tmp_path, read):
+    for path in [*_not_a_file(tmp_path), "/dev/zero", "a\0b"]:
+        with pytest.raises(OSError):
+            read(path)
+    (tmp_path / "small").write_bytes(b"0123456789")
+    (tmp_path / "link").symlink_to("small")
+    assert read(tmp_path / "link") in (b"0123456789", "a684c7c6")
+    with open(tmp_path / "large", "wb") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(OSError, match="1,099,511,627,776 bytes, and at most 10"):
+        read(tmp_path / "large")

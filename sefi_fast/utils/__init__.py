@@ -1,0 +1,1 @@
+"""Files and text, independent of torch."""
