@@ -15,11 +15,28 @@ from sefi_fast.errors import ModelError
 from sefi_fast.pipelines import attach, load_pipeline
 
 
+def check_same_model(pipe, saved) -> None:
+    """Equal weights, and equal images within rounding.
+
+    Weights that are mapped from a file begin at other addresses modulo 64 bytes, and matrix
+    products on some processors round differently there.
+    """
+    for name, part in saved.components.items():
+        if isinstance(part, torch.nn.Module):
+            found = getattr(pipe, name).state_dict()
+            assert found.keys() == part.state_dict().keys()
+            assert all(torch.equal(found[key], value) for key, value in part.state_dict().items())
+    wanted = draw(saved, "a cat")
+    torch.testing.assert_close(
+        draw(pipe, "a cat"), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max())
+    )
+
+
 def test_a_folder_loads_as_it_was_saved(sd15_folder, sd15_pipeline):
     pipe = load_pipeline(sd15_folder, device="cpu")
     pipe.set_progress_bar_config(disable=True)
     assert pipe.unet.dtype == torch.float32 and pipe.safety_checker is None
-    assert torch.equal(draw(pipe, "a cat"), draw(sd15_pipeline, "a cat"))
+    check_same_model(pipe, sd15_pipeline)
     half = load_pipeline(str(sd15_folder), dtype=torch.bfloat16, device="cpu")
     assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16
 
@@ -54,7 +71,7 @@ def test_sdxl_folders_load(sdxl_pipeline, tmp_path):
     sdxl_pipeline.save_pretrained(tmp_path, variant="fp16")
     pipe = load_pipeline(tmp_path, device="cpu")
     pipe.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(pipe, "a cat"), draw(sdxl_pipeline, "a cat"))
+    check_same_model(pipe, sdxl_pipeline)
     shutil.rmtree(tmp_path / "text_encoder_2")
     with pytest.raises(ModelError, match=r"text_encoder_2 holds no \.safetensors weights"):
         load_pipeline(tmp_path)
