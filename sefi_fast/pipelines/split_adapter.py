@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.models import attention_processor as diffusers_processors
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
-
-from sefi_fast.projection_cache import stage_key_value
 
 
 class _StreamView:
@@ -21,23 +18,15 @@ class _StreamView:
 
     def __init__(self, attn: Attention) -> None:
         self._attn = attn
-        self._dtype: torch.dtype | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attn, name)
 
-    def to_q(self, hidden_states: Tensor) -> Tensor:
-        query = self._attn.to_q(hidden_states)
-        self._dtype = query.dtype
-        return query
+    def to_k(self, prompt: Tensor) -> Any:
+        return self._attn.to_k(prompt.chunk(2, dim=1)[0])
 
-    def to_k(self, prompt: Tensor) -> Tensor:
-        reused = stage_key_value(self._attn, prompt, self._dtype or prompt.dtype)
-        return self._attn.to_k(prompt.chunk(2, dim=1)[0]) if reused is None else reused[0]
-
-    def to_v(self, prompt: Tensor) -> Tensor:
-        reused = stage_key_value(self._attn, prompt, self._dtype or prompt.dtype)
-        return self._attn.to_v(prompt.chunk(2, dim=1)[1]) if reused is None else reused[1]
+    def to_v(self, prompt: Tensor) -> Any:
+        return self._attn.to_v(prompt.chunk(2, dim=1)[1])
 
     def prepare_attention_mask(
         self, mask: Tensor, target_length: int, batch_size: int, out_dim: int = 3
