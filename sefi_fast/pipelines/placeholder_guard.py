@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sefi_fast.conditioning.prompt import TOKENIZING
+from sefi_fast.conditioning.prompt import read_ids
 from sefi_fast.errors import PromptError
 
 if TYPE_CHECKING:
@@ -146,9 +146,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def _pattern(tokenizer: Any, placeholder: str) -> re.Pattern[str]:
     """The placeholder in a text of `_text`, whatever stands beside it."""
-    with TOKENIZING:
-        ids = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
-    written = _text(tokenizer, ids).replace(" ", "")
+    written = _text(tokenizer, read_ids(tokenizer, placeholder)).replace(" ", "")
     before = r"(?<!\w)" if re.match(r"\w", written[:1]) else ""
     after = r"(?!\w)" if re.match(r"\w", written[-1:]) else ""
     return re.compile(before + r"\s*".join(map(re.escape, written)) + after)
