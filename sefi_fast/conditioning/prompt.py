@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -18,10 +17,6 @@ from torch import Tensor
 from sefi_fast.errors import PromptError
 
 logger = logging.getLogger(__name__)
-
-# Pipelines of diffusers set a fast tokenizer's padding and truncation at each call: two attached
-# ones that share it would pad, or not pad, each other's prompts.
-TOKENIZING = threading.RLock()
 
 Placeholder = tuple[str, Sequence[int]]
 """A placeholder, and the class word's token ids where its own tokens stand in a sentence."""

@@ -21,9 +21,9 @@ class _PooledInput(NamedTuple):
 
 
 class StageHook:
-    """Replaces encoder_hidden_states [B, L, C] by the K and V stream [B, 2·M, C] of one stage.
+    """Replaces a packed prompt by the K and V stream of one stage, side by side: [B, M, 2·C].
 
-    A packed prompt gives the stage of the call's timestep; a plain prompt serves as both streams.
+    The stage is that of the call's timestep. A plain prompt [B, L, C] is left as it is.
     SDXL's pooled embeddings, added_cond_kwargs["text_embeds"] [B, S·P], give that stage's [B, P].
     It holds no state between calls, so that threads and pipelines may share the model.
     """
@@ -41,16 +41,20 @@ class StageHook:
         self.before = before
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # torch leaves the keywords out while another thread registers or removes the hook.
+        if kwargs is None:
+            return None
         positional = len(args) > 2
         prompt = args[2] if positional else kwargs.get("encoder_hidden_states")
         if not isinstance(prompt, Tensor):
             return None
-        if not torch.compiler.is_compiling() and self.before is not None:
-            self.before(module)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         selected = self.select(prompt, timestep)
+        packed = selected is not prompt
+        if packed and self.before is not None and not torch.compiler.is_compiling():
+            self.before(module)
         if self.pooled_input is not None:
             args = (*args[:3], *(self._with_stage(value, timestep) for value in args[3:]))
             kwargs = {name: self._with_stage(value, timestep) for name, value in kwargs.items()}
@@ -83,7 +87,7 @@ class StageHook:
         return {**value, "text_embeds": chosen}
 
     def select(self, prompt: Tensor, timestep: Tensor | float) -> Tensor:
-        """The streams [B, 2·M, C] (plain prompts of L tokens: [B, 2·L, C]) for this timestep."""
+        """The streams [B, M, 2·C] of this timestep; a plain prompt as it is."""
         tokens = self.tokens_per_stream
         length = prompt.shape[1]
         if packed_stages(length, tokens) is None:
@@ -93,16 +97,9 @@ class StageHook:
                     f" + 1 rows) nor a plain one, of which none has one row more than a multiple "
                     f"of {tokens}: make them with sefi_fast.encode for this pipeline"
                 )
-            return self._with_source(torch.cat([prompt, prompt], dim=1), prompt, None)
+            return prompt
         stage = stage_index(prompt, tokens, timestep, self.num_train_timesteps)
-        selected = take_stage(prompt, tokens, stage)
-        return self._with_source(selected, prompt, stage)
-
-    def _with_source(self, selected: Tensor, prompt: Tensor, stage: Tensor | None) -> Tensor:
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            # Lets the processors reuse projections of the whole prompt; they die with it.
-            selected.sefi_source = (prompt, stage, self.tokens_per_stream)  # type: ignore[attr-defined]
-        return selected
+        return torch.cat(take_stage(prompt, tokens, stage).chunk(2, dim=1), dim=-1)
 
 
 def install_stage_hook(
@@ -117,8 +114,8 @@ def install_stage_hook(
         model: called as (sample, timestep, encoder_hidden_states), in order or by name.
         tokens_per_stream: M, tokens of one prompt.
         num_train_timesteps: T of the scheduler.
-        before: called with the model ahead of each of its calls with a prompt, but for compiled
-            ones; it may raise.
+        before: called with the model ahead of each of its calls with a packed prompt, but for
+            compiled ones.
 
     Returns:
         The handle; its ``remove()`` takes the hook off.
