@@ -37,9 +37,9 @@ _PLAIN = (
 class Installation:
     """What was put on one model, what it replaced, and who still needs it."""
 
-    def __init__(self, tokens: int, num_train_timesteps: int) -> None:
+    def __init__(self, width: int, num_train_timesteps: int) -> None:
         self.users: WeakSet[Any] = WeakSet()
-        self._tokens = tokens
+        self._width = width
         self._num_train_timesteps = num_train_timesteps
         self._replaced: dict[str, Any] = {}
         self._processors: dict[str, Any] = {}
@@ -49,7 +49,7 @@ class Installation:
     def __deepcopy__(self, memo: dict[int, Any]) -> Installation:
         # Users are pipelines, which a copy of the model alone must not drag along; a copied
         # pipeline registers itself with the copy.
-        copied = Installation(self._tokens, self._num_train_timesteps)
+        copied = Installation(self._width, self._num_train_timesteps)
         memo[id(self)] = copied
         for name in ("_replaced", "_processors", "_layers", "_hook"):
             setattr(copied, name, copy.deepcopy(getattr(self, name), memo))
@@ -75,7 +75,7 @@ class Installation:
             if self._hook is not None:
                 self._hook.remove()
             self._hook = install_stage_hook(
-                model, self._tokens, self._num_train_timesteps, before=self._check_processors
+                model, self._width, self._num_train_timesteps, before=self._check_processors
             )
             missing.append("the stage hook")
         for name in strangers:
@@ -110,7 +110,7 @@ class Installation:
             self._hook.remove()
 
 
-def install(model: nn.Module, user: Any, tokens: int, num_train_timesteps: int) -> list[str]:
+def install(model: nn.Module, user: Any, width: int, num_train_timesteps: int) -> list[str]:
     """Make `model` take packed prompts on behalf of `user`; what was missing is told in words.
 
     Raises:
@@ -119,7 +119,7 @@ def install(model: nn.Module, user: Any, tokens: int, num_train_timesteps: int) 
     with _LOCK:
         installation = getattr(model, _ATTRIBUTE, None)
         if installation is None:
-            installation = Installation(tokens, num_train_timesteps)
+            installation = Installation(width, num_train_timesteps)
         missing = installation.put(model)
         installation.users.add(user)
         setattr(model, _ATTRIBUTE, installation)

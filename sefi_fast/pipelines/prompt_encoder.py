@@ -205,7 +205,7 @@ class PromptEncoder:
         if request.guidance and request.negative_embeds is None:
             marked = marked or self._has_placeholder(request.negatives)
         given = (request.embeds, request.negative_embeds)
-        packed = any(stages_of(x, self.text.tokens) for x in given)
+        packed = any(stages_of(x, self.text.width) for x in given)
         pooled = (x for x in (request.pooled, request.negative_pooled) if x is not None)
         return not (marked or packed or any(x.shape[-1] != self.text.pooled_width for x in pooled))
 
@@ -296,7 +296,7 @@ class PromptEncoder:
         for model in models:
             known = model in self._models
             timesteps = pipe.scheduler.config.num_train_timesteps
-            for what in install(model, self, self.text.tokens, timesteps):
+            for what in install(model, self, self.text.width, timesteps):
                 missing.append(f"{what} of the {'' if known else 'new '}{type(model).__name__}")
             self._models.add(model)
         for model in [m for m in self._models if m not in models]:

@@ -22,6 +22,7 @@ from sefi_fast.pipelines.families import (
     given_models,
     unwrap,
 )
+from sefi_fast.pipelines.freed_text import TextShape
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
 from sefi_fast.processor import SeFiAttnProcessor
 from sefi_fast.region_attention import Box, RegionPrompts, down_factors
@@ -151,7 +152,7 @@ class _Call:
         self._pictures = pictures
         self._guidance = guidance
         self._stages = StageHook(
-            pipe.tokenizer.model_max_length, pipe.scheduler.config.num_train_timesteps
+            TextShape.of(pipe).width, pipe.scheduler.config.num_train_timesteps
         )
 
     def at(
