@@ -79,6 +79,7 @@ class SeFiAttnProcessor:
         Raises:
             ValueError: the prompt cannot be split into two streams, or alignment or columns were
                 asked for under a mask that differs from query to query or between heads.
+            ModelError: there are regions, and image tokens are missing.
             TypeError: the prompt is IP-Adapter's tuple of text and picture.
         """
         residual = hidden_states
@@ -189,7 +190,7 @@ class SeFiAttnProcessor:
         """`output` [B, heads, N, head_dim], with the regions' own where their image tokens lie."""
         output = output.clone()
         samples = regions.samples
-        for prompt, places in regions.of(attn, query.device):
+        for prompt, places in regions.of(attn, query):
             key, value = _heads_of(attn, *self._project_prompt(attn, prompt))
             output[-samples:, :, places] = F.scaled_dot_product_attention(
                 query[-samples:, :, places],

@@ -29,7 +29,7 @@ MOST_STAGES = 60
 class Encoded(NamedTuple):
     """Conditioning of B prompts, named as the pipelines of diffusers name it.
 
-    prompt_embeds: [B, L, C], packed or plain.
+    prompt_embeds: packed [B, M, S·(2·C + 1)] or plain [B, M, C].
     pooled_prompt_embeds: [B, P] for one embedding a prompt, [B, S·P] for one a stage; None for
         models that take none.
     """
@@ -74,8 +74,8 @@ def encode(
         clip_skip: as in the pipeline's call.
 
     Returns:
-        [B, S·2·M + 1, C] on the pipeline's device, in the text encoder's dtype, with S = 1 if there
-        are no subjects. For SDXL C is the sum of both encoders' widths.
+        [B, M, S·(2·C + 1)] on the pipeline's device, in the text encoder's dtype, with S = 1 if
+        there are no subjects. For SDXL C is the sum of both encoders' widths.
 
     Raises:
         PromptError: a placeholder cannot be used where it stands.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sefi_fast.conditioning.packing import packed_stages, stage_index, take_stage
+from sefi_fast.conditioning.packing import select_stage
 from sefi_fast.conditioning.stages import stage_of
 
 
@@ -30,12 +30,12 @@ class StageHook:
 
     def __init__(
         self,
-        tokens_per_stream: int,
+        width: int,
         num_train_timesteps: int,
         pooled_input: _PooledInput | None = None,
         before: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        self.tokens_per_stream = tokens_per_stream
+        self.width = width
         self.num_train_timesteps = num_train_timesteps
         self.pooled_input = pooled_input
         self.before = before
@@ -88,23 +88,14 @@ class StageHook:
 
     def select(self, prompt: Tensor, timestep: Tensor | float) -> Tensor:
         """The streams [B, M, 2·C] of this timestep; a plain prompt as it is."""
-        tokens = self.tokens_per_stream
-        length = prompt.shape[1]
-        if packed_stages(length, tokens) is None:
-            if length > tokens and length % tokens == 1:
-                raise ValueError(
-                    f"prompt_embeds of {length} rows are neither a packed prompt (stages·2·{tokens}"
-                    f" + 1 rows) nor a plain one, of which none has one row more than a multiple "
-                    f"of {tokens}: make them with sefi_fast.encode for this pipeline"
-                )
+        if prompt.dim() == 3 and prompt.shape[-1] == self.width:
             return prompt
-        stage = stage_index(prompt, tokens, timestep, self.num_train_timesteps)
-        return torch.cat(take_stage(prompt, tokens, stage).chunk(2, dim=1), dim=-1)
+        return select_stage(prompt, self.width, timestep, self.num_train_timesteps)
 
 
 def install_stage_hook(
     model: nn.Module,
-    tokens_per_stream: int,
+    width: int,
     num_train_timesteps: int = 1000,
     before: Callable[[nn.Module], None] | None = None,
 ) -> RemovableHandle:
@@ -112,7 +103,7 @@ def install_stage_hook(
 
     Args:
         model: called as (sample, timestep, encoder_hidden_states), in order or by name.
-        tokens_per_stream: M, tokens of one prompt.
+        width: C, columns of a plain prompt.
         num_train_timesteps: T of the scheduler.
         before: called with the model ahead of each of its calls with a packed prompt, but for
             compiled ones.
@@ -122,16 +113,16 @@ def install_stage_hook(
 
     Raises:
         ValueError: here, if the model has a stage hook already; in the model's forward, if the
-            length of a prompt is neither packed nor plain.
+            width of a prompt is neither packed nor plain.
     """
-    if tokens_per_stream < 1:
-        raise ValueError(f"tokens_per_stream must be at least 1, got {tokens_per_stream}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
     if any(isinstance(hook, StageHook) for hook in model._forward_pre_hooks.values()):
         raise ValueError(
             f"{type(model).__name__} has a stage hook already, and a second one would take the "
             "selected stage for a plain prompt; remove the first"
         )
-    hook = StageHook(tokens_per_stream, num_train_timesteps, _pooled_input(model), before)
+    hook = StageHook(width, num_train_timesteps, _pooled_input(model), before)
     return model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 

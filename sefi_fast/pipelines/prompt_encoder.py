@@ -214,7 +214,7 @@ class PromptEncoder:
         if request.guidance and request.negative_embeds is None:
             marked = marked or self._has_placeholder(request.negatives)
         given = (request.embeds, request.negative_embeds)
-        packed = any(stages_of(x, self.text.tokens) for x in given)
+        packed = any(stages_of(x, self.text.width) for x in given)
         pooled = (x for x in (request.pooled, request.negative_pooled) if x is not None)
         return not (marked or packed or any(x.shape[-1] != self.text.pooled_width for x in pooled))
 
@@ -303,7 +303,7 @@ class PromptEncoder:
         models = list(conditioned_models(pipe))
         for model in models:
             timesteps = pipe.scheduler.config.num_train_timesteps
-            install(model, self, self.text.tokens, timesteps, bool(self.watchers))
+            install(model, self, self.text.width, timesteps, bool(self.watchers))
             self._models.add(model)
         for model in [m for m in self._models if m not in models]:
             uninstall(model, self)
