@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sefi_fast.conditioning import Encoded, encode_with_pooled
+from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.families import check_scheduler, conditioned_models, is_sdxl, unwrap
 from sefi_fast.pipelines.freed_text import (
     TextShape,
@@ -147,9 +148,12 @@ class PromptEncoder:
                     pipe.encode_prompt = self._replaced
 
     def __getstate__(self) -> dict[str, Any]:
-        # Watchers are with blocks, which a copy is not in.
+        if self.watchers:
+            raise ModelError(
+                "a trace or regions run on this pipeline, and a copy would have a part of them. "
+                "Leave their with block before the pipeline or a model of it is copied."
+            )
         return vars(self) | {
-            "watchers": [],
             "_pipe": self._pipe(),
             "_models": list(self._models),
             "_text_encoders": dict(self._text_encoders),
