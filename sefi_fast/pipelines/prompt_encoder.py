@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sefi_fast.conditioning import Encoded, encode_with_pooled
+from sefi_fast.conditioning.encoding import common_stages
 from sefi_fast.conditioning.prompt import TOKENIZING
 from sefi_fast.pipelines.families import check_scheduler, conditioned_models, is_sdxl, unwrap
 from sefi_fast.pipelines.freed_text import (
@@ -27,7 +28,7 @@ from sefi_fast.pipelines.freed_text import (
 from sefi_fast.pipelines.installation import adopt, install, uninstall, uninstall_unused
 from sefi_fast.pipelines.placeholder_guard import copy_guard, guard, unguard, unguard_unused
 from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, own_arguments
-from sefi_fast.pipelines.same_packing import same_packing, stages_of
+from sefi_fast.pipelines.same_packing import encodes_apart, same_packing, stages_of
 from sefi_fast.pipelines.text_lora import text_lora
 from sefi_fast.pipelines.unknown_placeholders import UnknownPlaceholderWarnings
 
@@ -201,6 +202,8 @@ class PromptEncoder:
 
     def _is_plain(self, pipe: Any, request: PromptRequest) -> bool:
         """Whether no subject stands in the prompts, so that the pipeline's own way is right."""
+        if self.subjects and encodes_apart(pipe):
+            return False
         marked = request.embeds is None and self._has_placeholder(request.prompts)
         if request.guidance and request.negative_embeds is None:
             marked = marked or self._has_placeholder(request.negatives)
@@ -225,7 +228,9 @@ class PromptEncoder:
                 f"are {len(positive.prompt_embeds)}: give one a prompt"
             )
         dtype = prompt_dtype(pipe)
-        matched = same_packing(positive, negative, *self.text)
+        apart = self.subjects and encodes_apart(pipe)
+        stages = common_stages([s.stages for s in self.subjects]) if apart else None
+        matched = same_packing(positive, negative, *self.text, stages=stages)
         placed = [
             None
             if embeds is None
