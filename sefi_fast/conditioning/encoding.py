@@ -131,7 +131,7 @@ def encode_with_pooled(
                 f"the subject {subject.placeholder!r}, trained on {subject.base_model!r}, has "
                 f"tokens of width {found}, the text encoders of this pipeline take {widths}"
             )
-    stages = _common_stages([subject.stages for subject in chosen])
+    stages = common_stages([subject.stages for subject in chosen])
     device = getattr(pipe, "_execution_device", None) or parts[0].text_encoder.device
     # Several pictures of one prompt, and a hundred subjects attached, cost no more than one.
     distinct = {
@@ -227,7 +227,12 @@ def _plan(subjects: Sequence[Subject], slots: Tensor, encoder: int) -> _Plan:
     return _Plan(stages, streams, torch.cat(rows, 1) if rows else torch.empty(1, 0, 0))
 
 
-def _common_stages(stages: Sequence[int]) -> int:
+def common_stages(stages: Sequence[int]) -> int:
+    """Return the least common multiple of subjects' stages.
+
+    Raises:
+        ValueError: it is above 60 and above each of them.
+    """
     common = math.lcm(*stages)
     if common > max(MOST_STAGES, *stages, 1):
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sefi_fast.conditioning import Encoded, encode_with_pooled
+from sefi_fast.conditioning.encoding import common_stages
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.families import check_scheduler, conditioned_models, is_sdxl, unwrap
 from sefi_fast.pipelines.freed_text import (
@@ -32,7 +33,7 @@ from sefi_fast.pipelines.installation import (
 )
 from sefi_fast.pipelines.placeholder_guard import guard, unguard, unguard_unused
 from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, own_arguments
-from sefi_fast.pipelines.same_packing import same_packing, stages_of
+from sefi_fast.pipelines.same_packing import encodes_apart, same_packing, stages_of
 from sefi_fast.pipelines.text_lora import text_lora
 from sefi_fast.pipelines.unknown_placeholders import UnknownPlaceholderWarnings
 
@@ -214,6 +215,8 @@ class PromptEncoder:
 
     def _is_plain(self, pipe: Any, request: PromptRequest) -> bool:
         """Whether no subject stands in the prompts, so that the pipeline's own way is right."""
+        if self.subjects and encodes_apart(pipe):
+            return False
         marked = request.embeds is None and self._has_placeholder(request.prompts)
         if request.guidance and request.negative_embeds is None:
             marked = marked or self._has_placeholder(request.negatives)
@@ -238,7 +241,9 @@ class PromptEncoder:
                 f"are {len(positive.prompt_embeds)}: give one a prompt"
             )
         dtype = prompt_dtype(pipe)
-        matched = same_packing(positive, negative, *self.text)
+        apart = self.subjects and encodes_apart(pipe)
+        stages = common_stages([s.stages for s in self.subjects]) if apart else None
+        matched = same_packing(positive, negative, *self.text, stages=stages)
         placed = [
             None
             if embeds is None
@@ -275,8 +280,8 @@ class PromptEncoder:
     ) -> Encoded:
         """[B, L, C], packed if a placeholder stands there, else as the pipeline encodes it."""
         if not self._has_placeholder(texts):
-            arguments = own_arguments(self.__signature__, texts, request)
-            result = self._own(pipe)(**arguments, clip_skip=clip_skip)
+            arguments = own_arguments(self.__signature__, texts, request, clip_skip)
+            result = self._own(pipe)(**arguments)
             return Encoded(result[0], result[2] if len(result) > 2 else None)
         # Others, by their numbers of stages, would make the packed prompt longer for nothing.
         subjects = [s for s in self.subjects if self._stands_in(s, texts)]

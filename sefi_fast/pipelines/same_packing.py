@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,16 @@ from sefi_fast.errors import PromptError
 def stages_of(prompt_embeds: Tensor | None, width: int) -> int | None:
     """The stages of a packed prompt; None for a plain one, or for none."""
     return None if prompt_embeds is None else packed_stages(prompt_embeds.shape[-1], width)
+
+
+def encodes_apart(pipe: Any) -> bool:
+    """Whether the pipeline joins prompts that it encodes in several calls of encode_prompt."""
+    # FreeNoise of AnimateDiff encodes the negative prompts of all frames by themselves.
+    free_noise = getattr(pipe, "free_noise_enabled", False)
+    return free_noise or type(pipe).__name__ in (
+        "CycleDiffusionPipeline",
+        "StableDiffusionDiffEditPipeline",
+    )
 
 
 def same_packing(

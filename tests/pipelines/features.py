@@ -81,12 +81,16 @@ def _motion(pipe: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of pipeline: the class for SD 1.x and 2.x, the class for SDXL, what a call needs."""
+    """One kind of pipeline: the class for SD 1.x and 2.x, the class for SDXL, what a call needs.
+
+    on: called with the pipeline once it is made.
+    """
 
     sd: str | None
     sdxl: str | None
     arguments: dict[str, Any] = field(default_factory=dict)
     parts: Callable[[Any], dict[str, Any]] = lambda pipe: {}
+    on: Callable[[Any], None] = lambda pipe: None
 
     def class_name(self, family: str) -> str | None:
         """The pipeline class of diffusers for a family; None where there is none."""
@@ -103,6 +107,7 @@ class Kind:
         options = {name: value for name, value in extras.items() if name in known}
         pipe = kind(**parts, **options, **self.parts(base))
         pipe.set_progress_bar_config(disable=True)
+        self.on(pipe)
         return pipe
 
 
@@ -161,6 +166,13 @@ KINDS = {
     ),
     "AnimateDiff": Kind(
         "AnimateDiffPipeline", "AnimateDiffSDXLPipeline", {"num_frames": 2}, _motion
+    ),
+    "AnimateDiff, FreeNoise": Kind(
+        "AnimateDiffPipeline",
+        None,
+        {"num_frames": 6},
+        _motion,
+        lambda pipe: pipe.enable_free_noise(context_length=4, context_stride=2),
     ),
 }
 
