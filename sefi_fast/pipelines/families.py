@@ -52,6 +52,13 @@ _SDXL_ARGUMENTS = (
 )
 
 
+# What a pipeline has that uses its prompt outside of encode_prompt too.
+_OTHER_USES = {
+    "prior_text_encoder": "encodes its prompt a second time, for a prior",
+    "construct_direction": "moves its prompt by the difference of two plain ones",
+}
+
+
 def check_pipeline(pipe: Any) -> None:
     """Raise ModelError unless `pipe` is a Stable Diffusion 1.x, 2.x or SDXL pipeline."""
     name = type(pipe).__name__
@@ -84,11 +91,12 @@ def check_pipeline(pipe: Any) -> None:
             f"({' and '.join(differs)}). Write the class word in place of the subject there, or "
             f"take another pipeline; {WORKS_WITH}"
         )
-    if getattr(pipe, "prior_text_encoder", None) is not None:
-        raise ModelError(
-            f"{name} encodes its prompt a second time, for a prior that knows no subjects. Take "
-            "the pipeline that varies a given image (StableUnCLIPImg2ImgPipeline)."
-        )
+    for attribute, use in _OTHER_USES.items():
+        if getattr(pipe, attribute, None) is not None:
+            raise ModelError(
+                f"{name} {use}, where a subject would be missing. Write the class word in place of "
+                "the subject there, or take another pipeline."
+            )
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from pipelines.compatibility import HEAD, WORKS, check
-from pipelines.features import FAMILIES, FEATURES, KINDS, draw
+from pipelines.features import FAMILIES, FEATURES, KINDS, OTHERS, draw
 
 NOTHING_TO_CHECK = ("not in diffusers", "peft is missing", "the bare pipeline fails")
 
@@ -34,6 +34,19 @@ def test_every_pipeline_of_sdxl(request, kind):
 )
 def test_pipelines_of_stable_diffusion_that_have_no_tests_of_their_own(request, kind):
     run(request, "SD 1.5", kind, "plain")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        (family, name)
+        for name, kind in OTHERS.items()
+        for family in ("SD 1.5", "SDXL")
+        if kind.class_name(family) is not None
+    ],
+)
+def test_other_pipelines(request, family, kind):
+    run(request, family, kind, "plain")
 
 
 # No matter of the prompt, in which the families differ: of SD 1.5 here, of SDXL in the long test.
