@@ -13,7 +13,6 @@ from sefi_fast.attention_record import AttentionRecord, LayerRecord
 from sefi_fast.errors import BackendError
 from sefi_fast.layers import cross_attention_layers, layer_resolutions
 from sefi_fast.ops import fused_cross_attention
-from sefi_fast.projection_cache import stage_key_value
 from sefi_fast.region_attention import RegionPrompts
 
 __all__ = [
@@ -80,6 +79,7 @@ class SeFiAttnProcessor:
         Raises:
             ValueError: the prompt cannot be split into two streams, or alignment or columns were
                 asked for under a mask that differs from query to query or between heads.
+            ModelError: there are regions, and image tokens are missing.
             TypeError: the prompt is IP-Adapter's tuple of text and picture.
         """
         residual = hidden_states
@@ -95,7 +95,7 @@ class SeFiAttnProcessor:
         if encoder_hidden_states is None:
             key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
         else:
-            key, value = self._project_prompt(attn, encoder_hidden_states, query.dtype)
+            key, value = self._project_prompt(attn, encoder_hidden_states)
         query = _split_heads(query, attn.heads)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
@@ -126,9 +126,7 @@ class SeFiAttnProcessor:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
-    def _project_prompt(
-        self, attn: Attention, prompt: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def _project_prompt(self, attn: Attention, prompt: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, Tensor):
             raise TypeError(
                 "SeFiAttnProcessor got encoder_hidden_states of type "
@@ -144,9 +142,6 @@ class SeFiAttnProcessor:
                 "key and a value stream of equal length: the stage hook of this model is missing, "
                 "call sefi_fast.attach(pipe, ...) again"
             )
-        reused = stage_key_value(attn, prompt, dtype)
-        if reused is not None:
-            return reused
         key_stream, value_stream = prompt.chunk(2, dim=1)
         return (
             attn.to_k(_norm_prompt(attn, key_stream)),
@@ -195,8 +190,8 @@ class SeFiAttnProcessor:
         """`output` [B, heads, N, head_dim], with the regions' own where their image tokens lie."""
         output = output.clone()
         samples = regions.samples
-        for prompt, places in regions.of(attn, query.device):
-            key, value = _heads_of(attn, *self._project_prompt(attn, prompt, query.dtype))
+        for prompt, places in regions.of(attn, query):
+            key, value = _heads_of(attn, *self._project_prompt(attn, prompt))
             output[-samples:, :, places] = F.scaled_dot_product_attention(
                 query[-samples:, :, places],
                 key.expand(samples, -1, -1, -1),

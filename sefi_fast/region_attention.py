@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -11,6 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from sefi_fast.errors import ModelError
 from sefi_fast.layers import cross_attention_layers, layer_resolutions, reduced_size
 
 Box: TypeAlias = "tuple[float, float, float, float]"
@@ -22,12 +23,14 @@ class RegionPrompts:
     """The regions' prompts of one call of a model, left on the prompt that the call was given.
 
     Attributes:
-        streams: K and V streams [1, 2·M, C] of the call's stage, one tensor a region.
+        streams: K and V streams [1, M, 2·C] of the call's stage, or a plain prompt [1, M, C], one
+            tensor a region.
         boxes: where each region lies; where two overlap the later one counts.
         samples: the last so many samples of the batch have regions; those before are the negative
             prompt's.
         size: (height, width) of the model's input.
         factors: id of a cross-attention layer → its down factor relative to that input.
+        reached: ids of the layers that asked for their regions.
     """
 
     streams: Sequence[Tensor]
@@ -35,16 +38,31 @@ class RegionPrompts:
     samples: int
     size: tuple[int, int]
     factors: Mapping[int, int]
+    reached: set[int] = field(default_factory=set)
 
-    def of(self, attn: Attention, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def of(self, attn: Attention, query: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The prompt of each region, and int64 [n] places of its image tokens in this layer.
 
         An image token belongs to a box that holds its centre. A region too small to hold one is
         left out: there the picture's own prompt rules.
+
+        Args:
+            attn: the cross-attention layer.
+            query: [B, heads, N, head_dim], of N image tokens.
+
+        Raises:
+            ModelError: the image tokens are not those of the layer's size.
         """
         height, width = reduced_size(self.size, self.factors[id(attn)])
+        if query.shape[2] != height * width:
+            raise ModelError(
+                f"a cross-attention layer got {query.shape[2]} image tokens instead of "
+                f"{height}×{width}. Regions need every image token in its place. Turn off what "
+                "merges, tiles or shrinks them (token merging, HyperTile, deep shrink)."
+            )
+        self.reached.add(id(attn))
         for prompt, box in zip(self.streams, self.boxes, strict=True):
-            places = _places(height, width, box, device)
+            places = _places(height, width, box, query.device)
             if len(places):
                 yield prompt, places
 

@@ -29,7 +29,7 @@ MOST_STAGES = 60
 class Encoded(NamedTuple):
     """Conditioning of B prompts, named as the pipelines of diffusers name it.
 
-    prompt_embeds: [B, L, C], packed or plain.
+    prompt_embeds: packed [B, M, S·(2·C + 1)] or plain [B, M, C].
     pooled_prompt_embeds: [B, P] for one embedding a prompt, [B, S·P] for one a stage; None for
         models that take none.
     """
@@ -74,8 +74,8 @@ def encode(
         clip_skip: as in the pipeline's call.
 
     Returns:
-        [B, S·2·M + 1, C] on the pipeline's device, in the text encoder's dtype, with S = 1 if there
-        are no subjects. For SDXL C is the sum of both encoders' widths.
+        [B, M, S·(2·C + 1)] on the pipeline's device, in the text encoder's dtype, with S = 1 if
+        there are no subjects. For SDXL C is the sum of both encoders' widths.
 
     Raises:
         PromptError: a placeholder cannot be used where it stands.
@@ -131,7 +131,7 @@ def encode_with_pooled(
                 f"the subject {subject.placeholder!r}, trained on {subject.base_model!r}, has "
                 f"tokens of width {found}, the text encoders of this pipeline take {widths}"
             )
-    stages = _common_stages([subject.stages for subject in chosen])
+    stages = common_stages([subject.stages for subject in chosen])
     device = getattr(pipe, "_execution_device", None) or parts[0].text_encoder.device
     # Several pictures of one prompt, and a hundred subjects attached, cost no more than one.
     distinct = {
@@ -227,7 +227,12 @@ def _plan(subjects: Sequence[Subject], slots: Tensor, encoder: int) -> _Plan:
     return _Plan(stages, streams, torch.cat(rows, 1) if rows else torch.empty(1, 0, 0))
 
 
-def _common_stages(stages: Sequence[int]) -> int:
+def common_stages(stages: Sequence[int]) -> int:
+    """Return the least common multiple of subjects' stages.
+
+    Raises:
+        ValueError: it is above 60 and above each of them.
+    """
     common = math.lcm(*stages)
     if common > max(MOST_STAGES, *stages, 1):
         raise ValueError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,6 @@ from torch import Tensor
 from sefi_fast.errors import PromptError
 
 logger = logging.getLogger(__name__)
-
-# A fast tokenizer keeps padding and truncation as state that each call sets anew: two threads that
-# share one would pad, or not pad, each other's prompts.
-TOKENIZING = threading.RLock()
 
 Placeholder = tuple[str, Sequence[int]]
 """A placeholder, and the class word's token ids where its own tokens stand in a sentence."""
@@ -55,7 +51,7 @@ def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
         PromptError: the tokenizer does not know one of its words, or cuts it into pieces; or there
             are more than 8.
     """
-    ids = _ids(tokenizer, class_word)
+    ids = read_ids(tokenizer, class_word)
     pieces = tokenizer.convert_ids_to_tokens(ids)
     if not ids or tokenizer.unk_token_id in ids:
         raise PromptError(
@@ -86,7 +82,12 @@ def with_all_vectors(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[
     """The prompts with every vector of embeddings that diffusers loaded, which it numbers."""
     if not isinstance(pipe, TextualInversionLoaderMixin):
         return list(prompts)
-    return list(pipe.maybe_convert_prompt(list(prompts), tokenizer))
+    # The tokenizer's own `tokenize` would change the state that other threads encode by.
+    reader = SimpleNamespace(
+        tokenize=lambda text: tokenizer.convert_ids_to_tokens(read_ids(tokenizer, text)),
+        added_tokens_encoder=tokenizer.added_tokens_encoder,
+    )
+    return list(pipe.maybe_convert_prompt(list(prompts), reader))
 
 
 def placeholder_ids(
@@ -236,10 +237,10 @@ def _content(tokenizer: Any, text: str, placeholders: Sequence[Placeholder]) -> 
     tokens: list[_Token] = []
     last = 0
     for begin, end, place in _occurrences(text, [name for name, _ in placeholders]):
-        tokens += [_Token(token_id, 0) for token_id in _ids(tokenizer, text[last:begin])]
+        tokens += [_Token(token_id, 0) for token_id in read_ids(tokenizer, text[last:begin])]
         tokens += places[place]
         last = end
-    return tokens + [_Token(token_id, 0) for token_id in _ids(tokenizer, text[last:])]
+    return tokens + [_Token(token_id, 0) for token_id in read_ids(tokenizer, text[last:])]
 
 
 def _names_by_slot(placeholders: Sequence[Placeholder]) -> list[str]:
@@ -291,11 +292,26 @@ def _ends_a_word(tokenizer: Any, token: _Token) -> bool:
     return tokenizer.convert_ids_to_tokens(token.token_id).endswith("</w>")
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def read_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens, of any length.
+
+    A call of a fast tokenizer sets its padding and truncation, which other threads may be encoding
+    by. This neither sets nor obeys them.
+    """
     if not text:
         return []
-    with TOKENIZING:
+    if not tokenizer.is_fast:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    # Truncation leaves the rest of the text in `overflowing`, and padding is not attended to.
+    parts = [
+        [pair for *pair, is_text in zip(e.offsets, e.ids, e.attention_mask, strict=True) if is_text]
+        for e in (encoding, *encoding.overflowing)
+    ]
+    # Truncated on the left, the last part of the text comes first.
+    if parts[-1][:1] < parts[0][:1]:
+        parts.reverse()
+    return [token_id for part in parts for _, token_id in part]
 
 
 def _length(tokenizer: Any) -> int:

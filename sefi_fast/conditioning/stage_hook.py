@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sefi_fast.conditioning.packing import packed_stages, stage_index, take_stage
+from sefi_fast.conditioning.packing import select_stage
 from sefi_fast.conditioning.stages import stage_of
 
 
@@ -21,36 +21,40 @@ class _PooledInput(NamedTuple):
 
 
 class StageHook:
-    """Replaces encoder_hidden_states [B, L, C] by the K and V stream [B, 2·M, C] of one stage.
+    """Replaces a packed prompt by the K and V stream of one stage, side by side: [B, M, 2·C].
 
-    A packed prompt gives the stage of the call's timestep; a plain prompt serves as both streams.
+    The stage is that of the call's timestep. A plain prompt [B, L, C] is left as it is.
     SDXL's pooled embeddings, added_cond_kwargs["text_embeds"] [B, S·P], give that stage's [B, P].
     It holds no state between calls, so that threads and pipelines may share the model.
     """
 
     def __init__(
         self,
-        tokens_per_stream: int,
+        width: int,
         num_train_timesteps: int,
         pooled_input: _PooledInput | None = None,
         before: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        self.tokens_per_stream = tokens_per_stream
+        self.width = width
         self.num_train_timesteps = num_train_timesteps
         self.pooled_input = pooled_input
         self.before = before
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # torch leaves the keywords out while another thread registers or removes the hook.
+        if kwargs is None:
+            return None
         positional = len(args) > 2
         prompt = args[2] if positional else kwargs.get("encoder_hidden_states")
         if not isinstance(prompt, Tensor):
             return None
-        if not torch.compiler.is_compiling() and self.before is not None:
-            self.before(module)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         selected = self.select(prompt, timestep)
+        packed = selected is not prompt
+        if packed and self.before is not None and not torch.compiler.is_compiling():
+            self.before(module)
         if self.pooled_input is not None:
             args = (*args[:3], *(self._with_stage(value, timestep) for value in args[3:]))
             kwargs = {name: self._with_stage(value, timestep) for name, value in kwargs.items()}
@@ -83,31 +87,15 @@ class StageHook:
         return {**value, "text_embeds": chosen}
 
     def select(self, prompt: Tensor, timestep: Tensor | float) -> Tensor:
-        """The streams [B, 2·M, C] (plain prompts of L tokens: [B, 2·L, C]) for this timestep."""
-        tokens = self.tokens_per_stream
-        length = prompt.shape[1]
-        if packed_stages(length, tokens) is None:
-            if length > tokens and length % tokens == 1:
-                raise ValueError(
-                    f"prompt_embeds of {length} rows are neither a packed prompt (stages·2·{tokens}"
-                    f" + 1 rows) nor a plain one, of which none has one row more than a multiple "
-                    f"of {tokens}: make them with sefi_fast.encode for this pipeline"
-                )
-            return self._with_source(torch.cat([prompt, prompt], dim=1), prompt, None)
-        stage = stage_index(prompt, tokens, timestep, self.num_train_timesteps)
-        selected = take_stage(prompt, tokens, stage)
-        return self._with_source(selected, prompt, stage)
-
-    def _with_source(self, selected: Tensor, prompt: Tensor, stage: Tensor | None) -> Tensor:
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            # Lets the processors reuse projections of the whole prompt; they die with it.
-            selected.sefi_source = (prompt, stage, self.tokens_per_stream)  # type: ignore[attr-defined]
-        return selected
+        """The streams [B, M, 2·C] of this timestep; a plain prompt as it is."""
+        if prompt.dim() == 3 and prompt.shape[-1] == self.width:
+            return prompt
+        return select_stage(prompt, self.width, timestep, self.num_train_timesteps)
 
 
 def install_stage_hook(
     model: nn.Module,
-    tokens_per_stream: int,
+    width: int,
     num_train_timesteps: int = 1000,
     before: Callable[[nn.Module], None] | None = None,
 ) -> RemovableHandle:
@@ -115,26 +103,26 @@ def install_stage_hook(
 
     Args:
         model: called as (sample, timestep, encoder_hidden_states), in order or by name.
-        tokens_per_stream: M, tokens of one prompt.
+        width: C, columns of a plain prompt.
         num_train_timesteps: T of the scheduler.
-        before: called with the model ahead of each of its calls with a prompt, but for compiled
-            ones; it may raise.
+        before: called with the model ahead of each of its calls with a packed prompt, but for
+            compiled ones.
 
     Returns:
         The handle; its ``remove()`` takes the hook off.
 
     Raises:
         ValueError: here, if the model has a stage hook already; in the model's forward, if the
-            length of a prompt is neither packed nor plain.
+            width of a prompt is neither packed nor plain.
     """
-    if tokens_per_stream < 1:
-        raise ValueError(f"tokens_per_stream must be at least 1, got {tokens_per_stream}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
     if any(isinstance(hook, StageHook) for hook in model._forward_pre_hooks.values()):
         raise ValueError(
             f"{type(model).__name__} has a stage hook already, and a second one would take the "
             "selected stage for a plain prompt; remove the first"
         )
-    hook = StageHook(tokens_per_stream, num_train_timesteps, _pooled_input(model), before)
+    hook = StageHook(width, num_train_timesteps, _pooled_input(model), before)
     return model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from sefi_fast.conditioning.parts import text_parts
 from sefi_fast.pipelines.families import check_pipeline
+from sefi_fast.pipelines.installation import LOCK
 from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 from sefi_fast.subject import Subject
 
@@ -42,7 +43,8 @@ def attach(
     tokenizers, text_encoders = zip(*text_parts(pipe), strict=True)
     for subject in loaded:
         subject.check_fits(tokenizers, text_encoders)
-    PromptEncoder.acquire(pipe).subjects = loaded
+    with LOCK:
+        PromptEncoder.acquire(pipe).subjects = loaded
     return pipe
 
 
@@ -52,10 +54,11 @@ def detach(pipe: Pipeline) -> Pipeline:
     Returns:
         The same pipeline; one that has nothing attached is returned as it is.
     """
-    encoder = PromptEncoder.of(pipe)
-    if encoder is not None:
-        encoder.subjects = ()
-        encoder.release()
+    with LOCK:
+        encoder = PromptEncoder.of(pipe)
+        if encoder is not None:
+            encoder.subjects = ()
+            encoder.release()
     return pipe
 
 

@@ -11,6 +11,7 @@ from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
     UNet2DConditionModel,
+    UNetControlNetXSModel,
     UNetMotionModel,
 )
 from torch import nn
@@ -51,6 +52,13 @@ _SDXL_ARGUMENTS = (
 )
 
 
+# What a pipeline has that uses its prompt outside of encode_prompt too.
+_OTHER_USES = {
+    "prior_text_encoder": "encodes its prompt a second time, for a prior",
+    "construct_direction": "moves its prompt by the difference of two plain ones",
+}
+
+
 def check_pipeline(pipe: Any) -> None:
     """Raise ModelError unless `pipe` is a Stable Diffusion 1.x, 2.x or SDXL pipeline."""
     name = type(pipe).__name__
@@ -60,16 +68,35 @@ def check_pipeline(pipe: Any) -> None:
             f"U-Net with cross-attention layers; {WORKS_WITH}"
         )
     unet = unwrap(getattr(pipe, "unet", None))
-    if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel)):
+    if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel, UNetControlNetXSModel)):
         raise ModelError(f"{name} has a U-Net of type {type(unet).__name__}; {WORKS_WITH}")
-    wanted = _SDXL_ARGUMENTS if len(text_parts(pipe)) == 2 else _SD_ARGUMENTS
     own = getattr(type(pipe), "encode_prompt", None)
-    arguments = tuple(inspect.signature(own).parameters)[1:] if own is not None else ()
-    if tuple(name.replace("videos", "images") for name in arguments) != wanted:
+    if own is None:
         raise ModelError(
-            f"{name}.encode_prompt takes ({', '.join(arguments)}) and not what pipelines of its "
-            f"family take; {WORKS_WITH}"
+            f"{name} has no encode_prompt, in which prompts with subjects are encoded. Write the "
+            f"class word in place of the subject there, or take another pipeline; {WORKS_WITH}"
         )
+    wanted = _SDXL_ARGUMENTS if len(text_parts(pipe)) == 2 else _SD_ARGUMENTS
+    arguments = [arg.replace("videos", "images") for arg in inspect.signature(own).parameters][1:]
+    missing = [arg for arg in wanted if arg not in (*arguments, "clip_skip")]
+    further = [arg for arg in arguments if arg not in wanted]
+    if missing or further:
+        differs = [
+            f"{word} {', '.join(some)}"
+            for word, some in (("without", missing), ("with", further))
+            if some
+        ]
+        raise ModelError(
+            f"{name}.encode_prompt is another function than that of its family "
+            f"({' and '.join(differs)}). Write the class word in place of the subject there, or "
+            f"take another pipeline; {WORKS_WITH}"
+        )
+    for attribute, use in _OTHER_USES.items():
+        if getattr(pipe, attribute, None) is not None:
+            raise ModelError(
+                f"{name} {use}, where a subject would be missing. Write the class word in place of "
+                "the subject there, or take another pipeline."
+            )
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -149,6 +176,9 @@ def is_sdxl_index(index: Mapping[str, Any]) -> bool:
 def given_models(pipe: Any) -> Iterator[nn.Module]:
     """The U-Net and every ControlNet as the pipeline has them, compiled or not."""
     yield pipe.unet
+    if isinstance(unwrap(pipe.unet), UNetControlNetXSModel):
+        # The U-Net has the ControlNet's layers among its own.
+        return
     controlnet = getattr(pipe, "controlnet", None)
     for model in getattr(unwrap(controlnet), "nets", [controlnet]):
         if model is not None:

@@ -20,10 +20,10 @@ _TIME_IDS = "_get_add_time_ids"
 class TextShape(NamedTuple):
     """What has to be known of a pipeline's text encoders to draw what they encoded.
 
-    tokens: M, of a plain prompt. pooled_width: P, numbers of one pooled embedding.
+    width: C, columns of a plain prompt. pooled_width: P, numbers of one pooled embedding.
     """
 
-    tokens: int
+    width: int
     pooled_width: int
 
     @classmethod
@@ -31,7 +31,8 @@ class TextShape(NamedTuple):
         """Raises ModelError if a tokenizer or a text encoder is missing."""
         parts = text_parts(pipe)
         return cls(
-            parts[0].tokenizer.model_max_length, parts[-1].text_encoder.config.projection_dim
+            sum(part.text_encoder.config.hidden_size for part in parts),
+            parts[-1].text_encoder.config.projection_dim,
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import re
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -13,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sefi_fast.conditioning.prompt import TOKENIZING
+from sefi_fast.conditioning.prompt import read_ids
 from sefi_fast.errors import PromptError
+from sefi_fast.pipelines.installation import LOCK
 
 if TYPE_CHECKING:
     from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 
 _ATTRIBUTE = "_sefi_placeholder_guard"
-_LOCK = threading.RLock()
 
 
 class PlaceholderGuard:
@@ -37,16 +35,20 @@ class PlaceholderGuard:
         self.handle: RemovableHandle | None = None
         self._patterns: dict[tuple[int, str], re.Pattern[str]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlaceholderGuard:
+    def __getstate__(self) -> RemovableHandle | None:
         # Users are pipelines, which a copy of the text encoder alone must not drag along.
-        copied = PlaceholderGuard()
-        memo[id(self)] = copied
-        copied.handle = copy.deepcopy(self.handle, memo)
-        return copied
+        return self.handle
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __setstate__(self, handle: RemovableHandle | None) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.handle = handle
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        # torch leaves the keywords out while another thread registers or removes the hook.
         # Training encodes sentences of its own, and many of them.
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if kwargs is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return
         input_ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(input_ids, Tensor) or input_ids.is_meta or input_ids.ndim != 2:
@@ -54,7 +56,9 @@ class PlaceholderGuard:
         if input_ids.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         rows = {tuple(row) for row in input_ids.tolist()}
-        for encoder, tokenizer in list(self.users.items()):
+        with LOCK:
+            users = list(self.users.items())
+        for encoder, tokenizer in users:
             patterns = {
                 s.placeholder: self._pattern(tokenizer, s.placeholder) for s in _guarded(encoder)
             }
@@ -82,7 +86,7 @@ _MESSAGE = (
 
 def guard(text_encoder: nn.Module, encoder: PromptEncoder, tokenizer: Any) -> None:
     """Watch a text encoder on behalf of an attached pipeline; again is no more."""
-    with _LOCK:
+    with LOCK:
         found = getattr(text_encoder, _ATTRIBUTE, None)
         if found is None:
             found = PlaceholderGuard()
@@ -91,20 +95,9 @@ def guard(text_encoder: nn.Module, encoder: PromptEncoder, tokenizer: Any) -> No
         found.users[encoder] = tokenizer
 
 
-def copy_guard(
-    text_encoder: nn.Module, encoder: PromptEncoder, copied: PromptEncoder, memo: dict[int, Any]
-) -> nn.Module:
-    """The text encoder's copy in a deep copy of its pipeline, watched on that one's behalf."""
-    tokenizer = copy.deepcopy(getattr(text_encoder, _ATTRIBUTE).users[encoder], memo)
-    twin = copy.deepcopy(text_encoder, memo)
-    with _LOCK:
-        getattr(twin, _ATTRIBUTE).users[copied] = tokenizer
-    return twin
-
-
 def unguard(text_encoder: nn.Module, encoder: PromptEncoder) -> None:
     """End that; with the last pipeline the text encoder becomes what it was."""
-    with _LOCK:
+    with LOCK:
         found = getattr(text_encoder, _ATTRIBUTE, None)
         if found is not None:
             found.users.pop(encoder, None)
@@ -113,7 +106,7 @@ def unguard(text_encoder: nn.Module, encoder: PromptEncoder) -> None:
 
 def unguard_unused(text_encoder: nn.Module) -> None:
     """Make the text encoder what it was if no pipeline needs it otherwise any more."""
-    with _LOCK:
+    with LOCK:
         found = getattr(text_encoder, _ATTRIBUTE, None)
         if found is not None and not list(found.users):
             found.handle.remove()
@@ -146,9 +139,7 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def _pattern(tokenizer: Any, placeholder: str) -> re.Pattern[str]:
     """The placeholder in a text of `_text`, whatever stands beside it."""
-    with TOKENIZING:
-        ids = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
-    written = _text(tokenizer, ids).replace(" ", "")
+    written = _text(tokenizer, read_ids(tokenizer, placeholder)).replace(" ", "")
     before = r"(?<!\w)" if re.match(r"\w", written[:1]) else ""
     after = r"(?!\w)" if re.match(r"\w", written[-1:]) else ""
     return re.compile(before + r"\s*".join(map(re.escape, written)) + after)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -13,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sefi_fast.conditioning import Encoded, encode_with_pooled
-from sefi_fast.conditioning.prompt import TOKENIZING
+from sefi_fast.conditioning.encoding import common_stages
+from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.families import check_scheduler, conditioned_models, is_sdxl, unwrap
 from sefi_fast.pipelines.freed_text import (
     TextShape,
@@ -24,17 +23,22 @@ from sefi_fast.pipelines.freed_text import (
     put_time_ids,
     remove_time_ids,
 )
-from sefi_fast.pipelines.installation import adopt, install, uninstall, uninstall_unused
-from sefi_fast.pipelines.placeholder_guard import copy_guard, guard, unguard, unguard_unused
+from sefi_fast.pipelines.installation import (
+    LOCK,
+    adopt,
+    install,
+    uninstall,
+    uninstall_unused,
+    watch,
+)
+from sefi_fast.pipelines.placeholder_guard import guard, unguard, unguard_unused
 from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, own_arguments
-from sefi_fast.pipelines.same_packing import same_packing, stages_of
+from sefi_fast.pipelines.same_packing import encodes_apart, same_packing, stages_of
 from sefi_fast.pipelines.text_lora import text_lora
 from sefi_fast.pipelines.unknown_placeholders import UnknownPlaceholderWarnings
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
-
-logger = logging.getLogger(__name__)
 
 
 class PipelineCall(NamedTuple):
@@ -78,7 +82,8 @@ class PromptEncoder:
         # What inspect.signature shows of this object: that of the function it stands in for.
         self.__signature__ = inspect.signature(self._own(pipe))
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._text_encoders: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # Each with its tokenizer.
+        self._text_encoders: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._clean_up_when_dropped()
 
     def _clean_up_when_dropped(self) -> None:
@@ -113,50 +118,58 @@ class PromptEncoder:
             ModelError: an attention processor of the pipeline must not be replaced; the pipeline
                 is then as it was.
         """
-        encoder = cls.of(pipe)
-        if encoder is None:
-            encoder = cls(pipe)
-            try:
-                encoder._prepare_models(pipe)
-            except BaseException:
-                encoder._release_models()
-                raise
-            pipe.encode_prompt = encoder
-        return encoder
+        with LOCK:
+            encoder = cls.of(pipe)
+            if encoder is None:
+                encoder = cls(pipe)
+                try:
+                    encoder._prepare_models(pipe)
+                except BaseException:
+                    encoder._release_models()
+                    raise
+                pipe.encode_prompt = encoder
+            return encoder
 
     def release(self) -> None:
         """Take everything away again if neither subjects nor a watcher need it."""
-        pipe = self._pipe()
-        if self.subjects or self.watchers or pipe is None:
-            return
-        self._release_models()
-        remove_time_ids(pipe)
-        if pipe.__dict__.get("encode_prompt") is self:
-            if self._replaced is None:
-                del pipe.encode_prompt
-            else:
-                pipe.encode_prompt = self._replaced
+        with LOCK:
+            pipe = self._pipe()
+            if pipe is None:
+                return
+            if self.subjects or self.watchers:
+                for model in self._models:
+                    watch(model, self, bool(self.watchers))
+                return
+            self._release_models()
+            remove_time_ids(pipe)
+            if pipe.__dict__.get("encode_prompt") is self:
+                if self._replaced is None:
+                    del pipe.encode_prompt
+                else:
+                    pipe.encode_prompt = self._replaced
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PromptEncoder:
-        copied = PromptEncoder.__new__(PromptEncoder)
-        memo[id(self)] = copied
-        copied.subjects = self.subjects
-        copied.watchers = []
-        copied.text = self.text
-        copied._warn_of_unknown = UnknownPlaceholderWarnings()
-        copied._pipe = weakref.ref(copy.deepcopy(self._pipe(), memo))
-        copied._replaced = copy.deepcopy(self._replaced, memo)
-        copied.__signature__ = self.__signature__
-        copied._models = weakref.WeakSet()
+    def __getstate__(self) -> dict[str, Any]:
+        if self.watchers:
+            raise ModelError(
+                "a trace or regions run on this pipeline, and a copy would have a part of them. "
+                "Leave their with block before the pipeline or a model of it is copied."
+            )
+        return vars(self) | {
+            "_pipe": self._pipe(),
+            "_models": list(self._models),
+            "_text_encoders": dict(self._text_encoders),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._pipe = weakref.ref(state["_pipe"])
+        self._models = weakref.WeakSet(state["_models"])
+        self._text_encoders = weakref.WeakKeyDictionary(state["_text_encoders"])
         for model in self._models:
-            model = copy.deepcopy(model, memo)
-            adopt(model, copied)
-            copied._models.add(model)
-        copied._text_encoders = weakref.WeakSet()
-        for text_encoder in self._text_encoders:
-            copied._text_encoders.add(copy_guard(text_encoder, self, copied, memo))
-        copied._clean_up_when_dropped()
-        return copied
+            adopt(model, self)
+        for text_encoder, tokenizer in self._text_encoders.items():
+            guard(text_encoder, self, tokenizer)
+        self._clean_up_when_dropped()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """The pipeline's own encode_prompt, with packed prompts where placeholders stand.
@@ -180,10 +193,11 @@ class PromptEncoder:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         request = PromptRequest.of(pipe, bound.arguments)
-        self._restore_what_was_replaced(pipe)
-        check_nothing_to_encode(pipe, request)
-        self._warn_of_unknown(pipe, _listed(request.prompts + request.negatives), self.subjects)
-        with TOKENIZING:
+        with LOCK:
+            self._prepare_models(pipe)
+            check_nothing_to_encode(pipe, request)
+            texts = _listed(request.prompts + request.negatives)
+            self._warn_of_unknown(pipe, texts, self.subjects)
             if self._is_plain(pipe, request):
                 result = self._own(pipe)(*args, **kwargs)
             else:
@@ -201,11 +215,13 @@ class PromptEncoder:
 
     def _is_plain(self, pipe: Any, request: PromptRequest) -> bool:
         """Whether no subject stands in the prompts, so that the pipeline's own way is right."""
+        if self.subjects and encodes_apart(pipe):
+            return False
         marked = request.embeds is None and self._has_placeholder(request.prompts)
         if request.guidance and request.negative_embeds is None:
             marked = marked or self._has_placeholder(request.negatives)
         given = (request.embeds, request.negative_embeds)
-        packed = any(stages_of(x, self.text.tokens) for x in given)
+        packed = any(stages_of(x, self.text.width) for x in given)
         pooled = (x for x in (request.pooled, request.negative_pooled) if x is not None)
         return not (marked or packed or any(x.shape[-1] != self.text.pooled_width for x in pooled))
 
@@ -225,7 +241,9 @@ class PromptEncoder:
                 f"are {len(positive.prompt_embeds)}: give one a prompt"
             )
         dtype = prompt_dtype(pipe)
-        matched = same_packing(positive, negative, *self.text)
+        apart = self.subjects and encodes_apart(pipe)
+        stages = common_stages([s.stages for s in self.subjects]) if apart else None
+        matched = same_packing(positive, negative, *self.text, stages=stages)
         placed = [
             None
             if embeds is None
@@ -262,8 +280,8 @@ class PromptEncoder:
     ) -> Encoded:
         """[B, L, C], packed if a placeholder stands there, else as the pipeline encodes it."""
         if not self._has_placeholder(texts):
-            arguments = own_arguments(self.__signature__, texts, request)
-            result = self._own(pipe)(**arguments, clip_skip=clip_skip)
+            arguments = own_arguments(self.__signature__, texts, request, clip_skip)
+            result = self._own(pipe)(**arguments)
             return Encoded(result[0], result[2] if len(result) > 2 else None)
         # Others, by their numbers of stages, would make the packed prompt longer for nothing.
         subjects = [s for s in self.subjects if self._stands_in(s, texts)]
@@ -285,44 +303,31 @@ class PromptEncoder:
     def _stands_in(subject: Subject, prompts: Sequence[Texts | None]) -> bool:
         return any(subject.placeholder in text for text in _listed(prompts))
 
-    def _prepare_models(self, pipe: Any) -> list[str]:
-        """Install on every model of the pipeline; what had to be put on again, in words."""
+    def _prepare_models(self, pipe: Any) -> None:
+        """Install on every model of the pipeline what is not there."""
         check_scheduler(pipe.scheduler)
         if not freed_parts(pipe):
             self.text = TextShape.of(pipe)
         put_time_ids(pipe, self)
-        missing = []
         models = list(conditioned_models(pipe))
         for model in models:
-            known = model in self._models
             timesteps = pipe.scheduler.config.num_train_timesteps
-            for what in install(model, self, self.text.tokens, timesteps):
-                missing.append(f"{what} of the {'' if known else 'new '}{type(model).__name__}")
+            install(model, self, self.text.width, timesteps, bool(self.watchers))
             self._models.add(model)
         for model in [m for m in self._models if m not in models]:
             uninstall(model, self)
             self._models.discard(model)
         self._guard_text_encoders(pipe)
-        return missing
 
     def _guard_text_encoders(self, pipe: Any) -> None:
         parts = present_parts(pipe)
         for part in parts:
             guard(unwrap(part.text_encoder), self, part.tokenizer)
-            self._text_encoders.add(unwrap(part.text_encoder))
+            self._text_encoders[unwrap(part.text_encoder)] = part.tokenizer
         present = [unwrap(part.text_encoder) for part in parts]
         for text_encoder in [x for x in self._text_encoders if x not in present]:
             unguard(text_encoder, self)
-            self._text_encoders.discard(text_encoder)
-
-    def _restore_what_was_replaced(self, pipe: Any) -> None:
-        missing = self._prepare_models(pipe)
-        if missing:
-            logger.warning(
-                "after sefi_fast was attached, something replaced %s; put on again for this call. "
-                "Call sefi_fast.detach(pipe) first if you want yours",
-                " and ".join(missing),
-            )
+            del self._text_encoders[text_encoder]
 
     def _release_models(self) -> None:
         for model in list(self._models):
@@ -340,7 +345,8 @@ def _listed(prompts: Sequence[Texts | None]) -> list[str]:
 
 
 def _clean_up(
-    models: weakref.WeakSet[nn.Module], text_encoders: weakref.WeakSet[nn.Module]
+    models: weakref.WeakSet[nn.Module],
+    text_encoders: weakref.WeakKeyDictionary[nn.Module, Any],
 ) -> None:
     for model in list(models):
         uninstall_unused(model)

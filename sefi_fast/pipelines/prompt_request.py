@@ -57,7 +57,7 @@ class PromptRequest:
             images=given[count_name(given)],
             guidance=bool(given["do_classifier_free_guidance"]),
             lora_scale=given["lora_scale"],
-            clip_skip=given["clip_skip"],
+            clip_skip=given.get("clip_skip"),
         )
 
     def negative_texts(self, batch: int) -> tuple[list[str], ...]:
@@ -85,7 +85,10 @@ def count_name(parameters: Mapping[str, Any]) -> str:
 
 
 def own_arguments(
-    signature: inspect.Signature, texts: tuple[Texts, ...], request: PromptRequest
+    signature: inspect.Signature,
+    texts: tuple[Texts, ...],
+    request: PromptRequest,
+    clip_skip: int | None,
 ) -> dict[str, Any]:
     """Arguments with which the pipeline's own encode_prompt encodes just these texts, once each."""
     arguments: dict[str, Any] = {
@@ -95,7 +98,11 @@ def own_arguments(
         "do_classifier_free_guidance": False,
         "lora_scale": request.lora_scale,
     }
-    return arguments | ({"prompt_2": texts[1]} if len(texts) > 1 else {})
+    if len(texts) > 1:
+        arguments["prompt_2"] = texts[1]
+    if "clip_skip" in signature.parameters:
+        arguments["clip_skip"] = clip_skip
+    return arguments
 
 
 def checked(embeds: Tensor, pooled: Tensor | None, sdxl: bool) -> Encoded:

@@ -22,6 +22,7 @@ from sefi_fast.pipelines.families import (
     given_models,
     unwrap,
 )
+from sefi_fast.pipelines.freed_text import TextShape
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
 from sefi_fast.processor import SeFiAttnProcessor
 from sefi_fast.region_attention import Box, RegionPrompts, down_factors
@@ -55,8 +56,9 @@ def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -
 
     Raises:
         ModelError: the pipeline is of another family, or one that regions cannot reach; from the
-            call, if an IP-Adapter has its layers, or the U-Net is run on something else than the
-            call's prompts.
+            call, if an IP-Adapter has its layers, the U-Net is run on something else than the
+            call's prompts, or its layers get other image tokens than those of its input's size
+            (token merging, HyperTile, deep shrink).
         PromptError: from the call, if a placeholder cannot be used where it stands, or the call's
             prompt was given as a tensor.
         ValueError: there is no region, a box does not lie within the picture, or a trace or regions
@@ -100,7 +102,7 @@ class _Regions:
         self._pipe = pipe
         self._texts = [text for text, _ in pairs]
         self._boxes = [box for _, box in pairs]
-        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        self._hooks: dict[nn.Module, list[RemovableHandle]] = {}
         # By thread, since one pipeline may serve several.
         self._calls: dict[int, _Call] = {}
         # Every pipeline calls this at its end. Afterwards the models are others' to use.
@@ -119,7 +121,10 @@ class _Regions:
         for model in conditioned_models(self._pipe):
             if model not in self._hooks:
                 hook = _ModelCall(model, self._calls)
-                self._hooks[model] = model.register_forward_pre_hook(hook, with_kwargs=True)
+                self._hooks[model] = [
+                    model.register_forward_pre_hook(hook, with_kwargs=True),
+                    model.register_forward_hook(hook.after, with_kwargs=True),
+                ]
         pictures = len(call.prompts) * call.images
         prompts = [call.encode(text) for text in self._texts]
         own = _Call(self._pipe, prompts, self._boxes, pictures, call.guidance)
@@ -131,8 +136,9 @@ class _Regions:
 
     def remove(self) -> None:
         """Take everything off the models and the pipeline."""
-        for hook in self._hooks.values():
-            hook.remove()
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
         if self._replaced is None:
             del self._pipe.maybe_free_model_hooks
         else:
@@ -150,8 +156,10 @@ class _Call:
         self._boxes = boxes
         self._pictures = pictures
         self._guidance = guidance
+        # Of the latest call of a model.
+        self.placed: RegionPrompts | None = None
         self._stages = StageHook(
-            pipe.tokenizer.model_max_length, pipe.scheduler.config.num_train_timesteps
+            TextShape.of(pipe).width, pipe.scheduler.config.num_train_timesteps
         )
 
     def at(
@@ -188,7 +196,7 @@ _CONTROLNETS = (ControlNetModel, ControlNetUnionModel)
 
 
 class _ModelCall:
-    """Forward-pre-hook of a U-Net or ControlNet, behind the one that picks the stage."""
+    """Forward-pre-hook of a U-Net or ControlNet, after the one that picks the stage."""
 
     def __init__(self, model: nn.Module, calls: Mapping[int, _Call]) -> None:
         self._layers = cross_attention_layers(model)
@@ -215,7 +223,19 @@ class _ModelCall:
                 "IP-Adapter makes it: regions need pipe.unload_ip_adapter()"
             )
         placed = call.at(model, prompt, timestep, (height, width), self._factors)
-        prompt.sefi_regions = placed  # type: ignore[attr-defined]
+        prompt.sefi_regions = call.placed = placed  # type: ignore[attr-defined]
+
+    def after(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Raise ModelError where something put another tensor in the place of the prompt."""
+        call = self._calls.get(threading.get_ident())
+        if call is not None and call.placed is not None and not call.placed.reached:
+            raise ModelError(
+                f"no cross-attention layer of {type(model).__name__} saw the regions. A hook or a "
+                "projection of the model replaced its prompt on the way. Take it off, or draw "
+                "without regions."
+            )
 
 
 def _checked(prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -> list[tuple[str, Box]]:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from sefi_fast.conditioning import Encoded, encode_with_pooled, pack, unpack
 from sefi_fast.pipelines.families import check_pipeline
+from sefi_fast.pipelines.freed_text import TextShape
 from sefi_fast.pipelines.generation import check_sentence, draw
 from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 
@@ -77,11 +78,11 @@ def swap(
 
 def _joined(pipe: Any, key_prompt: str, value_prompt: str, clip_skip: int | None) -> Encoded:
     """One packed prompt: the K streams of the first, the V streams and the pooled of the second."""
-    tokens = pipe.tokenizer.model_max_length
+    width = TextShape.of(pipe).width
     keys, values = (
         encode_with_pooled(pipe, text, clip_skip=clip_skip) for text in (key_prompt, value_prompt)
     )
-    streams = [unpack(part.prompt_embeds, tokens) for part in (keys, values)]
+    streams = [unpack(part.prompt_embeds, width) for part in (keys, values)]
     stages = math.lcm(*(part.shape[1] for part in streams))
     joined = [
         part[:, :, number].repeat_interleave(stages // part.shape[1], dim=1)

@@ -44,7 +44,7 @@ def expected_stream(pipe, prompt, subjects, stage, total, stream):
 
 
 def assert_encodes(pipe, prompts, subjects, total):
-    streams = unpack(encode(pipe, prompts, subjects=subjects), 77)
+    streams = unpack(encode(pipe, prompts, subjects=subjects), 48)
     assert streams.shape == (len(prompts), total, 2, 77, 48)
     for index, prompt in enumerate(prompts):
         for stage in range(total):
@@ -103,7 +103,7 @@ def test_each_distinct_sequence_is_encoded_once(sd15_pipeline, sequences, prompt
     ]
     found = encode(sd15_pipeline, prompts, subjects=subjects)
     assert sequences == [count]
-    assert found.shape == (len(prompts), 10 * 2 * 77 + 1, 48)
+    assert found.shape == (len(prompts), 77, 10 * (2 * 48 + 1))
 
 
 def test_prompts_that_come_again_keep_their_places(sd15_pipeline):
@@ -119,7 +119,7 @@ def test_a_prompt_without_a_placeholder_is_the_plain_prompt(sd15_pipeline):
     pipe = sd15_pipeline
     plain = pipe.encode_prompt("a red cat", "cpu", 1, False)[0]
     for subjects, stages in ([], 1), ([make_subject(pipe)], 5):
-        streams = unpack(encode(pipe, "a red cat", subjects=subjects), 77)
+        streams = unpack(encode(pipe, "a red cat", subjects=subjects), 48)
         assert torch.equal(streams, plain[:, None, None].expand(1, stages, 2, 77, 48))
 
 
@@ -132,7 +132,7 @@ def test_clip_skip(sd15_pipeline):
         norm = [m for n, m in pipe.text_encoder.named_modules() if n.endswith("final_layer_norm")]
         expected = norm[0](hidden)
     found = encode(pipe, "a hat", subjects=subject, clip_skip=1)
-    assert torch.equal(unpack(found, 77)[0, 3, 1], expected[0])
+    assert torch.equal(unpack(found, 48)[0, 3, 1], expected[0])
     with_subject = encode(pipe, "a <me>", subjects=subject, clip_skip=1)
     assert not torch.allclose(with_subject, encode(pipe, "a <me>", subjects=subject))
 
@@ -160,22 +160,22 @@ def test_a_sequentially_offloaded_pipeline(sd15_pipeline):
 
 def test_attached_subjects_are_the_default(sd15_pipeline):
     pipe = sd15_pipeline
-    assert encode(pipe, "a <me>").shape == (1, 155, 48)
+    assert encode(pipe, "a <me>").shape == (1, 77, 97)
     subject = make_subject(pipe, stages=3)
     pipe.encode_prompt = SimpleNamespace(subjects=(subject,))
     assert torch.equal(encode(pipe, "a <me>"), encode(pipe, "a <me>", subjects=[subject]))
-    assert encode(pipe, "a <me>", subjects=[]).shape == (1, 155, 48)
+    assert encode(pipe, "a <me>", subjects=[]).shape == (1, 77, 97)
 
 
 def test_packed_rows_are_as_pack_lays_them(sd15_pipeline):
     found = encode(sd15_pipeline, ["a <me>", "b"], subjects=make_subject(sd15_pipeline))
-    assert torch.equal(pack(unpack(found, 77)), found)
-    assert not found[:, -1].any()
+    assert torch.equal(pack(unpack(found, 48)), found)
+    assert not found[..., 96::97].any()
 
 
 def test_a_single_subject_may_have_any_number_of_stages(sd15_pipeline):
     subjects = [make_subject(sd15_pipeline, stages=70)]
-    assert encode(sd15_pipeline, "a hat", subjects=subjects).shape[1] == 70 * 154 + 1
+    assert encode(sd15_pipeline, "a hat", subjects=subjects).shape[2] == 70 * 97
 
 
 def test_wrong_calls_are_told(sd15_pipeline):

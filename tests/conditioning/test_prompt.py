@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from models import WORDS, make_tokenizer
@@ -16,6 +17,7 @@ from sefi_fast.conditioning import (
     tokenize_prompts,
     word_positions,
 )
+from sefi_fast.conditioning.prompt import read_ids, with_all_vectors
 from sefi_fast.errors import PromptError
 
 
@@ -266,3 +268,26 @@ def test_word_positions(tokenizer, person):
     assert word_positions(tokenizer, "a wibble", "bble", names) == []
     assert word_positions(tokenizer, "a " * 80 + "cat", "cat", names) == []
     assert word_positions(tokenizer, "cat cat", "cat") == [1, 2]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kept", [1, 3, 20])
+def test_a_tokenizer_that_another_thread_uses_is_read_and_left_as_it_is(tmp_path, kept, side):
+    tokenizer = make_tokenizer(tmp_path)
+    text = "a photo of a zebra 🙂 in the snow, <me>"
+    expected = tokenizer(text, add_special_tokens=False).input_ids
+    rows = tokenize_prompts(tokenizer, [text], [("<me>", [7])])
+    backend = tokenizer.backend_tokenizer
+    # The other thread's call, between its settings and its encoding.
+    backend.enable_truncation(kept, direction=side)
+    backend.enable_padding(length=20, direction=side)
+    during = backend.truncation, backend.padding
+    assert read_ids(tokenizer, text) == expected
+    assert class_token_ids(tokenizer, "old dog in snow") == [
+        tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in ("old", "dog", "in", "snow")
+    ]
+    again = tokenize_prompts(tokenizer, [text], [("<me>", [7])])
+    assert all(map(torch.equal, again, rows))
+    assert word_positions(tokenizer, text, "zebra")
+    assert with_all_vectors(TextualInversionLoaderMixin(), [text], tokenizer) == [text]
+    assert (backend.truncation, backend.padding) == during

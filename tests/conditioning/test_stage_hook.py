@@ -11,6 +11,8 @@ from models import make_controlnet, make_unet
 from torch import nn
 
 from sefi_fast.conditioning import install_stage_hook, pack
+from sefi_fast.layers import cross_attention_layers
+from sefi_fast.pipelines.stream_hooks import hook_streams
 
 
 class Seer(nn.Module):
@@ -28,7 +30,7 @@ class Mixer(nn.Module):
         self.linear = nn.Linear(3, 3)
 
     def forward(self, sample, timestep, encoder_hidden_states):
-        key, value = encoder_hidden_states.chunk(2, dim=1)
+        key, value = encoder_hidden_states.chunk(2, dim=-1)
         return self.linear(key) + 2 * value + sample
 
 
@@ -45,8 +47,8 @@ def test_every_way_of_calling(timestep):
     streams = make_streams()
     packed = pack(streams)
     model = Seer()
-    install_stage_hook(model, 4)
-    expected = streams[:, 3].flatten(1, 2)
+    install_stage_hook(model, 3)
+    expected = torch.cat([*streams[:, 3].unbind(1)], -1)
     assert torch.equal(model(sample, timestep, packed), expected)
     assert torch.equal(model(sample, timestep, packed, None), expected)
     assert torch.equal(model(sample, timestep, encoder_hidden_states=packed), expected)
@@ -58,39 +60,40 @@ def test_every_way_of_calling(timestep):
 def test_one_timestep_a_sample():
     streams = make_streams()
     model = Seer()
-    install_stage_hook(model, 4)
+    install_stage_hook(model, 3)
     found = model(sample, torch.tensor([0, 999]), pack(streams))
-    assert torch.equal(found[0], streams[0, 0].flatten(0, 1))
-    assert torch.equal(found[1], streams[1, 4].flatten(0, 1))
+    assert torch.equal(found[0], torch.cat([*streams[0, 0]], -1))
+    assert torch.equal(found[1], torch.cat([*streams[1, 4]], -1))
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 7, 8, 11, 12, 42])
-def test_a_plain_prompt_serves_as_both_streams(length):
+@pytest.mark.parametrize("length", [1, 3, 4, 7, 8, 9, 17, 41, 42])
+def test_a_plain_prompt_of_any_length_is_left_alone(length):
     prompt = torch.randn(2, length, 3)
     model = Seer()
-    install_stage_hook(model, 4)
-    key, value = model(sample, 500, prompt).chunk(2, dim=1)
-    assert torch.equal(key, prompt) and torch.equal(value, prompt)
+    install_stage_hook(model, 3)
+    assert model(sample, 500, prompt) is prompt
 
 
-@pytest.mark.parametrize("length", [5, 13, 21, 45])
-def test_lengths_that_might_be_packed_and_are_not_are_refused(length):
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 4), (2, 4, 6), (2, 4, 8), (2, 4, 0), (4, 3), (2, 1, 4, 3)]
+)
+def test_what_is_neither_plain_nor_packed_is_refused(shape):
     model = Seer()
-    install_stage_hook(model, 4)
-    with pytest.raises(ValueError, match=f"prompt_embeds of {length} rows"):
-        model(sample, 500, torch.zeros(2, length, 3))
+    install_stage_hook(model, 3)
+    with pytest.raises(ValueError, match=r"takes \[B, M, 3\], or packed \[B, M, stages·7\]"):
+        model(sample, 500, torch.zeros(shape))
 
 
 def test_no_prompt_is_left_alone():
     model = Seer()
-    install_stage_hook(model, 4)
+    install_stage_hook(model, 3)
     assert model(sample, 500) is None
     assert model(sample, 500, None) is None
 
 
 def test_removal_leaves_nothing():
     model = Seer()
-    handle = install_stage_hook(model, 4)
+    handle = install_stage_hook(model, 3)
     assert len(model._forward_pre_hooks) == 1
     handle.remove()
     handle.remove()
@@ -101,12 +104,12 @@ def test_removal_leaves_nothing():
 
 def test_a_second_hook_is_refused_until_the_first_is_gone():
     model = Seer()
-    handle = install_stage_hook(model, 4)
+    handle = install_stage_hook(model, 3)
     with pytest.raises(ValueError, match="Seer has a stage hook already"):
-        install_stage_hook(model, 4)
+        install_stage_hook(model, 3)
     handle.remove()
-    install_stage_hook(model, 4).remove()
-    with pytest.raises(ValueError, match="tokens_per_stream"):
+    install_stage_hook(model, 3).remove()
+    with pytest.raises(ValueError, match="width must be"):
         install_stage_hook(model, 0)
 
 
@@ -116,36 +119,19 @@ def test_it_runs_before_hooks_that_were_there():
     model.register_forward_pre_hook(
         lambda m, args, kw: seen.append(args[2].shape), with_kwargs=True
     )
-    install_stage_hook(model, 4)
+    install_stage_hook(model, 3)
     model(sample, 500, pack(make_streams()))
-    assert seen == [(2, 8, 3)]
+    assert seen == [(2, 4, 6)]
 
 
 def test_a_copied_model_has_a_hook_of_its_own():
     model = Seer()
-    handle = install_stage_hook(model, 4)
+    handle = install_stage_hook(model, 3)
     copied = copy.deepcopy(model)
     handle.remove()
     packed = pack(make_streams())
     assert model(sample, 500, packed) is packed
-    assert copied(sample, 500, packed).shape == (2, 8, 3)
-
-
-def test_the_source_is_told_when_sampling_only():
-    packed = pack(make_streams()).requires_grad_()
-    model = Seer()
-    install_stage_hook(model, 4)
-    assert not hasattr(model(sample, 500, packed), "sefi_source")
-    with torch.no_grad():
-        selected = model(sample, torch.tensor([100, 500]), packed)
-    source, stage, tokens = selected.sefi_source
-    assert source is packed and tokens == 4
-    assert stage.tolist() == [0, 2]
-    plain = torch.zeros(2, 4, 3)
-    with torch.no_grad():
-        source, stage, tokens = model(sample, 500, plain).sefi_source
-    assert source is plain and stage is None and tokens == 4
-    assert not hasattr(model(sample, 500, plain), "sefi_source")
+    assert copied(sample, 500, packed).shape == (2, 4, 6)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -158,14 +144,14 @@ def test_it_compiles_into_one_graph(wrapped, grad, timestep):
     model = Mixer()
     reference = copy.deepcopy(model)
     noise = torch.randn(2, 4, 3)
-    install_stage_hook(model, 4)
+    install_stage_hook(model, 3)
     if wrapped:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     else:
         model.compile(backend="aot_eager", fullgraph=True)
         compiled = model
     each = torch.as_tensor(timestep).expand(2)
-    chosen = streams[torch.arange(2), (each * 5 / 1000).long()].flatten(1, 2)
+    chosen = torch.cat([*streams[torch.arange(2), (each * 5 / 1000).long()].unbind(1)], -1)
     with torch.set_grad_enabled(grad):
         expected = reference(noise, timestep, chosen)
         torch.testing.assert_close(compiled(noise, timestep, packed), expected)
@@ -180,7 +166,7 @@ def test_a_schedule_is_compiled_once():
         return graph.forward
 
     model = Mixer()
-    install_stage_hook(model, 4)
+    install_stage_hook(model, 3)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     packed = pack(make_streams())
     counts = []
@@ -198,8 +184,8 @@ def test_a_model_compiled_before_notices_the_hook():
     packed = pack(make_streams())
     with torch.no_grad():
         assert compiled(sample, torch.tensor(3), packed).shape == packed.shape
-        handle = install_stage_hook(model, 4)
-        assert compiled(sample, torch.tensor(3), packed).shape == (2, 8, 3)
+        handle = install_stage_hook(model, 3)
+        assert compiled(sample, torch.tensor(3), packed).shape == (2, 4, 6)
         handle.remove()
         assert compiled(sample, torch.tensor(3), packed).shape == packed.shape
 
@@ -209,8 +195,7 @@ def test_a_model_compiled_before_notices_the_hook():
 def test_real_models_run_on_the_selected_stage(kind):
     unet = make_unet(16)
     model = unet if kind == "unet" else make_controlnet(unet)
-    # Tied streams: the plain processors then see the same prompt twice over, which leaves
-    # attention as it is, so that the bare model on one stream is the expected result.
+    # Tied streams, so that the bare model on one stream is the expected result.
     streams = make_streams(2, 5, 7, 16)
     streams[:, :, 1] = streams[:, :, 0]
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -224,7 +209,9 @@ def test_real_models_run_on_the_selected_stage(kind):
 
     expected = run(torch.stack([streams[0, 1, 0], streams[1, 4, 0]]))
     other = run(torch.stack([streams[0, 0, 0], streams[1, 3, 0]]))
-    install_stage_hook(model, 7)
+    install_stage_hook(model, 16)
+    for attn in cross_attention_layers(model).values():
+        hook_streams(attn)
     found = run(pack(streams))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (found - other).abs().max() > 1e-3
@@ -247,7 +234,7 @@ class PooledSeer(nn.Module):
 @pytest.mark.parametrize("timestep", [650.5, torch.tensor([650, 650])])
 def test_pooled_embeddings_follow_the_stage(timestep, positional):
     model = PooledSeer()
-    install_stage_hook(model, 4)
+    install_stage_hook(model, 3)
     prompt = pack(make_streams())
     pooled = torch.randn(2, 5, 7)
     added = {"text_embeds": pooled.flatten(1), "time_ids": torch.zeros(2, 6)}
@@ -261,7 +248,7 @@ def test_pooled_embeddings_follow_the_stage(timestep, positional):
 
 def test_pooled_embeddings_of_other_stages_and_samples():
     model = PooledSeer()
-    install_stage_hook(model, 4)
+    install_stage_hook(model, 3)
     prompt, time_ids = pack(make_streams()), torch.zeros(2, 6)
     pooled = torch.randn(2, 2, 7)
     added = {"text_embeds": pooled.flatten(1), "time_ids": time_ids}

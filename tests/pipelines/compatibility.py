@@ -18,7 +18,7 @@ _TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_TESTS), str(_TESTS.parent)]
 
 import torch  # noqa: E402
-from pipelines.features import FAMILIES, FEATURES, KINDS, draw  # noqa: E402
+from pipelines.features import FAMILIES, FEATURES, KINDS, OTHERS, draw  # noqa: E402
 from pipelines.sampling import subject_for  # noqa: E402
 
 from sefi_fast.errors import SefiError  # noqa: E402
@@ -39,14 +39,15 @@ def check(base: Any, family: str, kind: str, feature: str) -> str:
     Raises:
         AssertionError: one of these does not hold.
     """
-    if KINDS[kind].class_name(family) is None:
+    made = (KINDS | OTHERS)[kind]
+    if made.class_name(family) is None:
         return "not in diffusers"
     chosen = FEATURES[feature]
-    early, late = (KINDS[kind].make(copy.deepcopy(base), family) for _ in range(2))
+    early, late = (made.make(copy.deepcopy(base), family) for _ in range(2))
     reason = chosen.applies(early)
     if reason is not None:
         return reason
-    arguments = KINDS[kind].arguments | chosen.arguments(early)
+    arguments = made.arguments | chosen.arguments(early)
     untrained, trained = subject_for(base, distance=0), subject_for(base)
 
     def drawn(pipe: Any, text: str) -> torch.Tensor:

@@ -15,12 +15,16 @@ import torch
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
+    ControlNetXSAdapter,
+    DDPMScheduler,
     LCMScheduler,
     MotionAdapter,
     MultiControlNetModel,
     T2IAdapter,
+    UNet2DConditionModel,
 )
 from models import make_controlnet
+from PIL import Image
 from torch import Tensor
 
 from sefi_fast.conditioning import encode_with_pooled
@@ -81,12 +85,16 @@ def _motion(pipe: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of pipeline: the class for SD 1.x and 2.x, the class for SDXL, what a call needs."""
+    """One kind of pipeline: the class for SD 1.x and 2.x, the class for SDXL, what a call needs.
+
+    on: called with the pipeline once it is made.
+    """
 
     sd: str | None
     sdxl: str | None
     arguments: dict[str, Any] = field(default_factory=dict)
     parts: Callable[[Any], dict[str, Any]] = lambda pipe: {}
+    on: Callable[[Any], None] = lambda pipe: None
 
     def class_name(self, family: str) -> str | None:
         """The pipeline class of diffusers for a family; None where there is none."""
@@ -101,8 +109,9 @@ class Kind:
         extras = {"add_watermarker": False, "safety_checker": None, "feature_extractor": None}
         extras |= {"requires_safety_checker": False}
         options = {name: value for name, value in extras.items() if name in known}
-        pipe = kind(**parts, **options, **self.parts(base))
+        pipe = kind(**(parts | options | self.parts(base)))
         pipe.set_progress_bar_config(disable=True)
+        self.on(pipe)
         return pipe
 
 
@@ -161,6 +170,114 @@ KINDS = {
     ),
     "AnimateDiff": Kind(
         "AnimateDiffPipeline", "AnimateDiffSDXLPipeline", {"num_frames": 2}, _motion
+    ),
+    "AnimateDiff, FreeNoise": Kind(
+        "AnimateDiffPipeline",
+        None,
+        {"num_frames": 6},
+        _motion,
+        lambda pipe: pipe.enable_free_noise(context_length=4, context_stride=2),
+    ),
+}
+
+
+def _unet(**changes: Any) -> Callable[[Any], dict[str, Any]]:
+    """A random U-Net of the base's shape but for a few settings."""
+
+    def parts(pipe: Any) -> dict[str, Any]:
+        torch.manual_seed(4)
+        config = dict(pipe.unet.config)
+        # Or the values named there would be taken for defaults and left out.
+        config.pop("_use_default_values", None)
+        return {"unet": UNet2DConditionModel.from_config(config | changes).eval()}
+
+    return parts
+
+
+def _scheduler(kind: Any) -> Callable[[Any], dict[str, Any]]:
+    return lambda pipe: {"scheduler": kind.from_config(pipe.scheduler.config)}
+
+
+def _controlnet_xs(pipe: Any) -> dict[str, Any]:
+    widths = pipe.unet.config.block_out_channels
+    shape = {"block_out_channels": (32, 64, 64, 64)[: len(widths)], "attention_head_dim": 4}
+    # ControlNet-XS counts on two layers a block.
+    unet = _unet(layers_per_block=2, **shape)(pipe)["unet"]
+    adapter = ControlNetXSAdapter.from_unet(
+        unet, size_ratio=1.0, conditioning_embedding_out_channels=(8, 8, 16, 16)
+    )
+    return {"unet": unet, "controlnet": adapter.eval()}
+
+
+# Tried with the feature "plain" alone.
+OTHERS = {
+    "perturbed-attention guidance": Kind(
+        "StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline"
+    ),
+    "ControlNet with perturbed-attention guidance": Kind(
+        "StableDiffusionControlNetPAGPipeline",
+        "StableDiffusionXLControlNetPAGPipeline",
+        {"image": IMAGE},
+        _controlnet,
+    ),
+    "self-attention guidance": Kind("StableDiffusionSAGPipeline", None, {"output_type": "pt"}),
+    "Attend-and-Excite": Kind(
+        "StableDiffusionAttendAndExcitePipeline",
+        None,
+        {"token_indices": [5], "max_iter_to_alter": 1, "attn_res": (8, 8)},
+    ),
+    "ControlNet-XS": Kind(
+        "StableDiffusionControlNetXSPipeline",
+        "StableDiffusionXLControlNetXSPipeline",
+        {"image": IMAGE},
+        _controlnet_xs,
+    ),
+    "InstructPix2Pix": Kind(
+        None, "StableDiffusionXLInstructPix2PixPipeline", {"image": IMAGE}, _unet(in_channels=8)
+    ),
+    "latent consistency": Kind(
+        "LatentConsistencyModelPipeline",
+        None,
+        parts=lambda pipe: _unet(time_cond_proj_dim=32)(pipe) | _scheduler(LCMScheduler)(pipe),
+    ),
+    "GLIGEN": Kind(
+        "StableDiffusionGLIGENPipeline",
+        None,
+        {"gligen_phrases": ["a dog"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]},
+        _unet(attention_type="gated"),
+    ),
+    "depth to image": Kind(
+        "StableDiffusionDepth2ImgPipeline",
+        None,
+        _STRENGTH | {"depth_map": torch.rand(1, 64, 64)},
+        lambda pipe: _unet(in_channels=5)(pipe) | {"depth_estimator": None},
+    ),
+    "upscaling": Kind(
+        "StableDiffusionUpscalePipeline",
+        None,
+        {"image": IMAGE[..., :16, :16]},
+        lambda pipe: _unet(in_channels=7)(pipe) | {"low_res_scheduler": DDPMScheduler()},
+    ),
+    "Panorama": Kind("StableDiffusionPanoramaPipeline", None),
+    "CycleDiffusion": Kind(
+        "CycleDiffusionPipeline", None, _STRENGTH | {"source_prompt": "a dog", "eta": 0.1}
+    ),
+    "Text2Video-Zero": Kind(
+        "TextToVideoZeroPipeline",
+        "TextToVideoZeroSDXLPipeline",
+        {"video_length": 2, "t0": 1, "t1": 2, "num_inference_steps": 4},
+    ),
+    "AnimateDiff on a video": Kind(
+        "AnimateDiffVideoToVideoPipeline",
+        None,
+        {"video": [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]},
+        _motion,
+    ),
+    "PIA": Kind(
+        "PIAPipeline",
+        None,
+        _STRENGTH | {"num_frames": 2},
+        lambda pipe: _motion(pipe) | _unet(in_channels=9)(pipe),
     ),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from pipelines.compatibility import HEAD, WORKS, check
-from pipelines.features import FAMILIES, FEATURES, KINDS, draw
+from pipelines.features import FAMILIES, FEATURES, KINDS, OTHERS, draw
 
 NOTHING_TO_CHECK = ("not in diffusers", "peft is missing", "the bare pipeline fails")
 
@@ -18,7 +18,7 @@ def run(request, family: str, kind: str, feature: str) -> None:
     found = check(request.getfixturevalue(FAMILIES[family]), family, kind, feature)
     if found.startswith(NOTHING_TO_CHECK):
         pytest.skip(found)
-    if (kind, feature) == ("AnimateDiff", "regions"):
+    if (kind.split(",")[0], feature) == ("AnimateDiff", "regions"):
         assert found.startswith("refused: AnimateDiff")
         return
     assert found == WORKS
@@ -29,9 +29,24 @@ def test_every_pipeline_of_sdxl(request, kind):
     run(request, "SDXL", kind, "plain")
 
 
-@pytest.mark.parametrize("kind", ["ControlNet inpaint", "T2I-Adapter", "AnimateDiff"])
+@pytest.mark.parametrize(
+    "kind", ["ControlNet inpaint", "T2I-Adapter", "AnimateDiff", "AnimateDiff, FreeNoise"]
+)
 def test_pipelines_of_stable_diffusion_that_have_no_tests_of_their_own(request, kind):
     run(request, "SD 1.5", kind, "plain")
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        (family, name)
+        for name, kind in OTHERS.items()
+        for family in ("SD 1.5", "SDXL")
+        if kind.class_name(family) is not None
+    ],
+)
+def test_other_pipelines(request, family, kind):
+    run(request, family, kind, "plain")
 
 
 # No matter of the prompt, in which the families differ: of SD 1.5 here, of SDXL in the long test.

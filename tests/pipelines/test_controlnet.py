@@ -65,7 +65,7 @@ def test_controlnets_follow_the_subject_and_are_as_before_after_detaching(contro
 def test_a_controlnet_attends_to_the_streams_of_the_stage(controlled, make_subject, guess_mode):
     pipe, arguments = controlled
     attach(pipe, make_subject())
-    want = unpack(encode(pipe, "a <it>"), 77)
+    want = unpack(encode(pipe, "a <it>"), 48)
     seen, timesteps = [], []
     layer = next(iter(cross_attention_layers(pipe.controlnet).values()))
     layer.register_forward_pre_hook(
@@ -80,25 +80,6 @@ def test_a_controlnet_attends_to_the_streams_of_the_stage(controlled, make_subje
         stage = int(stage_of(timestep, 5))
         assert len(streams) == (1 if guess_mode else 2)
         torch.testing.assert_close(streams[-1], want[0, stage].flatten(0, 1), rtol=0, atol=1e-5)
-
-
-def test_guess_mode_projects_the_prompt_once(controlled, make_subject, monkeypatch):
-    pipe, arguments = controlled
-    attach(pipe, make_subject())
-    models = [pipe.unet, *getattr(pipe.controlnet, "nets", [pipe.controlnet])]
-    counts = {
-        id(attn.to_k): 0 for model in models for attn in cross_attention_layers(model).values()
-    }
-    forward = nn.Linear.forward
-
-    def counted(self, x):
-        if id(self) in counts:
-            counts[id(self)] += 1
-        return forward(self, x)
-
-    monkeypatch.setattr(nn.Linear, "forward", counted)
-    draw(pipe, "a <it>", guess_mode=True, **arguments)
-    assert set(counts.values()) == {1}
 
 
 @pytest.mark.parametrize("controlled", ["two"], indirect=True)

@@ -9,7 +9,7 @@ import torch
 from pipelines.sampling import draw, subject_for
 
 from sefi_fast import attach
-from sefi_fast.conditioning import encode_with_pooled, pack, unpack
+from sefi_fast.conditioning import encode, encode_with_pooled, pack, unpack
 from sefi_fast.errors import PromptError
 
 CLOSE = {"rtol": 0, "atol": 1e-3}
@@ -54,7 +54,8 @@ def test_weights_in_a_prompt_with_a_subject(pipe, position):
     expected = draw(pipe, None, **given)
     attach(pipe, subject_for(pipe, distance=0))
     packed = encode_with_pooled(pipe, "a red <it>")
-    streams = weighted(unpack(packed.prompt_embeds, 77), position, 1.6)
+    width = pipe.unet.config.cross_attention_dim
+    streams = weighted(unpack(packed.prompt_embeds, width), position, 1.6)
     ours = packed._replace(prompt_embeds=pack(streams))._asdict()
     actual = draw(pipe, None, **{name: x for name, x in ours.items() if x is not None})
     torch.testing.assert_close(actual, expected, **CLOSE)
@@ -84,5 +85,49 @@ def test_long_embeddings_pass_where_no_subject_stands(sd15_pipeline):
     expected = draw(pipe, None, **given)
     attach(pipe, subject_for(pipe))
     torch.testing.assert_close(draw(pipe, None, **given), expected, rtol=0, atol=1e-4)
-    with pytest.raises(PromptError, match="only prompts of 77 tokens can be packed"):
+    with pytest.raises(PromptError, match="negative prompt 154 tokens"):
         draw(pipe, "a <it>", negative_prompt_embeds=long)
+
+
+# Among them the lengths S·2·77 + 1 and the lengths of packed prompts along the other axis.
+@pytest.mark.parametrize("length", [1, 76, 78, 97, 154, 155, 309, 463, 485, 771])
+def test_plain_embeddings_of_any_length_are_plain(sd15_pipeline, length):
+    pipe = sd15_pipeline
+    short = {"num_inference_steps": 2, "height": 64, "width": 64}
+    generator = torch.Generator().manual_seed(length)
+    inputs = torch.randn(2, length, 48, generator=generator)
+    inputs[1, -1] = 0
+    cases = [inputs, torch.ones_like(inputs), torch.zeros_like(inputs), inputs * torch.nan]
+    given = [{"prompt_embeds": x[:1], "negative_prompt_embeds": x[1:]} for x in cases]
+    expected = [draw(pipe, None, **embeds, **short) for embeds in given]
+    attach(pipe, subject_for(pipe))
+    for embeds, bare in zip(given, expected, strict=True):
+        actual = draw(pipe, None, **embeds, **short)
+        torch.testing.assert_close(actual, bare, rtol=0, atol=1e-4, equal_nan=True)
+
+
+def test_packed_embeddings_are_told_where_they_do_not_belong(sd15_pipeline, sdxl_pipeline):
+    pipe = sd15_pipeline
+    packed = encode(pipe, "a <it>", subjects=subject_for(pipe))
+    foreign = encode(sdxl_pipeline, "a <it>", subjects=subject_for(sdxl_pipeline))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        draw(pipe, None, prompt_embeds=packed, guidance_scale=1)
+    attach(pipe, subject_for(pipe))
+    assert draw(pipe, None, prompt_embeds=packed, guidance_scale=1).isfinite().all()
+    for wrong in (foreign, packed[..., :-1], packed[..., :96]):
+        with pytest.raises(ValueError, match=r"takes \[B, M, 48\], or packed"):
+            draw(pipe, None, prompt_embeds=wrong, guidance_scale=1)
+        with pytest.raises(ValueError, match=r"takes \[B, M, 48\], or packed"):
+            draw(pipe, "a <it>", negative_prompt_embeds=wrong)
+    with pytest.raises(PromptError, match="Give prompt_embeds of one length"):
+        draw(pipe, "a <it>", negative_prompt_embeds=torch.cat([packed, packed], 1))
+
+
+def test_packed_embeddings_of_two_chunks_are_one_long_prompt(sd15_pipeline):
+    pipe = sd15_pipeline
+    long = torch.cat([plain(pipe, text)["prompt_embeds"] for text in ("a cat", "snow")], 1)
+    expected = draw(pipe, None, prompt_embeds=long, guidance_scale=1)
+    attach(pipe, subject_for(pipe, distance=0))
+    packed = torch.cat([encode(pipe, text) for text in ("a <it>", "snow")], 1)
+    actual = draw(pipe, None, prompt_embeds=packed, guidance_scale=1)
+    torch.testing.assert_close(actual, expected, **CLOSE)

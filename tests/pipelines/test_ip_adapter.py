@@ -38,7 +38,7 @@ def test_streams_and_picture_both_reach_each_layer(pipe):
     draw(pipe, "a <it>", **PICTURE)
     (hidden, *_), kwargs = seen[0]
     prompt, picture = kwargs["encoder_hidden_states"]
-    keys, values = prompt.chunk(2, dim=1)
+    keys, values = prompt.chunk(2, dim=-1)
     assert keys.shape[1] == 77 and (keys - values).abs().max() > 1e-2
     original = layer.processor.__dict__
 

@@ -58,7 +58,7 @@ def test_plain_prompts_stay_plain(attached):
 @pytest.mark.parametrize("images", [1, 2])
 def test_negative_prompts_are_packed_to_match(attached, images):
     want = encode(attached, ["a <it>", "a <me>"]).repeat_interleave(images, 0)
-    stages = packed_stages(want.shape[1], 77)
+    stages = packed_stages(want.shape[2], 48)
     positive, negative = run(attached, ["a <it>", "a <me>"], images=images)
     torch.testing.assert_close(positive, want, **EXACT)
     empty = every_stage(plain(attached, "", ""), stages)
@@ -74,13 +74,13 @@ def test_a_placeholder_in_the_negative_prompt_packs_the_prompt(attached):
     positive, negative = run(attached, "a dog", negative_prompt="a <it>")
     five, _ = attached.encode_prompt.subjects
     torch.testing.assert_close(negative, encode(attached, "a <it>", subjects=five), **EXACT)
-    stages = packed_stages(negative.shape[1], 77)
+    stages = packed_stages(negative.shape[2], 48)
     torch.testing.assert_close(positive, every_stage(plain(attached, "a dog"), stages), **EXACT)
 
 
 def test_packed_prompts_given_as_tensors(attached):
     packed = encode(attached, "a <me>")
-    stages = packed_stages(packed.shape[1], 77)
+    stages = packed_stages(packed.shape[2], 48)
     positive, negative = run(attached, None, prompt_embeds=packed)
     torch.testing.assert_close(positive, packed, **EXACT)
     torch.testing.assert_close(negative, every_stage(plain(attached, ""), stages), **EXACT)
@@ -98,10 +98,10 @@ def test_packed_prompts_given_as_tensors(attached):
 def test_tensors_of_different_stages_meet_in_a_common_number(attached):
     five, ten = attached.encode_prompt.subjects
     packed = encode(attached, "a <it>", subjects=five)
-    assert packed_stages(packed.shape[1], 77) == 5
+    assert packed_stages(packed.shape[2], 48) == 5
     positive, negative = run(attached, None, prompt_embeds=packed, negative_prompt="a <me>")
     assert positive.shape == negative.shape
-    streams, common = unpack(packed, 77), unpack(positive, 77)
+    streams, common = unpack(packed, 48), unpack(positive, 48)
     for stage in range(10):
         assert torch.equal(common[:, stage], streams[:, stage // 2])
     torch.testing.assert_close(negative, encode(attached, "a <me>"), **EXACT)
@@ -162,7 +162,7 @@ def test_textual_inversion_words_stand_beside_subjects(sd15_pipeline, make_subje
     expected, _ = run(pipe, "a cat in <style>", guidance=False)
     attach(pipe, make_subject(distance=0))
     actual, _ = run(pipe, "a <it> in <style>", guidance=False)
-    streams = unpack(actual, 77)
+    streams = unpack(actual, 48)
     torch.testing.assert_close(streams, expected[:, None, None].expand_as(streams), **EXACT)
     torch.testing.assert_close(encode(pipe, "a <it> in <style>"), actual, **EXACT)
 
@@ -172,7 +172,7 @@ def test_subjects_that_are_not_in_the_prompt_do_not_count(sd15_pipeline, make_su
     attach(sd15_pipeline, [make_subject(name, stages=n) for name, n in names.items()])
     for name, stages in names.items():
         positive, _ = run(sd15_pipeline, f"a {name}")
-        assert packed_stages(positive.shape[1], 77) == stages
+        assert packed_stages(positive.shape[2], 48) == stages
     with pytest.raises(ValueError, match="504 stages together"):
         run(sd15_pipeline, "a <seven>, a <eight> and a <nine>")
 

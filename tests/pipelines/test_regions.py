@@ -146,26 +146,6 @@ def test_sdxl_keeps_the_pooled_embedding_of_the_picture(sdxl_pipeline):
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4)
 
 
-def test_region_prompts_are_projected_once(sd15_pipeline):
-    pipe, calls = sd15_pipeline, []
-    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    attach(pipe, subject_for(pipe))
-    kept, forward = [], torch.nn.Linear.forward
-
-    def counted(module, given):
-        if module is layer.to_k:
-            calls.append(given.shape)
-        return forward(module, given)
-
-    with pytest.MonkeyPatch.context() as patch, regions(pipe, {"a <it>": (0, 0, 0.5, 1)}):
-        patch.setattr(torch.nn.Linear, "forward", counted)
-        for steps in (3, 9):
-            calls.clear()
-            draw(pipe, PICTURE, num_inference_steps=steps)
-            kept.append(len(calls))
-    assert kept == [2, 2]
-
-
 def test_everything_is_restored_on_exit_and_on_errors(sd15_pipeline):
     pipe = sd15_pipeline
     draw(pipe, "a cat")
@@ -231,6 +211,71 @@ def test_a_call_of_the_unet_on_other_prompts_is_refused(sd15_pipeline):
         regions(pipe, {"a bear": WHOLE}),
     ):
         draw(pipe, PICTURE, callback_on_step_end=half)
+
+
+def merge_tokens(unet, layer):
+    """Every second image token of one cross-attention, its output repeated: as token merging."""
+    forward = layer.forward
+
+    def merged(hidden_states, *args, **kwargs):
+        return forward(hidden_states[:, ::2], *args, **kwargs).repeat_interleave(2, dim=1)
+
+    layer.forward = merged
+
+
+def tile(unet, layer):
+    """Each half of the image tokens as a sample of its own: as HyperTile."""
+    forward = layer.forward
+
+    def tiled(hidden_states, encoder_hidden_states, **kwargs):
+        halves = hidden_states.unflatten(1, (2, -1)).flatten(0, 1)
+        prompt = encoder_hidden_states.repeat_interleave(2, 0)
+        # Some implementations carry a tensor's attributes along.
+        prompt.__dict__.update(encoder_hidden_states.__dict__)
+        return forward(halves, prompt, **kwargs).unflatten(0, (-1, 2)).flatten(1, 2)
+
+    layer.forward = tiled
+
+
+def shrink_deeply(unet, layer):
+    """Half the size in all but the outermost blocks: as deep shrink."""
+    block, last = unet.down_blocks[1], unet.up_blocks[-2]
+
+    def down(module, args, kwargs):
+        kwargs["hidden_states"] = F.interpolate(kwargs["hidden_states"], scale_factor=0.5)
+        return args, kwargs
+
+    block.register_forward_pre_hook(down, with_kwargs=True)
+    last.register_forward_hook(lambda module, args, output: F.interpolate(output, scale_factor=2))
+
+
+@pytest.mark.parametrize("change", [merge_tokens, tile, shrink_deeply])
+@pytest.mark.parametrize("box", [(0, 0, 0.4, 0.4), (0.2, 0.2, 1, 1)])
+def test_image_tokens_that_are_not_in_their_places_are_refused(sd15_pipeline, change, box):
+    pipe = sd15_pipeline
+    layers = [m for m in pipe.unet.modules() if getattr(m, "is_cross_attention", False)]
+    change(pipe.unet, layers[0])
+    with (
+        pytest.raises(ModelError, match=r"image tokens instead of \d+×\d+.*Turn off"),
+        regions(pipe, {"a bear": box}),
+    ):
+        draw(pipe, PICTURE)
+
+
+def test_a_prompt_that_is_replaced_before_the_layers_is_refused(sd15_pipeline):
+    pipe = sd15_pipeline
+    with regions(pipe, {"a bear": WHOLE}):
+        draw(pipe, PICTURE)
+        projection = pipe.unet.register_forward_pre_hook(
+            lambda module, args, kwargs: (
+                args,
+                kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"] * 2},
+            ),
+            with_kwargs=True,
+        )
+        with pytest.raises(ModelError, match="no cross-attention layer of UNet2DConditionModel"):
+            draw(pipe, PICTURE)
+        projection.remove()
 
 
 def test_what_they_cannot_reach_is_refused(sd15_pipeline):

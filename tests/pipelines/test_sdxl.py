@@ -99,9 +99,9 @@ def test_the_packed_tensors_hold_every_stage_and_the_pooled_values(
     pipe = sdxl_pipeline
     subject = make_sdxl_subject(stages=3)
     embeds, pooled = encode_with_pooled(pipe, ["a <it>", "a dog"], subjects=subject)
-    assert embeds.shape == (2, 3 * 2 * 77 + 1, 48 + 64) and pooled.shape == (2, 3 * 32)
+    assert embeds.shape == (2, 77, 3 * (2 * (48 + 64) + 1)) and pooled.shape == (2, 3 * 32)
     assert torch.equal(encode(pipe, ["a <it>", "a dog"], subjects=subject), embeds)
-    streams = unpack(embeds, 77)
+    streams = unpack(embeds, 112)
     for stage in range(3):
         for stream in range(2):
             want, want_pooled = encode_by_hand(pipe, "a <it>", [subject], stage, 3, stream)
@@ -160,12 +160,12 @@ def test_encode_prompt_is_called_and_answers_as_the_pipelines_own(sdxl_pipeline,
     positive, negative, pooled, negative_pooled = run(
         pipe, ["a <it>", "a car"], num_images_per_prompt=2, negative_prompt="a hat"
     )
-    assert positive.shape == negative.shape == (4, 5 * 2 * 77 + 1, 112)
+    assert positive.shape == negative.shape == (4, 77, 5 * (2 * 112 + 1))
     assert pooled.shape == negative_pooled.shape == (4, 5 * 32)
     torch.testing.assert_close(negative_pooled, plain[3].repeat(1, 5), **EXACT)
-    torch.testing.assert_close(unpack(negative, 77)[:, 4, 0], plain[1], **EXACT)
+    torch.testing.assert_close(unpack(negative, 112)[:, 4, 0], plain[1], **EXACT)
     only = run(pipe, "a <it>", do_classifier_free_guidance=False)
-    assert only[1] is None and only[3] is None and packed_stages(only[0].shape[1], 77) == 5
+    assert only[1] is None and only[3] is None and packed_stages(only[0].shape[2], 112) == 5
     zeros = run(pipe, "a <it>")
     assert not zeros[1].any() and not zeros[3].any() and zeros[1].shape == zeros[0].shape
 
@@ -230,7 +230,7 @@ def test_callbacks_see_and_may_change_what_is_packed(sdxl_pipeline, make_sdxl_su
         "negative_prompt": "a car",
     }
     actual = draw(pipe, "a photo of a <it>", **arguments)
-    packed, narrow = (5 * 2 * 77 + 1, 112), (5 * 32,)
+    packed, narrow = (77, 5 * (2 * 112 + 1)), (5 * 32,)
     assert [s["prompt_embeds"] for s in seen] == [(2, *packed)] * 2 + [(1, *packed)] * 2
     assert [s["add_text_embeds"] for s in seen] == [(2, *narrow)] * 2 + [(1, *narrow)] * 2
     detach(pipe)
@@ -329,11 +329,11 @@ class TimeText(torch.nn.Module):
 def test_the_compiler_sees_the_choice_of_the_pooled_embedding():
     torch._dynamo.reset()
     model = TimeText()
-    install_stage_hook(model, 4)
+    install_stage_hook(model, 3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     pooled = torch.arange(30.0).reshape(2, 15)
     added = {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)}
-    packed = torch.zeros(2, 5 * 2 * 4 + 1, 3)
+    packed = torch.zeros(2, 4, 5 * (2 * 3 + 1))
     with torch.no_grad():
         for timestep, stages in ((650, [3, 3]), (torch.tensor([0, 999]), [0, 4])):
             found = compiled(

@@ -97,8 +97,8 @@ def test_sdxl_takes_the_pooled_embedding_of_the_values(sdxl_pipeline, make_sdxl_
     )
     mixed = swapped(pipe, "a dog", "a <it>")
     packed, pooled = encode_with_pooled(pipe, "a <it>")
-    keys = unpack(encode_with_pooled(pipe, "a dog").prompt_embeds, 77)[:, :, 0]
-    streams = unpack(packed, 77).clone()
+    keys = unpack(encode_with_pooled(pipe, "a dog").prompt_embeds, 112)[:, :, 0]
+    streams = unpack(packed, 112).clone()
     streams[:, :, 0] = keys
     expected = draw(pipe, None, prompt_embeds=pack(streams), pooled_prompt_embeds=pooled)
     torch.testing.assert_close(mixed, expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,135 @@
+"""Weights that change between the steps of a call act as they do in the bare pipeline."""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+
+import accelerate
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from pipelines.features import load_lora
+from pipelines.sampling import draw, subject_for
+from torch import nn
+from torch.nn.utils import parametrize
+
+from sefi_fast.layers import cross_attention_layers
+from sefi_fast.pipelines import attach
+
+SHORT = {"num_inference_steps": 3, "height": 64, "width": 64}
+
+
+def projections(pipe) -> list[nn.Linear]:
+    """The layers that project the prompt to keys and values."""
+    layers = cross_attention_layers(pipe.unet).values()
+    return [projection for attn in layers for projection in (attn.to_k, attn.to_v)]
+
+
+def shifted(pipe) -> list[nn.Parameter]:
+    """Other parameters of the U-Net, as an average of its training would have."""
+    return [nn.Parameter(p.detach() * 1.3) for p in pipe.unet.parameters()]
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return weight * 1.5
+
+
+def scale_data(pipe):
+    for projection in projections(pipe):
+        projection.weight.data.mul_(1.5)
+
+
+@torch.no_grad()
+def set_storage(pipe):
+    for projection in projections(pipe):
+        projection.weight.set_(projection.weight * 1.5)
+
+
+def write_by_numpy(pipe):
+    for projection in projections(pipe):
+        projection.weight.detach().numpy()[:] *= 1.5
+
+
+def copy_averages(pipe):
+    EMAModel(shifted(pipe)).copy_to(pipe.unet.parameters())
+
+
+def assign_state(pipe):
+    state = {name: value * 1.3 for name, value in pipe.unet.state_dict().items()}
+    pipe.unet.load_state_dict(state, assign=True)
+
+
+def take_optimizer_step(pipe):
+    weights = [projection.weight for projection in projections(pipe)]
+    for weight in weights:
+        weight.grad = weight.detach().clone()
+    torch.optim.SGD(weights, lr=0.4).step()
+
+
+def swap_tensors(pipe):
+    for projection in projections(pipe):
+        torch.utils.swap_tensors(projection.weight, nn.Parameter(projection.weight.detach() * 1.5))
+
+
+def parametrize_weights(pipe):
+    for projection in projections(pipe):
+        parametrize.register_parametrization(projection, "weight", Scaled())
+
+
+def change_dtype(pipe):
+    pipe.unet.to(torch.float8_e4m3fn).to(torch.float32)
+
+
+def offload(pipe):
+    scale_data(pipe)
+    accelerate.cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+
+
+def fuse_lora(pipe):
+    load_lora(pipe)
+    pipe.fuse_lora()
+
+
+WAYS = [
+    scale_data,
+    set_storage,
+    write_by_numpy,
+    copy_averages,
+    assign_state,
+    take_optimizer_step,
+    swap_tensors,
+    parametrize_weights,
+    change_dtype,
+    offload,
+    fuse_lora,
+]
+
+
+@pytest.mark.parametrize("change", WAYS, ids=lambda way: way.__name__)
+def test_weights_changed_between_steps(sd15_pipeline, change):
+    if "lora" in change.__name__ and find_spec("peft") is None:
+        pytest.skip("peft is missing")
+
+    def after_the_first_step(pipe, step, timestep, tensors):
+        if step == 0:
+            change(pipe)
+        return tensors
+
+    def changed(pipe, prompt):
+        return draw(pipe, prompt, callback_on_step_end=after_the_first_step, **SHORT)
+
+    prompt = "a photo of a cat"
+    expected = changed(copy.deepcopy(sd15_pipeline), prompt)
+    assert (expected - draw(sd15_pipeline, prompt, **SHORT)).abs().max() > 1e-3
+    attach(sd15_pipeline, subject_for(sd15_pipeline, distance=0))
+    actual = changed(sd15_pipeline, "a photo of a <it>")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-3)
+
+
+def test_nothing_of_a_call_stays_on_its_prompt(sd15_pipeline):
+    pipe = attach(sd15_pipeline, subject_for(sd15_pipeline))
+    embeds = pipe.encode_prompt("a <it>", torch.device("cpu"), 1, False)[0].detach()
+    pipe.unet(torch.zeros(1, 4, 16, 16), 500, embeds)
+    assert not vars(embeds)
