@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from sefi_fast.errors import BackendError
 from sefi_fast.ops import eager
 from sefi_fast.ops.backends import choose_backend, load
-from sefi_fast.ops.validation import check_gradients, check_inputs
+from sefi_fast.ops.validation import check_gradients, check_inputs, refuse_nested
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? reference_key, Tensor? token_weights, "
@@ -176,14 +176,33 @@ def _fake_forward(
     )
 
 
-def _fake_backward(*arguments: Any) -> list[Tensor]:
-    query, _, _, reference_key, _, _, map_tokens, map_all_heads, scale, *_ = arguments[3:]
-    tensors, needs = arguments[3:7], arguments[-1]
-    check_inputs(*arguments[3 : 3 + _TENSORS], scale, stored=False)
-    check_gradients(
-        *arguments[:3], query, reference_key, map_tokens, map_all_heads, needs, stored=False
+def _fake_backward(
+    grad_output: Tensor | None,
+    grad_alignment: Tensor | None,
+    grad_maps: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    map_all_heads: bool,
+    scale: float | None,
+    reference_grad: bool,
+    backend: str | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    check_inputs(
+        query, key, value, reference_key, token_weights, key_mask, map_tokens, scale, stored=False
     )
-    return [_empty_like(tensor) for tensor, need in zip(tensors, needs, strict=True) if need]
+    check_gradients(
+        grad_output, grad_alignment, grad_maps, query, reference_key, map_tokens, map_all_heads,
+        needs, stored=False,
+    )  # fmt: skip
+    tensors = (query, key, value, reference_key)
+    wanted = zip(tensors, needs, strict=True)
+    return [_empty_like(tensor) for tensor, need in wanted if need and tensor is not None]
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -202,6 +221,7 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
             or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.is_neg()
             or tensor._is_zerotensor()
+            or tensor.is_nested
         ):
             return False
     return True
@@ -212,7 +232,10 @@ def _below_autograd(op: Any, run: Any, arguments: Sequence[Any], tensors: Sequen
     # changed in place, as a Function's result that is a view.
     with torch._C._AutoDispatchBelowADInplaceOrView():
         # The dispatcher would box every argument only to find `run`, and that on cold caches.
-        return run(*arguments) if _is_plain(tensors) else op(*arguments)
+        if _is_plain(tensors):
+            return run(*arguments)
+        refuse_nested(tensors)
+        return op(*arguments)
 
 
 def _is_batched(tensor: Tensor) -> bool:
@@ -251,6 +274,14 @@ class _Forward(torch.autograd.Function):
         return (*wanted, *(None,) * (_ARGUMENTS - 4))
 
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        raise RuntimeError(
+            "fused_cross_attention has no forward-mode derivative of dual tensors. Call "
+            "torch.func.jvp, or torch.func.jacfwd."
+        )
+
+
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -259,10 +290,14 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise RuntimeError(
-            "fused_cross_attention has no second derivative: differentiate it once, or write the "
-            "attention plainly where a gradient of a gradient is wanted"
-        )
+        _refuse_second_derivative()
+
+
+def _refuse_second_derivative() -> NoReturn:
+    raise RuntimeError(
+        "fused_cross_attention has no second derivative: differentiate it once, or write the "
+        "attention plainly where a gradient of a gradient is wanted"
+    )
 
 
 def _nothing_to_record(tensors: tuple[Any, ...]) -> bool:
@@ -325,6 +360,8 @@ def _autograd_backward(*arguments: Any, run: Any = _run_backward) -> list[Tensor
     if _nothing_to_record(arguments[: 3 + _TENSORS]):
         tensors = arguments[: 3 + _TENSORS]
         return _below_autograd(backward_op, run, arguments, tensors)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        _refuse_second_derivative()
     return list(_Backward.apply(*arguments))
 
 

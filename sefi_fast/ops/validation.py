@@ -44,6 +44,15 @@ def check_options(map_heads: str, scale: float | None) -> None:
         raise TypeError(f"scale is {_kind(scale)}: give a number")
 
 
+def refuse_nested(tensors: Sequence[Tensor | None]) -> None:
+    """Raise ValueError where one is nested: such a tensor has not even a shape."""
+    if any(tensor is not None and tensor.is_nested for tensor in tensors):
+        raise ValueError(
+            "fused_cross_attention got a nested tensor. It takes strided tensors. Pad the tensor "
+            "and hide the padding with key_mask."
+        )
+
+
 def check_inputs(
     query: Tensor,
     key: Tensor,
@@ -53,6 +62,7 @@ def check_inputs(
     key_mask: Tensor | None,
     map_tokens: Tensor | None,
     scale: float | None,
+    *,
     stored: bool,
 ) -> None:
     """Check everything that a backend relies on.
@@ -70,7 +80,7 @@ def check_inputs(
     dtype, device = query.dtype, query.device
     if dtype not in _DTYPES:
         raise TypeError(f"query is {dtype}: give float32, float16 or bfloat16")
-    if query.layout is not _STRIDED or query.is_nested:
+    if query.layout is not _STRIDED:
         _refuse_layout("query", query)
     shape = query.shape
     if len(shape) != 4:
@@ -80,7 +90,8 @@ def check_inputs(
         raise ValueError(f"the head width D is {head_dim}: it may be 1 to {MAX_HEAD_DIM}")
     _check_rows("query", query, shape, stored)
 
-    keys = None
+    keys = key.shape[2] if key.dim() == 4 else 0
+    wanted, shared = (batch, heads, keys, head_dim), (1, heads, keys, head_dim)
     for name, tensor in (("key", key), ("value", value), ("reference_key", reference_key)):
         if tensor is None:
             continue
@@ -88,12 +99,9 @@ def check_inputs(
             raise TypeError(f"{name} is {tensor.dtype} but query is {dtype}: give both alike")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but query is on {device}: move one")
-        if tensor.layout is not _STRIDED or tensor.is_nested:
+        if tensor.layout is not _STRIDED:
             _refuse_layout(name, tensor)
         other = tensor.shape
-        if keys is None:
-            keys = other[2] if len(other) == 4 else "M"
-            wanted, shared = (batch, heads, keys, head_dim), (1, heads, keys, head_dim)
         if other != wanted and other != shared:
             raise ValueError(
                 f"{name} has shape {tuple(other)}: with query {tuple(shape)} "
@@ -128,6 +136,7 @@ def check_gradients(
     map_tokens: Tensor | None,
     map_all_heads: bool,
     needs: Sequence[bool],
+    *,
     stored: bool,
     from_autograd: bool = False,
 ) -> None:
@@ -154,12 +163,12 @@ def check_gradients(
     ):
         if tensor is None:
             continue
-        if tensor.shape != wanted:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give {list(wanted)}")
         if not from_autograd:
             _check_kind(name, tensor, query.dtype if name == "grad_output" else wide, query)
-            if stored:
-                _check_storage(name, tensor)
+        if tensor.shape != wanted:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: give {list(wanted)}")
+        if stored and not from_autograd:
+            _check_storage(name, tensor)
     if len(needs) != 4:
         raise ValueError(f"needs has {len(needs)} entries: give 4")
     if needs[3] and reference_key is None:
@@ -219,16 +228,17 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, query: Tensor) ->
         raise TypeError(f"{name} is {tensor.dtype}: give {dtype}")
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: move one")
-    if tensor.layout is not _STRIDED or tensor.is_nested:
+    if tensor.layout is not _STRIDED:
         _refuse_layout(name, tensor)
 
 
 def _refuse_layout(name: str, tensor: Tensor) -> None:
-    layout = "nested" if tensor.is_nested else tensor.layout
-    raise ValueError(f"{name} is {layout}. The operator takes strided tensors. Make it dense.")
+    raise ValueError(
+        f"{name} is {tensor.layout}. The operator takes strided tensors. Make it dense."
+    )
 
 
-def _refuse_storage(name: str, tensor: Tensor, end: int) -> None:
+def _refuse_storage(name: str, tensor: Tensor, end: int | torch.SymInt) -> None:
     # Of an empty tensor the end means nothing.
     if tensor.numel():
         raise ValueError(
