@@ -5,6 +5,9 @@
 
 namespace sefi {
 
+// The most that the kernels take.
+constexpr int64_t kMaxKeys = 256, kMaxHeadDim = 256;
+
 enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 inline int64_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }

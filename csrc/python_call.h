@@ -4,9 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
+#include <string>
 
 #include "problem.h"
 
@@ -23,9 +26,11 @@ using PyViews = std::array<PyView, 4>;
 // token_weights, key_mask, map_tokens.
 using PyExtras = std::array<PyRows, 3>;
 
-inline View view(const PyView& v) {
-    const bool shared = v[1] == 1;
-    return {reinterpret_cast<char*>(v[0]), shared ? 0 : v[2], v[3], v[4], shared};
+// More elements than any memory holds; products of two such numbers stay within 64 bits.
+constexpr int64_t kMost = int64_t(1) << 48;
+
+inline void refuse(bool wrong, const char* name, const char* why) {
+    if (wrong) throw std::invalid_argument(std::string(name) + why);
 }
 
 template <class T>
@@ -33,7 +38,45 @@ T* pointer(int64_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-inline int64_t batch_stride(const PyRows& rows) { return rows[1] == 1 ? 0 : rows[2]; }
+inline void check_product(const char* name, std::initializer_list<int64_t> sizes) {
+    int64_t product = 1;
+    for (int64_t size : sizes) {
+        refuse(size > kMost / product, name, " has too many elements");
+        product *= size;
+    }
+}
+
+// A tensor of the problem's batch and heads with `rows` rows, or an absent one.
+inline View view(const Problem& p, const PyView& v, int64_t rows, const char* name) {
+    if (v[0] == 0) return {};
+    refuse(v[1] != 1 && v[1] != p.batch, name, " has a batch that is neither 1 nor the query's");
+    const int64_t sizes[] = {v[1], p.heads, rows};
+    for (int i = 0; i < 3; ++i) {
+        const bool fits = v[i + 2] >= 0 && v[i + 2] <= kMost / sizes[i];
+        refuse(sizes[i] > 1 && !fits, name, " has a stride that is negative or too large");
+    }
+    const bool shared = v[1] == 1;
+    return {pointer<char>(v[0]), shared ? 0 : v[2], v[3], v[4], shared};
+}
+
+inline View present(const Problem& p, const PyView& v, int64_t rows, const char* name) {
+    refuse(v[0] == 0, name, " has no address");
+    return view(p, v, rows, name);
+}
+
+// A result has every sample's rows, or those of the input whose gradient it is.
+inline View result(const Problem& p, const PyView& v, int64_t rows, bool shared, const char* name) {
+    refuse(v[0] != 0 && v[1] != (shared ? 1 : p.batch), name, " has a batch that does not fit");
+    return view(p, v, rows, name);
+}
+
+// The batch stride of a dense tensor with `length` columns.
+inline int64_t batch_stride(const Problem& p, const PyRows& rows, int64_t length, const char* name) {
+    if (rows[0] == 0) return 0;
+    refuse(rows[1] != 1 && rows[1] != p.batch, name, " has a batch that is neither 1 nor the query's");
+    refuse(rows[2] != length, name, " has a length that does not fit");
+    return rows[1] == 1 ? 0 : length;
+}
 
 inline void fill(Problem& p, const PySizes& sizes, int dtype, double scale, const PyViews& inputs,
                  const PyExtras& extras, bool map_all_heads) {
@@ -41,7 +84,11 @@ inline void fill(Problem& p, const PySizes& sizes, int dtype, double scale, cons
     for (int64_t size : sizes) {
         if (size < 1) throw std::invalid_argument("all sizes must be positive");
     }
-    if (sizes[3] > 256 || sizes[4] > 256) throw std::invalid_argument("keys and head_dim end at 256");
+    if (sizes[3] > kMaxKeys || sizes[4] > kMaxHeadDim) {
+        throw std::invalid_argument("keys and head_dim end at 256");
+    }
+    check_product("query", {sizes[0], sizes[1], sizes[2], sizes[4]});
+    check_product("key", {sizes[0], sizes[1], sizes[3], sizes[4]});
     p.batch = sizes[0];
     p.heads = sizes[1];
     p.queries = sizes[2];
@@ -49,17 +96,20 @@ inline void fill(Problem& p, const PySizes& sizes, int dtype, double scale, cons
     p.head_dim = sizes[4];
     p.dtype = DType(dtype);
     p.scale = float(scale);
-    p.query = view(inputs[0]);
-    p.key = view(inputs[1]);
-    p.value = view(inputs[2]);
-    p.reference_key = view(inputs[3]);
+    p.query = present(p, inputs[0], p.queries, "query");
+    refuse(inputs[0][1] != p.batch, "query", " has a batch that does not fit");
+    p.key = present(p, inputs[1], p.keys, "key");
+    p.value = present(p, inputs[2], p.keys, "value");
+    p.reference_key = view(p, inputs[3], p.keys, "reference_key");
     p.token_weights = pointer<const float>(extras[0][0]);
-    p.token_weights_batch = batch_stride(extras[0]);
+    p.token_weights_batch = batch_stride(p, extras[0], p.keys, "token_weights");
     p.key_mask = pointer<const uint8_t>(extras[1][0]);
-    p.key_mask_batch = batch_stride(extras[1]);
+    p.key_mask_batch = batch_stride(p, extras[1], p.keys, "key_mask");
     p.map_tokens = pointer<const int64_t>(extras[2][0]);
-    p.map_tokens_batch = batch_stride(extras[2]);
     p.map_count = p.map_tokens ? extras[2][2] : 0;
+    refuse(p.map_count < 0, "map_tokens", " has a negative length");
+    p.map_tokens_batch = batch_stride(p, extras[2], p.map_count, "map_tokens");
+    check_product("maps", {p.batch, p.heads, p.queries, std::max<int64_t>(p.map_count, 1)});
     p.map_all_heads = map_all_heads;
 }
 
@@ -71,8 +121,11 @@ auto of_forward_call(Result (*run)(const ForwardCall&, Rest...)) {
                  int64_t alignment, int64_t maps, Rest... rest) {
         ForwardCall call;
         fill(call, sizes, dtype, scale, inputs, extras, map_all_heads);
-        call.output = view(output);
+        refuse(output[0] == 0, "output", " has no address");
+        call.output = result(call, output, call.queries, false, "output");
+        refuse(alignment == 0, "alignment", " has no address");
         call.alignment = pointer<float>(alignment);
+        refuse(call.map_count && maps == 0, "maps", " has no address");
         call.maps = pointer<float>(maps);
         const pybind11::gil_scoped_release release;
         return run(call, rest...);
@@ -88,14 +141,18 @@ auto of_backward_call(Result (*run)(const BackwardCall&, Rest...)) {
                  const PyViews& gradients, Rest... rest) {
         BackwardCall call;
         fill(call, sizes, dtype, scale, inputs, extras, map_all_heads);
-        call.grad_output = view(grad_output);
+        call.grad_output = result(call, grad_output, call.queries, false, "grad_output");
         call.grad_alignment = pointer<const float>(grad_alignment);
         call.grad_maps = pointer<const float>(grad_maps);
         call.reference_grad = reference_grad;
-        call.grad_query = view(gradients[0]);
-        call.grad_key = view(gradients[1]);
-        call.grad_value = view(gradients[2]);
-        call.grad_reference_key = view(gradients[3]);
+        call.grad_query = result(call, gradients[0], call.queries, false, "grad_query");
+        call.grad_key = result(call, gradients[1], call.keys, call.key.shared, "grad_key");
+        call.grad_value = result(call, gradients[2], call.keys, call.value.shared, "grad_value");
+        call.grad_reference_key = result(call, gradients[3], call.keys, call.reference_key.shared,
+                                         "grad_reference_key");
+        if (call.grad_value.data && !call.grad_output.data) {
+            throw std::invalid_argument("no gradient reaches the value");
+        }
         if (call.grad_reference_key.data && !(reference_grad && call.with_reference())) {
             throw std::invalid_argument("no gradient reaches the reference key");
         }

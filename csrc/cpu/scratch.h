@@ -6,7 +6,6 @@
 namespace sefi {
 namespace SEFI_ISA {
 
-constexpr int64_t kMaxKeys = 256;
 constexpr int64_t kMaxTileRows = kTileVectors * kLanes;
 
 SEFI_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -1,4 +1,4 @@
-"""The public operator: checks its arguments and calls the registered op."""
+"""The public operator: checks types and calls the registered op, which checks all else."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from sefi_fast.ops.registration import cast_for_autocast, forward_op
-from sefi_fast.ops.validation import check_extras, check_options, check_tensors
+from sefi_fast.ops.registration import forward_op
+from sefi_fast.ops.validation import check_options, check_types
 
 
 class CrossAttentionOutput(NamedTuple):
@@ -64,11 +64,7 @@ def fused_cross_attention(
             there is not.
         BackendError: the backend asked for is unknown or cannot take the input.
     """
-    if isinstance(query, Tensor):
-        query, key, value, reference_key = cast_for_autocast(query, key, value, reference_key)
-    check_tensors(query, key, value, reference_key)
-    if token_weights is not None or key_mask is not None or map_tokens is not None:
-        check_extras(query, key.shape[2], token_weights, key_mask, map_tokens)
+    check_types(query, key, value, reference_key, token_weights, key_mask, map_tokens)
     if scale is not None or map_heads != "mean":
         check_options(map_heads, scale)
     output, alignment, maps = forward_op(
@@ -80,7 +76,7 @@ def fused_cross_attention(
         key_mask,
         map_tokens,
         map_heads == "all",
-        query.shape[3] ** -0.5 if scale is None else float(scale),
+        None if scale is None else float(scale),
         reference_grad,
         backend,
     )

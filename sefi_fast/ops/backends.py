@@ -22,8 +22,10 @@ _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 def _by_speed(tensors: _Tensors) -> tuple[str, ...]:
     """Backends of the tensors' device, the first that takes the input being the fastest."""
     query = tensors[0]
-    if query.device.type != "cuda":
-        return ("cpu",) if query.device.type == "cpu" else ()
+    if query.is_cpu:
+        return ("cpu",)
+    if not query.is_cuda:
+        return ()
     cpp = _import("cuda")
     first = not isinstance(cpp, str) and cpp.faster_than_triton(*tensors[:4])
     return ("cuda", "triton") if first else ("triton", "cuda")

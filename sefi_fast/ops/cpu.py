@@ -32,9 +32,9 @@ def why_not(
             f"the native core sefi_fast._C is not there ({_missing}): install a C++17 compiler and "
             "reinstall sefi_fast to have it"
         )
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         return f"it works on CPU tensors, these are on {query.device}"
-    return native.why_not(query, key)
+    return native.why_not(query)
 
 
 def forward(

@@ -119,7 +119,7 @@ def why_not(
             f"the module sefi_fast._cuda is not there ({_missing}): install sefi_fast with "
             "SEFI_CUDA=1 where a CUDA toolkit is to have it"
         )
-    return _why_not_device(query) or native.why_not(query, key)
+    return _why_not_device(query) or native.why_not(query)
 
 
 def forward(

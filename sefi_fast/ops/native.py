@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_KEYS = 256
-MAX_HEAD_DIM = 256
 _CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ABSENT_VIEW = (0, 0, 0, 0, 0)
 _ABSENT_ROWS = (0, 0, 0)
@@ -19,14 +17,10 @@ Rows = tuple[int, int, int]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def why_not(query: Tensor, key: Tensor) -> str | None:
-    """Why no native module takes a dtype, head width or number of keys, or None."""
+def why_not(query: Tensor) -> str | None:
+    """Why no native module takes the query's dtype, or None."""
     if query.dtype not in _CODES:
         return f"it takes float32, float16 and bfloat16, not {query.dtype}"
-    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
-        return f"it takes head widths 1 to {MAX_HEAD_DIM}, not {query.shape[-1]}"
-    if not 1 <= key.shape[2] <= MAX_KEYS:
-        return f"it takes 1 to {MAX_KEYS} keys, not {key.shape[2]}"
     return None
 
 
@@ -71,7 +65,7 @@ def forward_call(
     """Lay out validated inputs and results."""
     batch, heads, queries, _ = query.shape
     columns = 0 if map_tokens is None else map_tokens.shape[1]
-    output = _like(query)
+    output, output_view = _like(query)
     alignment = query.new_empty(batch, dtype=torch.float32)
     shape = (batch, heads, columns, queries) if map_all_heads else (batch, columns, queries)
     maps = query.new_empty(shape, dtype=torch.float32)
@@ -83,7 +77,7 @@ def forward_call(
             query, key, value, reference_key, token_weights, key_mask, map_tokens,
             map_all_heads, scale, held,
         ),
-        _view(output, held),
+        output_view,
         alignment.data_ptr(),
         maps.data_ptr(),
     )  # fmt: skip
@@ -121,10 +115,14 @@ def backward_call(
         (value, needs[2], grad_output is not None),
         (reference_key, needs[3], scores and through_reference),
     ):
-        grad = _like(tensor) if need and tensor is not None else None
+        if not need or tensor is None:
+            grads.append(None)
+            written.append(_ABSENT_VIEW)
+            continue
+        grad, view = _like(tensor)
         grads.append(grad)
-        if grad is None or (reached and not empty):
-            written.append(_view(grad, held))
+        if reached and not empty:
+            written.append(view)
         else:
             grad.zero_()
             written.append(_ABSENT_VIEW)
@@ -161,8 +159,9 @@ def _inputs(
     held: list[Tensor],
 ) -> InputArguments:
     """The operator's inputs in layouts a native module reads."""
+    batch, heads, queries, head_dim = query.shape
     return (
-        (*query.shape[:3], key.shape[2], query.shape[3]),
+        (batch, heads, queries, key.shape[2], head_dim),
         _CODES[query.dtype],
         scale,
         [_view(query, held), _view(key, held), _view(value, held), _view(reference_key, held)],
@@ -171,11 +170,13 @@ def _inputs(
     )
 
 
-def _like(tensor: Tensor) -> Tensor:
-    """Uninitialised [B, H, L, D] as a view of a contiguous [B, L, H, D]."""
+def _like(tensor: Tensor) -> tuple[Tensor, View]:
+    """Uninitialised [B, H, L, D] as a view of a contiguous [B, L, H, D], and its `_view`."""
     batch, heads, length, width = tensor.shape
     row = heads * width
-    return tensor.new_empty_strided((batch, heads, length, width), (length * row, width, row, 1))
+    step = length * row
+    made = tensor.new_empty_strided((batch, heads, length, width), (step, width, row, 1))
+    return made, (made.data_ptr(), batch, step, width, row)
 
 
 def _view(tensor: Tensor | None, held: list[Tensor]) -> View:

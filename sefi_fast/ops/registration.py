@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -10,11 +11,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from sefi_fast.errors import BackendError
+from sefi_fast.ops import eager
 from sefi_fast.ops.backends import choose_backend, load
+from sefi_fast.ops.validation import check_gradients, check_inputs, refuse_nested
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? reference_key, Tensor? token_weights, "
-    "Tensor? key_mask, Tensor? map_tokens, bool map_all_heads, float scale, bool reference_grad, "
+    "Tensor? key_mask, Tensor? map_tokens, bool map_all_heads, float? scale, bool reference_grad, "
     "str? backend"
 )
 _TENSORS = 7
@@ -24,13 +28,16 @@ _ARGUMENTS = 11
 # Older releases only know how to keep the order of the strides.
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 
-_library = torch.library.Library("sefi_fast", "DEF")
-_library.define(f"fused_cross_attention({_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
-_library.define(
-    "fused_cross_attention_backward(Tensor? grad_output, Tensor? grad_alignment, "
-    f"Tensor? grad_maps, {_INPUTS}, bool[] needs) -> Tensor[]",
-    tags=_TAGS,
-)
+# A second import in one process keeps the ops and kernels of the first.
+_is_first_import = not hasattr(torch.ops.sefi_fast, "fused_cross_attention")
+if _is_first_import:
+    _library = torch.library.Library("sefi_fast", "DEF")
+    _library.define(f"fused_cross_attention({_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+    _library.define(
+        "fused_cross_attention_backward(Tensor? grad_output, Tensor? grad_alignment, "
+        f"Tensor? grad_maps, {_INPUTS}, bool[] needs) -> Tensor[]",
+        tags=_TAGS,
+    )
 forward_op = torch.ops.sefi_fast.fused_cross_attention.default
 backward_op = torch.ops.sefi_fast.fused_cross_attention_backward.default
 
@@ -60,12 +67,15 @@ def _run_forward(
     key_mask: Tensor | None,
     map_tokens: Tensor | None,
     map_all_heads: bool,
-    scale: float,
+    scale: float | None,
     reference_grad: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_inputs(
+        query, key, value, reference_key, token_weights, key_mask, map_tokens, scale, stored=True
+    )
     # On a CUDA device reading values would wait for it; a column too large gives zeros there.
-    if map_tokens is not None and map_tokens.device.type == "cpu" and map_tokens.numel():
+    if map_tokens is not None and map_tokens.is_cpu and map_tokens.numel():
         largest = int(map_tokens.max())
         if largest >= key.shape[2]:
             raise ValueError(
@@ -82,8 +92,12 @@ def _run_forward(
         key_mask,
         map_tokens,
         map_all_heads=map_all_heads,
-        scale=scale,
+        scale=_scale(query, scale),
     )
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[3] ** -0.5 if scale is None else scale
 
 
 def _run_backward(
@@ -98,11 +112,19 @@ def _run_backward(
     key_mask: Tensor | None,
     map_tokens: Tensor | None,
     map_all_heads: bool,
-    scale: float,
+    scale: float | None,
     reference_grad: bool,
     backend: str | None,
     needs: list[bool],
+    from_autograd: bool = False,
 ) -> list[Tensor]:
+    check_inputs(
+        query, key, value, reference_key, token_weights, key_mask, map_tokens, scale, stored=True
+    )
+    check_gradients(
+        grad_output, grad_alignment, grad_maps, query, reference_key, map_tokens, map_all_heads,
+        needs, stored=True, from_autograd=from_autograd,
+    )  # fmt: skip
     name = choose_backend(query, key, value, reference_key, map_tokens, backend)
     grads = load(name).backward(
         grad_output,
@@ -116,12 +138,15 @@ def _run_backward(
         key_mask,
         map_tokens,
         map_all_heads=map_all_heads,
-        scale=scale,
+        scale=_scale(query, scale),
         reference_grad=reference_grad,
         needs=(needs[0], needs[1], needs[2], needs[3]),
     )
     # The registered op has no None among its results: only the wanted gradients, in order.
     return [grad for grad in grads if grad is not None]
+
+
+_run_backward_of_forward = functools.partial(_run_backward, from_autograd=True)
 
 
 def _fake_forward(
@@ -133,10 +158,13 @@ def _fake_forward(
     key_mask: Tensor | None,
     map_tokens: Tensor | None,
     map_all_heads: bool,
-    scale: float,
+    scale: float | None,
     reference_grad: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_inputs(
+        query, key, value, reference_key, token_weights, key_mask, map_tokens, scale, stored=False
+    )
     batch, heads, queries, _ = query.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     columns = 0 if map_tokens is None else map_tokens.shape[1]
@@ -148,9 +176,33 @@ def _fake_forward(
     )
 
 
-def _fake_backward(*arguments: Any) -> list[Tensor]:
-    tensors, needs = arguments[3:7], arguments[-1]
-    return [_empty_like(tensor) for tensor, need in zip(tensors, needs, strict=True) if need]
+def _fake_backward(
+    grad_output: Tensor | None,
+    grad_alignment: Tensor | None,
+    grad_maps: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    map_all_heads: bool,
+    scale: float | None,
+    reference_grad: bool,
+    backend: str | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    check_inputs(
+        query, key, value, reference_key, token_weights, key_mask, map_tokens, scale, stored=False
+    )
+    check_gradients(
+        grad_output, grad_alignment, grad_maps, query, reference_key, map_tokens, map_all_heads,
+        needs, stored=False,
+    )  # fmt: skip
+    tensors = (query, key, value, reference_key)
+    wanted = zip(tensors, needs, strict=True)
+    return [_empty_like(tensor) for tensor, need in wanted if need and tensor is not None]
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -169,6 +221,7 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
             or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.is_neg()
             or tensor._is_zerotensor()
+            or tensor.is_nested
         ):
             return False
     return True
@@ -179,7 +232,10 @@ def _below_autograd(op: Any, run: Any, arguments: Sequence[Any], tensors: Sequen
     # changed in place, as a Function's result that is a view.
     with torch._C._AutoDispatchBelowADInplaceOrView():
         # The dispatcher would box every argument only to find `run`, and that on cold caches.
-        return run(*arguments) if _is_plain(tensors) else op(*arguments)
+        if _is_plain(tensors):
+            return run(*arguments)
+        refuse_nested(tensors)
+        return op(*arguments)
 
 
 def _is_batched(tensor: Tensor) -> bool:
@@ -203,17 +259,27 @@ class _Forward(torch.autograd.Function):
         needs[3] = needs[3] and reference_grad
         if (grads[0] is None and grads[1] is None and grads[2] is None) or True not in needs:
             return (None,) * _ARGUMENTS
-        if any(g is not None and _is_batched(g) for g in grads):
-            raise RuntimeError(
-                "fused_cross_attention takes one gradient at a time: leave is_grads_batched, "
-                "vectorize and vmap out"
-            )
+        for grad in grads:
+            if grad is not None and _is_batched(grad):
+                raise RuntimeError(
+                    "fused_cross_attention takes one gradient at a time: leave is_grads_batched, "
+                    "vectorize and vmap out"
+                )
         # Not through the dispatcher, which would only come back to this very function. The forward
         # call had its say about dtypes, whatever autocast is on now.
         with torch._C._DisableAutocast():
-            found = iter(_autograd_backward(*grads, *ctx.saved_tensors, *ctx.options, needs))
+            arguments = (*grads, *ctx.saved_tensors, *ctx.options, needs)
+            found = iter(_autograd_backward(*arguments, run=_run_backward_of_forward))
         wanted = [next(found) if need else None for need in needs]
         return (*wanted, *(None,) * (_ARGUMENTS - 4))
+
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        raise RuntimeError(
+            "fused_cross_attention has no forward-mode derivative of dual tensors. Call "
+            "torch.func.jvp, or torch.func.jacfwd."
+        )
 
 
 class _Backward(torch.autograd.Function):
@@ -224,10 +290,14 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise RuntimeError(
-            "fused_cross_attention has no second derivative: differentiate it once, or write the "
-            "attention plainly where a gradient of a gradient is wanted"
-        )
+        _refuse_second_derivative()
+
+
+def _refuse_second_derivative() -> NoReturn:
+    raise RuntimeError(
+        "fused_cross_attention has no second derivative: differentiate it once, or write the "
+        "attention plainly where a gradient of a gradient is wanted"
+    )
 
 
 def _nothing_to_record(tensors: tuple[Any, ...]) -> bool:
@@ -242,16 +312,56 @@ def _nothing_to_record(tensors: tuple[Any, ...]) -> bool:
 
 
 def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _transformed_forward(*arguments)
     # An autograd.Function costs several microseconds even where it records nothing.
     if _nothing_to_record(arguments[:4]):
         return _below_autograd(forward_op, _run_forward, arguments, arguments[:_TENSORS])
     return _Forward.apply(*arguments)
 
 
-def _autograd_backward(*arguments: Any) -> list[Tensor]:
+def _transformed_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reference_key: Tensor | None,
+    token_weights: Tensor | None,
+    key_mask: Tensor | None,
+    map_tokens: Tensor | None,
+    map_all_heads: bool,
+    scale: float | None,
+    reference_grad: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inside torch.func's grad, vjp, jvp and jacrev: plain operations, which all of them know."""
+    if backend not in (None, "eager"):
+        raise BackendError(
+            f"fused_cross_attention runs inside a transform of torch.func. Backend {backend!r} has "
+            "no derivatives there. Pass backend=None or 'eager'."
+        )
+    check_inputs(
+        query, key, value, reference_key, token_weights, key_mask, map_tokens, scale, stored=False
+    )
+    return eager.forward(
+        query,
+        key,
+        value,
+        reference_key,
+        token_weights,
+        key_mask,
+        map_tokens,
+        map_all_heads=map_all_heads,
+        scale=_scale(query, scale),
+        reference_grad=reference_grad,
+    )
+
+
+def _autograd_backward(*arguments: Any, run: Any = _run_backward) -> list[Tensor]:
     if _nothing_to_record(arguments[: 3 + _TENSORS]):
         tensors = arguments[: 3 + _TENSORS]
-        return _below_autograd(backward_op, _run_backward, arguments, tensors)
+        return _below_autograd(backward_op, run, arguments, tensors)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        _refuse_second_derivative()
     return list(_Backward.apply(*arguments))
 
 
@@ -276,9 +386,10 @@ def _register() -> None:
     for name, run, autograd, autocast, fake in kernels:
         _library.impl(name, run, "CompositeExplicitAutograd")
         _library.impl(name, autograd, "Autograd")
-        for device in ("CPU", "CUDA"):
+        for device in ("CPU", "CUDA", "MPS", "XPU"):
             _library.impl(name, autocast, f"Autocast{device}")
         torch.library.register_fake(f"sefi_fast::{name}", fake, lib=_library)
 
 
-_register()
+if _is_first_import:
+    _register()

@@ -84,14 +84,13 @@ def test_a_call_takes_the_scratch_it_asks_for(
 
 
 def test_failures_of_the_kernels_are_one_sentence(cuda_module: ModuleType) -> None:
-    absent = (0, 0, 0, 0, 0)
-    problem = ((1, 1, 1, 1, 8), 0, 1.0, [absent] * 4, [(0, 0, 0)] * 3, False)
+    absent, there = (0, 0, 0, 0, 0), (8, 1, 8, 8, 8)
+    inputs = [there] * 3 + [absent]
+    problem = ((1, 1, 1, 1, 8), 0, 1.0, inputs, [(0, 0, 0)] * 3, False)
     with pytest.raises(RuntimeError, match="scratch memory"):
         cuda_module.backward(*problem, absent, 0, 0, False, [absent] * 4, 0, 2, 0)
     with pytest.raises(ValueError, match="no gradient reaches the reference key"):
-        cuda_module.backward(
-            *problem, absent, 0, 0, False, [absent] * 3 + [(8, 1, 8, 8, 8)], 8, 2, 0
-        )
+        cuda_module.backward(*problem, absent, 0, 0, False, [absent] * 3 + [there], 8, 2, 0)
     with pytest.raises(ValueError, match="dtype code"):
         cuda_module.forward((1, 1, 1, 1, 8), 7, *problem[2:], absent, 0, 0, 0, 2, 0)
 
