@@ -53,9 +53,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "AVI
 _WANTED = "a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF image is needed"
 _MOST_MEMORY = 10**9
 # Bytes of memory per pixel that decoding and conversion take at their peak, measured.
-_MEMORY = {"TIFF": 13, "progressive": 13, "WEBP": 17, "AVIF": 17, "JPEG2000": 24, "PPM": 24}
+_MEMORY = {"TIFF": 13, "progressive": 13, "WEBP": 18, "AVIF": 18, "JPEG2000": 26, "PPM": 26}
 _OTHER_MEMORY = 8
-_STRIP = 2**20
+_STRIP = 2**18
 _MOST_PAGES = 100
 _LONGEST_EXIF = 2**17
 _LARGEST_PROFILE = 2**24
