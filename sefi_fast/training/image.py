@@ -47,8 +47,7 @@ TIME_IDS = ("original height", "original width", "top", "left", "height", "width
 LARGEST_FILE = 2**29
 """Bytes of an image file."""
 
-# No decoder of these starts another program. A Pillow without AVIF raises KeyError for the name, so
-# it is the last.
+# No decoder of these starts another program.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "AVIF")
 _WANTED = "a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF image is needed"
 _MOST_MEMORY = 10**9
@@ -63,10 +62,6 @@ _LARGEST_PROFILE = 2**24
 _EXPORT = "open it in an image program and save it as PNG or JPEG"
 _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the image", "run `git lfs pull`"),
-    (b"<!doctype html", "an HTML page", "download the image itself"),
-    (b"<html", "an HTML page", "download the image itself"),
-    (b"<svg", "an SVG drawing", _EXPORT),
-    (b"<?xml", "an XML or SVG file", _EXPORT),
     (b"%PDF", "a PDF document", _EXPORT),
     (b"%!PS", "a PostScript (EPS) file", _EXPORT),
     (b"\xc5\xd0\xd3\xc6", "a PostScript (EPS) file", _EXPORT),
@@ -122,7 +117,7 @@ def load_image(
     if isinstance(source, Image.Image):
         return decode(source, f"the {type(source).__name__}", background)
     if isinstance(source, (str, os.PathLike)):
-        with _open(Path(source)) as stream:
+        with _open(Path(os.path.expanduser(source))) as stream:
             return decode(stream, str(source), background)
     raise TypeError(
         f"image must be a path, a PIL image or a numpy array [h, w, 3], got {type(source).__name__}"
@@ -154,7 +149,7 @@ def decode(source: Image.Image | BinaryIO, name: str, background: str = "white")
         # Decoders raise anything: OSError, NotImplementedError, RuntimeError, MemoryError.
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "its first bytes are not those of an image"
+            reason = "no decoder knows its first bytes"
         raise ImageError(
             f"{name} cannot be read ({reason}). It is damaged or cut off, or of a rare kind: "
             f"{_WANTED}. Save it again as PNG or JPEG"
@@ -239,12 +234,12 @@ def _read(stream: BinaryIO, name: str) -> Image.Image:
 
 def _check_kind(stream: BinaryIO, name: str) -> None:
     """Name what is not an image that can be read by its first bytes."""
-    start = stream.read(64)
+    start = stream.read(1024)
     if not start:
-        raise ImageError(f"{name} is empty. {_WANTED.capitalize()}. Copy or download it again")
-    brand, is_avif = start[8:12], b"avif" in start or b"avis" in start
-    kind = None
-    if start[4:8] == b"ftyp" and not is_avif:
+        raise ImageError(f"{name} is empty: {_WANTED}. Copy or download it again")
+    brand, text = start[8:12], start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    kind = next((tuple(rest) for prefix, *rest in _FOREIGN if start.startswith(prefix)), None)
+    if start[4:8] == b"ftyp" and b"avif" not in start[:64] and b"avis" not in start[:64]:
         kind = ("a video", "save one frame as PNG or JPEG")
         if brand in _HEIF_BRANDS:
             kind = ("a HEIC (HEIF) image", _EXPORT)
@@ -252,12 +247,10 @@ def _check_kind(stream: BinaryIO, name: str) -> None:
             kind = ("a camera's raw file", _EXPORT)
     elif start[:4] == b"RIFF" and brand == b"AVI ":
         kind = ("a video", "save one frame as PNG or JPEG")
-    else:
-        text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-        for prefix, *found in _FOREIGN:
-            if start.startswith(prefix) or text.lower().startswith(prefix):
-                kind = (found[0], found[1])
-                break
+    elif text.startswith(b"<"):
+        kind = ("an HTML or XML page", "download the image itself")
+        if b"<svg" in text:
+            kind = ("an SVG drawing", _EXPORT)
     if kind is not None:
         raise ImageError(f"{name} is {kind[0]}: {_WANTED}. To use it, {kind[1]}")
 
@@ -265,7 +258,9 @@ def _check_kind(stream: BinaryIO, name: str) -> None:
 def _read_by_pillow(stream: BinaryIO, name: str) -> Image.Image:
     file_size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
-    image: Any = Image.open(stream, formats=_FORMATS)
+    Image.init()
+    # A Pillow before 11.3 has no AVIF.
+    image: Any = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _seek_largest_page(image, stream, name)
     _check_size(image, name, file_size)
@@ -420,7 +415,7 @@ def _to_srgb(image: Image.Image, name: str) -> tuple[str, Any] | None:
         return mode, ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     except Exception as error:
         # Viewers show such an image too.
-        logger.warning("the colour profile of %s is ignored: %s", name, printable(str(error)))
+        logger.warning(printable(f"the colour profile of {name} is ignored: {error}"))
         return None
 
 

@@ -130,7 +130,7 @@ def seen_files(job: Job) -> dict[str, str]:
     for name, source in (("picture", job.image), ("mask", job.mask)):
         if isinstance(source, (str, os.PathLike)):
             try:
-                sums[name] = checksum(source, LARGEST_FILE)
+                sums[name] = checksum(os.path.expanduser(source), LARGEST_FILE)
             except FileNotFoundError:
                 continue
             except OSError as error:

@@ -274,7 +274,7 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
             found.append(f"{name} must be the path of a picture, got {values[name]!r}")
         elif isinstance(values.get(name), (str, os.PathLike)):
             values[name] = folder / values[name]
-            if not values[name].is_file():
+            if not os.path.isfile(values[name]):
                 found.append(f"there is no picture at {values[name]}")
     if "image" not in values:
         found.append("it has no image")

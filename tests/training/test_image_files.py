@@ -220,11 +220,12 @@ def test_png_files_with_more_than_a_megabyte_of_text_or_profile(tmp_path):
 HEIF = b"\0\0\0\x18ftyp%s\0\0\0\0mif1heic" + bytes(400)
 KINDS = {
     "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-    "an HTML page": b"\xef\xbb\xbf\n  <!DOCTYPE html><html><body>404</body></html>",
+    "HTML": b"\xef\xbb\xbf\n  <!DOCTYPE html><html><body>404</body></html>",
     "is empty": b"",
     "HEIC": HEIF % b"heic",
     "a video": HEIF % b"qt  ",
-    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "XML": b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+    "SVG": b"<?xml version='1.0'?>\n<!-- made by a program -->\n<svg xmlns='http://www.w3.org/2000/svg'/>",
     "PDF": b"%PDF-1.7\n",
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n",
     "Photoshop": b"8BPS\0\1" + bytes(100),
