@@ -22,6 +22,8 @@ from sefi_fast.training.job import Job, seen_files
 from sefi_fast.training.masks import load_mask
 
 PNG = b"\x89PNG\r\n\x1a\n"
+Image.init()
+AVIF = "AVIF" in Image.SAVE
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
@@ -114,11 +116,11 @@ def in_srgb(icc: bytes, mode: str, colour) -> np.ndarray:
     ],
 )  # fmt: skip
 def test_colour_profiles_are_converted_to_srgb(tmp_path, icc, mode, suffix, wanted):
+    if suffix == "avif" and not AVIF:
+        pytest.skip("this Pillow has no AVIF")
     lossy = {"quality": 100} if suffix in ("jpg", "webp", "avif") else {}
     path = tmp_path / f"wide.{suffix}"
     Image.new(mode, (32, 32), COLOURS[mode]).save(path, icc_profile=icc, **lossy)
-    if suffix == "avif" and "icc_profile" not in Image.open(path).info:
-        pytest.skip("this Pillow does not keep it")
     tolerance = 8 if lossy else 1
     loaded = load_image(path)
     for found in (loaded, load_image(Image.open(path)), load_image(loaded)):
@@ -436,7 +438,7 @@ def test_the_largest_images_take_at_most_a_gigabyte(tmp_path):
         assert peak < 10**9, path.name
 
 
-SEEDS = ("png", "jpg", "webp", "tif", "gif", "bmp", "avif", "jp2", "ppm")
+SEEDS = ("png", "jpg", "webp", "tif", "gif", "bmp", "jp2", "ppm", *(["avif"] if AVIF else []))
 
 
 def mutated(content: bytes, random: np.random.Generator) -> bytes:
@@ -458,10 +460,10 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def mutate(number: int, suffixes=SEEDS) -> None:
+def mutate(number: int) -> None:
     random = np.random.default_rng(0)
     formats = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}
-    for suffix in suffixes:
+    for suffix in SEEDS:
         stream = io.BytesIO()
         exif = {"exif": Image.Exif()} if suffix in ("png", "jpg", "webp", "avif", "tif") else {}
         icc = {"icc_profile": P3} if exif else {}
