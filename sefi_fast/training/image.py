@@ -260,7 +260,7 @@ def _read_by_pillow(stream: BinaryIO, name: str) -> Image.Image:
     stream.seek(0)
     Image.init()
     # A Pillow before 11.3 has no AVIF.
-    image: Any = Image.open(stream, formats=[name for name in _FORMATS if name in Image.OPEN])
+    image: Any = Image.open(stream, formats=[one for one in _FORMATS if one in Image.OPEN])
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _seek_largest_page(image, stream, name)
     _check_size(image, name, file_size)
