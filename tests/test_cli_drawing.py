@@ -91,8 +91,9 @@ def test_a_picture_to_change_is_kept_in_part(tmp_path):
 
 
 def test_a_mask_says_what_to_change(sd15_folder, tmp_path):
-    mask = Image.new("L", (128, 128))
-    mask.paste(255, (64, 0, 128, 128))
+    # What is transparent is not to change, whatever its colour.
+    mask = Image.new("RGBA", (128, 128), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (64, 0, 128, 128))
     mask.save(tmp_path / "mask.png")
     # diffusers inpaints with four latent channels, which the bundled model has not.
     options = ["-m", str(sd15_folder), "--image", PICTURE, "--mask", str(tmp_path / "mask.png")]

@@ -35,7 +35,7 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
         "--mask",
         type=Path,
         metavar="FILE",
-        help="white where --image is to change, black elsewhere",
+        help="white where --image is to change, black or transparent elsewhere",
     )
 
 
@@ -79,7 +79,12 @@ def with_pictures(options: argparse.Namespace, pipe: Any) -> tuple[Any, dict[str
         size = picture.size
         arguments["image"] = picture
         if masked:
-            arguments["mask_image"] = _load(options.mask, size, 1).convert("L")
+            from sefi_fast.training.masks import check_selection, open_mask
+
+            mask = open_mask(options.mask).resize(size).convert("L")
+            lowest, highest = mask.getextrema()
+            check_selection(lowest / 255, highest / 255, "the image to change")
+            arguments["mask_image"] = mask
         arguments["strength"] = STRENGTH if options.strength is None else options.strength
     if nets:
         hints = [_load(path, size, pipe.vae_scale_factor) for path in options.control_image]

@@ -11,6 +11,7 @@ from sefi_fast.evaluation.results import Results
 from sefi_fast.evaluation.sheets import Panel, contact_sheet
 from sefi_fast.tiny_world.drawing import ACCESSORIES
 from sefi_fast.tiny_world.judge import Judge, Judgement
+from sefi_fast.training.image import load_image
 
 _COLUMNS = 8
 
@@ -57,6 +58,6 @@ def verdict(judgement: Judgement) -> str:
 
 
 def _cut(path: Path, place: int) -> Image.Image:
-    with Image.open(path) as strip:
-        side = strip.height
-        return strip.convert("RGB").crop((side * place, 0, side * (place + 1), side))
+    strip = load_image(path)
+    side = strip.height
+    return strip.crop((side * place, 0, side * (place + 1), side))

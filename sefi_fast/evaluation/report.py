@@ -19,6 +19,7 @@ from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import Interval, bootstrap, paired_difference
 from sefi_fast.evaluation.tasks import Task
 from sefi_fast.evaluation.variants import BASELINE, CONTROLS, Study, Variant
+from sefi_fast.training.image import load_image
 from sefi_fast.utils.files import atomic_write
 
 SCORED = ("id", "rank", "prompt", "share", "id_p", "leak", "open_leak", "open_id")
@@ -222,8 +223,7 @@ def _sheet(folder: Path, study: Study, results: Results) -> Image.Image | None:
             path = Task(folder, variant, (one.number,), results.protocol).pictures(one.number)
             if not path.exists():
                 continue
-            with Image.open(path) as opened:
-                strip = opened.convert("RGB")
+            strip = load_image(path)
             side = strip.height
             panels = [
                 Panel(strip.crop((side * k, 0, side * (k + 1), side)), prompt.text)

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sefi_fast.training.image import decode
+
 
 @dataclass(eq=False)
 class History:
@@ -51,7 +53,11 @@ class History:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> History:
-        """The history that `state_dict` was taken of."""
+        """Return the history that `state_dict` was taken of.
+
+        Raises:
+            ImageError: a validation image is damaged.
+        """
         drawn: dict[int, list[Image.Image]] = {}
         for name in sorted(name for name in state if name.startswith("validation.")):
             drawn.setdefault(int(name.split(".")[1]), []).append(_picture(state[name]))
@@ -71,6 +77,4 @@ def _png(picture: Image.Image) -> Tensor:
 
 
 def _picture(png: Tensor) -> Image.Image:
-    picture = Image.open(io.BytesIO(bytes(png.tolist())))
-    picture.load()
-    return picture
+    return decode(io.BytesIO(png.numpy().tobytes()), "a validation image of the checkpoint")

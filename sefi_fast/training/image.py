@@ -1,18 +1,25 @@
-"""Read a picture in whatever form it comes and make the square tensor that the VAE wants."""
+"""Read an image in whatever form it comes and make the square tensor that the VAE takes."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import struct
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from sefi_fast.errors import ImageError
+from sefi_fast.utils.files import open_regular
+from sefi_fast.utils.text import printable
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 16
 
@@ -37,43 +44,116 @@ _ANCHORS = {
 TIME_IDS = ("original height", "original width", "top", "left", "height", "width")
 """What the numbers of `time_ids` are."""
 
-# What Pillow's decoders raise on damaged files, beside their own classes, which are OSErrors.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+LARGEST_FILE = 2**29
+"""Bytes of an image file."""
+
+# No decoder of these starts another program.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "AVIF")
+_WANTED = "a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF image is needed"
+_MOST_MEMORY = 10**9
+# Bytes of memory per pixel that decoding and conversion take at their peak, measured.
+_MEMORY = {"TIFF": 13, "progressive": 13, "WEBP": 18, "AVIF": 18, "JPEG2000": 26, "PPM": 26}
+_OTHER_MEMORY = 8
+_STRIP = 2**18
+_MOST_PAGES = 100
+_LONGEST_EXIF = 2**17
+_LARGEST_PROFILE = 2**24
+
+_EXPORT = "open it in an image program and save it as PNG or JPEG"
+_FOREIGN = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the image", "run `git lfs pull`"),
+    (b"%PDF", "a PDF document", _EXPORT),
+    (b"%!PS", "a PostScript (EPS) file", _EXPORT),
+    (b"\xc5\xd0\xd3\xc6", "a PostScript (EPS) file", _EXPORT),
+    (b"8BPS", "a Photoshop (PSD) file", _EXPORT),
+    (b"gimp xcf", "a GIMP (XCF) file", _EXPORT),
+    (b"\xff\x0a", "a JPEG XL image", _EXPORT),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image", _EXPORT),
+    (b"II*\0\x10\0\0\0CR", "a camera's raw file", _EXPORT),
+    (b"IIU\0", "a camera's raw file", _EXPORT),
+    (b"IIRO", "a camera's raw file", _EXPORT),
+    (b"FUJIFILM", "a camera's raw file", _EXPORT),
+    (b"DDS ", "a DDS texture", _EXPORT),
+    (b"\0\0\1\0", "an icon (ICO)", _EXPORT),
+    (b"v/1\1", "an OpenEXR image", _EXPORT),
+    (b"#?RADIANCE", "a Radiance HDR image", _EXPORT),
+    (b"\xd7\xcd\xc6\x9a", "a Windows metafile (WMF)", _EXPORT),
+    (b"PK\3\4", "a ZIP archive or a PyTorch file", "unpack it and give the image"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it and give the image"),
+    (b"7z\xbc\xaf", "a 7z archive", "unpack it and give the image"),
+    (b"\x80\2", "a Python pickle", "give the image"),
+    (b"\x80\3", "a Python pickle", "give the image"),
+    (b"\x80\4", "a Python pickle", "give the image"),
+    (b"\x80\5", "a Python pickle", "give the image"),
+    (b"\x93NUMPY", "a NumPy file", "load it with numpy.load and give the array"),
+    (b"\x1aE\xdf\xa3", "a video", "save one frame as PNG or JPEG"),
+)
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def load_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Image.Image:
-    """An upright RGB picture of 8 bits a channel.
+def load_image(
+    source: str | os.PathLike[str] | Image.Image | np.ndarray, background: str = "white"
+) -> Image.Image:
+    """Return an upright sRGB image of 8 bits a channel.
 
-    EXIF orientation is applied, transparency is laid over white, of an animation the first frame
-    is taken, and 16 bit values are scaled to 8.
+    EXIF orientation and the colour profile are applied, transparency is laid over the background,
+    and values of 16 bits are scaled to 8. The first frame of an animation and the largest page of a
+    TIFF file are read.
 
     Args:
-        source: a file that Pillow reads, a PIL image, or an array [h, w], [h, w, 1], [h, w, 3] or
-            [h, w, 4] of uint8, uint16, bool, integers in [0, 255] or floats in [0, 1].
+        source: a PNG, JPEG, WebP, TIFF, BMP, GIF, JPEG 2000, PPM or AVIF file, a PIL image, or an
+            array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] of uint8, uint16, bool, integers in
+            [0, 255] or floats in [0, 1].
+        background: a colour name.
 
     Raises:
-        ImageError: the file is missing, unreadable or cut off, the picture is smaller than 16
-            pixels on a side, or its values cannot be understood.
+        ImageError: the file is missing, unreadable, cut off or not an image, the image is smaller
+            than 16 pixels on a side or takes more than 1 GB of memory, or its values cannot be
+            understood.
         TypeError: `source` is none of these.
     """
     if isinstance(source, np.ndarray):
-        image, name = _from_array(source), f"the array of shape {source.shape}"
-    elif isinstance(source, Image.Image):
-        name = f"the {type(source).__name__}"
-        image = _loaded(source, name)
-    elif isinstance(source, (str, os.PathLike)):
-        image, name = _open(Path(source)), str(source)
-    else:
-        raise TypeError(
-            "image must be a path, a PIL image or a numpy array [h, w, 3], got "
-            f"{type(source).__name__}"
-        )
-    if min(image.size) < SMALLEST_SIDE:
+        return decode(_from_array(source), f"the array of shape {source.shape}", background)
+    if isinstance(source, Image.Image):
+        return decode(source, f"the {type(source).__name__}", background)
+    if isinstance(source, (str, os.PathLike)):
+        with _open(Path(os.path.expanduser(source))) as stream:
+            return decode(stream, str(source), background)
+    raise TypeError(
+        f"image must be a path, a PIL image or a numpy array [h, w, 3], got {type(source).__name__}"
+    )
+
+
+def decode(source: Image.Image | BinaryIO, name: str, background: str = "white") -> Image.Image:
+    """Return the image of a PIL image or of a file's content, as `load_image` does.
+
+    Raises:
+        ImageError: as for `load_image`; the message calls the source `name`.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+            _check_size(image, name)
+            image.load()
+        else:
+            image = _read(source, name)
+        turn = _UPRIGHT.get(_orientation(image))
+        # Binding the same name frees the stored image before the turned one is made.
+        image = _to_rgb(image, name, background)
+        return image if turn is None else image.transpose(turn)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large ({error}). Make it smaller") from error
+    except Exception as error:
+        # Decoders raise anything: OSError, NotImplementedError, RuntimeError, MemoryError.
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no decoder knows its first bytes"
         raise ImageError(
-            f"{name} is {image.width}×{image.height} pixels: a picture of at least "
-            f"{SMALLEST_SIDE}×{SMALLEST_SIDE} is needed"
-        )
-    return _to_rgb(image, name)
+            f"{name} cannot be read ({reason}). It is damaged or cut off, or of a rare kind: "
+            f"{_WANTED}. Save it again as PNG or JPEG"
+        ) from error
 
 
 def prepare(image: Image.Image, size: int, crop: str = "center") -> Tensor:
@@ -114,88 +194,229 @@ def _square(image: Image.Image, crop: str) -> tuple[int, int, int]:
     return round((image.width - side) * across), round((image.height - side) * down), side
 
 
-def _open(path: Path) -> Image.Image:
-    if ":/" in str(path)[2:]:
-        raise ImageError(f"{path} is an address: download the picture and give its path")
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder: give the path of one picture")
-    if not path.exists():
-        raise ImageError(f"there is no picture at {path}")
+def _open(path: Path) -> BinaryIO:
     try:
-        image = Image.open(path)
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} is too large a picture ({error}): make it smaller") from error
-    except UnidentifiedImageError as error:
+        stream = open_regular(path)
+    except FileNotFoundError as error:
+        if ":/" in str(path)[2:]:
+            raise ImageError(
+                f"{path} is an address: download the picture and give its path"
+            ) from error
+        raise ImageError(f"there is no picture at {path}") from error
+    except OSError as error:
         raise ImageError(
-            f"{path} is not a picture that Pillow reads (its formats are PNG, JPEG, WebP, TIFF …), "
-            "or it is cut off at its very beginning"
+            f"{path} cannot be read: {error.strerror}. Give the path of an image file"
         ) from error
-    except _DAMAGED as error:
-        raise _damaged(str(path), error) from error
-    with image:
-        return _loaded(image, str(path))
+    size = os.fstat(stream.fileno()).st_size
+    if size > LARGEST_FILE:
+        stream.close()
+        raise ImageError(
+            f"{path} has {size:,} bytes. An image file of at most {LARGEST_FILE:,} is needed. Make "
+            "it smaller"
+        )
+    return stream
 
 
-def _loaded(image: Image.Image, name: str) -> Image.Image:
-    """An upright copy that needs its file no longer."""
+def _read(stream: BinaryIO, name: str) -> Image.Image:
+    _check_kind(stream, name)
     try:
-        image.load()
-    except _DAMAGED as error:
-        raise _damaged(name, error) from error
-    method = _UPRIGHT.get(_orientation(image))
-    if method is None:
-        return image.copy()
-    turned = image.transpose(method)
-    if "transparency" in image.info:
-        turned.info["transparency"] = image.info["transparency"]
-    return turned
+        return _read_by_pillow(stream, name)
+    except ValueError as error:
+        # Pillow refuses a PNG with more than 1 MB of text or profile.
+        stream.seek(0)
+        if isinstance(error, ImageError) or stream.read(8) != b"\x89PNG\r\n\x1a\n":
+            raise
+    plain, profile = _without_text(stream)
+    image = _read_by_pillow(plain, name)
+    image.info["icc_profile"] = profile
+    return image
 
 
-def _damaged(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name} cannot be read ({error}): the picture is damaged or cut off")
+def _check_kind(stream: BinaryIO, name: str) -> None:
+    """Name what is not an image that can be read by its first bytes."""
+    start = stream.read(1024)
+    if not start:
+        raise ImageError(f"{name} is empty: {_WANTED}. Copy or download it again")
+    brand, text = start[8:12], start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    kind = next((tuple(rest) for prefix, *rest in _FOREIGN if start.startswith(prefix)), None)
+    if start[4:8] == b"ftyp" and b"avif" not in start[:64] and b"avis" not in start[:64]:
+        kind = ("a video", "save one frame as PNG or JPEG")
+        if brand in _HEIF_BRANDS:
+            kind = ("a HEIC (HEIF) image", _EXPORT)
+        elif brand == b"crx ":
+            kind = ("a camera's raw file", _EXPORT)
+    elif start[:4] == b"RIFF" and brand == b"AVI ":
+        kind = ("a video", "save one frame as PNG or JPEG")
+    elif text.startswith(b"<"):
+        kind = ("an HTML or XML page", "download the image itself")
+        if b"<svg" in text:
+            kind = ("an SVG drawing", _EXPORT)
+    if kind is not None:
+        raise ImageError(f"{name} is {kind[0]}: {_WANTED}. To use it, {kind[1]}")
+
+
+def _read_by_pillow(stream: BinaryIO, name: str) -> Image.Image:
+    file_size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    Image.init()
+    # A Pillow before 11.3 has no AVIF.
+    image: Any = Image.open(stream, formats=[one for one in _FORMATS if one in Image.OPEN])
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _seek_largest_page(image, stream, name)
+    _check_size(image, name, file_size)
+    if image.format == "PNG" and "transparency" in image.info:
+        # Pillow scales the pixels to 8 bits and not the transparent colour.
+        raw_mode, key = image.tile[0][3], image.info["transparency"]
+        if raw_mode in ("L;2", "L;4"):
+            image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
+        elif raw_mode == "RGB;16B":
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+    image.load()
+    return image
+
+
+def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, name: str) -> None:
+    """Go to the largest page of a TIFF file: small ones are previews."""
+    stream.seek(0)
+    header = stream.read(8)
+    areas: list[int] = []
+    largest_part = 0
+    for page in range(_MOST_PAGES + 1):
+        try:
+            image.seek(page)
+        except Exception:
+            # It is the last, or what follows is damaged.
+            break
+        areas.append(image.width * image.height)
+        parts = image.tag_v2.get(330, ())  # SubIFDs
+        for offset in parts[:_MOST_PAGES] if isinstance(parts, tuple) else (parts,):
+            part = TiffImagePlugin.ImageFileDirectory_v2(header)
+            stream.seek(offset)
+            part.load(stream)
+            largest_part = max(largest_part, part.get(256, 0) * part.get(257, 0))
+    if len(areas) > _MOST_PAGES:
+        raise ImageError(
+            f"{name} has more than {_MOST_PAGES} pages. One image is needed. Save its page as PNG"
+        )
+    largest = max(areas)
+    if largest_part > largest:
+        raise ImageError(
+            f"{name} is a camera's raw file, of which only a preview can be read: {_WANTED}. To "
+            f"use it, {_EXPORT}"
+        )
+    image.seek(areas.index(largest))
+
+
+def _without_text(stream: BinaryIO) -> tuple[BinaryIO, bytes]:
+    """Return a copy of a PNG file without text and colour profile, and the profile."""
+    stream.seek(0)
+    copy, profile = io.BytesIO(), b""
+    copy.write(stream.read(8))
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        content = stream.read(length + 4)
+        if kind == b"iCCP":
+            packed = content[content.index(b"\0") + 2 : -4]
+            profile = zlib.decompressobj().decompress(packed, _LARGEST_PROFILE)
+        elif kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            copy.write(head + content)
+    return copy, profile
+
+
+def _check_size(image: Image.Image, name: str, file_size: int = 0) -> None:
+    if min(image.size) < SMALLEST_SIDE:
+        raise ImageError(
+            f"{name} is {image.width}×{image.height} pixels: a picture of at least "
+            f"{SMALLEST_SIDE}×{SMALLEST_SIDE} is needed"
+        )
+    kind = "progressive" if "progressive" in image.info else image.format
+    per_pixel = _MEMORY.get(str(kind), _OTHER_MEMORY)
+    if image.width * image.height * per_pixel + file_size > _MOST_MEMORY:
+        most = (_MOST_MEMORY - file_size) // per_pixel // 10**6
+        raise ImageError(
+            f"{name} is {image.width}×{image.height} pixels, and reading it takes more than 1 GB "
+            f"of memory. At most {most} million pixels can be read. Make it smaller"
+        )
 
 
 def _orientation(image: Image.Image) -> int:
     try:
+        # Each entry of a hostile EXIF block may refer to all of it.
+        if len(image.info.get("exif", b"")) > _LONGEST_EXIF:
+            return 1
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except (*_DAMAGED, TypeError, KeyError):
+    except Exception:
         # A picture with broken EXIF data is shown as it is stored, as viewers do.
         return 1
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
+    """Convert strip by strip, so that no second copy at a wider type is in memory."""
+    is_deep = image.mode[0] in "IF"
+    highest = _highest(image, name) if is_deep else 255
+    profile = _to_srgb(image, name)
+    result = Image.new("RGB", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        alpha = None
+        if is_deep:
+            values = np.asarray(strip)
+            if not np.isfinite(values).all():
+                raise ImageError(f"{name} holds values that are not finite numbers")
+            if "transparency" in image.info:
+                alpha = Image.fromarray(values != image.info["transparency"]).convert("L")
+            scaled = np.rint(values.astype(np.float64) * (255 / highest))
+            strip = Image.fromarray(scaled.astype(np.uint8))
+        elif strip.has_transparency_data:
+            strip = strip.convert("RGBA")
+            alpha = strip.getchannel("A")
+        if profile is not None:
+            mode, transform = profile
+            strip = ImageCms.applyTransform(strip.convert(mode), transform)
+        strip = strip.convert("RGB")
+        if alpha is not None:
+            strip.putalpha(alpha)
+            under = Image.new("RGBA", strip.size, background)
+            strip = Image.alpha_composite(under, strip).convert("RGB")
+        result.paste(strip, (0, top))
+    return result
+
+
+def _highest(image: Image.Image, name: str) -> int:
+    """Return what white is in a wide greyscale image: the smallest range that its values fit."""
     if image.mode.startswith("I;16"):
-        return _grey(np.asarray(image).astype(np.float64) / 257, name)
-    if image.mode in ("I", "F"):
-        return _grey(_to_byte_range(np.asarray(image).astype(np.float64), name), name)
-    try:
-        if image.has_transparency_data:
-            layered = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, layered).convert("RGB")
-        return image.convert("RGB")
-    except ValueError as error:
+        return 65535
+    low, high = image.getextrema()
+    if low < 0 or high > 65535:
         raise ImageError(
-            f"{name} has the colour mode {image.mode}, which cannot be made RGB: save it as an RGB "
-            "PNG or JPEG"
-        ) from error
-
-
-def _to_byte_range(values: np.ndarray, name: str) -> np.ndarray:
-    """Values of a wide greyscale picture scaled to [0, 255] by the smallest range they fit."""
-    highest = float(values.max())
-    if not np.isfinite(values).all() or float(values.min()) < 0 or highest > 65535:
-        raise ImageError(
-            f"{name} has values from {values.min():g} to {values.max():g}: a picture of 8 or 16 "
-            "bits a channel, or of floats in [0, 1], is needed"
+            f"{name} has values from {low:g} to {high:g}: a picture of 8 or 16 bits a channel, or "
+            "of floats in [0, 1], is needed"
         )
-    if highest <= 1:
-        return values * 255
-    return values if highest <= 255 else values / 257
+    return 1 if high <= 1 else 255 if high <= 255 else 65535
 
 
-def _grey(values: np.ndarray, name: str) -> Image.Image:
-    return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8), "L").convert("RGB")
+def _to_srgb(image: Image.Image, name: str) -> tuple[str, Any] | None:
+    """Return the colour mode to convert to and the transform from that to sRGB, if any."""
+    embedded = image.info.get("icc_profile")
+    if not embedded and image.mode != "LAB":
+        return None
+    try:
+        profile: Any
+        if image.mode == "LAB":
+            mode, profile = "LAB", ImageCms.createProfile("LAB")
+        else:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded or b""))
+            space = profile.profile.xcolor_space
+            mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space]
+            is_grey = Image.getmodebase(image.mode) == "L"
+            if (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and not is_grey):
+                raise ValueError(f"it is for {space}, and the image is {image.mode}")
+        return mode, ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception as error:
+        # Viewers show such an image too.
+        logger.warning(printable(f"the colour profile of {name} is ignored: {error}"))
+        return None
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -213,20 +434,21 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(bytes_)
 
 
-def _array_to_bytes(array: np.ndarray, name: str) -> Any:
+def _array_to_bytes(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        return np.rint(array / 257).astype(np.uint8)
-    lowest, highest = (0, 1) if np.issubdtype(array.dtype, np.floating) else (0, 255)
-    is_number = np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
-    if not is_number or not np.isfinite(array).all():
-        raise ImageError(f"{name} holds values that are no finite numbers")
-    if array.min() < lowest or array.max() > highest:
-        raise ImageError(
-            f"{name} has values from {array.min():g} to {array.max():g}: floats in [0, 1] or "
-            "integers in [0, 255] are wanted"
-        )
-    return np.rint(array * (255 / highest)).astype(np.uint8)
+    is_float = np.issubdtype(array.dtype, np.floating)
+    is_wide = array.dtype.kind == "u" and array.dtype.itemsize == 2
+    if array.dtype != np.bool_ and not is_wide:
+        if not (is_float or np.issubdtype(array.dtype, np.integer)) or not np.isfinite(array).all():
+            raise ImageError(f"{name} holds values that are no finite numbers")
+        if array.min() < 0 or array.max() > (1 if is_float else 255):
+            raise ImageError(
+                f"{name} has values from {array.min():g} to {array.max():g}: floats in [0, 1] or "
+                "integers in [0, 255] are wanted"
+            )
+    highest = 65535 if is_wide else 1 if is_float or array.dtype == np.bool_ else 255
+    result = np.empty(array.shape, np.uint8)
+    for row, values in zip(result, array, strict=True):
+        row[...] = np.rint(values * (255 / highest))
+    return result

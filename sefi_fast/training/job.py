@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sefi_fast.errors import TrainingError
+from sefi_fast.errors import ImageError, TrainingError
 from sefi_fast.subject import Subject
 from sefi_fast.training.history import History
+from sefi_fast.training.image import LARGEST_FILE
+from sefi_fast.utils.files import checksum
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,13 +121,21 @@ class Job:
 
 
 def seen_files(job: Job) -> dict[str, str]:
-    """Checksums of the picture and the mask where these are files, to know them again by."""
-    given = {"picture": job.image, "mask": job.mask}
-    return {
-        name: f"{zlib.crc32(Path(source).read_bytes()):08x}"
-        for name, source in given.items()
-        if isinstance(source, (str, os.PathLike)) and Path(source).is_file()
-    }
+    """Return the checksums of the image and the mask that are files, to know them again by.
+
+    Raises:
+        ImageError: a file is there and cannot be read, or is too large for an image.
+    """
+    sums = {}
+    for name, source in (("picture", job.image), ("mask", job.mask)):
+        if isinstance(source, (str, os.PathLike)):
+            try:
+                sums[name] = checksum(os.path.expanduser(source), LARGEST_FILE)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise ImageError(f"the {name} {source} cannot be read: {error.strerror}") from error
+    return sums
 
 
 def class_word_for(class_word: str | None, model: Any) -> str:

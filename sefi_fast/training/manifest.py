@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.errors import SefiError
+from sefi_fast.utils.files import read_regular
+from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,9 +23,22 @@ if TYPE_CHECKING:
 
     Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+logger = logging.getLogger(__name__)
+
+# fmt: off
+PICTURE_SUFFIXES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff",
+    ".gif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm",
+)
+_UNREADABLE_SUFFIXES = (
+    ".heic", ".heif", ".hif", ".jxl", ".svg", ".eps", ".ai", ".pdf", ".psd", ".xcf", ".ico", ".tga",
+    ".dds", ".exr", ".hdr", ".qoi", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
+    ".raf", ".pef", ".srw",
+)
+# fmt: on
 _MOST_PROBLEMS = 10
 _LONGEST_NAME = 120
+_LARGEST_CLASS_WORD = 2**16
 _JSON_EXAMPLE = '{"image": "rex.jpg", "class_word": "dog"}'
 _UNFIT = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
 
@@ -133,23 +149,29 @@ def _read_path(path: Path, problems: list[str]) -> list[Entry]:
 
 
 def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
-    pictures = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
-    )
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    others = [path.name for path in files if path.suffix.lower() in _UNREADABLE_SUFFIXES]
     if not pictures:
+        found = f", only {', '.join(others[:_MOST_PROBLEMS])}" if others else ""
         raise ManifestError(
-            f"the folder {folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}): give at least "
-            "one"
+            f"the folder {folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}){found}: give at "
+            "least one"
         )
+    if others:
+        logger.warning(
+            "%d images of %s are left out, as their formats cannot be read. Save them as PNG or "
+            "JPEG: %s%s", len(others), folder, printable(", ".join(others[:_MOST_PROBLEMS])),
+            " …" if len(others) > _MOST_PROBLEMS else "",
+        )  # fmt: skip
     entries = []
     for picture in pictures:
         row: dict[str, Any] = {"image": picture}
         beside = picture.with_suffix(".txt")
         if beside.is_file():
             try:
-                row["class_word"] = beside.read_text(encoding="utf-8-sig").strip()
+                text = read_regular(beside, _LARGEST_CLASS_WORD).decode("utf-8-sig")
+                row["class_word"] = text.strip()
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{beside.name} cannot be read as UTF-8 text: {error}")
                 continue
@@ -252,7 +274,7 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
             found.append(f"{name} must be the path of a picture, got {values[name]!r}")
         elif isinstance(values.get(name), (str, os.PathLike)):
             values[name] = folder / values[name]
-            if not values[name].is_file():
+            if not os.path.isfile(values[name]):
                 found.append(f"there is no picture at {values[name]}")
     if "image" not in values:
         found.append("it has no image")

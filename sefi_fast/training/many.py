@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sefi_fast.conditioning import text_parts
-from sefi_fast.errors import TrainingError
+from sefi_fast.errors import ImageError, TrainingError
 from sefi_fast.training.checkpoint import discard
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.engine import Engine
@@ -269,7 +269,7 @@ class _Many:
         for one in self._all:
             try:
                 subject = finished_subject(one.job, self._config, self._model)
-            except TrainingError as error:
+            except (TrainingError, ImageError) as error:
                 self._take(one, error)
                 continue
             if subject is not None:

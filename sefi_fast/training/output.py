@@ -55,9 +55,10 @@ def check_folder(output: str | os.PathLike[str], *, make: bool = True) -> Path:
 
 def is_one_of(path: Path, sources: Iterable[object]) -> bool:
     """Whether a path is that of a file among `sources`; those that are no paths are passed over."""
-    place = path.resolve()
-    files = (Path(x) for x in sources if isinstance(x, (str, os.PathLike)))
-    return any(file.expanduser().resolve() == place for file in files)
+    # Path.resolve raises RuntimeError for links that lead to each other.
+    place = os.path.realpath(path)
+    files = (os.path.expanduser(x) for x in sources if isinstance(x, (str, os.PathLike)))
+    return any(os.path.realpath(file) == place for file in files)
 
 
 def _nearest(folder: Path) -> Path:

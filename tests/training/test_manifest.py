@@ -143,6 +143,37 @@ def test_bad_headers(pictures: Path, header: str, words: str) -> None:
     assert words in problems_of(table)
 
 
+def test_a_folder_from_a_phone(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every image that can be read is an entry; the others are named."""
+    for name in ("a.JFIF", "b.avif", "c.JPE", "d.Apng", "e.jp2", "f.ppm"):
+        (pictures / name).write_bytes(b"")
+    for name in ("._hidden.jpg", "notes.md", ".DS_Store", "film.mov"):
+        (pictures / name).write_bytes(b"")
+    assert len(read_subjects(pictures)) == 8 and not caplog.records
+    others = ["g.HEIC", "h.dng", "i.svg", "j\x1b[31m.psd", "k.pdf", "l.CR2", "m.jxl"]
+    for name in others:
+        (pictures / name).write_bytes(b"")
+    assert len(read_subjects(pictures)) == 8
+    told = caplog.text
+    assert "7 images" in told and "\x1b" not in told
+    assert all(name in told for name in others if name.isprintable())
+    only = pictures / "only"
+    only.mkdir()
+    (only / "g.HEIC").write_bytes(b"")
+    assert "only g.HEIC" in problems_of(only)
+
+
+def test_a_class_word_beside_a_picture_is_a_short_file(pictures: Path) -> None:
+    (pictures / "rex.txt").write_bytes(b"dog" * 2**20)
+    assert "rex.txt cannot be read" in problems_of(pictures)
+
+
+def test_an_image_that_is_not_a_file_is_a_problem_of_its_line(pictures: Path) -> None:
+    (pictures / "loop.png").symlink_to(pictures / "loop.png")
+    for name in ("loop.png", "x" * 300, "a\0b", "/dev/zero", str(pictures)):
+        assert "subject 1: there is no picture" in problems_of([{"image": str(pictures / name)}])
+
+
 def test_nothing_to_learn(pictures: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty.csv"
     for text in ("", "image,name\n"):

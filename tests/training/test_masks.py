@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 
 from sefi_fast.errors import ImageError
 from sefi_fast.training.image import prepare
-from sefi_fast.training.masks import load_mask
+from sefi_fast.training.masks import check_selection, load_mask, open_mask
 
 
 @pytest.fixture
@@ -65,3 +67,62 @@ def test_a_subject_that_is_cut_away_is_told(shape):
     shape[:, 90:] = True
     with pytest.raises(ImageError, match="the left square is kept"):
         load_mask(shape, Image.new("RGB", (100, 60)), 20, "left")
+
+
+def quarter(mode: str, outside, inside, **options):
+    """A mask as a file: one quarter of the image is white."""
+    mask = Image.new(mode, (64, 64), outside)
+    mask.paste(inside, (16, 16, 48, 48))
+    stream = io.BytesIO()
+    mask.save(stream, "PNG", **options)
+    return Image.open(stream)
+
+
+WHITE, CLEAR, CLEAR_WHITE = (255,) * 4, (0,) * 4, (255, 255, 255, 0)
+QUARTERS = {
+    "RGBA on black": ("RGBA", CLEAR, WHITE, {}),
+    "RGBA on white": ("RGBA", CLEAR_WHITE, WHITE, {}),
+    "LA on black": ("LA", (0, 0), (255, 255), {}),
+    "LA on white": ("LA", (255, 0), (255, 255), {}),
+    "grey with a transparent black": ("L", 0, 255, {"transparency": 0}),
+    "bits with a transparent black": ("1", 0, 1, {"transparency": 0}),
+    "16 bits with a transparent grey": ("I;16", 65535, 65534, {"transparency": b"\xff\xff"}),
+    "RGB with a transparent green": ("RGB", (0, 255, 0), (255,) * 3, {"transparency": (0, 255, 0)}),
+    "palette with a transparent white": ("P", 7, 8, {"transparency": 7}),
+    "opaque": ("RGB", 0, (255,) * 3, {}),
+}
+
+
+@pytest.mark.parametrize(("mode", "outside", "inside", "options"), QUARTERS.values(), ids=QUARTERS)
+def test_what_is_transparent_is_not_the_subject(mode, outside, inside, options):
+    if mode == "I;16":
+        array = np.full((64, 64), 65535, np.uint16)
+        array[16:48, 16:48] = 65534
+        mask = Image.fromarray(array)
+        mask.info["transparency"] = 65535
+    elif mode == "P":
+        mask = quarter("L", outside, inside)
+        mask = mask.convert("P")
+        mask.putpalette([255] * 768)
+        mask.info["transparency"] = 7
+    else:
+        mask = quarter(mode, outside, inside, **options)
+    picture = Image.new("RGB", (64, 64))
+    found = load_mask(mask, picture, 64)
+    assert abs(found.mean().item() - 0.25) < 0.01 and found[32, 32] > 0.99
+    assert np.asarray(open_mask(mask).convert("L")).mean() == pytest.approx(255 / 4, abs=1)
+
+
+def test_a_mask_that_selects_nothing_is_refused_and_one_that_selects_all_is_told(caplog):
+    picture = Image.new("RGB", (64, 64))
+    for nothing in (
+        quarter("RGBA", CLEAR, (0, 0, 0, 255)),
+        quarter("RGBA", WHITE[:3] + (0,), CLEAR),
+    ):
+        with pytest.raises(ImageError, match="white .* black or transparent"):
+            load_mask(nothing, picture, 32)
+        with pytest.raises(ImageError, match="empty in here"):
+            check_selection(0, np.asarray(open_mask(nothing)).max() / 255, "here")
+    assert not caplog.records
+    assert load_mask(np.ones((64, 64), bool), picture, 32).min() == 1
+    assert "white everywhere" in caplog.text
