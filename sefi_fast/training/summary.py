@@ -91,7 +91,7 @@ def row_of(number: int, entry: Entry, result: ManyResult | None) -> dict[str, An
     if result.subject is not None and result.path is not None:
         row["file"] = result.path.name
         row["class_word"] = result.subject.class_word
-        row |= summarise(result.subject.history) or result.subject.summary
+        row = {**(summarise(result.subject.history) or result.subject.summary), **row}
     return row
 
 

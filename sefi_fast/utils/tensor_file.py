@@ -73,7 +73,7 @@ def _split(content: bytes) -> tuple[dict[str, str], dict[str, Any], memoryview]:
     start = 8 + int.from_bytes(content[:8], "little")
     if start > 8 + _HEADER_LIMIT:
         raise ValueError(f"it does not begin with a header of at most {_HEADER_LIMIT:,} bytes")
-    if start > len(content) or start == 8:
+    if start > len(content):
         raise ValueError("it ends too soon")
     header = parse_json(content[8:start])
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
