@@ -212,6 +212,8 @@ def _rows(path: str, name: str, tensor: Tensor, width: int) -> Tensor:
 
 def _word(path: Path, name: str) -> str:
     # The names that programs write where they know no word.
-    if name in ("emb_params", "*", "string_to_param.*", *sum(_SDXL_NAMES, ())) or name.split() != [name]:
+    if name in ("emb_params", "*", "string_to_param.*", *sum(_SDXL_NAMES, ())) or name.split() != [
+        name
+    ]:
         return f"<{'-'.join(path.stem.split())}>"
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -51,14 +52,31 @@ class History:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> History:
-        """The history that `state_dict` was taken of."""
+        """The history that `state_dict` was taken of.
+
+        Raises:
+            ValueError: `state` is not one of `state_dict`.
+        """
+        for name in ("loss", "alignment", "seconds", "skipped"):
+            dtype = torch.int64 if name == "skipped" else torch.float64
+            own = state.get(name)
+            if own is None or own.dtype != dtype or own.dim() != 1:
+                raise ValueError(f"its history has no {name}, a row of {dtype}")
+        rows = [state[name] for name in ("loss", "alignment", "seconds")]
+        if len({len(row) for row in rows}) > 1 or not bool(torch.stack(rows).isfinite().all()):
+            raise ValueError("its history is not of finite numbers, one of each kind a step")
         drawn: dict[int, list[Image.Image]] = {}
         for name in sorted(name for name in state if name.startswith("validation.")):
-            drawn.setdefault(int(name.split(".")[1]), []).append(_picture(state[name]))
+            step = re.fullmatch(r"validation\.([0-9]{1,12})\.[0-9]+", name)
+            if step is None or state[name].dtype != torch.uint8 or state[name].dim() != 1:
+                raise ValueError(f"its history holds {name}, which is not a validation picture")
+            try:
+                drawn.setdefault(int(step[1]), []).append(_picture(state[name]))
+            # Pillow's decoders raise whatever they meet.
+            except Exception as error:
+                raise ValueError(f"its {name} is not a picture ({error})") from error
         return cls(
-            loss=state["loss"].tolist(),
-            alignment=state["alignment"].tolist(),
-            seconds=state["seconds"].tolist(),
+            *(row.tolist() for row in rows),
             validation=list(drawn.items()),
             skipped=state["skipped"].tolist(),
         )
