@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sefi_fast.errors import SubjectFileError
-from sefi_fast.subject.limits import MOST_STAGES, MOST_TEXT_ENCODERS, MOST_VECTORS
+from sefi_fast.limits import MOST_STAGES, MOST_TEXT_ENCODERS, MOST_VECTORS
 from sefi_fast.utils.files import atomic_write, read_regular
 from sefi_fast.utils.strict_json import parse_json
 from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors

@@ -18,7 +18,7 @@ from torch import Tensor
 from sefi_fast.conditioning.prompt import class_token_ids, padded
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import SubjectFileError
-from sefi_fast.subject.limits import MOST_VECTORS
+from sefi_fast.limits import MOST_VECTORS
 from sefi_fast.subject.subject import Subject
 from sefi_fast.utils.files import atomic_write, read_regular
 from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors

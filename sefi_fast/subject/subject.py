@@ -14,8 +14,8 @@ from sefi_fast import __version__
 from sefi_fast.conditioning.prompt import Placeholder, class_token_ids, padded
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import PromptError, SubjectFileError
+from sefi_fast.limits import MOST_STAGES, MOST_TEXT_ENCODERS, MOST_VECTORS
 from sefi_fast.subject import file
-from sefi_fast.subject.limits import MOST_STAGES, MOST_TEXT_ENCODERS, MOST_VECTORS
 
 LEAST_SIMILARITY = 0.9
 
@@ -40,7 +40,7 @@ class Subject:
 
     Raises:
         ValueError: on making one whose parts do not fit together, hold NaN or infinity, or are more
-            than `sefi_fast.subject.limits` allows.
+            than `sefi_fast.limits` allows.
     """
 
     placeholder: str
