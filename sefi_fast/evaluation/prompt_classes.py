@@ -138,8 +138,8 @@ def read_prompts(path: str | Path) -> Prompts:
         elif line:
             if not 1 <= line.count("{}") <= 2:
                 raise PromptError(
-                    f"{path}, line {number}: {printable(line, 200)!r} has {line.count('{}')} times {{}}: write it "
-                    "where the subject stands, or twice for two subjects"
+                    f"{path}, line {number}: {printable(line, 200)!r} has {line.count('{}')} times "
+                    "{}: write it where the subject stands, or twice for two subjects"
                 )
             classes.setdefault(name, []).append(line)
     if not classes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -38,8 +38,9 @@ _COUNTS = {
 }
 """Lowest and highest values."""
 _MAY_BE_NONE = ("patience", "num_vectors", "resolution", "checkpoint_every")
+_MOST_TEXTS = 1000
 _MOST_CHARACTERS = 20_000
-"""Of a field's texts together: a config file of 1 MB holds all fields."""
+"""Of a field's texts together, so that a config file of 1 MB holds all fields."""
 _FLAGS = (
     "split",
     "train_base",
@@ -302,12 +303,15 @@ class TrainConfig:
         if not -sys.float_info.max <= value <= sys.float_info.max or not is_good(value):
             raise ValueError(f"{name} must be finite and {wanted}, got {_shown(value)}")
 
-    def _check_text(self, name: str, texts: Iterable[str]) -> None:
+    def _check_text(self, name: str, texts: Sequence[str]) -> None:
         for text in texts:
             if not is_unicode(text):
                 raise ValueError(f"{name} holds half of a character: {_shown(text)}")
-        if sum(map(len, texts)) > _MOST_CHARACTERS:
-            raise ValueError(f"{name} must have at most {_MOST_CHARACTERS:,} characters in all")
+        if len(texts) > _MOST_TEXTS or sum(map(len, texts)) > _MOST_CHARACTERS:
+            raise ValueError(
+                f"{name} must be at most {_MOST_TEXTS:,} texts of {_MOST_CHARACTERS:,} characters "
+                f"in all, got {len(texts):,} of {sum(map(len, texts)):,}"
+            )
 
     def _check_sentences(self, name: str, at_least: int) -> None:
         value = getattr(self, name)

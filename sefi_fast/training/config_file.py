@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -14,6 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from sefi_fast.errors import ConfigError
 from sefi_fast.training.config import TrainConfig, named_with_nearest
 from sefi_fast.utils.files import atomic_write, read_regular
@@ -24,6 +25,7 @@ RUN_KEYS = ("image", "mask", "model", "class_word", "placeholder", "output", "pr
 """What a run's file may name beside the fields of TrainConfig."""
 _SIZE_LIMIT = 2**20
 _MOST_LEVELS = 8
+_MOST_VALUES = 10_000
 _MOST_NAMES = 5
 
 
@@ -44,7 +46,6 @@ def write_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
     if target.suffix.lower() == ".json":
         text = json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n"
     else:
-        yaml = importlib.import_module("yaml")
         text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
     atomic_write(target, text.encode())
 
@@ -103,10 +104,10 @@ def _parse(source: Path) -> dict[str, Any]:
         ) from error
     is_json = source.suffix.lower() == ".json"
     try:
-        values = parse_json(text) if is_json else _parse_yaml(text)
-    except ValueError as error:
-        kind = "JSON" if is_json else "YAML"
-        raise ConfigError(f"the config file {source} is no {kind}: {error}") from error
+        values = parse_json(text) if is_json else yaml.load(text, _Loader)
+    except (ValueError, yaml.YAMLError) as error:
+        kind, reason = "JSON" if is_json else "YAML", " ".join(str(error).split())
+        raise ConfigError(f"the config file {source} is no {kind}: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(
             f"the config file {source} must hold settings line by line, as 'steps: 600', got "
@@ -115,58 +116,54 @@ def _parse(source: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_yaml(text: str) -> Any:
-    """Parse the YAML of settings: whole numbers are decimal, nothing stands for something else.
+class _Loader(yaml.SafeLoader):
+    """YAML of settings: nothing stands for something else, and whole numbers are decimal."""
 
-    Raises:
-        ValueError: it is not such YAML.
-    """
-    yaml = importlib.import_module("yaml")
+    # Without 0600 for 384, 1:30 for 90, dates, and keys that merge.
+    yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag.rpartition(":")[2] not in ("int", "float", "timestamp", "merge", "value")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _level = 0
+    _values = 0
 
-    class Loader(yaml.SafeLoader):
-        # Without 0600 for 384, 1:30 for 90, dates, and keys that merge.
-        yaml_implicit_resolvers = {
-            first: [
-                (tag, pattern)
-                for tag, pattern in resolvers
-                if tag.rpartition(":")[2] not in ("int", "float", "timestamp", "merge", "value")
-            ]
-            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-        }
-        level = 0
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if getattr(self.peek_event(), "anchor", None) is not None:
+            raise yaml.YAMLError("anchors and aliases (& and *) are not read")
+        if self._level == _MOST_LEVELS or self._values == _MOST_VALUES:
+            raise yaml.YAMLError(
+                f"it is nested more than {_MOST_LEVELS} levels deep, or has more than "
+                f"{_MOST_VALUES} values"
+            )
+        self._level += 1
+        self._values += 1
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        return node
 
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            event = self.peek_event()
-            if getattr(event, "anchor", None) is not None:
-                raise yaml.YAMLError("anchors and aliases (& and *) are not read")
-            if self.level == _MOST_LEVELS:
-                raise yaml.YAMLError(f"it is nested more than {_MOST_LEVELS} levels deep")
-            self.level += 1
-            node = super().compose_node(parent, index)
-            self.level -= 1
-            return node
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
+            twin = Counter(names).most_common(1)[0][0]
+            raise yaml.YAMLError(f"{twin!r} stands in it twice")
+        return super().construct_mapping(node, deep)
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(names)) < len(names):
-                twin = Counter(names).most_common(1)[0][0]
-                raise yaml.YAMLError(f"the setting {printable(twin, 40)} stands in it twice")
-            return super().construct_mapping(node, deep)
 
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:int",
-        re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,30})$"),
-        list("-+0123456789"),
-    )
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"(?:[-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+][0-9]+)?$"),
-        list("-+.0123456789"),
-    )
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+# Each a part of what YAML 1.1 takes for a number, so that a text is quoted wherever it must be.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,30})$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"(?:[-+]?[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+][0-9]+)?$"),
+    list("-+.0123456789"),
+)
 
 
 def _number(name: str, value: Any) -> Any:

@@ -62,8 +62,9 @@ class History:
             own = state.get(name)
             if own is None or own.dtype != dtype or own.dim() != 1:
                 raise ValueError(f"its history has no {name}, a row of {dtype}")
-        rows = [state[name] for name in ("loss", "alignment", "seconds")]
-        if len({len(row) for row in rows}) > 1 or not bool(torch.stack(rows).isfinite().all()):
+        loss, alignment, seconds = (state[name] for name in ("loss", "alignment", "seconds"))
+        alike = len(loss) == len(alignment) == len(seconds)
+        if not alike or not bool(torch.stack([loss, alignment, seconds]).isfinite().all()):
             raise ValueError("its history is not of finite numbers, one of each kind a step")
         drawn: dict[int, list[Image.Image]] = {}
         for name in sorted(name for name in state if name.startswith("validation.")):
@@ -76,7 +77,9 @@ class History:
             except Exception as error:
                 raise ValueError(f"its {name} is not a picture ({error})") from error
         return cls(
-            *(row.tolist() for row in rows),
+            loss.tolist(),
+            alignment.tolist(),
+            seconds.tolist(),
             validation=list(drawn.items()),
             skipped=state["skipped"].tolist(),
         )
