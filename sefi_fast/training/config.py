@@ -40,7 +40,7 @@ _COUNTS = {
 _MAY_BE_NONE = ("patience", "num_vectors", "resolution", "checkpoint_every")
 _MOST_TEXTS = 1000
 _MOST_CHARACTERS = 20_000
-"""Of a field's texts together, so that a config file of 1 MB holds all fields."""
+"""Of a field's texts together, so that a config file of 2 MB holds all fields."""
 _FLAGS = (
     "split",
     "train_base",

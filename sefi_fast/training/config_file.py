@@ -23,7 +23,8 @@ from sefi_fast.utils.text import is_unicode, printable
 
 RUN_KEYS = ("image", "mask", "model", "class_word", "placeholder", "output", "preset")
 """What a run's file may name beside the fields of TrainConfig."""
-_SIZE_LIMIT = 2**20
+_LINE_ENDS = "\x85\u2028\u2029"
+_SIZE_LIMIT = 2 * 2**20
 _MOST_LEVELS = 8
 _MOST_VALUES = 10_000
 _MOST_NAMES = 5
@@ -46,7 +47,9 @@ def write_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
     if target.suffix.lower() == ".json":
         text = json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n"
     else:
-        text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
+        # PyYAML folds these line ends unless it escapes all but ASCII.
+        folded = any(end in json.dumps(dict(settings), ensure_ascii=False) for end in _LINE_ENDS)
+        text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=not folded, width=100)
     atomic_write(target, text.encode())
 
 

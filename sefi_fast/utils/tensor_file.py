@@ -44,13 +44,13 @@ def unpack_tensors(
 
     Args:
         content: the file's bytes.
-        checksum: the metadata must hold the CRC-32 that `pack_tensors` adds.
+        checksum: the file must have the CRC-32 that `pack_tensors` adds.
 
     Raises:
         ValueError: the file is damaged, its header is larger than 4 MB, or the checksum is wrong.
     """
     metadata, header, data = _split(content)
-    if checksum and metadata.get("checksum") != _checksum(header, data):
+    if checksum and metadata.pop("checksum", None) != _checksum(header, data):
         raise ValueError("its checksum is wrong")
     try:
         return metadata, safetensors.torch.load(content)

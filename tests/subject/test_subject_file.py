@@ -209,7 +209,7 @@ def test_a_subject_that_is_saved_can_be_loaded(tmp_path):
             make_subject(**counts)
     before = path.read_bytes()
     for held in ({"a": 10**40}, {"a": "x" * 5_000_000}, {1: "a", "1": "b"}):
-        with pytest.raises(ValueError, match="could not be loaded"):
+        with pytest.raises(ValueError, match="could not be loaded|cannot be kept"):
             make_subject(settings=held).save(path)
     assert path.read_bytes() == before
 
