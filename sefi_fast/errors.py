@@ -31,6 +31,10 @@ class ModelError(SefiError, ValueError):
     """A base model is missing or of a family that the method does not fit."""
 
 
+class ConfigError(SefiError, ValueError, TypeError):
+    """A config file cannot be read as settings, or holds one that cannot be used."""
+
+
 class BackendError(SefiError, RuntimeError):
     """A backend asked for by name is unknown, unavailable or cannot take the input."""
 

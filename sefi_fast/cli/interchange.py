@@ -29,7 +29,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "import", help="make a subject of an embedding of diffusers, A1111 or ComfyUI"
     )
-    parser.add_argument("embedding", type=Path, help="a .safetensors file")
+    parser.add_argument(
+        "embedding", type=Path, nargs="+",
+        help="a .safetensors file, or one for each text encoder",
+    )  # fmt: skip
     add_model(parser)
     parser.add_argument("--class-word", required=True, help="what it is: person, cat …")
     parser.add_argument("--placeholder", help="its name in prompts (default: its name in the file)")
@@ -61,7 +64,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     check_safetensors(options.output)
-    check_kept([options.output], [options.embedding, options.model])
+    check_kept([options.output], [*options.embedding, options.model])
     from sefi_fast.pipelines import load_pipeline
     from sefi_fast.subject import import_embedding
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from sefi_fast.errors import PromptError
+from sefi_fast.utils.files import read_regular
+from sefi_fast.utils.text import printable
+
+_SIZE_LIMIT = 2**20
+
 Prompts = Mapping[str, tuple[str, ...]]
 """Class of prompts → sentences with {} where the subject stands, twice for two subjects."""
 
@@ -114,13 +120,13 @@ def read_prompts(path: str | Path) -> Prompts:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no UTF-8 text, or holds no prompt, or one without {} or with more than
+        PromptError: it is no UTF-8 text, or holds no prompt, or one without {} or with more than
             two.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_regular(path, _SIZE_LIMIT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise PromptError(
             f"{path} cannot be read as UTF-8 text ({error}): give a text file, one prompt a line"
         ) from error
     classes: dict[str, list[str]] = {}
@@ -131,11 +137,13 @@ def read_prompts(path: str | Path) -> Prompts:
             name = line.lstrip("# ") or name
         elif line:
             if not 1 <= line.count("{}") <= 2:
-                raise ValueError(
-                    f"{path}, line {number}: {line!r} has {line.count('{}')} times {{}}: write it "
-                    "where the subject stands, or twice for two subjects"
+                raise PromptError(
+                    f"{path}, line {number}: {printable(line, 200)!r} has {line.count('{}')} times "
+                    "{}: write it where the subject stands, or twice for two subjects"
                 )
             classes.setdefault(name, []).append(line)
     if not classes:
-        raise ValueError(f"{path} holds no prompt: write one a line, {{}} where the subject stands")
+        raise PromptError(
+            f"{path} holds no prompt: write one a line, {{}} where the subject stands"
+        )
     return {name: tuple(lines) for name, lines in classes.items()}

@@ -29,12 +29,14 @@ from sefi_fast.training import ManyResult, TrainConfig, train_many
 from sefi_fast.training.image import prepare
 from sefi_fast.training.masks import load_mask
 from sefi_fast.training.summary import FILE as SUMMARY_FILE
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import atomic_write, read_regular
+from sefi_fast.utils.strict_json import parse_json
 
 PLACEHOLDER = "<it>"
 PICTURE_SIZE = 192
 """Side in pixels of the pictures that subjects are learnt from."""
 _BATCH = 16
+_RESULT_LIMIT = 64 * 2**20
 _PARTS = {"pictures", "overfit", "open", "training"}
 
 
@@ -128,10 +130,12 @@ class Task:
     def load(self, number: int) -> dict[str, Any] | None:
         """An identity's scores; None if there are none by this protocol."""
         try:
-            found = json.loads(self.result(number).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            found = parse_json(read_regular(self.result(number), _RESULT_LIMIT))
+        except (FileNotFoundError, ValueError):
             return None
-        return found if found.get("protocol") == asdict(self.protocol) else None
+        if not isinstance(found, dict) or found.get("protocol") != asdict(self.protocol):
+            return None
+        return found
 
     def _file(self, kind: str, number: int, suffix: str) -> Path:
         return self.folder / kind / self.variant.key / f"{self.name(number)}.{suffix}"

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from sefi_fast.errors import SubjectFileError
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.limits import MOST_STAGES, MOST_TEXT_ENCODERS, MOST_VECTORS
+from sefi_fast.utils.files import atomic_write, read_regular
+from sefi_fast.utils.strict_json import parse_json
+from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
 
 if TYPE_CHECKING:
     from sefi_fast.subject.subject import Subject
@@ -21,13 +22,23 @@ FORMAT = "sefi_fast.subject"
 FORMAT_VERSION = 2
 """Format 1 had one vector a placeholder and no axis for it."""
 SIZE_LIMIT = 100_000
-_READ_LIMIT = 16 * 2**20
+_READ_LIMIT = 64 * 2**20
 _TEXTS = ("placeholder", "class_word", "base_model", "library_version")
 
 
 def write(subject: Subject, path: Path) -> None:
-    """Writes the subject's file, whole or not at all."""
-    atomic_write(path, _content(subject))
+    """Write the subject's file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: `read` would refuse the file.
+    """
+    content = _content(subject)
+    try:
+        _parse(content, path)
+    except SubjectFileError as error:
+        raise ValueError(f"the subject is not saved, as it could not be loaded: {error}") from error
+    atomic_write(path, content)
 
 
 def _content(subject: Subject) -> bytes:
@@ -41,26 +52,18 @@ def _content(subject: Subject) -> bytes:
         "settings": _json("settings", subject.settings),
         "summary": _json("summary", summarise(subject.history) or subject.summary),
     }
-    metadata.update({name: getattr(subject, name) for name in _TEXTS})
+    for name in _TEXTS:
+        # A folder's name may hold bytes that are not UTF-8.
+        metadata[name] = getattr(subject, name).encode("utf-8", "backslashreplace").decode()
     tensors = {}
     for number, tokens in enumerate(subject.tokens):
-        tensors[f"tokens.{number}"] = tokens.cpu().contiguous()
-        tensors[f"class_embedding.{number}"] = subject.class_embeddings[number].cpu().contiguous()
-    content = _in_order(safetensors.torch.save(tensors, metadata))
+        tensors[f"tokens.{number}"] = tokens
+        tensors[f"class_embedding.{number}"] = subject.class_embeddings[number]
+    content = pack_tensors(tensors, metadata)
     if len(content) > SIZE_LIMIT:
         halves = {name: _to_half(tensor) for name, tensor in tensors.items()}
-        content = _in_order(safetensors.torch.save(halves, metadata))
+        content = pack_tensors(halves, metadata)
     return content
-
-
-def _in_order(content: bytes) -> bytes:
-    """The same file with a sorted header; safetensors shuffles it, one subject must be one file."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(
-        json.loads(content[8:start]), sort_keys=True, separators=(",", ":")
-    ).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def _to_half(tensor: Tensor) -> Tensor:
@@ -104,25 +107,41 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         SubjectFileError: for anything that is not a whole and sound subject file.
     """
-    metadata, tensors = _open(path)
+    wanted = "wanted the .safetensors file of a subject"
+    try:
+        content = read_regular(path, _READ_LIMIT)
+    except FileNotFoundError as error:
+        raise SubjectFileError(f"{path} does not exist; {wanted}") from error
+    except OSError as error:
+        raise SubjectFileError(
+            f"{path} cannot be read: {error.strerror or error}; {wanted}"
+        ) from error
+    return _parse(content, path)
+
+
+def _parse(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        metadata, tensors = unpack_tensors(content)
+    except ValueError as error:
+        raise _damaged(path, f"it is no readable safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
         raise SubjectFileError(
             f"{path} is a safetensors file but holds no subject of sefi_fast; train one with "
             "sefi_fast.train, or load weights of another kind with the pipeline's own loaders"
         )
-    version = _number(path, metadata, "format_version")
+    version = _number(path, metadata, "format_version", 999_999)
     if version > FORMAT_VERSION:
         raise SubjectFileError(
             f"{path} has format {version}, written by sefi_fast "
             f"{metadata.get('library_version', 'unknown')}; this one reads up to format "
             f"{FORMAT_VERSION}; update sefi_fast"
         )
-    stages = _number(path, metadata, "stages")
+    stages = _number(path, metadata, "stages", MOST_STAGES)
     streams = 2 if _value(path, metadata, "split", bool) else 1
-    count = _number(path, metadata, "text_encoders")
-    vectors = _number(path, metadata, "num_vectors") if version > 1 else 1
+    count = _number(path, metadata, "text_encoders", MOST_TEXT_ENCODERS)
+    vectors = _number(path, metadata, "num_vectors", MOST_VECTORS) if version > 1 else 1
     wanted = {f"{kind}.{n}" for n in range(count) for kind in ("tokens", "class_embedding")}
-    if count < 1 or set(tensors) != wanted:
+    if set(tensors) != wanted:
         raise _damaged(path, f"it holds {sorted(tensors)}, wanted {sorted(wanted)}")
     if version == 1:
         tensors = {name: x.unsqueeze(-2) if x.ndim else x for name, x in tensors.items()}
@@ -137,36 +156,16 @@ def read(path: Path) -> dict[str, Any]:
     texts = {name: _text(path, metadata, name) for name in _TEXTS}
     if texts["placeholder"].split() != [texts["placeholder"]] or not texts["class_word"].strip():
         raise _damaged(path, "its placeholder or its class word is no word")
+    settings = _value(path, metadata, "settings", dict)
+    if not isinstance(settings.get("model"), (str, type(None))):
+        raise _damaged(path, "the model in its settings is not text")
     return {
         **texts,
         "tokens": [tensors[f"tokens.{n}"].float() for n in range(count)],
         "class_embeddings": [tensors[f"class_embedding.{n}"].float() for n in range(count)],
-        "settings": _value(path, metadata, "settings", dict),
+        "settings": settings,
         "summary": _value(path, metadata, "summary", dict),
     }
-
-
-def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise SubjectFileError(f"{path} {what}; wanted the .safetensors file of a subject")
-    try:
-        size = path.stat().st_size
-        if size > _READ_LIMIT:
-            raise SubjectFileError(
-                f"{path} has {size / 2**20:.0f} MB, a subject has well under one; this is a file "
-                "of another kind"
-            )
-        with safetensors.safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise SubjectFileError(f"{path} cannot be read: {error}") from error
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, SubjectFileError):
-            raise
-        raise _damaged(path, f"it is no readable safetensors file ({error})") from error
-    return metadata, tensors
 
 
 def _check_tensor(path: Path, name: str, tensor: Tensor, leading: tuple[int | None, ...]) -> None:
@@ -189,19 +188,20 @@ def _text(path: Path, metadata: dict[str, str], name: str) -> str:
     return metadata[name]
 
 
-def _number(path: Path, metadata: dict[str, str], name: str) -> int:
+def _number(path: Path, metadata: dict[str, str], name: str, most: int) -> int:
     text = _text(path, metadata, name)
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise _damaged(path, f"its {name} is {text!r}, wanted a whole number")
-    return int(text)
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else 0
+    if not 1 <= number <= most:
+        raise _damaged(path, f"its {name} is {text[:40]!r}, wanted a whole number from 1 to {most}")
+    return number
 
 
 def _value(path: Path, metadata: dict[str, str], name: str, kind: type) -> Any:
     text = _text(path, metadata, name)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its {name} cannot be read as JSON") from error
+        value = parse_json(text)
+    except ValueError as error:
+        raise _damaged(path, f"its {name} cannot be read as JSON ({error})") from error
     if not isinstance(value, kind):
         raise _damaged(path, f"its {name} is {text[:40]!r}, wanted JSON of type {kind.__name__}")
     return value

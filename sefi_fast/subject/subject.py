@@ -14,6 +14,7 @@ from sefi_fast import __version__
 from sefi_fast.conditioning.prompt import Placeholder, class_token_ids, padded
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import PromptError, SubjectFileError
+from sefi_fast.limits import MOST_STAGES, MOST_TEXT_ENCODERS, MOST_VECTORS
 from sefi_fast.subject import file
 
 LEAST_SIMILARITY = 0.9
@@ -38,7 +39,8 @@ class Subject:
         summary: the history in brief, kept in the file.
 
     Raises:
-        ValueError: on making one whose parts do not fit together, or hold NaN or infinity.
+        ValueError: on making one whose parts do not fit together, hold NaN or infinity, or are more
+            than `sefi_fast.limits` allows.
     """
 
     placeholder: str
@@ -61,10 +63,11 @@ class Subject:
         # Copies, so that training that goes on does not change a subject already taken from it.
         self.tokens = [_with_axis(_own_copy(tokens), 4) for tokens in self.tokens]
         self.class_embeddings = [_with_axis(_own_copy(rows), 2) for rows in self.class_embeddings]
-        if not self.tokens or len(self.tokens) != len(self.class_embeddings):
+        counts = (len(self.tokens), len(self.class_embeddings))
+        if counts[0] != counts[1] or not 1 <= counts[0] <= MOST_TEXT_ENCODERS:
             raise ValueError(
-                f"a subject needs tokens and a class embedding for each text encoder, got "
-                f"{len(self.tokens)} and {len(self.class_embeddings)}"
+                f"a subject needs tokens and a class embedding for each text encoder, of 1 to "
+                f"{MOST_TEXT_ENCODERS}, got {counts[0]} and {counts[1]}"
             )
         first = self.tokens[0].shape[:3]
         for tokens, rows in zip(self.tokens, self.class_embeddings, strict=True):
@@ -74,6 +77,11 @@ class Subject:
                 raise ValueError(
                     "tokens must be [stages, 2, vectors, C], or [stages, 1, vectors, C], alike for "
                     f"all text encoders, got {[tuple(t.shape) for t in self.tokens]}"
+                )
+            if shape[0] > MOST_STAGES or shape[2] > MOST_VECTORS:
+                raise ValueError(
+                    f"a subject has at most {MOST_STAGES} stages and {MOST_VECTORS} vectors, got "
+                    f"tokens of shape {shape}"
                 )
             if rows.ndim != 2 or rows.shape[1] != shape[3] or not 1 <= len(rows) <= shape[2]:
                 raise ValueError(
@@ -126,7 +134,8 @@ class Subject:
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: the settings hold something that JSON cannot.
+            ValueError: the settings hold something that JSON cannot, or `load` would refuse the
+                file.
         """
         file.write(self, Path(path))
 

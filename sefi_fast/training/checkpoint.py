@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
 import time
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from sefi_fast import __version__
 from sefi_fast.errors import TrainingError
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import atomic_write, read_regular
+from sefi_fast.utils.strict_json import parse_json
+from sefi_fast.utils.tensor_file import pack_tensors, read_metadata, unpack_tensors
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "sefi_fast.checkpoint"
 FORMAT_VERSION = 1
 _SECONDS_BETWEEN = 60.0
+_SIZE_LIMIT = 2**31
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _PARTIAL = re.compile(r"\.step-\d{6,}\.safetensors\.[0-9a-f]{8}")
 
@@ -184,48 +185,52 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint, every byte of it checked.
 
     Raises:
-        CheckpointError: the file is missing, truncated, damaged, or no checkpoint of this library.
+        CheckpointError: the file is missing, truncated, damaged, larger than 2 GB, or not a
+            checkpoint of this library.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, _SIZE_LIMIT)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be read: {error.strerror or error}"
         ) from error
     try:
-        length = int.from_bytes(content[:8], "little")
-        if len(content) < 8 + length:
-            raise ValueError("it ends too soon")
-        header = json.loads(content[8 : 8 + length])
-        metadata = header.get("__metadata__", {})
+        metadata = read_metadata(content)
         if metadata.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no checkpoint of sefi_fast")
-        if int(metadata["format_version"]) > FORMAT_VERSION:
+        if _whole_number(metadata, "format_version") > FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint {path} was written by sefi_fast {metadata['library_version']} in "
                 "a format newer than this version reads; update sefi_fast"
             )
-        checksum = metadata.pop("checksum")
-        if checksum != _checksum(header, content[8 + length :]):
-            raise ValueError("its checksum is wrong")
+        metadata, tensors = unpack_tensors(content, checksum=True)
         return Checkpoint(
-            step=int(metadata["step"]),
-            settings=json.loads(metadata["settings"]),
-            identity=json.loads(metadata["identity"]),
-            tensors=safetensors.torch.load(content),
+            step=_whole_number(metadata, "step"),
+            settings=_mapping(metadata, "settings"),
+            identity=_mapping(metadata, "identity"),
+            tensors=tensors,
         )
     except CheckpointError:
         raise
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 
+def _whole_number(metadata: Mapping[str, str], name: str) -> int:
+    text = metadata[name]
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise ValueError(f"its {name} is {text!r}, not a whole number")
+    return int(text)
+
+
+def _mapping(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    value = parse_json(metadata[name])
+    if not isinstance(value, dict):
+        raise ValueError(f"its {name} are not a JSON object")
+    return value
+
+
 def _content(checkpoint: Checkpoint) -> bytes:
-    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-    plain = safetensors.torch.save(tensors)
-    start = 8 + int.from_bytes(plain[:8], "little")
-    data = plain[start:]
-    header = json.loads(plain[8:start])
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -234,16 +239,8 @@ def _content(checkpoint: Checkpoint) -> bytes:
         "settings": json.dumps(checkpoint.settings, sort_keys=True),
         "identity": json.dumps(checkpoint.identity, sort_keys=True),
     }
-    header["__metadata__"] = metadata
-    metadata["checksum"] = _checksum(header, data)
-    text = _canonical(header)
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data
-
-
-def _checksum(header: Mapping[str, Any], data: bytes) -> str:
-    return f"{zlib.crc32(data, zlib.crc32(_canonical(header))):08x}"
-
-
-def _canonical(header: Mapping[str, Any]) -> bytes:
-    return json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    content = pack_tensors(checkpoint.tensors, metadata, checksum=True)
+    if len(content) > _SIZE_LIMIT:
+        reason = f"it has {len(content):,} bytes, and at most {_SIZE_LIMIT:,} are read again"
+        raise OSError(errno.EFBIG, reason)
+    return content

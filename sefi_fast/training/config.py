@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
+
+from sefi_fast.limits import MOST_STAGES
+from sefi_fast.utils.text import is_unicode, printable
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Module = Literal["attention", "free"]
@@ -17,17 +20,27 @@ SelfAttention = Literal["sdpa", "xformers"]
 AttentionLoss = Literal["subject", "mask", "class", "none"]
 Capture = Literal["auto", "always", "never"]
 
-_LARGEST_SEED = 2**63 - 1
-_MOST_VECTORS = 32
-_COUNTS = (
-    "steps",
-    "batch_size",
-    "gradient_accumulation",
-    "stages",
-    "keep_checkpoints",
-    "validation_every",
-    "validation_steps",
-)
+_MANY = 10_000_000
+_COUNTS = {
+    "steps": (1, _MANY),
+    "batch_size": (1, 4096),
+    "gradient_accumulation": (1, 4096),
+    "warmup_steps": (0, _MANY),
+    "patience": (1, _MANY),
+    "stages": (1, MOST_STAGES),
+    "num_vectors": (1, 32),
+    "resolution": (1, 16384),
+    "seed": (0, 2**63 - 1),
+    "checkpoint_every": (0, _MANY),
+    "keep_checkpoints": (1, _MANY),
+    "validation_every": (1, _MANY),
+    "validation_steps": (1, 10_000),
+}
+"""Lowest and highest values."""
+_MAY_BE_NONE = ("patience", "num_vectors", "resolution", "checkpoint_every")
+_MOST_TEXTS = 1000
+_MOST_CHARACTERS = 20_000
+"""Of a field's texts together, so that a config file of 2 MB holds all fields."""
 _FLAGS = (
     "split",
     "train_base",
@@ -52,6 +65,13 @@ def named_with_nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
 def unsaid_settings() -> dict[str, Any]:
     """What a file of an earlier version was made with in fields that it does not have."""
     return {**TrainConfig().as_dict(), "snr_gamma": None}
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: a screen has room for it, and a number of any length can be one."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"a number of {value.bit_length()} bits"
+    return printable(repr(value), 200)
 
 
 def _setting(default: Any, text: str, *, free: bool = False) -> Any:
@@ -150,17 +170,9 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            self._check_integer(name, 1)
-        self._check_integer("warmup_steps", 0)
-        if self.checkpoint_every is not None:
-            self._check_integer("checkpoint_every", 0)
-        self._check_integer("seed", 0, _LARGEST_SEED)
-        if self.num_vectors is not None:
-            self._check_integer("num_vectors", 1, _MOST_VECTORS)
-        for name in ("resolution", "patience"):
-            if getattr(self, name) is not None:
-                self._check_integer(name, 1)
+        for name, (lowest, highest) in _COUNTS.items():
+            if getattr(self, name) is not None or name not in _MAY_BE_NONE:
+                self._check_integer(name, lowest, highest)
         self._check_number("learning_rate", "above 0", lambda rate: rate > 0)
         self._check_number("weight_lambda", "0 or above", lambda weight: weight >= 0)
         if self.snr_gamma is not None:
@@ -173,7 +185,7 @@ class TrainConfig:
             self._check_number("validation_guidance", "0 or above", lambda scale: scale >= 0)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be True or False, got {_shown(getattr(self, name))}")
         for name, choices in (
             ("schedule", Schedule),
             ("module", Module),
@@ -185,10 +197,14 @@ class TrainConfig:
         ):
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(repr(choice) for choice in get_args(choices))
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("attention_backend", "device", "log_dir"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be a string or None, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {allowed}, got {_shown(getattr(self, name))}"
+                )
+        for name in ("attention_backend", "device", "log_dir", "scene"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} must be a string or None, got {_shown(value)}")
+            self._check_text(name, [value or ""])
         self._check_sentences("templates", at_least=1)
         self._check_sentences("validation_prompts", at_least=0)
         self._check_scene()
@@ -251,9 +267,8 @@ class TrainConfig:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is no flat YAML mapping, or holds an unknown name or a value out of
-                range.
-            TypeError: a value has the wrong type.
+            ConfigError: it is not a flat mapping, or holds an unknown name or a value that cannot
+                be used.
         """
         from sefi_fast.training.config_file import read_settings
 
@@ -272,54 +287,66 @@ class TrainConfig:
             for name, value in asdict(self).items()
         }
 
-    def _check_integer(self, name: str, lowest: int, highest: int | None = None) -> None:
+    def _check_integer(self, name: str, lowest: int, highest: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < lowest or (highest is not None and value > highest):
-            limit = f"at least {lowest}" + ("" if highest is None else f" and at most {highest}")
-            raise ValueError(f"{name} must be {limit}, got {value}")
+            raise TypeError(f"{name} must be an integer, got {_shown(value)}")
+        if not lowest <= value <= highest:
+            raise ValueError(
+                f"{name} must be at least {lowest} and at most {highest}, got {_shown(value)}"
+            )
 
     def _check_number(self, name: str, wanted: str, is_good: Any) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not math.isfinite(value) or not is_good(value):
-            raise ValueError(f"{name} must be finite and {wanted}, got {value}")
+            raise TypeError(f"{name} must be a number, got {_shown(value)}")
+        if not -sys.float_info.max <= value <= sys.float_info.max or not is_good(value):
+            raise ValueError(f"{name} must be finite and {wanted}, got {_shown(value)}")
+
+    def _check_text(self, name: str, texts: Sequence[str]) -> None:
+        for text in texts:
+            if not is_unicode(text):
+                raise ValueError(f"{name} holds half of a character: {_shown(text)}")
+        if len(texts) > _MOST_TEXTS or sum(map(len, texts)) > _MOST_CHARACTERS:
+            raise ValueError(
+                f"{name} must be at most {_MOST_TEXTS:,} texts of {_MOST_CHARACTERS:,} characters "
+                f"in all, got {len(texts):,} of {sum(map(len, texts)):,}"
+            )
 
     def _check_sentences(self, name: str, at_least: int) -> None:
         value = getattr(self, name)
         if isinstance(value, str):
-            raise TypeError(f"{name} must be a tuple of sentences, got one string: {value!r}")
+            raise TypeError(f"{name} must be a tuple of sentences, got one string: {_shown(value)}")
         if not isinstance(value, (list, tuple)) or not all(isinstance(x, str) for x in value):
-            raise TypeError(f"{name} must be a tuple of sentences, got {value!r}")
+            raise TypeError(f"{name} must be a tuple of sentences, got {_shown(value)}")
         if len(value) < at_least:
             raise ValueError(f"{name} is empty: give at least one sentence with {{}} in it")
         for sentence in value:
             if "{}" not in sentence:
                 raise ValueError(
-                    f"{name} holds {sentence!r}, which has no {{}}: write {{}} where the subject "
-                    "stands, as in 'a photo of a {}'"
+                    f"{name} holds {_shown(sentence)}, which has no {{}}: write {{}} where the "
+                    "subject stands, as in 'a photo of a {}'"
                 )
+        self._check_text(name, value)
         object.__setattr__(self, name, tuple(value))
 
     def _check_scene(self) -> None:
         if self.scene is None:
             return
-        if not isinstance(self.scene, str):
-            raise TypeError(f"scene must be a string or None, got {self.scene!r}")
         if not self.scene.strip() or "{}" in self.scene:
             raise ValueError(
-                f"scene must be a phrase without {{}}, such as 'in the forest', got {self.scene!r}"
+                "scene must be a phrase without {}, such as 'in the forest', got "
+                f"{_shown(self.scene)}"
             )
 
     def _check_trackers(self) -> None:
         names = self.trackers
         if isinstance(names, str) or not isinstance(names, (list, tuple)):
-            raise TypeError(f"trackers must be a tuple of names, got {names!r}")
+            raise TypeError(f"trackers must be a tuple of names, got {_shown(names)}")
         for name in names:
             if not isinstance(name, str) or not name.strip():
-                raise TypeError(f"trackers must be names such as 'tensorboard', got {name!r}")
+                raise TypeError(f"trackers must be names such as 'tensorboard', got {_shown(name)}")
+        self._check_text("trackers", names)
         object.__setattr__(self, "trackers", tuple(names))
 
     def _check_loss_resolutions(self) -> None:
@@ -329,10 +356,17 @@ class TrainConfig:
         if not isinstance(sides, (list, tuple)) or not all(
             isinstance(side, int) and not isinstance(side, bool) for side in sides
         ):
-            raise TypeError(f"loss_resolutions must be a tuple of integers or None, got {sides!r}")
+            raise TypeError(
+                f"loss_resolutions must be a tuple of integers or None, got {_shown(sides)}"
+            )
         if not sides:
             raise ValueError(
                 "loss_resolutions is empty: name the sides of the maps, as (16, 32), give None for "
                 "all layers, or weight_lambda=0 for no attention loss"
+            )
+        if len(sides) > 100 or not all(1 <= side <= 16384 for side in sides):
+            raise ValueError(
+                "loss_resolutions must be at most 100 sides, each from 1 to 16384, got "
+                f"{_shown(sides)}"
             )
         object.__setattr__(self, "loss_resolutions", tuple(sides))

@@ -192,7 +192,7 @@ class Engine:
         """
         row = self._row(lane)
         for name, own in self.state_dict(lane).items():
-            _check_saved(name, state.get(name), own)
+            check_saved(name, state.get(name), own)
         self._step.state.load_state_dict(row, state)
         self._draws.set_state(row, state["generator"])
         self._started[lane] = int(state["step"])
@@ -276,7 +276,8 @@ class Engine:
         self._replay()
 
 
-def _check_saved(name: str, given: Any, own: Tensor) -> None:
+def check_saved(name: str, given: Any, own: Tensor) -> None:
+    """Raise ValueError unless a saved tensor is there, of the shape and dtype of one's own."""
     if not isinstance(given, Tensor):
         raise ValueError(f"the saved state has no {name}: it is not one of a run like this")
     if given.shape != own.shape or given.dtype != own.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -56,15 +57,29 @@ class History:
         """Return the history that `state_dict` was taken of.
 
         Raises:
-            ImageError: a validation image is damaged.
+            ValueError: `state` is not one of `state_dict`, or a validation image is damaged.
         """
+        for name in ("loss", "alignment", "seconds", "skipped"):
+            dtype = torch.int64 if name == "skipped" else torch.float64
+            own = state.get(name)
+            if own is None or own.dtype != dtype or own.dim() != 1:
+                raise ValueError(f"its history has no {name}, a row of {dtype}")
+        loss, alignment, seconds = (state[name] for name in ("loss", "alignment", "seconds"))
+        alike = len(loss) == len(alignment) == len(seconds)
+        if not alike or not bool(torch.stack([loss, alignment, seconds]).isfinite().all()):
+            raise ValueError("its history is not of finite numbers, one of each kind a step")
         drawn: dict[int, list[Image.Image]] = {}
         for name in sorted(name for name in state if name.startswith("validation.")):
-            drawn.setdefault(int(name.split(".")[1]), []).append(_picture(state[name]))
+            step = re.fullmatch(r"validation\.([0-9]{1,12})\.[0-9]+", name)
+            if step is None or state[name].dtype != torch.uint8 or state[name].dim() != 1:
+                raise ValueError(f"its history holds {name}, which is not a validation picture")
+            png = io.BytesIO(state[name].numpy().tobytes())
+            image = decode(png, "a validation image of the checkpoint")
+            drawn.setdefault(int(step[1]), []).append(image)
         return cls(
-            loss=state["loss"].tolist(),
-            alignment=state["alignment"].tolist(),
-            seconds=state["seconds"].tolist(),
+            loss.tolist(),
+            alignment.tolist(),
+            seconds.tolist(),
             validation=list(drawn.items()),
             skipped=state["skipped"].tolist(),
         )
@@ -74,7 +89,3 @@ def _png(picture: Image.Image) -> Tensor:
     stream = io.BytesIO()
     picture.save(stream, format="PNG")
     return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
-
-
-def _picture(png: Tensor) -> Image.Image:
-    return decode(io.BytesIO(png.numpy().tobytes()), "a validation image of the checkpoint")

@@ -24,10 +24,11 @@ from sefi_fast.pipelines.families import is_sdxl
 from sefi_fast.subject import Subject, SubjectTokens
 from sefi_fast.training.checkpoint import Checkpoint, CheckpointFolder, folder_of
 from sefi_fast.training.config import TrainConfig
-from sefi_fast.training.engine import StepResult
+from sefi_fast.training.engine import StepResult, check_saved
 from sefi_fast.training.history import History
 from sefi_fast.training.image import load_image, prepare, time_ids
 from sefi_fast.training.job import Callbacks, Job, UnsavedSubjectError, seen_files
+from sefi_fast.training.lane_state import LaneState
 from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import encode_picture
 from sefi_fast.training.output import check_output
@@ -137,7 +138,7 @@ class Learner:
 
     def unfinished(self) -> Unfinished:
         """What it takes to find this subject's checkpoints."""
-        return Unfinished(self.folder, self._identity, self.config)
+        return Unfinished(self.folder, self._identity, self.config, self._check)
 
     def take(self, result: StepResult, seconds: float) -> bool:
         """Notes the result of one more step.
@@ -209,6 +210,30 @@ class Learner:
             for name, tensor in state.items()
         }
         return Checkpoint(self.done, self.config.as_dict(), self._identity, tensors)
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError unless `load` and the engine can take all of a checkpoint's contents."""
+        state = LaneState([self.lane.tokens], 1.0, torch.device("cpu"), scaling=False).state_dict(0)
+        state["generator"], state["step"] = torch.Generator().get_state(), torch.tensor(0)
+        given = checkpoint.tensors
+        for name, own in self.checkpoint(state).tensors.items():
+            if not name.startswith("history."):
+                check_saved(name, given.get(name), own)
+        try:
+            torch.Generator().set_state(given["engine.generator"])
+        except RuntimeError as error:
+            raise ValueError("its generator's state is not one") from error
+        history = History.from_state_dict(checkpoint.part("history"))
+        steps = len(history.loss) + len(history.skipped)
+        if not steps == int(given["engine.step"]) == checkpoint.step:
+            raise ValueError(
+                f"it is of step {checkpoint.step}, its engine of {int(given['engine.step'])} and "
+                f"its history of {steps}"
+            )
+        if not 0 <= int(given["run.failures"]) < NON_FINITE_LIMIT:
+            raise ValueError(f"its run had {int(given['run.failures'])} failures and went on")
+        if not 0 <= int(given.get("average.updates", 0)) <= steps:
+            raise ValueError(f"its average has {int(given['average.updates'])} updates")
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint; the engine loads its own part."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import os
 import re
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sefi_fast.errors import SefiError
 from sefi_fast.utils.files import read_regular
-from sefi_fast.utils.text import printable
+from sefi_fast.utils.strict_json import parse_json
+from sefi_fast.utils.text import is_unicode, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,8 +37,11 @@ _UNREADABLE_SUFFIXES = (
 )
 # fmt: on
 _MOST_PROBLEMS = 10
+_ENOUGH_PROBLEMS = 1000
+_LONGEST_PROBLEM = 300
+_SIZE_LIMIT = 64 * 2**20
+_CLASS_WORD_LIMIT = 4096
 _LONGEST_NAME = 120
-_LARGEST_CLASS_WORD = 2**16
 _JSON_EXAMPLE = '{"image": "rex.jpg", "class_word": "dog"}'
 _UNFIT = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
 
@@ -110,7 +113,7 @@ def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
         raise ManifestError(f"{what} is empty: give at least one subject")
     _check_together(entries, model, problems)
     if problems:
-        shown = problems[:_MOST_PROBLEMS]
+        shown = [printable(problem, _LONGEST_PROBLEM) for problem in problems[:_MOST_PROBLEMS]]
         if len(problems) > len(shown):
             shown.append(f"and {len(problems) - len(shown)} more")
         raise ManifestError(f"{what} cannot be used; nothing was begun:\n  " + "\n  ".join(shown))
@@ -137,15 +140,24 @@ def _read_path(path: Path, problems: list[str]) -> list[Entry]:
             hint = ": it is a picture; give the folder it is in, or a list"
         raise ManifestError(f"{path} is no manifest (.csv, .tsv, .jsonl or a folder){hint}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _read_text(path, _SIZE_LIMIT)
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} cannot be read as UTF-8 text: {error}") from error
     entries = []
     for where, row in readers[suffix](text, suffix, problems):
+        if len(problems) >= _ENOUGH_PROBLEMS:
+            problems.append(f"{where} and what follows is not read")
+            break
+        if row is None:
+            continue
         entry = _entry(row, f"{path.name} {where}", path.parent, problems)
         if entry is not None:
             entries.append(entry)
     return entries
+
+
+def _read_text(path: Path, limit: int) -> str:
+    return read_regular(path, limit).decode("utf-8-sig")
 
 
 def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
@@ -170,8 +182,7 @@ def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
         beside = picture.with_suffix(".txt")
         if beside.is_file():
             try:
-                text = read_regular(beside, _LARGEST_CLASS_WORD).decode("utf-8-sig")
-                row["class_word"] = text.strip()
+                row["class_word"] = _read_text(beside, _CLASS_WORD_LIMIT).strip()
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{beside.name} cannot be read as UTF-8 text: {error}")
                 continue
@@ -201,7 +212,11 @@ def _read_list(subjects: Iterable[Any], problems: list[str]) -> list[Entry]:
     return entries
 
 
-def _csv_rows(text: str, suffix: str, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+_Rows = Iterator[tuple[str, "dict[str, Any] | None"]]
+"""Where a row stands, and the row; None if its problem is told already."""
+
+
+def _csv_rows(text: str, suffix: str, problems: list[str]) -> _Rows:
     lines = csv.reader(
         io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",", strict=True
     )
@@ -220,6 +235,7 @@ def _csv_rows(text: str, suffix: str, problems: list[str]) -> Iterator[tuple[str
                     f"{where} has {len(cells)} values for {len(header)} columns: put quotes round "
                     "a value that holds a comma"
                 )
+                yield where, None
             else:
                 named = zip(header, (cell.strip() for cell in cells), strict=False)
                 yield where, {name: cell for name, cell in named if cell}
@@ -241,19 +257,21 @@ def _good_header(header: list[str], where: str, problems: list[str]) -> bool:
     return len(problems) == before
 
 
-def _json_rows(text: str, suffix: str, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(text: str, suffix: str, problems: list[str]) -> _Rows:
+    row: Any
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             problems.append(f"line {number} is no JSON: {error}")
-            continue
-        if isinstance(row, dict):
-            yield f"line {number}", row
+            row = None
         else:
-            problems.append(f"line {number} must be a JSON object, as {_JSON_EXAMPLE}")
+            if not isinstance(row, dict):
+                problems.append(f"line {number} must be a JSON object, as {_JSON_EXAMPLE}")
+                row = None
+        yield f"line {number}", row
 
 
 def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -> Entry | None:
@@ -267,6 +285,8 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
     for name in ("class_word", "name", "placeholder", "scene", "model"):
         if name in values and not isinstance(values[name], str):
             found.append(f"{name} must be text, got {values[name]!r}")
+        elif name in values and not is_unicode(values[name]):
+            found.append(f"{name} holds half of a character: {values[name]!r}")
     if "seed" in values:
         values["seed"] = _seed(values["seed"], found)
     for name in ("image", "mask"):
@@ -274,6 +294,7 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
             found.append(f"{name} must be the path of a picture, got {values[name]!r}")
         elif isinstance(values.get(name), (str, os.PathLike)):
             values[name] = folder / values[name]
+            # Path.is_file raises for a name that is too long.
             if not os.path.isfile(values[name]):
                 found.append(f"there is no picture at {values[name]}")
     if "image" not in values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +26,15 @@ to go on from. False: begin anew. A path: go on from that checkpoint or folder o
 
 
 class Unfinished(NamedTuple):
-    """A subject about to train: where its checkpoints lie, what it is, and its settings."""
+    """A subject about to train: where its checkpoints lie, what it is, and its settings.
+
+    check: raises ValueError unless the subject can take a checkpoint's contents.
+    """
 
     folder: CheckpointFolder | None
     identity: dict[str, str]
     config: TrainConfig
+    check: Callable[[Checkpoint], None]
 
 
 def newest_step(output: str | os.PathLike[str]) -> int:
@@ -61,6 +66,7 @@ def checkpoints_to_resume(subject: Unfinished, resume: Resume) -> dict[int, Path
         elif path.exists():
             checkpoint = read_checkpoint(path)
             _check_same(checkpoint, subject)
+            _check_contents(checkpoint, path, subject)
             return {checkpoint.step: path}
         else:
             raise CheckpointError(f"there is no checkpoint at {path}")
@@ -101,15 +107,31 @@ def _is_path(resume: Resume) -> bool:
 def _whole(folder: CheckpointFolder, subject: Unfinished | None) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for step in folder.steps():
+        path = folder.file(step)
         try:
             checkpoint = folder.read(step)
+            if checkpoint.step != step:
+                raise CheckpointError(f"the checkpoint {path} is of step {checkpoint.step}")
         except CheckpointError as error:
             logger.warning("%s; it is left aside", error)
             continue
-        if subject is not None and not found:
-            _check_same(checkpoint, subject)
-        found[checkpoint.step] = folder.file(step)
+        if subject is not None:
+            if not found:
+                _check_same(checkpoint, subject)
+            try:
+                _check_contents(checkpoint, path, subject)
+            except CheckpointError as error:
+                logger.warning("%s; it is left aside", error)
+                continue
+        found[step] = path
     return found
+
+
+def _check_contents(checkpoint: Checkpoint, path: Path, subject: Unfinished) -> None:
+    try:
+        subject.check(checkpoint)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 
 def _check_same(checkpoint: Checkpoint, subject: Unfinished) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +12,13 @@ from sefi_fast.subject import Subject
 from sefi_fast.subject.file import summarise
 from sefi_fast.training.manifest import Entry
 from sefi_fast.training.shard import Shard
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import atomic_write, read_regular
+from sefi_fast.utils.strict_json import parse_json
+
+logger = logging.getLogger(__name__)
 
 FILE = "summary.jsonl"
+_PART_LIMIT = 2**30
 
 
 class ManyResult(NamedTuple):
@@ -62,13 +67,17 @@ class Summary:
         if self._alone:
             return
         try:
-            texts = [part.read_text(encoding="utf-8") for part in self._parts]
+            texts = [read_regular(part, _PART_LIMIT).decode() for part in self._parts]
+            rows = [parse_json(line) for text in texts for line in text.splitlines()]
+            ended, lines = all(row["state"] != "open" for row in rows), _lines(rows)
         except FileNotFoundError:
             # Another process is still at work, or has joined them all.
             return
-        rows = [json.loads(line) for text in texts for line in text.splitlines()]
-        if all(row["state"] != "open" for row in rows):
-            atomic_write(self._folder / FILE, _lines(rows))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is not written, a process's part of it is damaged: %s", FILE, error)
+            return
+        if ended:
+            atomic_write(self._folder / FILE, lines)
             for part in self._parts:
                 part.unlink(missing_ok=True)
 
@@ -91,7 +100,7 @@ def row_of(number: int, entry: Entry, result: ManyResult | None) -> dict[str, An
     if result.subject is not None and result.path is not None:
         row["file"] = result.path.name
         row["class_word"] = result.subject.class_word
-        row |= summarise(result.subject.history) or result.subject.summary
+        row = {**(summarise(result.subject.history) or result.subject.summary), **row}
     return row
 
 

@@ -41,8 +41,7 @@ def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
         OSError: as `open_regular`, or the file is larger.
     """
     with open_regular(path) as stream:
-        _check_size(stream, path, limit)
-        return stream.read()
+        return stream.read(_check_size(stream, path, limit))
 
 
 def checksum(path: str | os.PathLike[str], limit: int) -> str:
@@ -59,11 +58,12 @@ def checksum(path: str | os.PathLike[str], limit: int) -> str:
     return f"{value:08x}"
 
 
-def _check_size(stream: BinaryIO, path: str | os.PathLike[str], limit: int) -> None:
+def _check_size(stream: BinaryIO, path: str | os.PathLike[str], limit: int) -> int:
     size = os.fstat(stream.fileno()).st_size
     if size > limit:
         reason = f"it has {size:,} bytes, and at most {limit:,} are read"
         raise OSError(errno.EFBIG, reason, str(path))
+    return size
 
 
 def atomic_write(path: Path, content: bytes) -> None:

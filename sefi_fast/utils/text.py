@@ -26,6 +26,11 @@ def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
     return "".join(_escaped(character) for character in text)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: it has no lone surrogate, half of a character."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _escaped(character: str) -> str:
     # Cf has direction marks, but also the joiners of Hindi, Persian and emoji.
     unsafe = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")

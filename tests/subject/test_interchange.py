@@ -84,9 +84,12 @@ def test_the_name_comes_from_the_file_where_it_holds_none(sd15_pipeline, tmp_pat
 
 
 def bad_files(folder: Path, width: int) -> dict[str, Path]:
-    files = {name: folder / f"{name}.safetensors" for name in ("missing", "wide", "rows", "nan")}
+    files = {
+        name: folder / f"{name}.safetensors" for name in ("missing", "wide", "rows", "many", "nan")
+    }
     save_file({"<it>": torch.randn(1, width + 8)}, files["wide"])
     save_file({"<it>": torch.randn(0, width)}, files["rows"])
+    save_file({"<it>": torch.randn(76, width)}, files["many"])
     save_file({"<it>": torch.full((1, width), torch.nan)}, files["nan"])
     files["pickle"] = folder / "it.pt"
     torch.save({"<it>": torch.randn(1, width)}, files["pickle"])
@@ -100,7 +103,8 @@ def bad_files(folder: Path, width: int) -> dict[str, Path]:
     [
         ("missing", "not there"),
         ("wide", "another base model"),
-        ("rows", "no row"),
+        ("rows", "no rows"),
+        ("many", "76 rows: wanted 1 to 75"),
         ("nan", "NaN"),
         ("pickle", "can run code"),
         ("text", "no readable safetensors"),
@@ -121,3 +125,52 @@ def test_bad_arguments(sd15_pipeline, tmp_path):
         import_embedding(path, sd15_pipeline, class_word="a very special cat")
     with pytest.raises(PromptError, match="2 tokens, and 1 stand"):
         import_embedding(path, sd15_pipeline, class_word="red cat")
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "placeholder"),
+    [
+        # diffusers' textual_inversion_sdxl.py: at its end, and on the way.
+        (["learned_embeds:<cat>=l", "learned_embeds_2:<cat>=g"], [0, 1], "<cat>"),
+        (["learned_embeds:<cat>=l", "learned_embeds_2:<cat>=g"], [1, 0], "<cat>"),
+        (["learned_embeds:<cat>=l", "learned_embeds_2:<cat>=g"], [0], "<cat>"),
+        (["learned_embeds:<cat>=l", "learned_embeds_2:<cat>=g"], [1], "<cat>"),
+        (["learned_embeds-steps-9:<cat>=l", "learned_embeds_2-steps-9:<cat>=g"], [0], "<cat>"),
+        # Its advanced DreamBooth scripts, of two versions; kohya, A1111 and ComfyUI as the first.
+        (["cat:clip_l=l,clip_g=g"], [0], "<cat>"),
+        (["cat:text_encoders_0=l,text_encoders_1=g"], [0], "<cat>"),
+        # Parts of such files, and names that say nothing: the widths do.
+        (["one:clip_g=g", "two:clip_l=l"], [0, 1], "<one>"),
+        (["cat:emb_params=l", "two:emb_params=g"], [0, 1], "<cat>"),
+        (["cat:a=g,b=l"], [0], "b"),
+    ],
+)
+def test_embeddings_of_sdxl_in_every_form(sdxl_pipeline, tmp_path, files, given, placeholder):
+    widths = {
+        "l": sdxl_pipeline.text_encoder.config.hidden_size,
+        "g": sdxl_pipeline.text_encoder_2.config.hidden_size,
+    }
+    rows = {part: torch.randn(2, width) for part, width in widths.items()}
+    assert widths["l"] != widths["g"]
+    paths = []
+    for file in files:
+        name, tensors = file.split(":")
+        paths.append(tmp_path / f"{name}.safetensors")
+        save_file({t.split("=")[0]: rows[t.split("=")[1]] for t in tensors.split(",")}, paths[-1])
+    chosen = [paths[place] for place in given]
+    subject = import_embedding(
+        chosen if len(chosen) > 1 else chosen[0], sdxl_pipeline, class_word="cat"
+    )
+    assert (subject.placeholder, subject.num_vectors) == (placeholder, 2)
+    for tokens, own in zip(subject.tokens, rows.values(), strict=True):
+        assert torch.equal(tokens[0, 0], own)
+    attach(sdxl_pipeline, subject)
+
+
+def test_one_of_two_files_says_to_give_both(sdxl_pipeline, tmp_path):
+    path = tmp_path / "learned_embeds.safetensors"
+    save_file({"<cat>": torch.randn(1, sdxl_pipeline.text_encoder.config.hidden_size)}, path)
+    with pytest.raises(SubjectFileError, match="1 tensors .* 2 text encoders.* give both files"):
+        import_embedding(path, sdxl_pipeline, class_word="cat")
+    with pytest.raises(SubjectFileError, match="no file was given"):
+        import_embedding([], sdxl_pipeline, class_word="cat")

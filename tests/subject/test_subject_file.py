@@ -147,9 +147,23 @@ def test_save_makes_the_folder(tmp_path):
         ({"num_vectors": "2"}, "shape"),
         ({"num_vectors": "many"}, "num_vectors"),
         ({"text_encoders": "2"}, "wanted"),
-        ({"text_encoders": "0"}, "wanted"),
+        ({"text_encoders": "0"}, "a whole number from 1 to 4"),
+        ({"text_encoders": "999999999"}, "a whole number from 1 to 4"),
+        ({"stages": "30720"}, "a whole number from 1 to 100"),
+        ({"stages": "1e2"}, "a whole number"),
+        ({"stages": "٣"}, "a whole number"),
+        ({"num_vectors": "999999999"}, "a whole number from 1 to 75"),
         ({"settings": "[1]"}, "settings"),
         ({"settings": "{"}, "settings"),
+        ({"settings": "[" * 100_000}, "nested too deeply"),
+        ({"settings": '{"a":' + "[" * 900 + "]" * 900 + "}"}, "nested more than 32 levels"),
+        ({"settings": '{"steps": ' + "9" * 100_000 + "}"}, "more than 32 characters"),
+        ({"settings": '{"steps": NaN}'}, "NaN in it is not a finite number"),
+        ({"settings": '{"steps": 1e999}'}, "1e999 in it is not a finite number"),
+        ({"settings": '{"steps": 1, "steps": 2}'}, "'steps' stands in it twice"),
+        ({"settings": '{"model": 3}'}, "the model in its settings is not text"),
+        ({"summary": "3"}, "summary"),
+        ({"library_version": "9" * 8_000_000}, "header of at most"),
         ({"placeholder": "two words"}, "placeholder"),
         ({"placeholder": ""}, "placeholder"),
         ({"class_word": "  "}, "class word"),
@@ -160,6 +174,44 @@ def test_wrong_metadata_is_told(saved, metadata, message):
     with pytest.raises(SubjectFileError, match=message) as raised:
         Subject.load(saved)
     assert str(saved) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (2**60, "header of at most"),
+        (2**64 - 1, "header of at most"),
+        (b"[" * 5000, "nested too deeply"),
+        (b'{"__metadata__": {"format": 1}}', "metadata is not text"),
+        (b'{"__metadata__": []}', "header is not one"),
+        (b"null", "header is not one"),
+        (b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,4]}}', "sound"),
+        (b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', "sound"),
+    ],
+)
+def test_hostile_headers_are_told(saved, header, message):
+    if isinstance(header, int):
+        saved.write_bytes(header.to_bytes(8, "little") + saved.read_bytes()[8:])
+    else:
+        saved.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(SubjectFileError, match=message):
+        Subject.load(saved)
+
+
+def test_a_subject_that_is_saved_can_be_loaded(tmp_path):
+    path = tmp_path / "s.safetensors"
+    make_subject(100, True, (48,), vectors=75).save(path)
+    assert Subject.load(path).tokens[0].shape == (100, 2, 75, 48)
+    make_subject(base_model="caf\udce9", settings={"model": "caf\udce9"}).save(path)
+    assert Subject.load(path).base_model == r"caf\udce9"
+    for counts in ({"stages": 101}, {"vectors": 76}, {"widths": (4,) * 5}):
+        with pytest.raises(ValueError, match="at most 100 stages|1 to 4"):
+            make_subject(**counts)
+    before = path.read_bytes()
+    for held in ({"a": 10**40}, {"a": "x" * 5_000_000}, {1: "a", "1": "b"}):
+        with pytest.raises(ValueError, match="could not be loaded|cannot be kept"):
+            make_subject(settings=held).save(path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -238,12 +290,12 @@ def test_other_files_are_told(tmp_path):
     empty.write_bytes(b"")
     huge = tmp_path / "huge.safetensors"
     with open(huge, "wb") as stream:
-        stream.truncate(20 * 2**20)
+        stream.truncate(70 * 2**20)
     for path, message in [
         (lora, "holds no subject"),
         (pickled, "no readable safetensors"),
-        (empty, "no readable safetensors"),
-        (huge, "another kind"),
+        (empty, "ends too soon"),
+        (huge, "at most 67,108,864 are read"),
         (tmp_path, "is a folder"),
         (tmp_path / "missing.safetensors", "does not exist"),
     ]:

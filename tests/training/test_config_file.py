@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sefi_fast.errors import ConfigError
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.config_file import read_settings, write_settings
 
@@ -63,13 +67,128 @@ def test_fields_win_over_the_files_preset(tmp_path):
         ("", ValueError, "line by line"),
         ("a: [1", ValueError, "is no YAML"),
         ("!!python/object/apply:os.getcwd []", ValueError, "is no YAML"),
+        # Aliases of 300 bytes that stand for 9^8 values.
+        (
+            "a: &a [x,x,x,x,x,x,x,x,x]\n"
+            + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 9)}]\n" for x, y in pairwise("abcdefghi"))
+            + "steps: *i",
+            ConfigError,
+            "anchors and aliases",
+        ),
+        ("steps: &a 3", ConfigError, "anchors and aliases"),
+        ("steps: " + "[" * 900 + "]" * 900, ConfigError, "nested more than 8 levels"),
+        ("".join(" " * n + "a:\n" for n in range(900)), ConfigError, "nested more than 8 levels"),
+        ("[" * 500_000, ConfigError, "nested more than 8 levels"),
+        ("templates: [" + "'{}'," * 11_000 + "]", ConfigError, "more than 10000 values"),
+        ("templates: [" + "'{}'," * 1_001 + "]", ConfigError, "at most 1,000 texts"),
+        ("x" * 3_000_000, OSError, "at most 2,097,152 are read"),
+        ("".join(f"k{n}: 1\n" for n in range(2000)), ConfigError, "k1000 and 1995 more; the"),
+        ("<<: {steps: 3}", ConfigError, "unknown settings: <<"),
+        ("steps: 1\n---\nsteps: 2", ConfigError, "expected a single document"),
+        ("steps: 1\nsteps: 2", ConfigError, "'steps' stands in it twice"),
+        ("1: 2", ConfigError, "line by line"),
+        ("? [a]\n: 3", ConfigError, "is no YAML"),
+        ("steps:\t3\n\tseed: 2", ConfigError, "is no YAML"),
+        ("steps: 0600", ConfigError, "steps must be an integer, got '0600'"),
+        ("steps: 1:00:00", ConfigError, "steps must be an integer, got '1:00:00'"),
+        ("weight_lambda: 1:30.5", ConfigError, "weight_lambda must be a number"),
+        ("steps: " + "9" * 100_000, ConfigError, "steps must be an integer"),
+        ("steps: " + "9" * 30, ConfigError, "steps must be at least 1 .* got a number of 100 bits"),
+        ("learning_rate: 1" + "0" * 400, ConfigError, "learning_rate must be finite"),
+        ("learning_rate: .inf", ConfigError, "learning_rate must be a number"),
+        ("learning_rate: nan", ConfigError, "learning_rate must be finite"),
+        ("steps: true", ConfigError, "steps must be an integer, got True"),
+        ("steps: 3.0", ConfigError, "steps must be an integer, got 3.0"),
+        ("stages: 101", ConfigError, "stages must be at least 1 and at most 100, got 101"),
+        ("batch_size: 999999999", ConfigError, "batch_size must be at least 1 and at most 4096"),
+        ("loss_resolutions: [0]", ConfigError, "loss_resolutions must be at most 100 sides"),
+        ("scene: !!binary aGVsbG8=", ConfigError, "scene must be a string or None, got b'hello'"),
+        ('scene: "\\ud800"', ConfigError, "scene holds half of a character"),
+        ('image: "\\ud800"', ConfigError, "image must be a string"),
+        ("scene: " + "x" * 30_000, ConfigError, "scene must be at most"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, error, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         TrainConfig.load(path)
+    assert str(path) in str(raised.value)
+    assert len(str(raised.value)) < 2100
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"steps": 1, "steps": 2}', "'steps' stands in it twice"),
+        ('{"learning_rate": NaN}', "NaN in it is not a finite number"),
+        ('{"steps": ' + "[" * 100_000, "is no JSON: it is nested too deeply"),
+        ('{"scene": "\\ud800"}', "scene holds half of a character"),
+        ("steps: 3", "is no JSON"),
+    ],
+)
+def test_mistakes_in_json_are_named(tmp_path, text, message):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.load(path)
+
+
+def test_a_file_of_another_program_is_read_as_it_looks(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('\ufeff{"scene": "\\ud83d\\ude00"}', encoding="utf-8")
+    assert TrainConfig.load(path).scene == "😀"
+    path = tmp_path / "run.yaml"
+    path.write_text("\ufeffscene: 2024-01-01\nsteps: 1_000\n", encoding="utf-8")
+    config = TrainConfig.load(path)
+    assert (config.scene, config.steps) == ("2024-01-01", 1000)
+
+
+TEXTS = st.text(max_size=12) | st.sampled_from(
+    [
+        "0600",
+        "1:30",
+        "1e3",
+        ".5e3",
+        "-.5",
+        "1.5e3",
+        "2024-01-01",
+        "<<",
+        "=",
+        "~",
+        "yes",
+        "1_0",
+        "\x85",
+        "&a",
+    ]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scene=TEXTS,
+    texts=st.lists(TEXTS, min_size=1, max_size=3),
+    name=st.sampled_from(["run.yaml", "run.json"]),
+    values=st.fixed_dictionaries(
+        {},
+        optional={
+            "learning_rate": st.floats(1e-300, 1e300),
+            "steps": st.integers(-1, 10**8),
+            "stages": st.integers(0, 200),
+            "num_vectors": st.integers(0, 80),
+            "seed": st.integers(-1, 2**64),
+        },
+    ),
+)
+def test_whatever_can_be_made_can_be_saved_and_loaded(tmp_path_factory, scene, texts, name, values):
+    templates = tuple(text + "{}" for text in texts)
+    try:
+        config = TrainConfig(scene=scene, templates=templates, log_dir=scene, **values)
+    except ValueError:
+        return
+    path = tmp_path_factory.getbasetemp() / name
+    config.save(path)
+    assert TrainConfig.load(path) == config
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path):
@@ -80,9 +199,13 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match="is no text"):
         TrainConfig.load(tmp_path / "picture.png")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            TrainConfig.load(path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         TrainConfig().save(tmp_path / "file" / "run.yaml")
     with pytest.raises(OSError):
         write_settings(tmp_path, {"steps": 1})
-    assert sorted(os.listdir(tmp_path)) == ["file", "picture.png"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "picture.png", "pipe"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -228,3 +229,56 @@ def test_an_image_or_a_mask_that_is_no_text_is_told_with_the_rest(pictures: Path
     ):
         assert words in told
     assert "subject 1: image must be the path of a picture, got 3" in problems_of([{"image": 3}])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        (
+            "a.jsonl",
+            '{"image": "rex.png", "class_word": "\\ud800"}',
+            "line 1: class_word holds half",
+        ),
+        ("a.jsonl", '{"image": "rex.png", "name": "a\\udc80"}', "line 1: name holds half"),
+        ("a.jsonl", '{"image": "\\ud800"}', "line 1: there is no picture at"),
+        ("a.jsonl", '{"image": "' + "x" * 5000 + '"}', "line 1: there is no picture at"),
+        ("a.jsonl", '{"image": "a\\u0000b"}', "line 1: there is no picture at"),
+        ("a.jsonl", "[" * 100_000, "line 1 is no JSON: it is nested too deeply"),
+        ("a.jsonl", '{"image": "rex.png", "image": "x"}', "'image' stands in it twice"),
+        ("a.jsonl", '{"image": "rex.png", "seed": NaN}', "NaN in it is not a finite number"),
+        ("a.jsonl", '{"image": "rex.png", "seed": 1e3}', "seed must be a whole number"),
+        (
+            "a.jsonl",
+            '{"image": "rex.png", "seed": ' + "9" * 10_000 + "}",
+            "more than 32 characters",
+        ),
+        ("a.jsonl", '{"image": "rex.png", "scene": ' + "[0]," * 9 + "}", "line 1 is no JSON"),
+        ("a.jsonl", "{}\n" * 100_000, "and 991 more"),
+        ("a.jsonl", "{\n" * 100_000, "and 991 more"),
+        ("a.csv", "image\n" + "rex.png,1\n" * 100_000, "and 991 more"),
+        ("a.csv", ",".join(f"c{n}" for n in range(100_000)), "unknown column"),
+        ("a.csv", "image," + "seed," * 100_000, "a column is named twice"),
+        ("a.csv", "image\n" + '"' + "x" * 200_000 + '"', "line 2 is no CSV"),
+        ("a.csv", "image,class_word\nrex.png,\0" + "x" * 100_000, ""),
+    ],
+)
+def test_hostile_lines_are_told(pictures: Path, name: str, text: str, told: str) -> None:
+    path = pictures / name
+    path.write_text(text, encoding="utf-8")
+    if told:
+        message = problems_of(path)
+        assert told in message
+        assert len(message) < 2100
+        assert message.isprintable() or "\n" in message
+
+
+def test_only_files_are_read(pictures: Path) -> None:
+    os.mkfifo(pictures / "a.csv")
+    with pytest.raises(ManifestError, match="not a regular file"):
+        read_subjects(pictures / "a.csv")
+    os.mkfifo(pictures / "pipe.png")
+    with pytest.raises(ManifestError, match="there is no picture at"):
+        read_subjects([pictures / "pipe.png"])
+    (pictures / "rex.txt").write_text("x" * 5000)
+    with pytest.raises(ManifestError, match="at most 4,096 are read"):
+        read_subjects(pictures)

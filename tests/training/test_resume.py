@@ -13,9 +13,21 @@ import torch
 import sefi_fast
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD
-from sefi_fast.training import Callbacks, CheckpointError, TrainingInterrupted, plateau, train
+from sefi_fast.training import (
+    Callbacks,
+    CheckpointError,
+    TrainConfig,
+    TrainingInterrupted,
+    plateau,
+    train,
+)
+from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.checkpoint import CheckpointFolder, folder_of
-from sefi_fast.training.resume import newest_step
+from sefi_fast.training.job import Job
+from sefi_fast.training.learner import Learner
+from sefi_fast.training.resume import checkpoints_to_resume, newest_step
+from sefi_fast.training.run import running
+from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
 
 PICTURE = sefi_fast.bundled_subject_image()
 FAST = {"class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "progress": False}
@@ -230,6 +242,92 @@ def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before(pipe, output,
     assert "step-000003.safetensors is damaged" in caplog.text
     assert "the newest whole checkpoint" in caplog.text and "is of step 2" in caplog.text
     assert_same(resumed, train(PICTURE, model=pipe, steps=6, **FAST))
+
+
+@pytest.fixture(scope="module")
+def unfinished(pipe, tmp_path_factory):
+    """A subject whose run was left with checkpoints of steps 3 and 2, and their contents."""
+    output = tmp_path_factory.mktemp("unfinished") / "me.safetensors"
+    settings = {
+        "steps": 6, "checkpoint_every": 2, "ema_decay": 0.9,
+        "validation_prompts": ("a {}",), "validation_every": 1, "validation_steps": 1,
+    }  # fmt: skip
+    leave_at(3, pipe, output, **settings)
+    config = TrainConfig(batch_size=1, stages=2, **settings)
+    with running(pipe, config) as source, borrowed(pipe.vae, source.device, torch.float32):
+        learner = Learner(Job(PICTURE, CLASS_WORD, output=output), source, config)
+    files = {step: checkpoints(output).file(step).read_bytes() for step in (3, 2)}
+    return output, learner, files
+
+
+def _without(*names):
+    return lambda metadata, tensors: [tensors.pop(n) for n in list(tensors) if n.startswith(names)]
+
+
+def _with(name, value):
+    return lambda metadata, tensors: tensors.update({name: value})
+
+
+def _saying(name, text):
+    return lambda metadata, tensors: metadata.update({name: text})
+
+
+LONG = torch.float64
+HOSTILE_CHECKPOINTS = {
+    "no history": _without("history."),
+    "no loss": _without("history.loss"),
+    "no generator": _without("engine.generator"),
+    "no engine": _without("engine."),
+    "no run": _without("run."),
+    "no average": _without("average."),
+    "no updates": _without("average.updates"),
+    "nothing": _without(""),
+    "history of a step more": _with("history.skipped", torch.tensor([1])),
+    "history of another length": _with("history.loss", torch.zeros(2, dtype=LONG)),
+    "history of NaN": _with("history.seconds", torch.full((3,), torch.nan, dtype=LONG)),
+    "history of words": _with("history.loss", torch.zeros(3, dtype=torch.uint8)),
+    "history of a number": _with("history.skipped", torch.tensor(0)),
+    "picture of another name": _with("history.validation.x", torch.zeros(3, dtype=torch.uint8)),
+    "picture of nothing": _with("history.validation.1.0", torch.zeros(3, dtype=torch.uint8)),
+    "picture of floats": _with("history.validation.1.0", torch.zeros(3)),
+    "generator of zeros": _with("engine.generator", torch.zeros(5056, dtype=torch.uint8)),
+    "generator too short": _with("engine.generator", torch.zeros(16, dtype=torch.uint8)),
+    "generator of floats": _with("engine.generator", torch.zeros(5056)),
+    "step of the engine": _with("engine.step", torch.tensor(2)),
+    "step below 0": _with("engine.step", torch.tensor(-3)),
+    "step of floats": _with("engine.step", torch.tensor(3.0)),
+    "steps": _with("engine.step", torch.tensor([3, 3])),
+    "scale of another shape": _with("engine.scale", torch.ones(2)),
+    "tokens of another dtype": _with("engine.last_good", torch.zeros(2, 2, 1, 4, dtype=torch.half)),
+    "failures": _with("run.failures", torch.tensor(-1)),
+    "updates": _with("average.updates", torch.tensor(2**62)),
+    "average of another shape": _with("average.average", torch.zeros(2**4)),
+    "deep settings": _saying("settings", "[" * 100_000),
+    "settings of a list": _saying("settings", "[]"),
+    "identity of a number": _saying("identity", "1"),
+    "identity twice": _saying("identity", '{"mask": "a", "mask": "b"}'),
+    "step of a word": _saying("step", "three"),
+    "step of many digits": _saying("step", "3" * 100_000),
+    "step of another name": _saying("step", "5"),
+    "version of a word": _saying("format_version", "one"),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE_CHECKPOINTS.values(), ids=list(HOSTILE_CHECKPOINTS))
+def test_a_run_goes_on_from_the_checkpoint_before_a_hostile_one(unfinished, change, caplog):
+    output, learner, files = unfinished
+    folder = checkpoints(output)
+    assert list(checkpoints_to_resume(learner.unfinished(), True)) == [3, 2]
+    metadata, tensors = unpack_tensors(files[3], checksum=True)
+    change(metadata, tensors)
+    try:
+        folder.file(3).write_bytes(pack_tensors(tensors, metadata, checksum=True))
+        assert list(checkpoints_to_resume(learner.unfinished(), True)) == [2]
+        assert "step-000003.safetensors is" in caplog.text and "left aside" in caplog.text
+        with pytest.raises(CheckpointError, match=r"step-000003\.safetensors is"):
+            checkpoints_to_resume(learner.unfinished(), folder.file(3))
+    finally:
+        folder.file(3).write_bytes(files[3])
 
 
 @pytest.mark.parametrize("resume", [True, "auto"])
