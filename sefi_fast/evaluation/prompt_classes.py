@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from sefi_fast.utils.files import user_path
+
 Prompts = Mapping[str, tuple[str, ...]]
 """Class of prompts → sentences with {} where the subject stands, twice for two subjects."""
 
@@ -118,7 +120,7 @@ def read_prompts(path: str | Path) -> Prompts:
             two.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = user_path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} cannot be read as UTF-8 text ({error}): give a text file, one prompt a line"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sefi_fast.conditioning.prompt import TOKENIZING
+from sefi_fast.conditioning.prompt import TOKENIZING, readable
 from sefi_fast.errors import PromptError
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class PlaceholderGuard:
                 s.placeholder: self._pattern(tokenizer, s.placeholder) for s in _guarded(encoder)
             }
             for row in rows if patterns else ():
-                text = _text(tokenizer, row)
+                text = readable(tokenizer, row)
                 for placeholder, pattern in patterns.items():
                     if pattern.search(text):
                         raise PromptError(_MESSAGE.format(text=text, placeholder=placeholder))
@@ -134,21 +133,11 @@ def _guarded(encoder: PromptEncoder) -> list[Any]:
     return [s for s in encoder.subjects if not is_class(s.placeholder)]
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """What CLIP's tokens say, with a space behind each word and each mark.
-
-    Not `tokenizer.decode`: in a copied tokenizer of transformers 5 it leaves the ends of words in.
-    """
-    special = set(tokenizer.all_special_ids)
-    pieces = tokenizer.convert_ids_to_tokens([i for i in ids if i not in special])
-    return "".join(pieces).replace("</w>", " ").strip()
-
-
 def _pattern(tokenizer: Any, placeholder: str) -> re.Pattern[str]:
-    """The placeholder in a text of `_text`, whatever stands beside it."""
+    """The placeholder in a text of `readable`, whatever stands beside it."""
     with TOKENIZING:
         ids = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
-    written = _text(tokenizer, ids).replace(" ", "")
+    written = readable(tokenizer, ids).replace(" ", "")
     before = r"(?<!\w)" if re.match(r"\w", written[:1]) else ""
     after = r"(?!\w)" if re.match(r"\w", written[-1:]) else ""
     return re.compile(before + r"\s*".join(map(re.escape, written)) + after)

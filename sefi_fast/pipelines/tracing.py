@@ -25,6 +25,7 @@ from sefi_fast.layers import (
 from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, unwrap
 from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
+from sefi_fast.utils.words import composed
 
 
 class _Call:
@@ -125,7 +126,7 @@ class Trace:
         return draw_grid(rows)
 
     def _pick(self, words: Sequence[str], index: int) -> list[Tensor]:
-        maps = self.maps
+        maps, words = self.maps, [composed(word) for word in words]
         for word in words:
             if word not in maps:
                 raise KeyError(f"{word!r} was not traced; the traced words are {list(maps)}")
@@ -235,7 +236,7 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
         ValueError: no word, a word twice, or a trace or regions of this pipeline already run.
         PromptError: from the call of the pipeline, if a word is in none of its prompts.
     """
-    words = [words] if isinstance(words, str) else list(words)
+    words = [composed(word) for word in ([words] if isinstance(words, str) else words)]
     if not words or len(set(words)) != len(words):
         raise ValueError(f"trace wants at least one word and none twice, but it got {words}")
     check_pipeline(pipe)

@@ -19,7 +19,8 @@ from sefi_fast.conditioning.prompt import class_token_ids, padded
 from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import SubjectFileError
 from sefi_fast.subject.subject import Subject
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import atomic_write, user_path
+from sefi_fast.utils.words import placeholder_for
 
 _SDXL_NAMES = ("clip_l", "clip_g")
 _READ_LIMIT = 64 * 2**20
@@ -46,7 +47,7 @@ def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False)
             does not end in .safetensors, or there are more than two text encoders.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"the embedding's file must end in .safetensors, got {path.name!r}")
     exact = subject.stages == 1 and not subject.split
@@ -90,7 +91,7 @@ def import_embedding(
             they can run code), damaged, or of another width than the pipeline.
         PromptError: the tokenizer does not know the class word, or it is of more than W tokens.
     """
-    path = Path(path)
+    path = user_path(path)
     tensors = _read(path)
     parts: list[tuple[Any, Any]] = [
         (getattr(pipe, "tokenizer" + end, None), getattr(pipe, "text_encoder" + end, None))
@@ -168,5 +169,5 @@ def _rows(path: Path, name: str, tensor: Tensor, width: int) -> Tensor:
 def _word(path: Path, name: str) -> str:
     # The names that programs write where they know no word.
     if name in ("emb_params", "*", *_SDXL_NAMES) or name.split() != [name]:
-        return f"<{'-'.join(path.stem.split())}>"
+        return placeholder_for(path.stem)
     return name

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sefi_fast import __version__
 from sefi_fast.errors import TrainingError
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import LONGEST_NAME, atomic_write, fitting_name
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ class Checkpoint:
 
 def folder_of(output: Path) -> Path:
     """Where the checkpoints of an output file lie: `me.safetensors.checkpoints`."""
-    return output.with_name(output.name + ".checkpoints")
+    suffix = ".checkpoints"
+    return output.with_name(fitting_name(output.name, LONGEST_NAME - len(suffix)) + suffix)
 
 
 def discard(output: Path) -> None:

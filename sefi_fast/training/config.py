@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from sefi_fast.utils.words import composed
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Module = Literal["attention", "free"]
 Schedule = Literal["constant", "cosine", "linear"]
@@ -301,7 +303,7 @@ class TrainConfig:
                     f"{name} holds {sentence!r}, which has no {{}}: write {{}} where the subject "
                     "stands, as in 'a photo of a {}'"
                 )
-        object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, name, tuple(map(composed, value)))
 
     def _check_scene(self) -> None:
         if self.scene is None:
@@ -312,6 +314,7 @@ class TrainConfig:
             raise ValueError(
                 f"scene must be a phrase without {{}}, such as 'in the forest', got {self.scene!r}"
             )
+        object.__setattr__(self, "scene", composed(self.scene))
 
     def _check_trackers(self) -> None:
         names = self.trackers

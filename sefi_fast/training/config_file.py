@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sefi_fast.training.config import TrainConfig, named_with_nearest
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import atomic_write, user_path
 
 RUN_KEYS = ("image", "mask", "model", "class_word", "placeholder", "output", "preset")
 """What a run's file may name beside the fields of TrainConfig."""
@@ -32,7 +32,7 @@ def write_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
     Raises:
         OSError: the file cannot be written.
     """
-    target = Path(path)
+    target = user_path(path)
     if target.suffix.lower() == ".json":
         text = json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n"
     else:
@@ -50,7 +50,7 @@ def read_settings(path: str | os.PathLike[str]) -> RunFile:
         OSError: the file cannot be read.
         ValueError: it is no flat mapping, or holds an unknown name.
     """
-    source = Path(path)
+    source = user_path(path)
     values = _parse(source)
     known = [field.name for field in fields(TrainConfig)]
     unknown = sorted(set(values) - set(known) - set(RUN_KEYS))

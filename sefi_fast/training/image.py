@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sefi_fast.errors import ImageError
+from sefi_fast.utils.files import user_path
 
 SMALLEST_SIDE = 16
 
@@ -62,7 +63,8 @@ def load_image(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Ima
         name = f"the {type(source).__name__}"
         image = _loaded(source, name)
     elif isinstance(source, (str, os.PathLike)):
-        image, name = _open(Path(source)), str(source)
+        path = user_path(source)
+        image, name = _open(path), str(path)
     else:
         raise TypeError(
             "image must be a path, a PIL image or a numpy array [h, w, 3], got "

@@ -7,12 +7,16 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sefi_fast.errors import SefiError
+from sefi_fast.errors import PathError, SefiError
+from sefi_fast.utils.files import expanded, user_path
+from sefi_fast.utils.text import printable
+from sefi_fast.utils.words import check_placeholder, composed, placeholder_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _MOST_PROBLEMS = 10
+_LONGEST_PROBLEM = 400
 _LONGEST_NAME = 120
 _JSON_EXAMPLE = '{"image": "rex.jpg", "class_word": "dog"}'
 _UNFIT = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
@@ -39,7 +44,8 @@ class Entry:
         image: a picture file, a PIL image or an array [h, w, 3].
         class_word: what it is; default: what `train_many` was told.
         name: of its file; default: the picture's file name.
-        placeholder: its word in prompts; default: its name in angle brackets.
+        placeholder: its word in prompts; default: its name in angle brackets, a hyphen for a space
+            (a colon where another subject has that placeholder).
         seed: default: the configuration's.
         scene: where the picture was taken; default: the configuration's.
         mask: where the subject is in the picture, for `attention_loss="mask"`.
@@ -79,7 +85,7 @@ def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
     """
     problems: list[str] = []
     if isinstance(subjects, (str, os.PathLike)):
-        path = Path(subjects)
+        path = user_path(subjects)
         entries = _read_path(path, problems)
         what = str(path)
     elif isinstance(subjects, Iterable) and not isinstance(subjects, Mapping):
@@ -94,11 +100,11 @@ def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
         raise ManifestError(f"{what} is empty: give at least one subject")
     _check_together(entries, model, problems)
     if problems:
-        shown = problems[:_MOST_PROBLEMS]
+        shown = [printable(problem, _LONGEST_PROBLEM) for problem in problems[:_MOST_PROBLEMS]]
         if len(problems) > len(shown):
             shown.append(f"and {len(problems) - len(shown)} more")
         raise ManifestError(f"{what} cannot be used; nothing was begun:\n  " + "\n  ".join(shown))
-    return entries
+    return _with_placeholders(entries)
 
 
 def model_of(entries: Iterable[Entry]) -> str | None:
@@ -242,16 +248,29 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
             f"unknown column {', '.join(map(repr, unknown))}; there are {', '.join(COLUMNS)}"
         )
     values = {name: value for name, value in row.items() if name in COLUMNS and value is not None}
+    if not values.get("name") and isinstance(values.get("image"), (str, os.PathLike)):
+        values["name"] = Path(values["image"]).stem
     for name in ("class_word", "name", "placeholder", "scene", "model"):
-        if name in values and not isinstance(values[name], str):
+        if not values.get(name):
+            continue
+        if not isinstance(values[name], str):
             found.append(f"{name} must be text, got {values[name]!r}")
+            continue
+        try:
+            values[name] = expanded(values[name]) if name == "model" else composed(values[name])
+        except SefiError as error:
+            found.append(f"{name}: {error}")
     if "seed" in values:
         values["seed"] = _seed(values["seed"], found)
     for name in ("image", "mask"):
         if isinstance(values.get(name), (bool, int, float, list, dict)):
             found.append(f"{name} must be the path of a picture, got {values[name]!r}")
         elif isinstance(values.get(name), (str, os.PathLike)):
-            values[name] = folder / values[name]
+            try:
+                values[name] = folder / user_path(values[name])
+            except PathError as error:
+                found.append(f"{name}: {error}")
+                continue
             if not values[name].is_file():
                 found.append(f"there is no picture at {values[name]}")
     if "image" not in values:
@@ -259,14 +278,30 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
     if found:
         problems.extend(f"{where}: {problem}" for problem in found)
         return None
-    if not values.get("name"):
-        values["name"] = Path(values["image"]).stem
-    if not values.get("placeholder"):
-        values["placeholder"] = "<" + re.sub(r"[^\w-]+", "-", values["name"]) + ">"
-    if problem := _bad_name(values["name"]) or _bad_placeholder(values["placeholder"]):
-        problems.append(f"{where}: {problem}")
+    try:
+        if values.get("placeholder"):
+            check_placeholder(values["placeholder"])
+        if problem := _bad_name(values["name"]):
+            raise ManifestError(problem)
+    except SefiError as error:
+        problems.append(f"{where}: {error}")
         return None
     return Entry(**values, where=where)
+
+
+def _with_placeholders(entries: list[Entry]) -> list[Entry]:
+    """The entries, those without a placeholder with one of their name, distinct from the others."""
+    plain = [entry.placeholder or placeholder_for(entry.name) for entry in entries]
+    taken = Counter(plain)
+    return [
+        entry
+        if entry.placeholder
+        # No name holds a colon; of "rex 1" and "rex-1" the second keeps the plain form.
+        else replace(entry, placeholder=placeholder_for(entry.name, space=":"))
+        if taken[word] > 1
+        else replace(entry, placeholder=word)
+        for entry, word in zip(entries, plain, strict=True)
+    ]
 
 
 def _seed(value: Any, found: list[str]) -> int | None:
@@ -286,12 +321,6 @@ def _bad_name(name: str) -> str | None:
         )
     if len(name.encode()) > _LONGEST_NAME:
         return f"the name {name!r} is longer than {_LONGEST_NAME} bytes: give a shorter one"
-    return None
-
-
-def _bad_placeholder(placeholder: str) -> str | None:
-    if placeholder.split() != [placeholder]:
-        return f"placeholder must be one word without spaces, such as '<it>', got {placeholder!r}"
     return None
 
 

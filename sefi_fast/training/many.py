@@ -33,6 +33,7 @@ from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
 from sefi_fast.training.source import Source
 from sefi_fast.training.summary import ManyResult, Summary, row_of
 from sefi_fast.training.trackers import check_trackers
+from sefi_fast.utils.files import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def train_many(
     if batch_subjects < 1:
         raise ValueError(f"batch_subjects must be at least 1, got {batch_subjects}")
     check_trackers(settings.trackers)
+    model = expanded(model) if isinstance(model, (str, os.PathLike)) else model
     entries = read_subjects(subjects, model)
     model = model_of(entries) if model is None else model
     check_entries(entries, settings, class_word, model)
