@@ -14,6 +14,7 @@ from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture, 
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_output
 from sefi_fast.utils.files import LONGEST_NAME, expanded, fitting_name, user_path
+from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -96,7 +97,7 @@ def _train(options: argparse.Namespace) -> int:
         callback=_run_file_writer(options, config, given, run_file),
     )
     tell(f"{output}: use it as {placeholder} in a prompt")
-    history, title = subject.history, Path(given["image"]).name
+    history, title = subject.history, printable(Path(given["image"]).name, 60)
     if history is not None and history.loss:
         _leave(curves, "the loss", lambda: training_curves(history, title=title))
     if history is not None and history.validation:
@@ -116,9 +117,10 @@ def _settings(options: argparse.Namespace) -> tuple[TrainConfig, dict[str, str |
     given: dict[str, str | None] = {}
     for name in names:
         value = getattr(options, name)
-        given[name] = file.run.get(name) if value is None else str(value)
-        if name in ("image", "mask", "model", "output") and given[name] is not None:
-            given[name] = expanded(given[name])
+        value = file.run.get(name) if value is None else str(value)
+        if value is not None and name not in ("class_word", "placeholder"):
+            value = expanded(value)
+        given[name] = value
     overrides = {**file.fields, **config_overrides(options)}
     if options.preset is None:
         return TrainConfig.from_overrides(None, overrides), given

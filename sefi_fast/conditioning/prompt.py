@@ -15,6 +15,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from sefi_fast.errors import PromptError
+from sefi_fast.utils.text import printable
 from sefi_fast.utils.words import check_placeholder, composed
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
     added = tokenizer.get_added_vocab()
     if any(not piece.endswith("</w>") and piece not in added for piece in pieces):
         raise PromptError(
-            f"the class word {class_word!r} falls into {len(pieces)} pieces; choose words "
+            f"the class word {class_word!r} falls into pieces ({len(pieces)} tokens); choose words "
             f"that are one token each, such as the general word for it ({_examples(tokenizer)})"
         )
     if len(ids) > _MOST_CLASS_TOKENS:
@@ -230,7 +231,7 @@ def _layout(
         logger.warning(
             "the prompt is cut after %d tokens, the most that the text encoder takes; left out: %s",
             room,
-            removed,
+            printable(removed, 300),
         )
     start = _Token(tokenizer.bos_token_id, 0)
     end = _Token(tokenizer.eos_token_id, 0)

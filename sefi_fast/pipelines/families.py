@@ -64,7 +64,9 @@ def check_pipeline(pipe: Any) -> None:
         raise ModelError(f"{name} has a U-Net of type {type(unet).__name__}; {WORKS_WITH}")
     wanted = _SDXL_ARGUMENTS if len(text_parts(pipe)) == 2 else _SD_ARGUMENTS
     own = getattr(type(pipe), "encode_prompt", None)
-    arguments = tuple(inspect.signature(own).parameters)[1:] if own is not None else ()
+    if own is None:
+        raise ModelError(f"{name} has no encode_prompt, where subjects enter; {WORKS_WITH}")
+    arguments = tuple(inspect.signature(own).parameters)[1:]
     if tuple(name.replace("videos", "images") for name in arguments) != wanted:
         raise ModelError(
             f"{name}.encode_prompt takes ({', '.join(arguments)}) and not what pipelines of its "

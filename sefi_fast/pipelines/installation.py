@@ -157,7 +157,7 @@ def check_replaceable(model: nn.Module, name: str, processor: Any) -> None:
         raise ModelError(
             f"layer {name} of {type(model).__name__} has the processor "
             f"{type(processor).__name__}, whose work sefi_fast would undo by replacing it: set a "
-            "plain one first (unet.set_default_attn_processor()) or call sefi_fast.detach(pipe)"
+            "plain one of diffusers first, unet.set_attn_processor(AttnProcessor2_0())"
         )
 
 

@@ -44,7 +44,9 @@ class _Call:
         if batch != expected:
             raise ModelError(
                 f"while tracing, the U-Net was called with a batch of {batch} where the prompts "
-                f"make {expected}: run only the traced pipeline inside the with block"
+                f"make {expected}. Pipelines that run it on something else too (PAG, SAG) cannot be "
+                "traced: trace StableDiffusionPipeline.from_pipe(pipe), or for SDXL "
+                "StableDiffusionXLPipeline.from_pipe(pipe), and run no other pipeline meanwhile"
             )
         if self.map_tokens.device != device:
             self.map_tokens = self.map_tokens.to(device)

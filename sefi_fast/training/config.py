@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from sefi_fast.utils.text import printable
 from sefi_fast.utils.words import composed
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -21,6 +22,8 @@ Capture = Literal["auto", "always", "never"]
 
 _LARGEST_SEED = 2**63 - 1
 _MOST_VECTORS = 32
+_MOST_NAMES = 10
+_LONGEST_NAME = 80
 _COUNTS = (
     "steps",
     "batch_size",
@@ -43,12 +46,14 @@ _FLAGS = (
 
 def named_with_nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Unknown names, each with the known one that it resembles."""
-    choices = list(known)
+    choices, names = list(known), list(unknown)
     named = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, choices, n=1)
-        named.append(f"{name} (did you mean {near[0]}?)" if near else name)
-    return ", ".join(named)
+    for name in names[:_MOST_NAMES]:
+        short = printable(name, _LONGEST_NAME)
+        near = difflib.get_close_matches(short, choices, n=1)
+        named.append(f"{short} (did you mean {near[0]}?)" if near else short)
+    more = len(names) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def unsaid_settings() -> dict[str, Any]:
@@ -152,6 +157,14 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        try:
+            self._check()
+        except (TypeError, ValueError) as error:
+            # A value from a file may be of any length.
+            error.args = (printable(str(error)),)
+            raise
+
+    def _check(self) -> None:
         for name in _COUNTS:
             self._check_integer(name, 1)
         self._check_integer("warmup_steps", 0)

@@ -38,7 +38,8 @@ def write_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
     else:
         yaml = importlib.import_module("yaml")
         text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
-    atomic_write(target, text.encode())
+    # Half a character of a path: JSON has the same escape.
+    atomic_write(target, text.encode(errors="backslashreplace"))
 
 
 def read_settings(path: str | os.PathLike[str]) -> RunFile:
