@@ -44,9 +44,9 @@ class _Call:
         if batch != expected:
             raise ModelError(
                 f"while tracing, the U-Net was called with a batch of {batch} where the prompts "
-                f"make {expected}. Pipelines that run it on something else too (PAG, SAG) cannot be "
-                "traced: trace StableDiffusionPipeline.from_pipe(pipe), or for SDXL "
-                "StableDiffusionXLPipeline.from_pipe(pipe), and run no other pipeline meanwhile"
+                f"make {expected}: trace a pipeline that runs it on the prompts alone (PAG and SAG "
+                "do not), such as StableDiffusionPipeline.from_pipe(pipe) or "
+                "StableDiffusionXLPipeline.from_pipe(pipe), and run no other meanwhile"
             )
         if self.map_tokens.device != device:
             self.map_tokens = self.map_tokens.to(device)

@@ -102,7 +102,7 @@ class Job:
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
         if not isinstance(self.class_word, str):
-            raise TypeError(f"class_word must be a string, got a {type(self.class_word).__name__}")
+            raise TypeError(f"class_word must be a string, got {type(self.class_word).__name__}")
         object.__setattr__(self, "class_word", composed(self.class_word))
         if not (self.callback is None or isinstance(self.callback, Callbacks)) and not callable(
             self.callback

@@ -42,9 +42,9 @@ def check_folder(output: str | os.PathLike[str], *, make: bool = True) -> Path:
     if os.path.exists(folder) and not folder.is_dir():
         raise NotADirectoryError(f"output {folder} is a file: give the name of a folder")
     try:
+        try_atomic_write(folder / f".{secrets.token_hex(4)}")
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        try_atomic_write(folder / f".{secrets.token_hex(4)}")
     except OSError as error:
         raise OSError(
             f"output {folder} cannot be written ({error.strerror or error}): choose another folder"

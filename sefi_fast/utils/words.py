@@ -32,7 +32,7 @@ def check_placeholder(placeholder: Any) -> str:
         PromptError: it is not one word.
     """
     if not isinstance(placeholder, str):
-        raise TypeError(f"placeholder must be a string, got a {type(placeholder).__name__}")
+        raise TypeError(f"placeholder must be a string, got {type(placeholder).__name__}")
     if placeholder.split() != [placeholder]:
         raise PromptError(
             f"placeholder must be one word without spaces, such as '<it>', got {placeholder!r}"
