@@ -27,6 +27,8 @@ from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
 from sefi_fast.utils.words import composed
 
+_PLAIN = "StableDiffusionPipeline.from_pipe(pipe) (StableDiffusionXLPipeline for SDXL)"
+
 
 class _Call:
     """Sums over the layers and steps of one call of the pipeline."""
@@ -44,9 +46,8 @@ class _Call:
         if batch != expected:
             raise ModelError(
                 f"while tracing, the U-Net was called with a batch of {batch} where the prompts "
-                f"make {expected}: trace a pipeline that runs it on the prompts alone (PAG and SAG "
-                "do not), such as StableDiffusionPipeline.from_pipe(pipe) or "
-                "StableDiffusionXLPipeline.from_pipe(pipe), and run no other meanwhile"
+                f"make {expected}: trace a pipeline that runs it on the prompts alone (SAG does "
+                f"not), such as {_PLAIN}, and run no other meanwhile"
             )
         if self.map_tokens.device != device:
             self.map_tokens = self.map_tokens.to(device)
@@ -153,6 +154,12 @@ class _Tracer:
 
     def begin(self, call: PipelineCall) -> None:
         """Find the words in the prompts of a call that starts."""
+        # Told before the call replaces processors, which would stay.
+        if getattr(self._pipe, "do_perturbed_attention_guidance", False):
+            raise ModelError(
+                "perturbed-attention guidance runs the U-Net on a third batch, in which no word "
+                f"can be traced: give pag_scale=0, or trace {_PLAIN}"
+            )
         prompts = call.prompts
         if prompts is None:
             raise PromptError(
