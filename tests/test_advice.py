@@ -111,10 +111,10 @@ def a_foreign_processor(w):
 
     def plain():
         w.pipe.unet.set_attn_processor(AttnProcessor2_0())
-        attach(w.pipe, w.subject)
+        attach(detach(w.pipe), w.train())
         short(w.pipe, "a <it>")
 
-    yield r"unet.set_attn_processor\(AttnProcessor2_0", lambda: attach(w.pipe, w.subject)
+    yield r"unet\.set_attn_processor\(AttnProcessor2_0\(\)\)", w.train
     yield plain
 
 
@@ -443,7 +443,7 @@ CASES = [
 def test_what_a_message_advises_works(work, case):
     steps = case(work)
     words, failing = next(steps)
-    with pytest.raises(Exception, match=f"(?s){words}"):
+    with pytest.raises(Exception, match=f"(?si){words}"):
         failing()
     followed = [remedy() for remedy in steps]
     assert followed

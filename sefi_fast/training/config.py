@@ -157,14 +157,6 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        try:
-            self._check()
-        except (TypeError, ValueError) as error:
-            # A value from a file may be of any length.
-            error.args = (printable(str(error)),)
-            raise
-
-    def _check(self) -> None:
         for name in _COUNTS:
             self._check_integer(name, 1)
         self._check_integer("warmup_steps", 0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _MOST_PROBLEMS = 10
-_LONGEST_PROBLEM = 400
+_LONGEST_PROBLEM = 300
 _LONGEST_NAME = 120
 _JSON_EXAMPLE = '{"image": "rex.jpg", "class_word": "dog"}'
 _UNFIT = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
@@ -257,7 +257,8 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
             found.append(f"{name} must be text, got {values[name]!r}")
             continue
         try:
-            values[name] = expanded(values[name]) if name == "model" else composed(values[name])
+            is_text = name in ("class_word", "name", "placeholder", "scene")
+            values[name] = composed(values[name]) if is_text else expanded(values[name])
         except SefiError as error:
             found.append(f"{name}: {error}")
     if "seed" in values:

@@ -97,7 +97,4 @@ def row_of(number: int, entry: Entry, result: ManyResult | None) -> dict[str, An
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
     ordered = sorted(rows, key=lambda row: row["number"])
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered).encode(
-        # Half a character of a file's name: JSON has the same escape.
-        errors="backslashreplace"
-    )
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered).encode()

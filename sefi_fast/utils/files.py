@@ -148,6 +148,8 @@ def try_atomic_write(path: Path) -> None:
         with suppress(FileNotFoundError):
             os.lstat(folder / name)
     own = folder == target.parent and not target.exists()
+    if target.is_file():
+        _check_mutable(target)
     written = [_partial(folder, target.name), target if own else _partial(folder, target.name)]
     try:
         _write_synced(written[0], b"try")
@@ -196,19 +198,35 @@ def _write_synced(path: Path, content: bytes) -> None:
                 raise
 
 
+def _check_mutable(path: Path) -> None:
+    """Raise OSError for a file that cannot be replaced; one without write permission can be."""
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.ETXTBSY):
+            raise
+
+
 def _partial(folder: Path, name: str) -> Path:
     """A new temporary name, short even where the final one is as long as can be."""
     return folder / f".{fitting_name(name, _LONGEST_STEM)}.{secrets.token_hex(4)}"
 
 
 def _target(path: Path) -> Path:
-    """The file that a link leads to; of anything else the path itself."""
-    if not path.is_symlink():
-        return path
-    try:
-        return Path(os.path.realpath(path, strict=True))
-    except OSError as error:
-        raise _leads_nowhere(path) from error
+    """The file that a link leads to; of anything else the path itself.
+
+    Raises:
+        OSError: the link leads nowhere, or a device, a pipe or a socket is there.
+    """
+    target = path
+    if path.is_symlink():
+        try:
+            target = Path(os.path.realpath(path, strict=True))
+        except OSError as error:
+            raise _leads_nowhere(path) from error
+    if os.path.exists(target) and not (target.is_file() or target.is_dir()):
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket", str(path))
+    return target
 
 
 def _nearest_folder(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,35 @@ def test_a_link_that_leads_nowhere_is_not_written(tmp_path, place, write):
     with pytest.raises(OSError):
         write(tmp_path / place)
     assert sorted(os.listdir(tmp_path)) == ["loop", "nowhere"]
+
+
+def test_only_regular_files_are_replaced(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for path in (tmp_path / "fifo", tmp_path / "null", Path("/dev/null")):
+        for write in (try_atomic_write, lambda place: atomic_write(place, b"content")):
+            with pytest.raises(OSError, match="a device, a pipe or a socket"):
+                write(path)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_file_without_write_permission_is_replaced_and_an_immutable_one_told(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "me"
+    path.write_bytes(b"before")
+    honest = os.open
+
+    def opened(code, place, flags, *more, **settings):
+        if place == path and flags & os.O_WRONLY:
+            raise OSError(code, os.strerror(code))
+        return honest(place, flags, *more, **settings)
+
+    monkeypatch.setattr(os, "open", partial(opened, errno.EACCES))
+    try_atomic_write(path)
+    monkeypatch.setattr(os, "open", partial(opened, errno.EPERM))
+    with pytest.raises(OSError, match="not permitted"):
+        try_atomic_write(path)
 
 
 @pytest.mark.parametrize(
