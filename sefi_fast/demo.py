@@ -75,10 +75,10 @@ def run_demo(
     from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, SUBJECT_SCENE, bundled_subject_image
     from sefi_fast.tiny_world.captions import SCENE_PHRASES
     from sefi_fast.training import load_image, train
+    from sefi_fast.training.output import check_folder
 
     started = time.perf_counter()
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = check_folder(output)
     picture = load_image(image or bundled_subject_image())
     if image is None:
         # Naming the scene keeps it out of the subject.

@@ -15,6 +15,10 @@ class SefiError(Exception):
         super().__init__(printable(message))
 
 
+class PathError(SefiError, OSError):
+    """A path that a user gave cannot be one."""
+
+
 class SubjectFileError(SefiError, ValueError):
     """A subject file is damaged, of an unknown format, or made for another base model."""
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from sefi_fast import __version__
 from sefi_fast.errors import SefiError
+from sefi_fast.utils.text import printable
 
 _COMMANDS = (
     "train",
@@ -37,17 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an expected error, 128 and the signal's number when a signal
         ended it (130: SIGINT, 143: SIGTERM).
     """
-    options = _parser().parse_args(arguments)
+    _make_printable()
+    try:
+        options = _parser().parse_args(arguments)
+    except SefiError as error:
+        print(f"sefi-fast: {error}", file=sys.stderr)
+        return 1
     # It tells on import that torchvision is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
     except (SefiError, ValueError, TypeError, OSError) as error:
-        print(f"sefi-fast {options.command}: {error}", file=sys.stderr)
+        print(f"sefi-fast {options.command}: {printable(str(error))}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = printable(str(error).strip().partition("\n")[0], 300)
         short = "out of memory" in reason.lower() or "can't allocate memory" in reason
         if not short and not isinstance(error, MemoryError):
             raise
@@ -57,12 +66,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt as error:
-        print(f"sefi-fast {options.command}: {str(error) or 'stopped'}", file=sys.stderr)
+        reason = printable(str(error)) or "stopped"
+        print(f"sefi-fast {options.command}: {reason}", file=sys.stderr)
         return 128 + getattr(error, "signal", 2)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that shows what it was given in a form that is safe to print."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+class _PrintableRecord(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _make_printable() -> None:
+    """Let no character end the command: what an encoding lacks is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PrintableRecord())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sefi-fast", description="Personalise a diffusion model from one picture (SeFi-IDE)."
     )
     parser.add_argument("--version", action="version", version=f"sefi_fast {__version__}")

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sefi_fast.cli.outputs import check_kept
+from sefi_fast.cli.outputs import check_kept, tell
 from sefi_fast.demo import FILES
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_folder
+from sefi_fast.utils.files import user_path
 
 
 def add(commands: Any) -> None:
@@ -17,9 +18,13 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "demo", help="personalise the bundled model on a bundled picture; no download, no GPU"
     )
-    parser.add_argument("--image", type=Path, help="another picture than the bundled one")
+    parser.add_argument("--image", type=user_path, help="another picture than the bundled one")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("sefi_fast_demo"), help="folder for the pictures"
+        "-o",
+        "--output",
+        type=user_path,
+        default=Path("sefi_fast_demo"),
+        help="folder for the pictures",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="training steps (default: the library's)")
@@ -34,9 +39,9 @@ def _demo(options: argparse.Namespace) -> int:
     keep_freed_memory_on_cpu()
     overrides = {} if options.steps is None else {"steps": options.steps}
     result = run_demo(options.output, image=options.image, seed=options.seed, **overrides)
-    print(f"{result.sheet}: the subject in new scenes and with accessories")
-    print(f"{result.maps}: where the words looked")
-    print(f"{result.curves}: the training curves")
-    print(f"{result.subject}: the subject, to attach to the bundled model")
-    print(f"done in {result.seconds:.0f} s")
+    tell(f"{result.sheet}: the subject in new scenes and with accessories")
+    tell(f"{result.maps}: where the words looked")
+    tell(f"{result.curves}: the training curves")
+    tell(f"{result.subject}: the subject, to attach to the bundled model")
+    tell(f"done in {result.seconds:.0f} s")
     return 0

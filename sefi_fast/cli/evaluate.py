@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, config_overrides
+from sefi_fast.cli.outputs import tell
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
+from sefi_fast.utils.files import user_path
 
 IDENTITIES = 12
 _OF_SUBJECTS = ("model", "images", "guidance", "clip", "dino", "face")
@@ -21,7 +22,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate", help="score finished subjects, or compare settings on the tiny world"
     )
-    parser.add_argument("subjects", type=Path, nargs="*", help="subject files to score")
+    parser.add_argument("subjects", type=user_path, nargs="*", help="subject files to score")
     parser.add_argument(
         "--prompts", metavar="FILE|NUMBER",
         help="a file of prompts, {} where the subject stands; of a study: how many an identity "
@@ -29,12 +30,14 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=4, help="pictures a prompt (default: 4)")
     parser.add_argument("--sampling-steps", type=int, help="denoising steps of a picture")
-    parser.add_argument("-o", "--output", type=Path, help="folder (default: evaluation, evidence)")
+    parser.add_argument(
+        "-o", "--output", type=user_path, help="folder (default: evaluation, evidence)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     scores = parser.add_argument_group("scoring finished subjects")
     add_model(scores)
     scores.add_argument(
-        "--images", type=Path, nargs="+", metavar="IMAGE",
+        "--images", type=user_path, nargs="+", metavar="IMAGE",
         help="the picture that each subject was learnt from, for the image scores",
     )  # fmt: skip
     scores.add_argument("--guidance", type=float, help="guidance scale")
@@ -103,7 +106,7 @@ def _study(options: argparse.Namespace) -> int:
         **config_overrides(options),
     )
     for path in found.files:
-        print(path)
+        tell(path)
     return 1 if found.failures else 0
 
 
@@ -122,7 +125,7 @@ def _two(options: argparse.Namespace) -> int:
         **config_overrides(options),
     )
     for path in files:
-        print(path)
+        tell(path)
     return 0
 
 
@@ -152,5 +155,5 @@ def _subjects(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     for path in found.files:
-        print(path)
+        tell(path)
     return 0

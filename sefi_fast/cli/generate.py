@@ -9,6 +9,7 @@ from typing import Any
 
 from sefi_fast.cli.options import add_prompt, add_sampling, attached_pipeline
 from sefi_fast.cli.outputs import check_pictures_folder, save_pictures
+from sefi_fast.utils.files import user_path
 
 
 def add(commands: Any) -> None:
@@ -23,7 +24,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("-n", "--number", type=int, default=4, help="how many (default: 4)")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("pictures"), help="folder for the PNG files"
+        "-o", "--output", type=user_path, default=Path("pictures"), help="folder for the PNG files"
     )
     parser.set_defaults(run=_generate)
 

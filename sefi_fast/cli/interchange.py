@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_model
-from sefi_fast.cli.outputs import check_kept, check_safetensors
+from sefi_fast.cli.outputs import check_kept, check_safetensors, tell
+from sefi_fast.utils.files import user_path
 
 
 def add(commands: Any) -> None:
@@ -15,9 +16,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "export", help="write a subject as an embedding for diffusers, A1111 or ComfyUI"
     )
-    parser.add_argument("subject", type=Path, help="a subject file")
+    parser.add_argument("subject", type=user_path, help="a subject file")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE",
+        "-o", "--output", type=user_path, required=True, metavar="FILE",
         help="the .safetensors file; A1111 and ComfyUI take its name for the word of the prompt",
     )  # fmt: skip
     parser.add_argument(
@@ -30,14 +31,14 @@ def add(commands: Any) -> None:
         "import", help="make a subject of an embedding of diffusers, A1111 or ComfyUI"
     )
     parser.add_argument(
-        "embedding", type=Path, nargs="+",
+        "embedding", type=user_path, nargs="+",
         help="a .safetensors file, or one for each text encoder",
     )  # fmt: skip
     add_model(parser)
     parser.add_argument("--class-word", required=True, help="what it is: person, cat …")
     parser.add_argument("--placeholder", help="its name in prompts (default: its name in the file)")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("subject.safetensors"), metavar="FILE",
+        "-o", "--output", type=user_path, default=Path("subject.safetensors"), metavar="FILE",
         help="the subject file (default: subject.safetensors)",
     )  # fmt: skip
     parser.set_defaults(run=_import)
@@ -58,7 +59,7 @@ def _export(options: argparse.Namespace) -> int:
         )
     path = export_embedding(subject, options.output, lossy=not exact)
     loss = "" if exact else ", the mean of its stages: it draws less like the subject"
-    print(f"{path}: {subject.placeholder} for pipe.load_textual_inversion{loss}")
+    tell(f"{path}: {subject.placeholder} for pipe.load_textual_inversion{loss}")
     return 0
 
 
@@ -76,5 +77,5 @@ def _import(options: argparse.Namespace) -> int:
     if options.model is not None:
         subject.settings["model"] = options.model
     subject.save(options.output)
-    print(f"{options.output}: use it as {subject.placeholder} in a prompt")
+    tell(f"{options.output}: use it as {subject.placeholder} in a prompt")
     return 0

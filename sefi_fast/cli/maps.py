@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_prompt, add_sampling, attached_pipeline
-from sefi_fast.cli.outputs import check_sheet, write_picture
+from sefi_fast.cli.outputs import check_sheet, tell, write_picture
+from sefi_fast.utils.files import user_path
 
 
 def add(commands: Any) -> None:
@@ -17,7 +18,9 @@ def add(commands: Any) -> None:
     add_sampling(parser)
     parser.add_argument("-w", "--words", nargs="+", required=True, help="words of the prompt")
     parser.add_argument("-n", "--number", type=int, default=1, help="how many (default: 1)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("maps.png"), help="the PNG file")
+    parser.add_argument(
+        "-o", "--output", type=user_path, default=Path("maps.png"), help="the PNG file"
+    )
     parser.set_defaults(run=_maps)
 
 
@@ -37,5 +40,5 @@ def _maps(options: argparse.Namespace) -> int:
         panels += [Panel(traced.overlay(picture, word, index), word) for word in options.words]
         rows.append(("", panels))
     write_picture(options.output, contact_sheet(rows, panel_size=256))
-    print(options.output)
+    tell(options.output)
     return 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.pictures import add_pictures, check_pictures, check_steps, with_pictures
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
+from sefi_fast.utils.files import expanded, user_path
+from sefi_fast.utils.words import mentions
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The option --model."""
     parser.add_argument(
-        "-m", "--model",
+        "-m", "--model", type=expanded,
         help="diffusers folder, hub id or .safetensors file (default: the bundled tiny model)",
     )  # fmt: skip
 
@@ -106,7 +110,7 @@ def attached_pipeline(
     named = [_named_file(text) for text in options.subject]
     subjects = _subjects(named)
     for subject in subjects:
-        if not any(subject.placeholder in text for text in texts):
+        if not any(mentions(text, subject.placeholder) for text in texts):
             raise PromptError(
                 f"{' and '.join(map(repr, texts))} does not name the subject "
                 f"{subject.placeholder}: write it where the {subject.class_word} shall stand, or "
@@ -149,8 +153,10 @@ def _check_placeholders(pipe: Any, texts: Sequence[str], subjects: Sequence[Subj
 
 def _named_file(text: str) -> tuple[str | None, Path]:
     """FILE or NAME=FILE; a file whose own name has the sign is taken as it is."""
-    name, sign, file = text.partition("=")
-    return (name, Path(file)) if sign and not Path(text).exists() else (None, Path(text))
+    named = re.fullmatch(r"(<[^<>]*>|[^=]*)=(.*)", text, re.DOTALL)
+    if named is None or os.path.exists(os.path.expanduser(text)):
+        return None, user_path(text)
+    return named[1], user_path(named[2])
 
 
 def _subjects(named: Sequence[tuple[str | None, Path]]) -> list[Subject]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sefi_fast.training.output import check_folder, check_output, is_one_of
 from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def tell(text: object) -> None:
+    """Print a line on standard output, whatever a file or an argument put into it."""
+    print(printable(str(text)))
 
 
 def check_kept(outputs: Iterable[Path], inputs: Sequence[str | Path | None]) -> None:
@@ -55,7 +61,7 @@ def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> N
     for number, picture in enumerate(pictures, seed):
         path = _numbered(folder, number)
         write_picture(path, picture)
-        print(path)
+        tell(path)
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:

@@ -7,6 +7,8 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sefi_fast.utils.files import user_path
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -22,10 +24,10 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
         help="folder, hub id or .safetensors file of a ControlNet; may be given several times",
     )  # fmt: skip
     parser.add_argument(
-        "--control-image", type=Path, action="append", default=[], metavar="FILE",
+        "--control-image", type=user_path, action="append", default=[], metavar="FILE",
         help="the hint (pose, edges, depth) for each --controlnet, in the same order",
     )  # fmt: skip
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture to change")
+    parser.add_argument("--image", type=user_path, metavar="FILE", help="a picture to change")
     parser.add_argument(
         "--strength",
         type=float,
@@ -33,7 +35,7 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mask",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="white where --image is to change, black or transparent elsewhere",
     )

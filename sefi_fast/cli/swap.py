@@ -11,8 +11,10 @@ from sefi_fast.cli.outputs import (
     check_pictures_folder,
     check_sheet,
     save_pictures,
+    tell,
     write_picture,
 )
+from sefi_fast.utils.files import user_path
 
 
 def add(commands: Any) -> None:
@@ -31,7 +33,7 @@ def add(commands: Any) -> None:
         "-n", "--number", type=int, default=1, help="how many pictures (default: 1)"
     )
     parser.add_argument(
-        "-o", "--output", type=Path,
+        "-o", "--output", type=user_path,
         help="folder for the PNG files (default: pictures); with --sheet the PNG file (swap.png)",
     )  # fmt: skip
     parser.set_defaults(run=_swap)
@@ -68,5 +70,5 @@ def _draw_sheet(options: argparse.Namespace) -> int:
     from sefi_fast.evaluation import swap_sheet
 
     write_picture(path, swap_sheet(pipe, options.sheet, **sampling))
-    print(path)
+    tell(path)
     return 0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
-from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture
+from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture, tell
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_output
+from sefi_fast.utils.files import LONGEST_NAME, expanded, fitting_name, user_path
+from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,23 +28,25 @@ def add(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser("train", help="learn a subject from one picture")
     parser.add_argument(
-        "image", type=Path, nargs="?", help="the picture; may stand in the config file instead"
+        "image", type=user_path, nargs="?", help="the picture; may stand in the config file instead"
     )
     add_model(parser)
     parser.add_argument("--class-word", help="what the subject is: person, cat, golden retriever …")
     parser.add_argument("--placeholder", help="its name in prompts (default: <it>)")
     parser.add_argument(
-        "--mask", type=Path, help="picture, white where the subject is, for --attention-loss mask"
+        "--mask",
+        type=user_path,
+        help="picture, white where the subject is, for --attention-loss mask",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, help="the subject file (default: subject.safetensors)"
+        "-o", "--output", type=user_path, help="the subject file (default: subject.safetensors)"
     )
     parser.add_argument(
-        "-c", "--config", type=Path, metavar="FILE",
+        "-c", "--config", type=user_path, metavar="FILE",
         help="YAML or JSON with any of these options; those on the command line win",
     )  # fmt: skip
     parser.add_argument(
-        "--save-config", type=Path, metavar="FILE",
+        "--save-config", type=user_path, metavar="FILE",
         help="where to leave all options of this run (default: beside the output, as me.run.yaml)",
     )  # fmt: skip
     add_preset(parser)
@@ -67,8 +72,10 @@ def _train(options: argparse.Namespace) -> int:
     output = Path("subject.safetensors" if given["output"] is None else given["output"])
     given["output"] = str(output)
     check_safetensors(output)
-    curves, sheet = (output.with_name(f"{output.stem}-{x}.png") for x in ("training", "validation"))
-    run_file = output.with_suffix(".run.yaml")
+    curves, sheet, run_file = (
+        output.with_name(fitting_name(output.stem, LONGEST_NAME - len(end)) + end)
+        for end in ("-training.png", "-validation.png", ".run.yaml")
+    )
     if options.save_config is not None:
         run_file = check_output(options.save_config)
     check_kept((output, curves, sheet, run_file), (given["image"], given["mask"], given["model"]))
@@ -89,8 +96,8 @@ def _train(options: argparse.Namespace) -> int:
         progress=not options.quiet,
         callback=_run_file_writer(options, config, given, run_file),
     )
-    print(f"{output}: use it as {placeholder} in a prompt")
-    history, title = subject.history, Path(given["image"]).name
+    tell(f"{output}: use it as {placeholder} in a prompt")
+    history, title = subject.history, printable(Path(given["image"]).name, 60)
     if history is not None and history.loss:
         _leave(curves, "the loss", lambda: training_curves(history, title=title))
     if history is not None and history.validation:
@@ -110,7 +117,10 @@ def _settings(options: argparse.Namespace) -> tuple[TrainConfig, dict[str, str |
     given: dict[str, str | None] = {}
     for name in names:
         value = getattr(options, name)
-        given[name] = file.run.get(name) if value is None else str(value)
+        value = file.run.get(name) if value is None else str(value)
+        if value is not None and name not in ("class_word", "placeholder"):
+            value = expanded(value)
+        given[name] = value
     overrides = {**file.fields, **config_overrides(options)}
     if options.preset is None:
         return TrainConfig.from_overrides(None, overrides), given
@@ -136,7 +146,9 @@ def _run_file_writer(
             if self.written:
                 return
             self.written = True
-            if options.config is not None and options.config.resolve() == path.resolve():
+            if options.config is not None and os.path.realpath(options.config) == os.path.realpath(
+                path
+            ):
                 return
             named = {name: value for name, value in given.items() if value is not None}
             try:
@@ -149,4 +161,4 @@ def _run_file_writer(
 
 def _leave(path: Path, what: str, draw: Callable[[], Image.Image]) -> None:
     if leave_picture(path, what, draw):
-        print(f"{path}: {what}")
+        tell(f"{path}: {what}")

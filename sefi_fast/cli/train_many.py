@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
-from sefi_fast.cli.outputs import check_kept, leave_picture
+from sefi_fast.cli.outputs import check_kept, leave_picture, tell
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_folder
+from sefi_fast.utils.files import user_path
 
 if TYPE_CHECKING:
     from sefi_fast.training import ManyResult
@@ -22,13 +24,13 @@ def add(commands: Any) -> None:
         "train-many", help="learn many subjects, from a folder of pictures or a manifest"
     )
     parser.add_argument(
-        "manifest", type=Path,
+        "manifest", type=user_path,
         help="a folder of pictures, or a .csv, .tsv or .jsonl file with the columns image, "
         "class_word, name, placeholder, seed, scene, mask, model (image alone is needed)",
     )  # fmt: skip
     add_model(parser)
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="folder for the subject files"
+        "-o", "--output", type=user_path, required=True, help="folder for the subject files"
     )
     parser.add_argument("--class-word", help="of the subjects that have none of their own")
     parser.add_argument(
@@ -76,9 +78,9 @@ def _train_many(options: argparse.Namespace) -> int:
     words = f"{learnt} subjects learnt"
     words += f", {before} were there already" if before else ""
     words += f", {len(failed)} failed: {', '.join(r.name for r in failed)}" if failed else ""
-    print(f"{options.output}: {words}")
+    tell(f"{options.output}: {words}")
     if pictures.is_dir() and prompts:
-        print(f"{pictures}: the validation prompts as training went on")
+        tell(f"{pictures}: the validation prompts as training went on")
     return 1 if failed else 0
 
 
@@ -104,7 +106,7 @@ def _check_pictures(options: argparse.Namespace, folder: Path) -> None:
     check_folder(folder, make=False)
     entries = read_subjects(options.manifest, options.model)
     files = [Path(x) for e in entries for x in (e.image, e.mask) if isinstance(x, (str, Path))]
-    inside = [file for file in files if file.parent.resolve() == folder.resolve()]
+    inside = [file for file in files if os.path.realpath(file.parent) == os.path.realpath(folder)]
     check_kept((_sheet(folder, entry.name) for entry in entries), inside)
 
 

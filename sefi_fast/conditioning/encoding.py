@@ -17,6 +17,7 @@ from sefi_fast.conditioning.prompt import tokenize_prompts, with_all_vectors
 from sefi_fast.conditioning.stage_hook import StageHook
 from sefi_fast.conditioning.text import encode_text, encode_text_pooled, token_table
 from sefi_fast.errors import SubjectFileError
+from sefi_fast.utils.words import mentions
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
@@ -137,7 +138,11 @@ def encode_with_pooled(
     distinct = {
         pair: place for place, pair in enumerate(dict.fromkeys(zip(prompts, second, strict=True)))
     }
-    named = [s for s in chosen if any(s.placeholder in text for pair in distinct for text in pair)]
+    named = [
+        s
+        for s in chosen
+        if any(mentions(text, s.placeholder) for pair in distinct for text in pair)
+    ]
     streams, pooled = [], None
     for number, part in enumerate(parts):
         texts = with_all_vectors(pipe, [pair[number] for pair in distinct], part.tokenizer)

@@ -15,6 +15,8 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from sefi_fast.errors import PromptError
+from sefi_fast.utils.text import printable
+from sefi_fast.utils.words import check_placeholder, composed
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
     added = tokenizer.get_added_vocab()
     if any(not piece.endswith("</w>") and piece not in added for piece in pieces):
         raise PromptError(
-            f"the class word {class_word!r} falls into pieces ({' '.join(pieces)}); choose words "
+            f"the class word {class_word!r} falls into pieces ({len(pieces)} tokens); choose words "
             f"that are one token each, such as the general word for it ({_examples(tokenizer)})"
         )
     if len(ids) > _MOST_CLASS_TOKENS:
@@ -193,6 +195,14 @@ def word_positions(
     return sorted(found)
 
 
+def readable(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return what tokens say, a space after each word and each mark; special tokens left out."""
+    special = set(tokenizer.all_special_ids)
+    text = tokenizer.decode([i for i in ids if i not in special])
+    # A copied tokenizer of transformers 5 leaves the ends of words in.
+    return str(text).replace("</w>", " ").strip()
+
+
 def _layout(
     tokenizer: Any,
     prompt: str,
@@ -218,11 +228,11 @@ def _layout(
                 "or move the placeholder to its front"
             )
     if warn and len(content) > room:
-        removed = tokenizer.decode([token.token_id for token in content[room:]])
+        removed = readable(tokenizer, [token.token_id for token in content[room:]])
         logger.warning(
             "the prompt is cut after %d tokens, the most that the text encoder takes; left out: %s",
             room,
-            removed,
+            printable(removed, 300),
         )
     start = _Token(tokenizer.bos_token_id, 0)
     end = _Token(tokenizer.eos_token_id, 0)
@@ -232,11 +242,13 @@ def _layout(
 
 
 def _content(tokenizer: Any, text: str, placeholders: Sequence[Placeholder]) -> list[_Token]:
+    text = composed(text)
     slots = itertools.count(1)
     places = [[_Token(token_id, next(slots)) for token_id in ids] for _, ids in placeholders]
     tokens: list[_Token] = []
     last = 0
-    for begin, end, place in _occurrences(text, [name for name, _ in placeholders]):
+    names = [check_placeholder(name) for name, _ in placeholders]
+    for begin, end, place in _occurrences(text, names):
         tokens += [_Token(token_id, 0) for token_id in read_ids(tokenizer, text[last:begin])]
         tokens += places[place]
         last = end
@@ -251,15 +263,11 @@ def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int,
     """(begin, end, number of the placeholder) wherever one stands in a text, left to right."""
     if not placeholders:
         return
-    for placeholder in placeholders:
-        if not placeholder or placeholder.split() != [placeholder]:
-            raise PromptError(f"a placeholder must be one word without spaces, got {placeholder!r}")
     # The longest first, so that "<me>2" is not read as "<me>" and a rest.
     choices = sorted(placeholders, key=len, reverse=True)
     for match in re.finditer("|".join(_as_word(choice) for choice in choices), text):
         begin, end = match.span()
-        # Composed as the tokenizer will: "e" and an accent are one letter.
-        before = unicodedata.normalize("NFC", text[:begin])[-1:]
+        before = text[begin - 1 : begin]
         after = text[end : end + 1]
         joins = bool(after) and unicodedata.combining(after) > 0
         if _is_word_character(before) or _is_word_character(after) or joins:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sefi_fast.errors import ModelError
+from sefi_fast.utils.files import expanded
 
 _BATCH = 16
 
@@ -103,7 +104,7 @@ class FaceScorer:
                 f"face scores need insightface, which cannot be imported ({error}): install "
                 "insightface and onnxruntime, or leave the face score out"
             ) from error
-        where = os.fspath(source)
+        where = expanded(source)
         # insightface looks for models/<name> in its root.
         folder = os.path.abspath(where) if os.path.isdir(where) else None
         place: dict[str, Any] = {"name": where}
@@ -155,7 +156,7 @@ def _model(kind: Any, source: str | os.PathLike[str], what: str) -> Any:
 
 
 def _loaded(kind: Any, source: str | os.PathLike[str], what: str, **options: Any) -> Any:
-    where = os.fspath(source)
+    where = expanded(source)
     try:
         return kind.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sefi_fast.errors import PromptError
-from sefi_fast.utils.files import read_regular
+from sefi_fast.utils.files import read_regular, user_path
 from sefi_fast.utils.text import printable
 
 _SIZE_LIMIT = 2**20
@@ -124,7 +124,7 @@ def read_prompts(path: str | Path) -> Prompts:
             two.
     """
     try:
-        text = read_regular(path, _SIZE_LIMIT).decode("utf-8-sig")
+        text = read_regular(user_path(path), _SIZE_LIMIT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(
             f"{path} cannot be read as UTF-8 text ({error}): give a text file, one prompt a line"

@@ -28,7 +28,7 @@ from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import SAMPLING
 from sefi_fast.training.image import load_image
 from sefi_fast.training.output import check_folder
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import atomic_write, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,7 +84,7 @@ def evaluate(
         raise ValueError("evaluate got no subject: give at least one")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
-    loaded = [one if isinstance(one, Subject) else Subject.load(Path(one)) for one in given]
+    loaded = [one if isinstance(one, Subject) else Subject.load(os.fspath(one)) for one in given]
     names = _names(given)
     pictures = None if references is None else [load_image(one) for one in references]
     if pictures is not None and len(pictures) != len(loaded):
@@ -109,7 +109,7 @@ def evaluate(
         "steps": usual["steps"] if steps is None else steps,
         "guidance": usual["guidance"] if guidance is None else guidance,
     }
-    folder = Path(output)
+    folder = user_path(output)
     check_folder(folder / "pictures")
     pipe = model
     if model is None or isinstance(model, (str, os.PathLike)):

@@ -17,6 +17,7 @@ from sefi_fast.evaluation.tasks import Protocol, Task
 from sefi_fast.evaluation.variants import BASELINE, CONTROLS, Study, Variant, make_studies
 from sefi_fast.evaluation.workers import do_tasks
 from sefi_fast.training import TrainConfig
+from sefi_fast.training.output import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,7 @@ def run_study(
         base, prompts=prompts, seeds=seeds, seed=seed, sampling_steps=sampling_steps
     )
     protocol.subjects(identities)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = check_folder(output)
     everything = _distinct(studies, base)
     tasks = _tasks(folder, everything, identities, side_by_side, protocol)
     baseline = Variant(BASELINE, base)

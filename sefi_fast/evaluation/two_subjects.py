@@ -28,6 +28,7 @@ from sefi_fast.tiny_world.drawing import SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
 from sefi_fast.tiny_world.pairs import halves_of
 from sefi_fast.training import TrainConfig
+from sefi_fast.training.output import check_folder
 from sefi_fast.utils.files import atomic_write
 
 _SCENES_A_PAIR = 2
@@ -110,10 +111,11 @@ def compare_two_subjects(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     settings = TrainConfig.from_overrides(config, overrides)
+    folder = check_folder(output)
     protocol = Protocol.of(settings, prompts=1, seeds=seeds, seed=seed)
     chosen = protocol.subjects(identities)
     pipe = pair_pipeline(protocol.dtype)
-    learnt = _learn(Path(output), settings, chosen, protocol, progress)
+    learnt = _learn(folder, settings, chosen, protocol, progress)
     judge = Judge.load()
     scores: dict[str, dict[int, list[TwoScore]]] = {way.name: {} for way in _WAYS}
     rows: list[tuple[str, list[Panel]]] = []
@@ -135,7 +137,7 @@ def compare_two_subjects(
         f"{protocol.sampling_steps} sampling steps, {protocol.precision}. "
         "95 % intervals over pairs."
     )
-    return _report(Path(output), about, scores, rows)
+    return _report(folder, about, scores, rows)
 
 
 def score_halves(

@@ -273,7 +273,6 @@ class _Forward(torch.autograd.Function):
         wanted = [next(found) if need else None for need in needs]
         return (*wanted, *(None,) * (_ARGUMENTS - 4))
 
-
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
         raise RuntimeError(

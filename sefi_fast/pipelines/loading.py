@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.families import WORKS_WITH, check_model_index, is_sdxl_index
+from sefi_fast.utils.files import expanded, user_path
 
 Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
@@ -60,7 +61,7 @@ def load_pipeline(
         from sefi_fast.tiny_world import bundled_model_path
 
         model = bundled_model_path()
-    path = Path(model).expanduser()
+    path = user_path(model)
     is_file = path.is_file() or path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
     single = is_file and not path.is_dir()
     if single and variant is not None:
@@ -182,7 +183,8 @@ def _load_file(file: Path, dtype: torch.dtype, config: str | Path | None) -> Pip
     if not file.is_file():
         raise ModelError(f"there is no model file {file}")
     kind, extras = _kind(_is_sdxl_checkpoint(file))
-    local: dict[str, Any] = {} if config is None else {"config": str(config)}
+    config = None if config is None else expanded(config)
+    local: dict[str, Any] = {} if config is None else {"config": config}
     if config is not None and Path(config).is_dir():
         local["local_files_only"] = True
     try:

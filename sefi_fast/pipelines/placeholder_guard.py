@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sefi_fast.conditioning.prompt import read_ids
+from sefi_fast.conditioning.prompt import read_ids, readable
 from sefi_fast.errors import PromptError
 from sefi_fast.pipelines.installation import LOCK
 
@@ -63,7 +62,7 @@ class PlaceholderGuard:
                 s.placeholder: self._pattern(tokenizer, s.placeholder) for s in _guarded(encoder)
             }
             for row in rows if patterns else ():
-                text = _text(tokenizer, row)
+                text = readable(tokenizer, row)
                 for placeholder, pattern in patterns.items():
                     if pattern.search(text):
                         raise PromptError(_MESSAGE.format(text=text, placeholder=placeholder))
@@ -127,19 +126,9 @@ def _guarded(encoder: PromptEncoder) -> list[Any]:
     return [s for s in encoder.subjects if not is_class(s.placeholder)]
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """What CLIP's tokens say, with a space behind each word and each mark.
-
-    Not `tokenizer.decode`: in a copied tokenizer of transformers 5 it leaves the ends of words in.
-    """
-    special = set(tokenizer.all_special_ids)
-    pieces = tokenizer.convert_ids_to_tokens([i for i in ids if i not in special])
-    return "".join(pieces).replace("</w>", " ").strip()
-
-
 def _pattern(tokenizer: Any, placeholder: str) -> re.Pattern[str]:
-    """The placeholder in a text of `_text`, whatever stands beside it."""
-    written = _text(tokenizer, read_ids(tokenizer, placeholder)).replace(" ", "")
+    """The placeholder in a text of `readable`, whatever stands next to it."""
+    written = readable(tokenizer, read_ids(tokenizer, placeholder)).replace(" ", "")
     before = r"(?<!\w)" if re.match(r"\w", written[:1]) else ""
     after = r"(?!\w)" if re.match(r"\w", written[-1:]) else ""
     return re.compile(before + r"\s*".join(map(re.escape, written)) + after)

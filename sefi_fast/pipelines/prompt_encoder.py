@@ -36,6 +36,7 @@ from sefi_fast.pipelines.prompt_request import PromptRequest, Texts, checked, ow
 from sefi_fast.pipelines.same_packing import encodes_apart, same_packing, stages_of
 from sefi_fast.pipelines.text_lora import text_lora
 from sefi_fast.pipelines.unknown_placeholders import UnknownPlaceholderWarnings
+from sefi_fast.utils.words import mentions
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
@@ -301,7 +302,7 @@ class PromptEncoder:
 
     @staticmethod
     def _stands_in(subject: Subject, prompts: Sequence[Texts | None]) -> bool:
-        return any(subject.placeholder in text for text in _listed(prompts))
+        return any(mentions(text, subject.placeholder) for text in _listed(prompts))
 
     def _prepare_models(self, pipe: Any) -> None:
         """Install on every model of the pipeline what is not there."""

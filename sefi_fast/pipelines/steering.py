@@ -15,6 +15,7 @@ from diffusers import (
 
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.families import unwrap
+from sefi_fast.utils.files import expanded, user_path
 
 
 def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
@@ -28,7 +29,7 @@ def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
         ModelError: there is none, its weights are not safetensors, or it was made for another
             family of base models.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         if path.is_file():
             if path.suffix != ".safetensors":
@@ -36,7 +37,7 @@ def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
             model = ControlNetModel.from_single_file(str(path), torch_dtype=pipe.unet.dtype)
         else:
             model = ControlNetModel.from_pretrained(
-                str(source), torch_dtype=pipe.unet.dtype, use_safetensors=True
+                expanded(source), torch_dtype=pipe.unet.dtype, use_safetensors=True
             )
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

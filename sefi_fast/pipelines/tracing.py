@@ -25,6 +25,9 @@ from sefi_fast.layers import (
 from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, unwrap
 from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
+from sefi_fast.utils.words import composed
+
+_PLAIN = "StableDiffusionPipeline.from_pipe(pipe) (StableDiffusionXLPipeline for SDXL)"
 
 
 class _Call:
@@ -43,7 +46,8 @@ class _Call:
         if batch != expected:
             raise ModelError(
                 f"while tracing, the U-Net was called with a batch of {batch} where the prompts "
-                f"make {expected}: run only the traced pipeline inside the with block"
+                f"make {expected}: trace a pipeline that runs it on the prompts alone (SAG does "
+                f"not), such as {_PLAIN}, and run no other meanwhile"
             )
         if self.map_tokens.device != device:
             self.map_tokens = self.map_tokens.to(device)
@@ -125,7 +129,7 @@ class Trace:
         return draw_grid(rows)
 
     def _pick(self, words: Sequence[str], index: int) -> list[Tensor]:
-        maps = self.maps
+        maps, words = self.maps, [composed(word) for word in words]
         for word in words:
             if word not in maps:
                 raise KeyError(f"{word!r} was not traced; the traced words are {list(maps)}")
@@ -150,6 +154,12 @@ class _Tracer:
 
     def begin(self, call: PipelineCall) -> None:
         """Find the words in the prompts of a call that starts."""
+        # Told before the call replaces processors, which would stay.
+        if getattr(self._pipe, "do_perturbed_attention_guidance", False):
+            raise ModelError(
+                "perturbed-attention guidance runs the U-Net on a third batch, in which no word "
+                f"can be traced: give pag_scale=0, or trace {_PLAIN}"
+            )
         prompts = call.prompts
         if prompts is None:
             raise PromptError(
@@ -235,7 +245,7 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
         ValueError: no word, a word twice, or a trace or regions of this pipeline already run.
         PromptError: from the call of the pipeline, if a word is in none of its prompts.
     """
-    words = [words] if isinstance(words, str) else list(words)
+    words = [composed(word) for word in ([words] if isinstance(words, str) else words)]
     if not words or len(set(words)) != len(words):
         raise ValueError(f"trace wants at least one word and none twice, but it got {words}")
     check_pipeline(pipe)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sefi_fast.utils.words import composed
+
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
 
@@ -27,8 +29,10 @@ def unknown_placeholders(pipe: Any, texts: Iterable[str], subjects: Sequence[Sub
     found = [
         word
         for text in texts
-        for word in _LOOKS_LIKE_ONE.findall(_without(text, own))
-        if not any(word in tokenizer.get_added_vocab() for tokenizer in _tokenizers(pipe))
+        for word in _LOOKS_LIKE_ONE.findall(_without(composed(text), own))
+        if not any(
+            word in map(composed, tokenizer.get_added_vocab()) for tokenizer in _tokenizers(pipe)
+        )
     ]
     return list(dict.fromkeys(found))
 

@@ -20,8 +20,9 @@ from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import SubjectFileError
 from sefi_fast.limits import MOST_VECTORS
 from sefi_fast.subject.subject import Subject
-from sefi_fast.utils.files import atomic_write, read_regular
+from sefi_fast.utils.files import atomic_write, read_regular, user_path
 from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
+from sefi_fast.utils.words import placeholder_for
 
 # Of A1111, ComfyUI, kohya and diffusers' advanced scripts; of the latter's older versions.
 _SDXL_NAMES = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
@@ -49,7 +50,7 @@ def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False)
             does not end in .safetensors, or there are more than two text encoders.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"the embedding's file must end in .safetensors, got {path.name!r}")
     exact = subject.stages == 1 and not subject.split
@@ -99,7 +100,7 @@ def import_embedding(
             can run code), damaged, or of another width than the pipeline.
         PromptError: the tokenizer does not know the class word, or it is of more than W tokens.
     """
-    paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(one) for one in path]
+    paths = [user_path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
     if not paths:
         raise SubjectFileError("no file was given: give the .safetensors file of an embedding")
     parts: list[tuple[Any, Any]] = [
@@ -212,8 +213,7 @@ def _rows(path: str, name: str, tensor: Tensor, width: int) -> Tensor:
 
 def _word(path: Path, name: str) -> str:
     # The names that programs write where they know no word.
-    if name in ("emb_params", "*", "string_to_param.*", *sum(_SDXL_NAMES, ())) or name.split() != [
-        name
-    ]:
-        return f"<{'-'.join(path.stem.split())}>"
+    unknown = ("emb_params", "*", "string_to_param.*", *sum(_SDXL_NAMES, ()))
+    if name in unknown or name.split() != [name]:
+        return placeholder_for(path.stem)
     return name

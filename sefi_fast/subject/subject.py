@@ -16,6 +16,9 @@ from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import PromptError, SubjectFileError
 from sefi_fast.limits import MOST_STAGES, MOST_TEXT_ENCODERS, MOST_VECTORS
 from sefi_fast.subject import file
+from sefi_fast.utils.files import user_path
+from sefi_fast.utils.text import printable
+from sefi_fast.utils.words import check_placeholder, composed
 
 LEAST_SIMILARITY = 0.9
 
@@ -40,7 +43,7 @@ class Subject:
 
     Raises:
         ValueError: on making one whose parts do not fit together, hold NaN or infinity, or are more
-            than `sefi_fast.limits` allows.
+            than `sefi_fast.limits` allows; on setting a placeholder that is not one word.
     """
 
     placeholder: str
@@ -54,10 +57,6 @@ class Subject:
     summary: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.placeholder or self.placeholder.split() != [self.placeholder]:
-            raise ValueError(
-                f"a placeholder must be one word without spaces, got {self.placeholder!r}"
-            )
         if not self.class_word.strip():
             raise ValueError("class_word is empty; name what the subject is (person, cat, toy)")
         # Copies, so that training that goes on does not change a subject already taken from it.
@@ -92,6 +91,16 @@ class Subject:
                 if not bool(torch.isfinite(values).all()):
                     raise ValueError(f"the {name} of {self.placeholder!r} hold NaN or infinity")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "placeholder":
+            value = check_placeholder(value)
+        elif name == "class_word":
+            value = composed(value)
+        elif name == "base_model":
+            # A folder's name may hold bytes that no text has, and the file keeps text.
+            value = printable(value)
+        super().__setattr__(name, value)
+
     @property
     def stages(self) -> int:
         """Number of stages S."""
@@ -120,7 +129,7 @@ class Subject:
     def __repr__(self) -> str:
         kind = "K and V" if self.split else "tied"
         several = f" of {self.num_vectors} vectors" if self.num_vectors > 1 else ""
-        return (
+        return printable(
             f"Subject({self.placeholder!r}, a {self.class_word}, {self.stages} stages {kind}"
             f"{several}, trained on {self.base_model!r})"
         )
@@ -137,7 +146,7 @@ class Subject:
             ValueError: the settings hold something that JSON cannot, or `load` would refuse the
                 file.
         """
-        file.write(self, Path(path))
+        file.write(self, user_path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Subject:
@@ -146,7 +155,7 @@ class Subject:
         Raises:
             SubjectFileError: the file is missing, damaged, of another kind or from a newer version.
         """
-        return cls(**file.read(Path(path)))
+        return cls(**file.read(user_path(path)))
 
     def check_fits(self, tokenizers: Sequence[Any], text_encoders: Sequence[Any]) -> None:
         """Checks that the subject was made for text encoders like these.

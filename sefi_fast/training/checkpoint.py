@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sefi_fast import __version__
 from sefi_fast.errors import TrainingError
-from sefi_fast.utils.files import atomic_write, read_regular
+from sefi_fast.utils.files import LONGEST_NAME, atomic_write, fitting_name, read_regular
 from sefi_fast.utils.strict_json import parse_json
 from sefi_fast.utils.tensor_file import pack_tensors, read_metadata, unpack_tensors
 
@@ -64,7 +64,8 @@ class Checkpoint:
 
 def folder_of(output: Path) -> Path:
     """Where the checkpoints of an output file lie: `me.safetensors.checkpoints`."""
-    return output.with_name(output.name + ".checkpoints")
+    suffix = ".checkpoints"
+    return output.with_name(fitting_name(output.name, LONGEST_NAME - len(suffix)) + suffix)
 
 
 def discard(output: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from sefi_fast.limits import MOST_STAGES
 from sefi_fast.utils.text import is_unicode, printable
+from sefi_fast.utils.words import composed
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Module = Literal["attention", "free"]
@@ -41,6 +42,8 @@ _MAY_BE_NONE = ("patience", "num_vectors", "resolution", "checkpoint_every")
 _MOST_TEXTS = 1000
 _MOST_CHARACTERS = 20_000
 """Of a field's texts together, so that a config file of 2 MB holds all fields."""
+_MOST_NAMES = 10
+_LONGEST_NAME = 80
 _FLAGS = (
     "split",
     "train_base",
@@ -54,12 +57,14 @@ _FLAGS = (
 
 def named_with_nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Unknown names, each with the known one that it resembles."""
-    choices = list(known)
+    choices, names = list(known), list(unknown)
     named = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, choices, n=1)
-        named.append(f"{name} (did you mean {near[0]}?)" if near else name)
-    return ", ".join(named)
+    for name in names[:_MOST_NAMES]:
+        short = printable(name, _LONGEST_NAME)
+        near = difflib.get_close_matches(short, choices, n=1)
+        named.append(f"{short} (did you mean {near[0]}?)" if near else short)
+    more = len(names) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def unsaid_settings() -> dict[str, Any]:
@@ -328,7 +333,7 @@ class TrainConfig:
                     "subject stands, as in 'a photo of a {}'"
                 )
         self._check_text(name, value)
-        object.__setattr__(self, name, tuple(value))
+        object.__setattr__(self, name, tuple(map(composed, value)))
 
     def _check_scene(self) -> None:
         if self.scene is None:
@@ -338,6 +343,7 @@ class TrainConfig:
                 "scene must be a phrase without {}, such as 'in the forest', got "
                 f"{_shown(self.scene)}"
             )
+        object.__setattr__(self, "scene", composed(self.scene))
 
     def _check_trackers(self) -> None:
         names = self.trackers

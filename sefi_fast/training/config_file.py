@@ -17,7 +17,7 @@ import yaml
 
 from sefi_fast.errors import ConfigError
 from sefi_fast.training.config import TrainConfig, named_with_nearest
-from sefi_fast.utils.files import atomic_write, read_regular
+from sefi_fast.utils.files import atomic_write, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
 from sefi_fast.utils.text import is_unicode, printable
 
@@ -27,7 +27,6 @@ _LINE_ENDS = "\x85\u2028\u2029"
 _SIZE_LIMIT = 2 * 2**20
 _MOST_LEVELS = 8
 _MOST_VALUES = 10_000
-_MOST_NAMES = 5
 
 
 class RunFile(NamedTuple):
@@ -43,14 +42,15 @@ def write_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) ->
     Raises:
         OSError: the file cannot be written.
     """
-    target = Path(path)
+    target = user_path(path)
     if target.suffix.lower() == ".json":
         text = json.dumps(dict(settings), indent=2, ensure_ascii=False) + "\n"
     else:
         # PyYAML folds these line ends unless it escapes all but ASCII.
         folded = any(end in json.dumps(dict(settings), ensure_ascii=False) for end in _LINE_ENDS)
         text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=not folded, width=100)
-    atomic_write(target, text.encode())
+    # Half a character of a path: JSON has the same escape.
+    atomic_write(target, text.encode(errors="backslashreplace"))
 
 
 def read_settings(path: str | os.PathLike[str]) -> RunFile:
@@ -63,16 +63,13 @@ def read_settings(path: str | os.PathLike[str]) -> RunFile:
         ConfigError: it is not a flat mapping, holds an unknown name, or a value that TrainConfig
             refuses.
     """
-    source = Path(path)
+    source = user_path(path)
     values = _parse(source)
     known = [field.name for field in fields(TrainConfig)]
     unknown = sorted(set(values) - set(known) - set(RUN_KEYS))
     if unknown:
-        shown = [printable(name, 40) for name in unknown[:_MOST_NAMES]]
-        more = f" and {len(unknown) - _MOST_NAMES} more" if len(unknown) > _MOST_NAMES else ""
         raise ConfigError(
-            f"{source} holds unknown settings: "
-            f"{named_with_nearest(shown, [*known, *RUN_KEYS])}{more}; "
+            f"{source} holds unknown settings: {named_with_nearest(unknown, [*known, *RUN_KEYS])}; "
             f"the settings are {', '.join([*RUN_KEYS, *known])}"
         )
     run = {name: values.pop(name) for name in RUN_KEYS if name in values}

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from sefi_fast.errors import ImageError
-from sefi_fast.utils.files import open_regular
+from sefi_fast.utils.files import open_regular, user_path
 from sefi_fast.utils.text import printable
 
 logger = logging.getLogger(__name__)
@@ -117,8 +117,9 @@ def load_image(
     if isinstance(source, Image.Image):
         return decode(source, f"the {type(source).__name__}", background)
     if isinstance(source, (str, os.PathLike)):
-        with _open(Path(os.path.expanduser(source))) as stream:
-            return decode(stream, str(source), background)
+        path = user_path(source)
+        with _open(path) as stream:
+            return decode(stream, str(path), background)
     raise TypeError(
         f"image must be a path, a PIL image or a numpy array [h, w, 3], got {type(source).__name__}"
     )

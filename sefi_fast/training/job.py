@@ -13,6 +13,7 @@ from sefi_fast.subject import Subject
 from sefi_fast.training.history import History
 from sefi_fast.training.image import LARGEST_FILE
 from sefi_fast.utils.files import checksum
+from sefi_fast.utils.words import check_placeholder, composed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +86,7 @@ class Job:
         callback: a function called after each step, or `Callbacks`.
 
     Raises:
-        ValueError, TypeError: the placeholder is no single word, the class word no string.
+        PromptError, TypeError: the placeholder is not one word, or the class word not a string.
     """
 
     image: Picture
@@ -100,15 +101,10 @@ class Job:
     callback: Callback | Callbacks | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.placeholder, str):
-            raise TypeError(f"placeholder must be a string, got {self.placeholder!r}")
-        if not self.placeholder or self.placeholder.split() != [self.placeholder]:
-            raise ValueError(
-                "placeholder must be one word without spaces, such as '<it>', got "
-                f"{self.placeholder!r}"
-            )
+        object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
         if not isinstance(self.class_word, str):
-            raise TypeError(f"class_word must be a string, got {self.class_word!r}")
+            raise TypeError(f"class_word must be a string, got {type(self.class_word).__name__}")
+        object.__setattr__(self, "class_word", composed(self.class_word))
         if not (self.callback is None or isinstance(self.callback, Callbacks)) and not callable(
             self.callback
         ):

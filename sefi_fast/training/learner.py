@@ -31,7 +31,7 @@ from sefi_fast.training.job import Callbacks, Job, UnsavedSubjectError, seen_fil
 from sefi_fast.training.lane_state import LaneState
 from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import encode_picture
-from sefi_fast.training.output import check_output
+from sefi_fast.training.output import check_folder, check_output
 from sefi_fast.training.plateau import Plateau
 from sefi_fast.training.prompts import TrainingPrompts
 from sefi_fast.training.resume import Unfinished
@@ -76,7 +76,9 @@ class Learner:
             check_output(job.output)
             remove_partials(job.output)
             self.folder = CheckpointFolder(folder_of(job.output), config.keep_checkpoints)
-            self.folder.check()
+            if config.checkpoint_every != 0:
+                self.folder.check()
+                check_folder(self.folder.path, make=False)
         pipe = source.pipe
         self._source, self.size = source, resolution_of(pipe, config.resolution)
         tokenizers = [part.tokenizer for part in text_parts(pipe)]

@@ -7,15 +7,17 @@ import io
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sefi_fast.errors import SefiError
-from sefi_fast.utils.files import read_regular
+from sefi_fast.errors import PathError, SefiError
+from sefi_fast.utils.files import expanded, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
-from sefi_fast.utils.text import is_unicode, printable
+from sefi_fast.utils.text import printable
+from sefi_fast.utils.words import check_placeholder, composed, placeholder_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +60,8 @@ class Entry:
         image: a picture file, a PIL image or an array [h, w, 3].
         class_word: what it is; default: what `train_many` was told.
         name: of its file; default: the picture's file name.
-        placeholder: its word in prompts; default: its name in angle brackets.
+        placeholder: its word in prompts; default: its name in angle brackets, a hyphen for a space
+            (a colon where another subject has that placeholder).
         seed: default: the configuration's.
         scene: where the picture was taken; default: the configuration's.
         mask: where the subject is in the picture, for `attention_loss="mask"`.
@@ -98,7 +101,7 @@ def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
     """
     problems: list[str] = []
     if isinstance(subjects, (str, os.PathLike)):
-        path = Path(subjects)
+        path = user_path(subjects)
         entries = _read_path(path, problems)
         what = str(path)
     elif isinstance(subjects, Iterable) and not isinstance(subjects, Mapping):
@@ -117,7 +120,7 @@ def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
         if len(problems) > len(shown):
             shown.append(f"and {len(problems) - len(shown)} more")
         raise ManifestError(f"{what} cannot be used; nothing was begun:\n  " + "\n  ".join(shown))
-    return entries
+    return _with_placeholders(entries)
 
 
 def model_of(entries: Iterable[Entry]) -> str | None:
@@ -282,18 +285,30 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
             f"unknown column {', '.join(map(repr, unknown))}; there are {', '.join(COLUMNS)}"
         )
     values = {name: value for name, value in row.items() if name in COLUMNS and value is not None}
+    if not values.get("name") and isinstance(values.get("image"), (str, os.PathLike)):
+        values["name"] = Path(values["image"]).stem
     for name in ("class_word", "name", "placeholder", "scene", "model"):
-        if name in values and not isinstance(values[name], str):
+        if not values.get(name):
+            continue
+        if not isinstance(values[name], str):
             found.append(f"{name} must be text, got {values[name]!r}")
-        elif name in values and not is_unicode(values[name]):
-            found.append(f"{name} holds half of a character: {values[name]!r}")
+            continue
+        try:
+            is_text = name in ("class_word", "name", "placeholder", "scene")
+            values[name] = composed(values[name]) if is_text else expanded(values[name])
+        except SefiError as error:
+            found.append(f"{name}: {error}")
     if "seed" in values:
         values["seed"] = _seed(values["seed"], found)
     for name in ("image", "mask"):
         if isinstance(values.get(name), (bool, int, float, list, dict)):
             found.append(f"{name} must be the path of a picture, got {values[name]!r}")
         elif isinstance(values.get(name), (str, os.PathLike)):
-            values[name] = folder / values[name]
+            try:
+                values[name] = folder / user_path(values[name])
+            except PathError as error:
+                found.append(f"{name}: {error}")
+                continue
             # Path.is_file raises for a name that is too long.
             if not os.path.isfile(values[name]):
                 found.append(f"there is no picture at {values[name]}")
@@ -302,14 +317,30 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
     if found:
         problems.extend(f"{where}: {problem}" for problem in found)
         return None
-    if not values.get("name"):
-        values["name"] = Path(values["image"]).stem
-    if not values.get("placeholder"):
-        values["placeholder"] = "<" + re.sub(r"[^\w-]+", "-", values["name"]) + ">"
-    if problem := _bad_name(values["name"]) or _bad_placeholder(values["placeholder"]):
-        problems.append(f"{where}: {problem}")
+    try:
+        if values.get("placeholder"):
+            check_placeholder(values["placeholder"])
+        if problem := _bad_name(values["name"]):
+            raise ManifestError(problem)
+    except SefiError as error:
+        problems.append(f"{where}: {error}")
         return None
     return Entry(**values, where=where)
+
+
+def _with_placeholders(entries: list[Entry]) -> list[Entry]:
+    """The entries, those without a placeholder with one of their name, distinct from the others."""
+    plain = [entry.placeholder or placeholder_for(entry.name) for entry in entries]
+    taken = Counter(plain)
+    return [
+        entry
+        if entry.placeholder
+        # No name holds a colon; of "rex 1" and "rex-1" the second keeps the plain form.
+        else replace(entry, placeholder=placeholder_for(entry.name, space=":"))
+        if taken[word] > 1
+        else replace(entry, placeholder=word)
+        for entry, word in zip(entries, plain, strict=True)
+    ]
 
 
 def _seed(value: Any, found: list[str]) -> int | None:
@@ -329,12 +360,6 @@ def _bad_name(name: str) -> str | None:
         )
     if len(name.encode()) > _LONGEST_NAME:
         return f"the name {name!r} is longer than {_LONGEST_NAME} bytes: give a shorter one"
-    return None
-
-
-def _bad_placeholder(placeholder: str) -> str | None:
-    if placeholder.split() != [placeholder]:
-        return f"placeholder must be one word without spaces, such as '<it>', got {placeholder!r}"
     return None
 
 

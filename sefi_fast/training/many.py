@@ -26,13 +26,16 @@ from sefi_fast.training.many_checks import (
     finished_subject,
     vectors_of,
 )
-from sefi_fast.training.output import check_folder
+from sefi_fast.training.output import check_folder, check_output
 from sefi_fast.training.run import Run, running
 from sefi_fast.training.shard import current_shard
 from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
 from sefi_fast.training.source import Source
+from sefi_fast.training.summary import FILE as SUMMARY_FILE
 from sefi_fast.training.summary import ManyResult, Summary, row_of
 from sefi_fast.training.trackers import check_trackers
+from sefi_fast.utils.files import expanded
+from sefi_fast.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +106,12 @@ def train_many(
     if batch_subjects < 1:
         raise ValueError(f"batch_subjects must be at least 1, got {batch_subjects}")
     check_trackers(settings.trackers)
+    model = expanded(model) if isinstance(model, (str, os.PathLike)) else model
     entries = read_subjects(subjects, model)
     model = model_of(entries) if model is None else model
     check_entries(entries, settings, class_word, model)
     folder = check_folder(output)
+    check_output(folder / SUMMARY_FILE)
     shard = current_shard()
     check_device(settings, shard)
     numbered = [
@@ -254,7 +259,9 @@ class _Many:
     def _take(self, one: _Numbered, outcome: Outcome) -> None:
         name, path = one.entry.name, one.job.output
         if isinstance(outcome, Exception):
-            logger.warning("%s (%s) is left out: %s", name, one.entry.where, outcome)
+            logger.warning(
+                "%s (%s) is left out: %s", name, one.entry.where, printable(str(outcome))
+            )
             self._settle(one, ManyResult(name, None, None, outcome))
         else:
             self._settle(one, ManyResult(name, path, outcome))

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
+
+from sefi_fast.utils.files import try_atomic_write, user_path
 
 
 def check_output(output: str | os.PathLike[str]) -> Path:
     """The path of the file to write, if it can be written; nothing is left on disk.
 
     Raises:
-        OSError: the path is a folder, or files cannot be made where it lies.
+        OSError: the path is a folder or a link that leads nowhere, or saving would fail.
     """
-    path = Path(output)
-    if path.is_dir():
+    path = user_path(output)
+    if os.path.isdir(path):
         raise IsADirectoryError(
             f"output {path} is a folder: give the name of a file, as {path / 'me.safetensors'}"
         )
-    # Saving makes missing folders.
-    folder = _nearest(path.absolute().parent)
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_atomic_write(path)
     except OSError as error:
         raise OSError(
-            f"output {path} cannot be written, since no file can be made in {folder} "
-            f"({error.strerror or error}): choose another place"
+            f"output {path} cannot be written, since no file can be made in "
+            f"{path.absolute().parent} ({error.strerror or error}): choose another place or a "
+            "shorter name"
         ) from error
     return path
 
@@ -36,16 +36,15 @@ def check_folder(output: str | os.PathLike[str], *, make: bool = True) -> Path:
     """The folder if files can be made in it; made if it is missing, unless it is to stay so.
 
     Raises:
-        OSError: the path is a file, or nothing can be made there.
+        OSError: the path is a file or a link that leads nowhere, or nothing can be made there.
     """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
+    folder = user_path(output)
+    if os.path.exists(folder) and not folder.is_dir():
         raise NotADirectoryError(f"output {folder} is a file: give the name of a folder")
     try:
+        try_atomic_write(folder / f".{secrets.token_hex(4)}")
         if make:
             folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=_nearest(folder.absolute())):
-            pass
     except OSError as error:
         raise OSError(
             f"output {folder} cannot be written ({error.strerror or error}): choose another folder"
@@ -57,12 +56,5 @@ def is_one_of(path: Path, sources: Iterable[object]) -> bool:
     """Whether a path is that of a file among `sources`; those that are no paths are passed over."""
     # Path.resolve raises RuntimeError for links that lead to each other.
     place = os.path.realpath(path)
-    files = (os.path.expanduser(x) for x in sources if isinstance(x, (str, os.PathLike)))
+    files = (user_path(x) for x in sources if isinstance(x, (str, os.PathLike)))
     return any(os.path.realpath(file) == place for file in files)
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder

@@ -13,9 +13,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sefi_fast.training.history import History
+from sefi_fast.utils.text import printable
 
 _THUMBNAIL = 24
 _RECENT = 20
+_LONGEST_TITLE = 40
 
 
 class Progress:
@@ -29,8 +31,9 @@ class Progress:
     """
 
     def __init__(self, title: str, steps: int, done: int, shown: bool) -> None:
+        name = printable(title, _LONGEST_TITLE)
         # Even a disabled bar takes a lock that forked processes share.
-        self._bar = tqdm(total=steps, initial=done, unit="step", desc=title) if shown else None
+        self._bar = tqdm(total=steps, initial=done, unit="step", desc=name) if shown else None
 
     def __enter__(self) -> Progress:
         return self

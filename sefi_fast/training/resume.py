@@ -17,6 +17,7 @@ from sefi_fast.training.checkpoint import (
     read_checkpoint,
 )
 from sefi_fast.training.config import TrainConfig, unsaid_settings
+from sefi_fast.utils.files import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Unfinished(NamedTuple):
 
 def newest_step(output: str | os.PathLike[str]) -> int:
     """Steps done in the newest whole checkpoint of an output file; 0 if there is none."""
-    return max(_whole(CheckpointFolder(folder_of(Path(output))), None), default=0)
+    return max(_whole(CheckpointFolder(folder_of(user_path(output))), None), default=0)
 
 
 def check_resume(resume: Resume, subjects: int) -> None:
@@ -60,7 +61,7 @@ def checkpoints_to_resume(subject: Unfinished, resume: Resume) -> dict[int, Path
     """
     folder = subject.folder
     if _is_path(resume):
-        path = Path(resume)  # type: ignore[arg-type]
+        path = user_path(resume)  # type: ignore[arg-type]
         if path.is_dir():
             folder = CheckpointFolder(path)
         elif path.exists():

@@ -26,6 +26,7 @@ from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
 from sefi_fast.training.source import Source, find_source, frozen
 from sefi_fast.training.trackers import Trackers
 from sefi_fast.training.validation import validate
+from sefi_fast.utils.files import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -340,6 +341,7 @@ class Run:
     def _trackers(self, title: str) -> Trackers:
         first = next(iter(self._learners.values()))
         output = first.job.output
-        folder = self._config.log_dir or (output.parent if output is not None else Path()) / "logs"
+        beside = (output.parent if output is not None else Path()) / "logs"
+        folder = user_path(self._config.log_dir or beside)
         name = output.stem if output is not None and len(self._learners) == 1 else title
-        return Trackers(self._config.trackers, Path(folder), name, self._config.as_dict())
+        return Trackers(self._config.trackers, folder, name, self._config.as_dict())

@@ -13,6 +13,7 @@ from sefi_fast.training.output import check_output, is_one_of
 from sefi_fast.training.resume import Resume, check_resume
 from sefi_fast.training.run import Run, running
 from sefi_fast.training.trackers import check_trackers
+from sefi_fast.utils.files import expanded, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,6 +95,9 @@ def train(
             f"{has}, but attention_loss is {settings.attention_loss!r}: give a mask with "
             "attention_loss='mask', and with that only"
         )
+    image = user_path(image) if isinstance(image, (str, os.PathLike)) else image
+    mask = user_path(mask) if isinstance(mask, (str, os.PathLike)) else mask
+    model = expanded(model) if isinstance(model, (str, os.PathLike)) else model
     path = None if output is None else check_output(output)
     if path is not None and is_one_of(path, (image, mask)):
         raise ValueError(f"output {path} is a picture to learn from: give it another name")

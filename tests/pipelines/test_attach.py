@@ -189,6 +189,12 @@ def test_other_pipelines_are_refused_in_words(sd15_pipeline, make_subject):
     with pytest.raises(ModelError, match=r"encode_prompt takes \(prompt, image\)"):
         attach(Editing(**parts, requires_safety_checker=False), subject)
 
+    class WithoutPrompts(StableDiffusionPipeline):
+        encode_prompt = None
+
+    with pytest.raises(ModelError, match="WithoutPrompts has no encode_prompt"):
+        attach(WithoutPrompts(**parts, requires_safety_checker=False), subject)
+
 
 @pytest.mark.parametrize(
     "scheduler",

@@ -282,3 +282,51 @@ def test_only_files_are_read(pictures: Path) -> None:
     (pictures / "rex.txt").write_text("x" * 5000)
     with pytest.raises(ManifestError, match="at most 4,096 are read"):
         read_subjects(pictures)
+
+
+def test_placeholders_of_file_names_are_whole_and_distinct(tmp_path: Path) -> None:
+    names = ["cafe\u0301", "😀", "😁", "हिन्दी", "rex 1", "rex-1", "rex\u00a01", "a.b", "a b", "a-b"]
+    for name in names:
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    entries = read_subjects(tmp_path)
+    assert len({entry.placeholder for entry in entries}) == len(names)
+    by_name = {entry.name: entry.placeholder for entry in entries}
+    assert by_name["café"] == "<café>" and by_name["हिन्दी"] == "<हिन्दी>"
+    assert by_name["rex-1"] == "<rex-1>" and by_name["rex 1"] == "<rex:1>"
+
+
+def test_a_placeholder_that_was_given_is_kept_and_not_given_twice(pictures: Path) -> None:
+    given = [{"image": pictures / "rex.png", "name": name} for name in ("a b", "c", "d")]
+    given[1]["placeholder"] = given[2]["placeholder"] = "<a-b>"
+    assert [e.placeholder for e in read_subjects(given)] == ["<a:b>", "<a-b>", "<a-b>"]
+
+
+@pytest.mark.parametrize("column", ["name", "placeholder", "class_word", "scene"])
+def test_text_of_a_line_is_composed_and_whole(pictures: Path, column: str) -> None:
+    row = {"image": "rex.png", column: "cafe\u0301"}
+    path = pictures / "all.jsonl"
+    path.write_text(json.dumps(row))
+    assert getattr(read_subjects(path)[0], column) == "café"
+    path.write_text(json.dumps({**row, column: "a\ud800"}))
+    assert f"line 1: {column}: The text 'a\\ud800' holds half" in problems_of(path)
+
+
+def test_a_home_folder_in_a_line_is_expanded(tmp_path: Path, monkeypatch: object) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (32, 32)).save(tmp_path / "rex.png")
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "all.csv"
+    path.write_text("image,mask,model\n~/rex.png,~/rex.png,~/sd\n")
+    (entry,) = read_subjects("~/sub/all.csv")
+    assert entry.image == entry.mask == tmp_path / "rex.png"
+    assert entry.model == str(tmp_path / "sd")
+    path.write_text("image\n~nosuchuser/rex.png\n")
+    assert "line 2: image: The path ~nosuchuser/rex.png" in problems_of(path)
+
+
+def test_one_long_problem_hides_no_other(pictures: Path) -> None:
+    path = pictures / "all.jsonl"
+    rows = [{"image": "rex.png", "x" * 100_000: 1}, {"image": "rex.png", "seed": -1}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    said = problems_of(path)
+    assert len(said) < 2000 and "line 2: seed must be" in said
