@@ -40,15 +40,15 @@ def draw(
     Drawn on the CPU whatever the device, so that a seed means the same everywhere and the host
     knows the stages without waiting for the device.
     """
-    where = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
+    where = torch.arange(batch_size) + torch.rand(batch_size, generator=generator, dtype=torch.float32)
     timesteps = (where / batch_size * num_train_timesteps).long()
     shape = (batch_size, *latent_shape)
     return Draw(
         timesteps.clamp_(max=num_train_timesteps - 1),
         torch.randint(views, (batch_size,), generator=generator),
         torch.randint(templates, (batch_size,), generator=generator),
-        torch.randn(shape, generator=generator),
-        torch.randn(shape, generator=generator),
+        torch.randn(shape, generator=generator, dtype=torch.float32),
+        torch.randn(shape, generator=generator, dtype=torch.float32),
     )
 
 
@@ -146,7 +146,7 @@ def empty_buffers(
         return torch.zeros(shape, dtype=torch.int64, device=device)
 
     def real() -> Tensor:
-        return torch.zeros(*shape, *latent_shape, device=device)
+        return torch.zeros(*shape, *latent_shape, dtype=torch.float32, device=device)
 
     return Draw(whole(), whole(), whole(), real(), real())
 

@@ -34,13 +34,16 @@ OnOutcome = Callable[[int, Outcome], None]
 
 @contextmanager
 def running(model: Any, config: TrainConfig) -> Iterator[Source]:
-    """The model, frozen on its device, with gradients on and without the caller's autocast.
+    """Yield the model, frozen on its device, with gradients on.
+
+    The caller's autocast and default device are off inside: a seed gives one result whatever they
+    are.
 
     Raises:
         ModelError: there is no such model, or the method does not fit its family.
         ValueError: the device or the precision asked for cannot be had.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
         source = find_source(model, config)
         with torch.autocast(source.device.type, enabled=False), frozen(source, config):
             yield source
