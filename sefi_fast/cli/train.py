@@ -13,7 +13,13 @@ from sefi_fast.cli.options import add_config_fields, add_model, add_preset, conf
 from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture, tell
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_output
-from sefi_fast.utils.files import LONGEST_NAME, expanded, fitting_name, user_path
+from sefi_fast.utils.files import (
+    LONGEST_NAME,
+    expanded,
+    fitting_name,
+    remove_partials,
+    user_path,
+)
 from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
@@ -152,6 +158,7 @@ def _run_file_writer(
                 return
             named = {name: value for name, value in given.items() if value is not None}
             try:
+                remove_partials(path)
                 write_settings(path, {**named, **config.as_dict()})
             except (OSError, ValueError) as error:
                 logger.warning("the run's options could not be written to %s: %s", path, error)

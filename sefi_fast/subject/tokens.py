@@ -121,15 +121,15 @@ class SubjectTokens(nn.Module):
         def uniform(bound: float, *shape: int) -> Tensor:
             # Drawn on the generator's device, so that a CPU generator gives one start everywhere.
             source = generator.device if generator is not None else torch.device("cpu")
-            drawn = torch.empty(shape, device=source).uniform_(-bound, bound, generator=generator)
-            return drawn.to(device)
+            drawn = torch.empty(shape, dtype=torch.float32, device=source)
+            return drawn.uniform_(-bound, bound, generator=generator).to(device)
 
         # √3 makes the uniform draw as strong as the embedding it is added to.
         self.slots = nn.Parameter(uniform(3**0.5 * float(self.scale), count, width))
-        self.norm = nn.LayerNorm(width, device=device)
+        self.norm = nn.LayerNorm(width, dtype=torch.float32, device=device)
         self.in_weight = nn.Parameter(uniform((3 / width) ** 0.5, 3 * width, width))
-        self.in_bias = nn.Parameter(torch.zeros(3 * width, device=device))
-        self.out_weight = nn.Parameter(torch.zeros(width, width, device=device))
+        self.in_bias = nn.Parameter(start.new_zeros(3 * width))
+        self.out_weight = nn.Parameter(start.new_zeros(width, width))
 
     @property
     def streams(self) -> int:

@@ -89,8 +89,10 @@ class LaneState:
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.updates = torch.zeros(count, dtype=torch.float64, device=device)
         self.rate = torch.ones(count, dtype=torch.float64, device=device)
-        self.scale = torch.full((count,), _FIRST_SCALE if scaling else 1.0, device=device)
-        self.growth = torch.zeros(count, device=device)
+        self.scale = torch.full(
+            (count,), _FIRST_SCALE if scaling else 1.0, dtype=torch.float32, device=device
+        )
+        self.growth = torch.zeros(count, dtype=torch.float32, device=device)
         self.last_good = self.rows().detach().clone()
 
     def __len__(self) -> int:

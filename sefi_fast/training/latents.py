@@ -57,7 +57,7 @@ def encode_picture(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDist
     if channel_mean is not None and channel_std is not None:
         # As SDXL's pipelines take it back: each channel has a mean and a spread of its own.
         shift, spread = (
-            torch.tensor(x, device=weight.device).view(-1, 1, 1)
+            torch.tensor(x, dtype=torch.float32, device=weight.device).view(-1, 1, 1)
             for x in (channel_mean, channel_std)
         )
         scale = scale / spread

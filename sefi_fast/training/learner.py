@@ -123,11 +123,8 @@ class Learner:
         self._identity = {
             "placeholder": job.placeholder,
             "class_word": job.class_word,
-            "model": source.name,
+            "the model's weights or noise schedule": source.checksum,
             "the picture": _checksum(pixels),
-            "the model's class word": _checksum(
-                torch.cat([rows.flatten() for rows in self._class_embeddings])
-            ),
             "mask": "none" if mask is None else _checksum(mask),
         }
         if sizes is not None:

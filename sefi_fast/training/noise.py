@@ -40,15 +40,16 @@ def draw(
     Drawn on the CPU whatever the device, so that a seed means the same everywhere and the host
     knows the stages without waiting for the device.
     """
-    where = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
+    within = torch.rand(batch_size, generator=generator, dtype=torch.float32)
+    where = torch.arange(batch_size) + within
     timesteps = (where / batch_size * num_train_timesteps).long()
     shape = (batch_size, *latent_shape)
     return Draw(
         timesteps.clamp_(max=num_train_timesteps - 1),
         torch.randint(views, (batch_size,), generator=generator),
         torch.randint(templates, (batch_size,), generator=generator),
-        torch.randn(shape, generator=generator),
-        torch.randn(shape, generator=generator),
+        torch.randn(shape, generator=generator, dtype=torch.float32),
+        torch.randn(shape, generator=generator, dtype=torch.float32),
     )
 
 
@@ -146,7 +147,7 @@ def empty_buffers(
         return torch.zeros(shape, dtype=torch.int64, device=device)
 
     def real() -> Tensor:
-        return torch.zeros(*shape, *latent_shape, device=device)
+        return torch.zeros(*shape, *latent_shape, dtype=torch.float32, device=device)
 
     return Draw(whole(), whole(), whole(), real(), real())
 
@@ -157,6 +158,9 @@ class NoiseSchedule:
     Args:
         scheduler: any scheduler of the pipeline; only its configuration is read.
         device: where latents will be.
+
+    Attributes:
+        settings: of the scheduler's configuration, those that training depends on.
 
     Raises:
         ModelError: the model predicts something else than noise or velocity, or its scheduler has
@@ -192,6 +196,9 @@ class NoiseSchedule:
             "rescale_betas_zero_snr",
         )
         process = DDPMScheduler(**{key: config[key] for key in keys if key in config})
+        self.settings = {key: process.config[key] for key in keys} | {
+            "prediction_type": self.prediction_type
+        }
         self.num_train_timesteps: int = process.config.num_train_timesteps
         kept = process.alphas_cumprod.to(torch.float64)
         self._signal = kept.sqrt().float().to(device)

@@ -63,7 +63,7 @@ def checkpoints_to_resume(subject: Unfinished, resume: Resume) -> dict[int, Path
     if _is_path(resume):
         path = user_path(resume)  # type: ignore[arg-type]
         if path.is_dir():
-            folder = CheckpointFolder(path)
+            folder = CheckpointFolder(path.resolve())
         elif path.exists():
             checkpoint = read_checkpoint(path)
             _check_same(checkpoint, subject)

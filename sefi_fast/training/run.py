@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sefi_fast.errors import SefiError
+from sefi_fast.errors import is_out_of_memory
 from sefi_fast.training.borrow import borrowed
+from sefi_fast.training.capture import is_lost
 from sefi_fast.training.checkpoint import Checkpoint, Timetable, read_checkpoint
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.engine import Engine, StepResult
@@ -35,13 +36,19 @@ OnOutcome = Callable[[int, Outcome], None]
 
 @contextmanager
 def running(model: Any, config: TrainConfig) -> Iterator[Source]:
-    """The model, frozen on its device, with gradients on and without the caller's autocast.
+    """Yield the model, frozen on its device, with gradients on.
+
+    The caller's autocast and default device are off inside: a seed gives one result whatever they
+    are.
 
     Raises:
         ModelError: there is no such model, or the method does not fit its family.
         ValueError: the device or the precision asked for cannot be had.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    # As a mode it costs each operation microseconds.
+    default_device = torch.get_default_device()
+    on_cpu = nullcontext() if default_device.type == "cpu" else torch.device("cpu")
+    with on_cpu, torch.inference_mode(False), torch.enable_grad():
         source = find_source(model, config)
         with torch.autocast(source.device.type, enabled=False), frozen(source, config):
             yield source
@@ -87,7 +94,9 @@ class Run:
                     if found:
                         begun[number] = read_checkpoint(found[max(found)])
                         learner.load(begun[number])
-                except (SefiError, ValueError, TypeError, OSError) as error:
+                except Exception as error:
+                    if is_out_of_memory(error) or is_lost(source.device):
+                        raise
                     self._outcomes[number] = error
                 else:
                     self._learners[number] = learner
@@ -95,7 +104,12 @@ class Run:
         self.engine = self._start_engine(engine) if self._learners else engine
         for number in begun.keys() & self._learners.keys():
             assert self.engine is not None
-            self.engine.load_state_dict(self._lanes[number], begun[number].part("engine"))
+            try:
+                self.engine.load_state_dict(self._lanes[number], begun[number].part("engine"))
+            except Exception as error:
+                if is_out_of_memory(error) or is_lost(source.device):
+                    raise
+                self._end({number: error})
         self._timetable = Timetable(config.checkpoint_every)
         self._whole = True
 
@@ -113,8 +127,8 @@ class Run:
             What became of each job: the subject, or the error that ended it.
 
         Raises:
-            TrainingInterrupted: SIGTERM or SIGINT came; every subject that was still in training
-                has a checkpoint, if it has an output.
+            TrainingInterrupted: SIGTERM, SIGHUP or SIGINT came; every subject that was still in
+                training has a checkpoint, if it has an output.
         """
         self._on_outcome = on_outcome
         for number, outcome in enumerate(self._outcomes):
@@ -252,7 +266,7 @@ class Run:
             try:
                 if learner.job.output is not None:
                     subject.save(learner.job.output)
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 outcomes[number] = unsaved_error(learner, subject, error)
                 continue
             if learner.folder is not None:
@@ -301,12 +315,12 @@ class Run:
             state = self.engine.state_dict(self._lanes[number])
             try:
                 path = learner.folder.write(learner.checkpoint(state))
-            except OSError as error:
+            except Exception as error:
                 logger.warning(
                     "the checkpoint of step %d could not be written to %s (%s): %s",
                     learner.done,
                     learner.folder.path,
-                    error.strerror or error,
+                    getattr(error, "strerror", None) or error,
                     f"the one of step {learner.saved} stays" if learner.saved else "there is none",
                 )
                 continue
