@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from diffusers import (
@@ -22,7 +24,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sefi_fast.errors import ModelError
+from sefi_fast.errors import ModelError, SubjectFileError
 from sefi_fast.pipelines.families import WORKS_WITH, check_model_index, is_sdxl_index
 from sefi_fast.pipelines.weight_files import (
     Header,
@@ -32,6 +34,9 @@ from sefi_fast.pipelines.weight_files import (
     read_header,
     read_json,
 )
+
+if TYPE_CHECKING:
+    from sefi_fast.subject import Subject
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +66,13 @@ _HOW_TO_GIVE_A_VAE = "give one (vae= in Python, --vae of the commands)"
 
 
 def load_pipeline(
-    model: str | Path | None = None,
+    model: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     *,
     variant: str | None = None,
-    config: str | Path | None = None,
-    vae: str | Path | None = None,
+    config: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """Load a pipeline from safetensors weights, without a safety checker.
 
@@ -108,6 +113,7 @@ def load_pipeline(
         )
     if single:
         pipe = _load_file(path, dtype, config, vae)
+        pipe.register_to_config(_name_or_path=str(model))
     elif path.is_dir():
         pipe = _load_folder(path, dtype, variant, vae)
     else:
@@ -126,6 +132,23 @@ def load_pipeline(
     return pipe.to(device)
 
 
+def kept_model(subject: Subject) -> dict[str, str | None]:
+    """Return what `load_pipeline` takes to load the model that a subject was trained on.
+
+    Raises:
+        SubjectFileError: the subject's settings hold something else than names.
+    """
+    keys = {"model": "model", "config": "model_config", "vae": "vae"}
+    kept = {name: subject.settings.get(key) for name, key in keys.items()}
+    for name, value in kept.items():
+        if not (value is None or isinstance(value, str)):
+            raise SubjectFileError(
+                f"the subject {subject.placeholder!r} names {value!r} as its {keys[name]}, which "
+                "is not a name or a path: give the model yourself"
+            )
+    return kept
+
+
 def _is_file(path: Path) -> bool:
     """Whether a path is one file, or by its name should be."""
     named = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
@@ -133,7 +156,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _load_folder(
-    folder: Path, dtype: torch.dtype, variant: str | None, vae: str | Path | None
+    folder: Path, dtype: torch.dtype, variant: str | None, vae: str | os.PathLike[str] | None
 ) -> Pipeline:
     sdxl = _check_folder(folder)
     kind, extras = _kind(sdxl)
@@ -199,7 +222,7 @@ def _load_part(folder: Path, part: str, dtype: torch.dtype, variant: str | None)
 
 
 def _load_hub(
-    name: str, dtype: torch.dtype, variant: str | None, vae: str | Path | None
+    name: str, dtype: torch.dtype, variant: str | None, vae: str | os.PathLike[str] | None
 ) -> Pipeline:
     try:
         index = DiffusionPipeline.load_config(name)
@@ -233,7 +256,9 @@ def _download(name: str, index: dict[str, Any], variant: str | None) -> Path:
         return Path(kind.download(name, variant=variant, use_safetensors=True, **extras))
 
 
-def _load_vae(vae: str | Path, dtype: torch.dtype, config: str | None, sdxl: bool) -> AutoencoderKL:
+def _load_vae(
+    vae: str | os.PathLike[str], dtype: torch.dtype, config: str | None, sdxl: bool
+) -> AutoencoderKL:
     """A VAE of its own; `config` is the diffusers folder or hub id that describes one file."""
     path = Path(vae).expanduser()
     if path.is_dir():
@@ -277,7 +302,10 @@ def _told(what: str, then: str = "") -> Iterator[None]:
 
 
 def _load_file(
-    file: Path, dtype: torch.dtype, config: str | Path | None, vae: str | Path | None
+    file: Path,
+    dtype: torch.dtype,
+    config: str | os.PathLike[str] | None,
+    vae: str | os.PathLike[str] | None,
 ) -> Pipeline:
     header = read_header(file)
     sdxl = _is_sdxl_checkpoint(file, header, needs_vae=vae is None)
@@ -311,23 +339,30 @@ def _from_file(
     with _told(str(file), then if config is None else ""):
         try:
             loaded = kind.from_single_file(str(file), torch_dtype=dtype, **given)
-        except NotImplementedError:
-            # A tensor that the file lacks cannot be cast; without a cast it can be named.
-            loaded = kind.from_single_file(str(file), **given)
+        except NotImplementedError as error:
+            # A tensor that the file lacks has no data to move; the one who moves it knows it.
+            frames = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
+            for model in frames:
+                if isinstance(model, nn.Module):
+                    _check_whole(model, file)
+            raise
         except KeyError as error:
             raise ModelError(
                 f"{file} is incomplete: it lacks {error}. Get the file again"
             ) from error
-    models = {part: loaded} if part is not None else loaded.components
-    for name, model in models.items():
-        if not isinstance(model, nn.Module):
-            continue
-        if missing := [key for key, value in model.state_dict().items() if value.is_meta]:
-            raise ModelError(
-                f"{file} is incomplete: its {name} lacks {listed(missing)}. Get the file again, or "
-                "one of the same model"
-            )
+    for model in [loaded] if part is not None else loaded.components.values():
+        if isinstance(model, nn.Module):
+            _check_whole(model, file)
     return loaded
+
+
+def _check_whole(model: nn.Module, file: Path) -> None:
+    """Raise ModelError for a model that did not get every one of its tensors from a file."""
+    if missing := [name for name, value in model.state_dict().items() if value.is_meta]:
+        raise ModelError(
+            f"{file} is incomplete: its {type(model).__name__} lacks {listed(missing)}. Get the "
+            "file again, or one of the same model"
+        )
 
 
 def _is_sdxl_checkpoint(file: Path, header: Header, needs_vae: bool) -> bool:

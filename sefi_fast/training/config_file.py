@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from sefi_fast.training.config import TrainConfig, named_with_nearest
 from sefi_fast.utils.files import atomic_write
 
-RUN_KEYS = ("image", "mask", "model", "class_word", "placeholder", "output", "preset")
+RUN_KEYS = (
+    "image", "mask", "model", "model_config", "vae", "class_word", "placeholder", "output", "preset"
+)  # fmt: skip
 """What a run's file may name beside the fields of TrainConfig."""
 
 

@@ -23,7 +23,7 @@ from sefi_fast.training.progress import Progress
 from sefi_fast.training.resume import Resume, check_resume, checkpoints_to_resume
 from sefi_fast.training.schedule import rate_factor
 from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
-from sefi_fast.training.source import Source, find_source, frozen
+from sefi_fast.training.source import ModelPath, Source, find_source, frozen
 from sefi_fast.training.trackers import Trackers
 from sefi_fast.training.validation import validate
 
@@ -33,7 +33,9 @@ OnOutcome = Callable[[int, Outcome], None]
 
 
 @contextmanager
-def running(model: Any, config: TrainConfig) -> Iterator[Source]:
+def running(
+    model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
+) -> Iterator[Source]:
     """The model, frozen on its device, with gradients on and without the caller's autocast.
 
     Raises:
@@ -41,7 +43,7 @@ def running(model: Any, config: TrainConfig) -> Iterator[Source]:
         ValueError: the device or the precision asked for cannot be had.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        source = find_source(model, config)
+        source = find_source(model, config, model_config, vae)
         with torch.autocast(source.device.type, enabled=False), frozen(source, config):
             yield source
 

@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
     pipe: the pipeline. name: for the subject's `base_model`. model: what `load_pipeline` takes to
     get it again, None for the bundled one. device, dtype: of the computation. owned: whether the
-    pipeline was loaded for this run.
+    pipeline was loaded for this run. model_config, vae: what it was loaded with.
     """
 
     pipe: Any
@@ -39,6 +39,8 @@ class Source(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     owned: bool
+    model_config: str | None = None
+    vae: str | None = None
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -46,14 +48,41 @@ class Source(NamedTuple):
         return [unwrap(part.text_encoder) for part in text_parts(self.pipe)]
 
 
-def find_source(model: Any, config: TrainConfig) -> Source:
+MODEL_KEYS = ("model", "model_config", "vae")
+"""How the settings of a subject, a run's file and a manifest name what a model is loaded from."""
+
+ModelPath = str | os.PathLike[str] | None
+
+
+def model_settings(
+    model: Any, model_config: ModelPath = None, vae: ModelPath = None
+) -> dict[str, str | None]:
+    """Return what the settings of a subject keep of its base model, to load it again."""
+    if not (model is None or isinstance(model, (str, os.PathLike))):
+        model = getattr(model.config, "_name_or_path", None) or None
+    given = {"model_config": model_config, "vae": vae}
+    return {
+        "model": None if model is None else os.fspath(model),
+        **{name: os.fspath(value) for name, value in given.items() if value is not None},
+    }
+
+
+def find_source(
+    model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
+) -> Source:
     """Load the model, or look at the pipeline given, and choose device and dtype.
 
     Raises:
         ModelError: there is no such model, or it is of a family the method does not fit.
-        ValueError: the device or the precision asked for cannot be had.
+        ValueError: the device or the precision asked for cannot be had, or `model_config` or `vae`
+            were given with a ready pipeline.
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
+        if model_config is not None or vae is not None:
+            raise ValueError(
+                "model_config and vae are for a model that is loaded, and a ready pipeline was "
+                "given: leave them out, and set pipe.vae instead"
+            )
         check_pipeline(model)
         check_latent_channels(model)
         check_added_conditioning(model)
@@ -64,17 +93,17 @@ def find_source(model: Any, config: TrainConfig) -> Source:
                 "pipe.to('cuda') first"
             )
         dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
-        given = getattr(model.config, "_name_or_path", None) or None
-        given = None if given is None else os.fspath(given)
+        given = model_settings(model)["model"]
         return Source(model, given or type(model).__name__, given, device, dtype, False)
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device, torch.float32)
-    name = None if model is None else os.fspath(model)
+    settings = model_settings(model, model_config, vae)
+    name = settings["model"]
     # In float32 first: the text encoders keep it, since the learned rows enter there, and so does
     # the VAE, which is small and, SDXL's, overflows in float16.
-    pipe = load_pipeline(name, dtype=torch.float32, device="cpu")
+    pipe = load_pipeline(name, dtype=torch.float32, device="cpu", config=model_config, vae=vae)
     check_added_conditioning(pipe)
-    source = Source(pipe, name or BUNDLED, name, device, dtype, True)
+    source = Source(pipe, name or BUNDLED, device=device, dtype=dtype, owned=True, **settings)
     if device.type != "cpu":
         pipe.unet.to(device, dtype)
         for text_encoder in source.text_encoders:
