@@ -115,13 +115,12 @@ def find_source(
 def frozen(source: Source, config: TrainConfig) -> Iterator[None]:
     """U-Net and text encoders frozen and ready on the device; as they were on the way out."""
     unet = unwrap(source.pipe.unet)
-    widen = torch.float32 if source.dtype == torch.float32 else None
     with ExitStack() as stack:
         # Channels-last pays on CUDA's tensor cores; on CPUs it was measured to gain nothing.
         channels_last = source.device.type == "cuda"
-        stack.enter_context(borrowed(unet, source.device, widen, channels_last))
+        stack.enter_context(borrowed(unet, source.device, source.dtype, channels_last))
         for text_encoder in source.text_encoders:
-            stack.enter_context(borrowed(text_encoder, source.device, widen))
+            stack.enter_context(borrowed(text_encoder, source.device, source.dtype))
         stack.enter_context(checkpointed(unet, config.gradient_checkpointing or config.low_memory))
         if config.low_memory and source.pipe.vae is not None:
             # Whoever needs it borrows it. The text encoders stay: every step needs them.
