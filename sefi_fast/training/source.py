@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sefi_fast.conditioning import text_parts
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines import load_pipeline
-from sefi_fast.pipelines.families import check_pipeline, is_sdxl, unwrap
+from sefi_fast.pipelines.families import WORKS_WITH, check_pipeline, is_sdxl, unwrap
 from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.image import TIME_IDS
@@ -166,9 +166,28 @@ def check_added_conditioning(pipe: Any) -> None:
     for Stable Diffusion 1.x and 2.x.
     """
     unet = unwrap(pipe.unet).config
-    if getattr(unet, "encoder_hid_dim_type", None) is not None:
+    name = type(pipe).__name__
+    if getattr(unet, "time_cond_proj_dim", None) is not None:
         raise ModelError(
-            f"the U-Net of this {type(pipe).__name__} takes a picture beside the words (an "
+            f"the U-Net of this {name} takes the guidance scale as an input, as models distilled "
+            "for few steps do (LCM). What it predicts is guided already, and training needs the "
+            "plain noise. Train on the model it was distilled from, and attach the subject here"
+        )
+    for key in ("class_embed_type", "num_class_embeds"):
+        if (value := getattr(unet, key, None)) is not None:
+            raise ModelError(
+                f"the U-Net of this {name} takes class labels ({key} is {value!r}), which no "
+                "prompt gives. Train on a text-to-image model"
+            )
+    kind = getattr(unet, "encoder_hid_dim_type", None)
+    if kind not in (None, "ip_image_proj"):
+        raise ModelError(
+            f"the U-Net of this {name} changes the text embeddings first (encoder_hid_dim_type is "
+            f"{kind!r}), as models of other families do. {WORKS_WITH}"
+        )
+    if kind is not None:
+        raise ModelError(
+            f"the U-Net of this {name} takes a picture beside the words (an "
             "IP-Adapter): call pipe.unload_ip_adapter() before training, and load it again behind"
         )
     kind, wanted = getattr(unet, "addition_embed_type", None), None
