@@ -168,7 +168,12 @@ def _load_folder(
             given[part] = _load_part(folder, part, dtype, variant)
     with _told(str(folder)):
         return kind.from_pretrained(
-            str(folder), torch_dtype=dtype, use_safetensors=True, **given, **extras
+            str(folder),
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            **given,
+            **extras,
         )
 
 

@@ -108,8 +108,8 @@ def read_subjects(
     return entries
 
 
-def named_by(entries: Iterable[Entry], key: str) -> str | None:
-    """Return the model, model_config or vae that the entries name, if any does."""
+def model_of(entries: Iterable[Entry], key: str = "model") -> str | None:
+    """Return the base model that the entries name, if any does; or their model_config or vae."""
     return next((value for entry in entries if (value := getattr(entry, key)) is not None), None)
 
 

@@ -19,7 +19,7 @@ from sefi_fast.training.checkpoint import discard
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.engine import Engine
 from sefi_fast.training.job import Job, Outcome, class_word_for
-from sefi_fast.training.manifest import Entry, named_by, read_subjects
+from sefi_fast.training.manifest import Entry, model_of, read_subjects
 from sefi_fast.training.many_checks import (
     check_device,
     check_entries,
@@ -108,7 +108,7 @@ def train_many(
     check_trackers(settings.trackers)
     entries = read_subjects(subjects, model, model_config, vae)
     model, model_config, vae = (
-        named_by(entries, name) if given is None else given
+        model_of(entries, name) if given is None else given
         for name, given in zip(MODEL_KEYS, (model, model_config, vae), strict=True)
     )
     check_entries(entries, settings, class_word, model)
