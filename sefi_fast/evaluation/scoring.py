@@ -103,6 +103,12 @@ def evaluate(
         wanted_model = {n: kept[n] if given is None else given for n, given in wanted_model.items()}
     model = wanted_model["model"]
     bundled = model is None
+    ready = not (bundled or isinstance(model, (str, os.PathLike)))
+    if ready and (model_config is not None or vae is not None):
+        raise ValueError(
+            "model_config and vae are for a model that is loaded, and a ready pipeline was given: "
+            "leave them out, and set pipe.vae instead"
+        )
     if (dino or face) and pictures is None:
         raise ValueError("DINO and face scores compare with the subject: give reference pictures")
     if not (bundled or clip or dino or face):
@@ -121,13 +127,14 @@ def evaluate(
     folder = Path(output)
     check_folder(folder / "pictures")
     pipe = model
-    if model is None or isinstance(model, (str, os.PathLike)):
+    if not ready:
         pipe = load_pipeline(**wanted_model)
         pipe.set_progress_bar_config(disable=True)
+    loaded_with = "".join(f"|{wanted_model[n]}" for n in ("config", "vae") if wanted_model[n])
     rows: list[dict[str, Any]] = []
     shown: list[tuple[Drawn, Image.Image]] = []
     for job in tqdm(drawn, unit="prompt", disable=not progress):
-        images = _draw(pipe, job, loaded, folder / "pictures", seeds, sampling)
+        images = _draw(pipe, job, loaded, folder / "pictures", seeds, sampling, loaded_with)
         shown.append((job, images[0]))
         scored = scorers(images, job, loaded)
         for seed, scores in enumerate(scored):
@@ -182,6 +189,7 @@ def _draw(
     folder: Path,
     seeds: int,
     sampling: Mapping[str, Any],
+    loaded_with: str,
 ) -> list[Image.Image]:
     """The pictures of a job, from the folder if they are all there."""
     # Two subjects may have the same placeholder; here each gets one by its place.
@@ -189,7 +197,7 @@ def _draw(
     words = [one.class_word if job.control else one.placeholder for one in own]
     text = filled(job.prompt, words)
     digest = hashlib.sha256(f"{text}|{sorted(sampling.items())}".encode())
-    digest.update(str(getattr(pipe.config, "_name_or_path", "")).encode())
+    digest.update((str(getattr(pipe.config, "_name_or_path", "")) + loaded_with).encode())
     for one in own if not job.control else ():
         for tokens in one.tokens:
             digest.update(tokens.numpy().tobytes())

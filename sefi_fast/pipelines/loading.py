@@ -158,7 +158,7 @@ def _is_file(path: Path) -> bool:
 def _load_folder(
     folder: Path, dtype: torch.dtype, variant: str | None, vae: str | os.PathLike[str] | None
 ) -> Pipeline:
-    sdxl = _check_folder(folder)
+    sdxl = _check_folder(folder, needs_vae=vae is None)
     kind, extras = _kind(sdxl)
     given: dict[str, Any] = {}
     for part in _models_of(sdxl):
@@ -177,7 +177,7 @@ def _load_folder(
         )
 
 
-def _check_folder(folder: Path) -> bool:
+def _check_folder(folder: Path, needs_vae: bool) -> bool:
     """Whether a diffusers folder is of SDXL or of Stable Diffusion 1.x or 2.x.
 
     Raises:
@@ -193,7 +193,8 @@ def _check_folder(folder: Path) -> bool:
     check_model_index(index, str(folder))
     sdxl = is_sdxl_index(index)
     for part in _models_of(sdxl):
-        check_config(folder, part)
+        if part != "vae" or needs_vae:
+            check_config(folder, part)
     for tokenizer in ("tokenizer", "tokenizer_2")[: 2 if sdxl else 1]:
         whole = (folder / tokenizer / "tokenizer.json").is_file()
         for file in ("vocab.json", "merges.txt") if not whole else ():
@@ -264,22 +265,35 @@ def _download(name: str, index: dict[str, Any], variant: str | None) -> Path:
 def _load_vae(
     vae: str | os.PathLike[str], dtype: torch.dtype, config: str | None, sdxl: bool
 ) -> AutoencoderKL:
-    """A VAE of its own; `config` is the diffusers folder or hub id that describes one file."""
+    """A VAE of its own; `config` is the diffusers folder or hub id that describes the model."""
     path = Path(vae).expanduser()
+    if _is_file(path):
+        names = read_header(path).names
+        if not any("decoder.conv_in." in name for name in names):
+            raise ModelError(f"{path} holds no VAE, but {listed(names)}. Give the file of a VAE")
+        if config is None and sdxl:
+            # By a VAE's tensors alone diffusers takes it for one of Stable Diffusion 1.x.
+            config = _SDXL_CONFIG
+        return _from_file(AutoencoderKL, path, dtype, config, "vae")
     if path.is_dir():
         part = "" if (path / "config.json").is_file() else "vae"
         check_config(path, part)
-        return _load_part(path, part, dtype, None)
-    if not _is_file(path):
+        loaded: Any = _load_part(path, part, dtype, None)
+    else:
         with _told(f"the VAE {vae}"):
-            return AutoencoderKL.from_pretrained(str(vae), torch_dtype=dtype, use_safetensors=True)
-    names = read_header(path).names
-    if not any("decoder.conv_in." in name for name in names):
-        raise ModelError(f"{path} holds no VAE, but {listed(names)}. Give the file of a VAE")
-    if config is None and sdxl:
-        # By a VAE's tensors alone diffusers takes it for one of Stable Diffusion 1.x.
-        config = _SDXL_CONFIG
-    return _from_file(AutoencoderKL, path, dtype, config, "vae")
+            loaded = AutoencoderKL.from_pretrained(
+                str(vae), torch_dtype=dtype, use_safetensors=True
+            )
+    described = Path(config or "") / "vae" / "config.json"
+    if described.is_file():
+        own, scale = read_json(described).get("scaling_factor"), loaded.config.scaling_factor
+        if own is not None and own != scale:
+            logger.warning(
+                "the VAE %s scales its latents by %s, and the model's own by %s: is it a VAE of "
+                "another family?",
+                vae, scale, own,
+            )  # fmt: skip
+    return loaded
 
 
 def _kind(sdxl: bool) -> tuple[Any, dict[str, Any]]:
@@ -317,7 +331,7 @@ def _load_file(
     noise = _noise_settings(file, header, guess=config is None)
     described = None if config is None else str(Path(config).expanduser())
     if described is not None and Path(described).is_dir():
-        if _check_folder(Path(described)) != sdxl:
+        if _check_folder(Path(described), needs_vae=vae is None) != sdxl:
             raise ModelError(
                 f"{file} is {'' if sdxl else 'not '}a model of SDXL, and {described} is of the "
                 f"other kind: {_HOW_TO_CONFIGURE}"

@@ -198,6 +198,13 @@ def check_added_conditioning(pipe: Any) -> None:
             f"the U-Net of this {type(pipe).__name__} takes added conditioning of type {kind!r}, "
             f"where {wanted!r} goes with its text encoders: are its parts of different models?"
         )
+    taken = unet.cross_attention_dim
+    made = sum(unwrap(part.text_encoder).config.hidden_size for part in text_parts(pipe))
+    if taken != made and set(taken if isinstance(taken, (list, tuple)) else ()) != {made}:
+        raise ModelError(
+            f"the U-Net of this {name} takes text embeddings of width {taken}, but its text "
+            f"encoders make {made}: are its parts of different models?"
+        )
     if wanted is None:
         return
     pooled = unwrap(pipe.text_encoder_2).config.projection_dim

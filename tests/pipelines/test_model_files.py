@@ -394,6 +394,17 @@ def test_c2_another_vae(sd15_folder, sd15_file, other_vae, tmp_path, vae, single
     assert pipe.vae.config.scaling_factor == wanted.config.scaling_factor
 
 
+def test_c2_a_folder_without_its_vae_takes_another(folder, other_vae, caplog):
+    shutil.rmtree(folder / "vae")
+    assert load_pipeline(folder, vae=other_vae / "vae", device="cpu").vae is not None
+
+
+def test_c2_a_vae_of_another_scale_is_told(sd15_folder, tmp_path, caplog):
+    make_vae(scaling_factor=0.13025).save_pretrained(tmp_path)
+    load_pipeline(sd15_folder, vae=tmp_path, device="cpu")
+    assert "scales its latents by 0.13025, and the model's own by 0.18215" in caplog.text
+
+
 def test_c2_a_vae_that_cannot_be_used_is_told(sd15_folder, other_vae, tmp_path):
     for vae, words in (
         (sd15_folder / UNET, "holds no VAE, but conv_in"),

@@ -246,6 +246,7 @@ FURTHER = {
         {"encoder_hid_dim": 48, "encoder_hid_dim_type": "text_proj"},
         "encoder_hid_dim_type is 'text_proj'",
     ),
+    "another width": ({"cross_attention_dim": 64}, "of width 64, but its text encoders make 48"),
 }
 
 
