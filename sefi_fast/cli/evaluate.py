@@ -12,7 +12,7 @@ from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.utils.files import user_path
 
 IDENTITIES = 12
-_OF_SUBJECTS = ("model", "images", "guidance", "clip", "dino", "face")
+_OF_SUBJECTS = ("model", "model_config", "vae", "images", "guidance", "clip", "dino", "face")
 _OF_STUDIES = ("variants", "identities", "workers", "side_by_side")
 _NOT_OF_TWO = ("prompts", "sampling_steps", "variants", "workers", "side_by_side")
 
@@ -143,6 +143,8 @@ def _subjects(options: argparse.Namespace) -> int:
     found = evaluate(
         options.subjects,
         model=options.model,
+        model_config=options.model_config,
+        vae=options.vae,
         prompts=options.prompts,
         references=options.images,
         seeds=options.seeds,

@@ -65,17 +65,18 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     check_safetensors(options.output)
-    check_kept([options.output], [*options.embedding, options.model])
+    check_kept([options.output], [*options.embedding, options.model, options.vae])
     from sefi_fast.pipelines import load_pipeline
     from sefi_fast.subject import import_embedding
+    from sefi_fast.training.source import model_settings
 
     # On the CPU in float32: only the class word's row is read.
-    pipe = load_pipeline(options.model, device="cpu")
+    pipe = load_pipeline(options.model, device="cpu", config=options.model_config, vae=options.vae)
     subject = import_embedding(
         options.embedding, pipe, class_word=options.class_word, placeholder=options.placeholder
     )
     if options.model is not None:
-        subject.settings["model"] = options.model
+        subject.settings |= model_settings(options.model, options.model_config, options.vae)
     subject.save(options.output)
     tell(f"{options.output}: use it as {subject.placeholder} in a prompt")
     return 0

@@ -22,11 +22,19 @@ if TYPE_CHECKING:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The option --model."""
+    """The option --model, and those that go with it."""
     parser.add_argument(
         "-m", "--model", type=expanded,
         help="diffusers folder, hub id or .safetensors file (default: the bundled tiny model)",
     )  # fmt: skip
+    parser.add_argument(
+        "--model-config", metavar="FOLDER",
+        help="for a model in one file: the diffusers folder of a model of the same architecture, "
+        "for configurations and tokenizers, so that nothing is asked of the hub",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vae", help="another VAE than the model's: a folder, a hub id or a .safetensors file"
+    )
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +111,7 @@ def attached_pipeline(
     check_pictures(options)
     from sefi_fast.errors import PromptError
     from sefi_fast.pipelines import attach
+    from sefi_fast.pipelines.loading import kept_model
     from sefi_fast.tiny_world import SAMPLING
 
     keep_freed_memory_on_cpu()
@@ -116,11 +125,18 @@ def attached_pipeline(
                 f"{subject.placeholder}: write it where the {subject.class_word} shall stand, or "
                 "leave its file out"
             )
-    model = options.model
-    if model is None and subjects:
-        model = subjects[0].settings.get("model")
-    giver = None if options.model is not None or not subjects else named[0][1]
-    pipe = _pipeline(model, giver)
+    wanted: dict[str, Any] = {
+        "model": options.model,
+        "config": options.model_config,
+        "vae": options.vae,
+    }
+    giver = None
+    if options.model is None and subjects:
+        giver = named[0][1]
+        kept = kept_model(subjects[0])
+        wanted = {name: kept[name] if value is None else value for name, value in wanted.items()}
+    model = wanted["model"]
+    pipe = _pipeline(wanted, giver)
     _check_placeholders(pipe, [*texts, options.negative_prompt or ""], subjects)
     pipe, pictures = with_pictures(options, pipe)
     if subjects:
@@ -179,13 +195,13 @@ def _subjects(named: Sequence[tuple[str | None, Path]]) -> list[Subject]:
     return subjects
 
 
-def _pipeline(model: str | None, giver: Path | None) -> Any:
+def _pipeline(wanted: dict[str, Any], giver: Path | None) -> Any:
     """The model's pipeline; `giver` is the subject file that names the model, if one does."""
     from sefi_fast.errors import ModelError
     from sefi_fast.pipelines import load_pipeline
 
     try:
-        return load_pipeline(model)
+        return load_pipeline(**wanted)
     except ModelError as error:
         if giver is None:
             raise

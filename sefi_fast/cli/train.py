@@ -84,7 +84,8 @@ def _train(options: argparse.Namespace) -> int:
     )
     if options.save_config is not None:
         run_file = check_output(options.save_config)
-    check_kept((output, curves, sheet, run_file), (given["image"], given["mask"], given["model"]))
+    read = [given[name] for name in ("image", "mask", "model", "vae")]
+    check_kept((output, curves, sheet, run_file), read)
     from sefi_fast.evaluation import training_curves, validation_sheet
     from sefi_fast.training import train
 
@@ -93,6 +94,8 @@ def _train(options: argparse.Namespace) -> int:
     subject = train(
         image=given["image"],
         model=given["model"],
+        model_config=given["model_config"],
+        vae=given["vae"],
         class_word=given["class_word"],
         placeholder=placeholder,
         mask=given["mask"],
@@ -116,9 +119,9 @@ def _train(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> tuple[TrainConfig, dict[str, str | None]]:
     """The run's settings, and what it is given: the command line before the file."""
     from sefi_fast.training import TrainConfig
-    from sefi_fast.training.config_file import RunFile, read_settings
+    from sefi_fast.training.config_file import RUN_KEYS, RunFile, read_settings
 
-    names = ("image", "mask", "model", "class_word", "placeholder", "output")
+    names = tuple(name for name in RUN_KEYS if name != "preset")
     file = RunFile({}, {}) if options.config is None else read_settings(options.config)
     given: dict[str, str | None] = {}
     for name in names:

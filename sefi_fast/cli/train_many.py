@@ -26,7 +26,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "manifest", type=user_path,
         help="a folder of pictures, or a .csv, .tsv or .jsonl file with the columns image, "
-        "class_word, name, placeholder, seed, scene, mask, model (image alone is needed)",
+        "class_word, name, placeholder, seed, scene, mask, model, model_config, vae (only image is "
+        "needed)",
     )  # fmt: skip
     add_model(parser)
     parser.add_argument(
@@ -63,6 +64,8 @@ def _train_many(options: argparse.Namespace) -> int:
     results = train_many(
         options.manifest,
         model=options.model,
+        model_config=options.model_config,
+        vae=options.vae,
         output=options.output,
         class_word=options.class_word,
         preset=options.preset,
@@ -104,7 +107,7 @@ def _check_pictures(options: argparse.Namespace, folder: Path) -> None:
     from sefi_fast.training.manifest import read_subjects
 
     check_folder(folder, make=False)
-    entries = read_subjects(options.manifest, options.model)
+    entries = read_subjects(options.manifest, options.model, options.model_config, options.vae)
     files = [Path(x) for e in entries for x in (e.image, e.mask) if isinstance(x, (str, Path))]
     inside = [file for file in files if os.path.realpath(file.parent) == os.path.realpath(folder)]
     check_kept((_sheet(folder, entry.name) for entry in entries), inside)

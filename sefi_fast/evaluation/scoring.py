@@ -23,6 +23,7 @@ from sefi_fast.evaluation.prompt_classes import Prompts, filled, prompts_for, re
 from sefi_fast.evaluation.sheets import png
 from sefi_fast.evaluation.subject_scores import Scorers
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
+from sefi_fast.pipelines.loading import kept_model
 from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import SAMPLING
@@ -40,6 +41,8 @@ def evaluate(
     subjects: Subject | str | os.PathLike[str] | Sequence[Subject | str | os.PathLike[str]],
     *,
     model: Any = None,
+    model_config: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
     prompts: Prompts | Sequence[str] | str | os.PathLike[str] | None = None,
     references: Sequence[Picture] | None = None,
     seeds: int = 4,
@@ -60,6 +63,8 @@ def evaluate(
     Args:
         subjects: one or several, or their files.
         model: as for `load_pipeline`, or a pipeline; default: what the first was trained on.
+        model_config, vae: as `config` and `vae` for `load_pipeline`; default with the first
+            subject's model: what that was trained with.
         prompts: class → sentences, sentences, or a file of them (`prompt_classes.read_prompts`);
             {} where the subject stands, twice for two subjects, which are then taken in turn.
             Default: scenes, actions, attributes and several subjects that suit the class word.
@@ -92,8 +97,18 @@ def evaluate(
             f"there are {len(pictures)} reference pictures for {len(loaded)} subjects: give one "
             "for each, in the same order"
         )
-    model = loaded[0].settings.get("model") if model is None else model
+    wanted_model = {"model": model, "config": model_config, "vae": vae}
+    if model is None:
+        kept = kept_model(loaded[0])
+        wanted_model = {n: kept[n] if given is None else given for n, given in wanted_model.items()}
+    model = wanted_model["model"]
     bundled = model is None
+    ready = not (bundled or isinstance(model, (str, os.PathLike)))
+    if ready and (model_config is not None or vae is not None):
+        raise ValueError(
+            "model_config and vae are for a model that is loaded, and a ready pipeline was given: "
+            "leave them out, and set pipe.vae instead"
+        )
     if (dino or face) and pictures is None:
         raise ValueError("DINO and face scores compare with the subject: give reference pictures")
     if not (bundled or clip or dino or face):
@@ -112,13 +127,14 @@ def evaluate(
     folder = user_path(output)
     check_folder(folder / "pictures")
     pipe = model
-    if model is None or isinstance(model, (str, os.PathLike)):
-        pipe = load_pipeline(None if model is None else os.fspath(model))
+    if not ready:
+        pipe = load_pipeline(**wanted_model)
         pipe.set_progress_bar_config(disable=True)
+    loaded_with = "".join(f"|{wanted_model[n]}" for n in ("config", "vae") if wanted_model[n])
     rows: list[dict[str, Any]] = []
     shown: list[tuple[Drawn, Image.Image]] = []
     for job in tqdm(drawn, unit="prompt", disable=not progress):
-        images = _draw(pipe, job, loaded, folder / "pictures", seeds, sampling)
+        images = _draw(pipe, job, loaded, folder / "pictures", seeds, sampling, loaded_with)
         shown.append((job, images[0]))
         scored = scorers(images, job, loaded)
         for seed, scores in enumerate(scored):
@@ -173,6 +189,7 @@ def _draw(
     folder: Path,
     seeds: int,
     sampling: Mapping[str, Any],
+    loaded_with: str,
 ) -> list[Image.Image]:
     """The pictures of a job, from the folder if they are all there."""
     # Two subjects may have the same placeholder; here each gets one by its place.
@@ -180,7 +197,7 @@ def _draw(
     words = [one.class_word if job.control else one.placeholder for one in own]
     text = filled(job.prompt, words)
     digest = hashlib.sha256(f"{text}|{sorted(sampling.items())}".encode())
-    digest.update(str(getattr(pipe.config, "_name_or_path", "")).encode())
+    digest.update((str(getattr(pipe.config, "_name_or_path", "")) + loaded_with).encode())
     for one in own if not job.control else ():
         for tokens in one.tokens:
             digest.update(tokens.numpy().tobytes())

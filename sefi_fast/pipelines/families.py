@@ -142,6 +142,11 @@ def is_sdxl(pipe: Any) -> bool:
 def check_model_index(index: Mapping[str, Any], source: str) -> None:
     """Raise ModelError unless a model_index.json describes a family that the method fits."""
     name = index.get("_class_name", "no pipeline class")
+    if not isinstance(name, str):
+        raise ModelError(
+            f"{source} names its pipeline's class as {name!r}, which is code of its own, and such "
+            "code is not run. Load a model that the pipelines of diffusers fit"
+        )
     if "transformer" in index:
         part = _component(index, "transformer") or "transformer"
         raise ModelError(
@@ -165,6 +170,22 @@ def check_model_index(index: Mapping[str, Any], source: str) -> None:
             raise ModelError(
                 f"{source} holds a {name} whose {part} is {found or 'missing'} instead of "
                 f"{kind}; {WORKS_WITH}"
+            )
+    for part in ("tokenizer", "tokenizer_2")[: 2 if is_sdxl_index(index) else 1]:
+        found = _component(index, part)
+        if found not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+            raise ModelError(
+                f"{source} holds a {name} whose {part} is {found or 'missing'} instead of "
+                f"CLIPTokenizer; {WORKS_WITH}"
+            )
+        wanted[part] = found
+    # diffusers imports the module that an entry names.
+    for part in (*wanted, "scheduler"):
+        library = "transformers" if part.startswith("t") else "diffusers"
+        if _component(index, part) is None or index[part][0] != library:
+            raise ModelError(
+                f"{source} takes its {part} from {index.get(part)!r} instead of {library}, and "
+                "code of a model's own is not run. Get the model from its publisher again"
             )
 
 

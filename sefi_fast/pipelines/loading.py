@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sefi_fast.errors import ModelError
+from sefi_fast.errors import ModelError, SubjectFileError
 from sefi_fast.pipelines.families import WORKS_WITH, check_model_index, is_sdxl_index
+from sefi_fast.pipelines.weight_files import (
+    Header,
+    check_config,
+    check_weights,
+    listed,
+    read_header,
+    read_json,
+)
 from sefi_fast.utils.files import expanded, user_path
+
+if TYPE_CHECKING:
+    from sefi_fast.subject import Subject
+
+logger = logging.getLogger(__name__)
 
 Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
@@ -27,14 +52,28 @@ _SD_EXTRAS = {
 }
 _SDXL_EXTRAS = {"feature_extractor": None, "image_encoder": None}
 
+_MODELS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+_SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
+_HOW_TO_CONFIGURE = (
+    "give the diffusers folder of a model of the same architecture (config= of load_pipeline, "
+    "model_config= of train and train_many, --model-config of the commands)"
+)
+_HOW_TO_GIVE_A_VAE = "give one (vae= in Python, --vae of the commands)"
+
 
 def load_pipeline(
-    model: str | Path | None = None,
+    model: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     *,
     variant: str | None = None,
-    config: str | Path | None = None,
+    config: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """Load a pipeline from safetensors weights, without a safety checker.
 
@@ -47,11 +86,15 @@ def load_pipeline(
             files, or the fp16 ones where there are no others.
         config: for a single file, a diffusers folder (weights are not read) or a hub id of a model
             of the same architecture, for configurations and tokenizers; None for the hub's own of
-            the family that diffusers finds in the file.
+            the family that diffusers finds in the file. What the file says of its prediction
+            (noise or velocity) goes before the folder's scheduler, with a warning.
+        vae: another autoencoder than the model's: a diffusers folder of one or of a pipeline, a
+            .safetensors file, or a hub id.
 
     Raises:
-        ModelError: there is no such model, its weights are not safetensors, it lacks the variant,
-            or it is of a family without a U-Net with cross-attention (SD 3, Flux).
+        ModelError: there is no such model, its weights are not safetensors or not whole, it lacks
+            the variant or a part, it is of a family without a U-Net with cross-attention (SD 3,
+            Flux), or predicts something else than noise or velocity.
         ValueError: `config` for something other than a single file, or `variant` for one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -62,19 +105,26 @@ def load_pipeline(
 
         model = bundled_model_path()
     path = user_path(model)
-    is_file = path.is_file() or path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".bin")
-    single = is_file and not path.is_dir()
+    single = _is_file(path)
     if single and variant is not None:
         raise ValueError(f"{path} is one file, which has no variants: leave variant out")
     if config is not None and not single:
-        raise ValueError(f"config is for a single .safetensors file, which {model} is not")
+        raise ValueError(
+            f"a model config is for a single .safetensors file, which {model} is not: leave it out"
+        )
     if single:
-        pipe = _load_file(path, dtype, config)
+        pipe = _load_file(path, dtype, config, vae)
+        pipe.register_to_config(_name_or_path=str(model))
     elif path.is_dir():
-        pipe = _load_folder(path, dtype, variant)
+        pipe = _load_folder(path, dtype, variant, vae)
     else:
-        pipe = _load_hub(str(model), dtype, variant)
+        pipe = _load_hub(str(model), dtype, variant, vae)
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        if vae is not None:
+            raise ModelError(
+                f"the VAE {vae} has {pipe.vae.config.latent_channels} latent channels, but the "
+                f"U-Net of {model} takes {pipe.unet.config.in_channels}: give a VAE of its family"
+            )
         raise ModelError(
             f"the U-Net of {model} takes {pipe.unet.config.in_channels} channels, as inpainting "
             "and depth models do; load a text-to-image model (an inpainting pipeline of your own "
@@ -83,57 +133,104 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, variant: str | None) -> Pipeline:
+def kept_model(subject: Subject) -> dict[str, str | None]:
+    """Return what `load_pipeline` takes to load the model that a subject was trained on.
+
+    Raises:
+        SubjectFileError: the subject's settings hold something else than names.
+    """
+    keys = {"model": "model", "config": "model_config", "vae": "vae"}
+    kept = {name: subject.settings.get(key) for name, key in keys.items()}
+    for name, value in kept.items():
+        if not (value is None or isinstance(value, str)):
+            raise SubjectFileError(
+                f"the subject {subject.placeholder!r} names {value!r} as its {keys[name]}, which "
+                "is not a name or a path: give the model yourself"
+            )
+    return kept
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is one file, or by its name should be."""
+    named = path.suffix.lower() in (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+    return (path.exists() or named) and not path.is_dir()
+
+
+def _load_folder(
+    folder: Path, dtype: torch.dtype, variant: str | None, vae: str | os.PathLike[str] | None
+) -> Pipeline:
+    sdxl = _check_folder(folder, needs_vae=vae is None)
+    kind, extras = _kind(sdxl)
+    given: dict[str, Any] = {}
+    for part in _models_of(sdxl):
+        if part == "vae" and vae is not None:
+            given[part] = _load_vae(vae, dtype, str(folder), sdxl)
+        else:
+            given[part] = _load_part(folder, part, dtype, variant)
+    with _told(str(folder)):
+        return kind.from_pretrained(
+            str(folder),
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            **given,
+            **extras,
+        )
+
+
+def _check_folder(folder: Path, needs_vae: bool) -> bool:
+    """Whether a diffusers folder is of SDXL or of Stable Diffusion 1.x or 2.x.
+
+    Raises:
+        ModelError: it is neither, or lacks the configuration of one of its parts.
+    """
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ModelError(
             f"{folder} is no diffusers pipeline: it has no model_index.json. Give the folder that "
             "holds unet, vae, text_encoder, tokenizer and scheduler"
         )
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{index_file} cannot be read ({error}): get the model again") from error
-    if not isinstance(index, dict):
-        raise ModelError(f"{index_file} holds no pipeline description: get the model again")
+    index = read_json(index_file)
     check_model_index(index, str(folder))
     sdxl = is_sdxl_index(index)
-    variant = _weights_variant(folder, sdxl, variant)
-    return _from_pretrained(str(folder), dtype, variant, sdxl)
+    for part in _models_of(sdxl):
+        if part != "vae" or needs_vae:
+            check_config(folder, part)
+    for tokenizer in ("tokenizer", "tokenizer_2")[: 2 if sdxl else 1]:
+        whole = (folder / tokenizer / "tokenizer.json").is_file()
+        for file in ("vocab.json", "merges.txt") if not whole else ():
+            check_config(folder, tokenizer, file)
+    check_config(folder, "scheduler", "scheduler_config.json")
+    return sdxl
 
 
-def _weights_variant(folder: Path, sdxl: bool, wanted: str | None) -> str | None:
-    """The variant to ask for: the one wanted; else None, or "fp16" when only those are there.
+def _load_part(folder: Path, part: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    """One model of a diffusers folder, with every one of its tensors from there.
 
-    Raises:
-        ModelError: a part has no safetensors weights, or not of the variant wanted.
+    part: the folder's own name for it; "" for a folder of that VAE alone.
     """
-    variants = set()
-    parts = ("unet", "vae", "text_encoder") + (("text_encoder_2",) if sdxl else ())
-    for part in parts:
-        files = sorted(file.name for file in (folder / part).glob("*.safetensors"))
-        if not files:
-            pickled = sorted(file.name for file in (folder / part).glob("*.bin"))
-            raise ModelError(
-                f"{folder / part} holds no .safetensors weights"
-                + (f", only {pickled[0]}, and pickled weights are not loaded" if pickled else "")
-                + ": get the model's safetensors weights, or convert it with "
-                "pipe.save_pretrained(folder)"
-            )
-        if wanted is not None and not any(f".{wanted}" in name for name in files):
-            raise ModelError(
-                f"{folder / part} holds no weights of variant {wanted!r}, only {files[0]}: leave "
-                "variant out, or get that variant"
-            )
-        plain = [name for name in files if ".fp16." not in name]
-        variants.add(None if plain else "fp16")
-    if wanted is not None:
-        return wanted
-    # diffusers takes the usual names for parts that lack the variant, not the other way round.
-    return "fp16" if "fp16" in variants else None
+    variant = check_weights(folder / part, variant)
+    with _told(str(folder / part)):
+        model, found = _MODELS[part or "vae"].from_pretrained(
+            str(folder),
+            subfolder=part,
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    if missing := found["missing_keys"]:
+        raise ModelError(
+            f"the weights in {folder / part} are incomplete: they lack {listed(missing)}. Get the "
+            "files again"
+        )
+    return model
 
 
-def _load_hub(name: str, dtype: torch.dtype, variant: str | None) -> Pipeline:
+def _load_hub(
+    name: str, dtype: torch.dtype, variant: str | None, vae: str | os.PathLike[str] | None
+) -> Pipeline:
     try:
         index = DiffusionPipeline.load_config(name)
     except (OSError, ValueError) as error:
@@ -142,27 +239,62 @@ def _load_hub(name: str, dtype: torch.dtype, variant: str | None) -> Pipeline:
             f"hub ({_first_line(error)})"
         ) from error
     check_model_index(index, name)
-    sdxl = is_sdxl_index(index)
     try:
-        return _from_pretrained(name, dtype, variant, sdxl)
+        pipe = _load_folder(_download(name, index, variant), dtype, variant, vae)
     except ModelError:
-        if variant is None:
-            try:
-                return _from_pretrained(name, dtype, "fp16", sdxl)
-            except ModelError:
-                pass
-        raise
+        if variant is not None:
+            raise
+        try:
+            folder = _download(name, index, "fp16")
+        except ModelError:
+            folder = None
+        if folder is None:
+            raise
+        pipe = _load_folder(folder, dtype, None, vae)
+    # The name, where diffusers wrote the folder that the hub's files are kept in.
+    pipe.register_to_config(_name_or_path=name)
+    return pipe
 
 
-def _from_pretrained(source: str, dtype: torch.dtype, variant: str | None, sdxl: bool) -> Pipeline:
-    kind, extras = _kind(sdxl)
-    try:
-        with _old_name_of_dtype():
-            return kind.from_pretrained(
-                source, torch_dtype=dtype, variant=variant, use_safetensors=True, **extras
+def _download(name: str, index: dict[str, Any], variant: str | None) -> Path:
+    """The folder of a hub's model, without any part that is not needed."""
+    kind, extras = _kind(is_sdxl_index(index))
+    with _told(name):
+        return Path(kind.download(name, variant=variant, use_safetensors=True, **extras))
+
+
+def _load_vae(
+    vae: str | os.PathLike[str], dtype: torch.dtype, config: str | None, sdxl: bool
+) -> AutoencoderKL:
+    """A VAE of its own; `config` is the diffusers folder or hub id that describes the model."""
+    path = Path(vae).expanduser()
+    if _is_file(path):
+        names = read_header(path).names
+        if not any("decoder.conv_in." in name for name in names):
+            raise ModelError(f"{path} holds no VAE, but {listed(names)}. Give the file of a VAE")
+        if config is None and sdxl:
+            # By a VAE's tensors alone diffusers takes it for one of Stable Diffusion 1.x.
+            config = _SDXL_CONFIG
+        return _from_file(AutoencoderKL, path, dtype, config, "vae")
+    if path.is_dir():
+        part = "" if (path / "config.json").is_file() else "vae"
+        check_config(path, part)
+        loaded: Any = _load_part(path, part, dtype, None)
+    else:
+        with _told(f"the VAE {vae}"):
+            loaded = AutoencoderKL.from_pretrained(
+                str(vae), torch_dtype=dtype, use_safetensors=True
             )
-    except Exception as error:
-        raise ModelError(f"{source} cannot be loaded: {_first_line(error)}") from error
+    described = Path(config or "") / "vae" / "config.json"
+    if described.is_file():
+        own, scale = read_json(described).get("scaling_factor"), loaded.config.scaling_factor
+        if own is not None and own != scale:
+            logger.warning(
+                "the VAE %s scales its latents by %s, and the model's own by %s: is it a VAE of "
+                "another family?",
+                vae, scale, own,
+            )  # fmt: skip
+    return loaded
 
 
 def _kind(sdxl: bool) -> tuple[Any, dict[str, Any]]:
@@ -171,59 +303,104 @@ def _kind(sdxl: bool) -> tuple[Any, dict[str, Any]]:
     return StableDiffusionPipeline, _SD_EXTRAS
 
 
+def _models_of(sdxl: bool) -> list[str]:
+    return list(_MODELS) if sdxl else list(_MODELS)[:3]
+
+
 @contextmanager
-def _old_name_of_dtype() -> Iterator[None]:
-    """diffusers below 0.36 knows `torch_dtype` alone, later ones take it with a warning."""
+def _told(what: str, then: str = "") -> Iterator[None]:
+    """Make one ModelError of whatever diffusers and transformers raise while they load."""
     with warnings.catch_warnings():
+        # diffusers below 0.36 knows `torch_dtype` alone, later ones take it with a warning.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
-        yield
+        try:
+            yield
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{what} cannot be loaded: {_first_line(error)}{then}") from error
 
 
-def _load_file(file: Path, dtype: torch.dtype, config: str | Path | None) -> Pipeline:
-    if not file.is_file():
-        raise ModelError(f"there is no model file {file}")
-    kind, extras = _kind(_is_sdxl_checkpoint(file))
-    config = None if config is None else expanded(config)
-    local: dict[str, Any] = {} if config is None else {"config": config}
-    if config is not None and Path(config).is_dir():
-        local["local_files_only"] = True
-    try:
-        with _old_name_of_dtype():
-            return kind.from_single_file(str(file), torch_dtype=dtype, **extras, **local)
-    except Exception as error:
+def _load_file(
+    file: Path,
+    dtype: torch.dtype,
+    config: str | os.PathLike[str] | None,
+    vae: str | os.PathLike[str] | None,
+) -> Pipeline:
+    header = read_header(file)
+    sdxl = _is_sdxl_checkpoint(file, header, needs_vae=vae is None)
+    noise = _noise_settings(file, header, guess=config is None)
+    described = None if config is None else expanded(config)
+    if described is not None and Path(described).is_dir():
+        if _check_folder(Path(described), needs_vae=vae is None) != sdxl:
+            raise ModelError(
+                f"{file} is {'' if sdxl else 'not '}a model of SDXL, and {described} is of the "
+                f"other kind: {_HOW_TO_CONFIGURE}"
+            )
+    elif config is not None:
+        described = str(config)
+    kind, extras = _kind(sdxl)
+    given = {} if vae is None else {"vae": _load_vae(vae, dtype, described, sdxl)}
+    pipe = _from_file(kind, file, dtype, described, None, **extras, **given)
+    _set_noise(pipe, file, noise)
+    return pipe
+
+
+def _from_file(
+    kind: Any, file: Path, dtype: torch.dtype, config: str | None, part: str | None, **given: Any
+) -> Any:
+    """A pipeline, or one part of it, from a single file that has every one of its tensors."""
+    if config is not None:
+        given["config"] = config
+        given["local_files_only"] = Path(config).is_dir()
+    if part is not None:
+        given["subfolder"] = part
+    then = f". A single file needs its family's configuration from the hub: {_HOW_TO_CONFIGURE}"
+    with _told(str(file), then if config is None else ""):
+        try:
+            loaded = kind.from_single_file(str(file), torch_dtype=dtype, **given)
+        except NotImplementedError as error:
+            # A tensor that the file lacks has no data to move; the one who moves it knows it.
+            frames = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
+            for model in frames:
+                if isinstance(model, nn.Module):
+                    _check_whole(model, file)
+            raise
+        except KeyError as error:
+            raise ModelError(
+                f"{file} is incomplete: it lacks {error}. Get the file again"
+            ) from error
+    for model in [loaded] if part is not None else loaded.components.values():
+        if isinstance(model, nn.Module):
+            _check_whole(model, file)
+    return loaded
+
+
+def _check_whole(model: nn.Module, file: Path) -> None:
+    """Raise ModelError for a model that did not get every one of its tensors from a file."""
+    if missing := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise ModelError(
-            f"{file} cannot be loaded: {_first_line(error)}. A single file needs its family's "
-            "configuration from the hub or its cache, or config=, the diffusers folder of a model "
-            "of the same architecture"
-        ) from error
+            f"{file} is incomplete: its {type(model).__name__} lacks {listed(missing)}. Get the "
+            "file again, or one of the same model"
+        )
 
 
-def _is_sdxl_checkpoint(file: Path) -> bool:
+def _is_sdxl_checkpoint(file: Path, header: Header, needs_vae: bool) -> bool:
     """Whether a .safetensors file is of SDXL or of Stable Diffusion 1.x or 2.x.
 
     Raises:
-        ModelError: by the names of its tensors it is neither.
+        ModelError: by the names of its tensors it is neither, or it lacks a part.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if file.suffix.lower() != ".safetensors":
-        raise ModelError(
-            f"{file} is no .safetensors file, and pickled checkpoints are not loaded: convert it, "
-            "or get the safetensors file of the model"
-        )
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            names = set(opened.keys())
-            kind = (opened.metadata() or {}).get("modelspec.architecture", "")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is damaged or no .safetensors file ({error})") from error
-    other = _other_family(names)
-    if other is not None:
-        raise ModelError(f"{file} holds {other}{f' ({kind})' if kind else ''}; {WORKS_WITH}")
-    return any("conditioner.embedders." in name for name in names)
+    architecture = header.metadata.get("modelspec.architecture", "")
+    if (other := _other_family(header.names)) is not None:
+        kind = f" ({architecture})" if architecture else ""
+        raise ModelError(f"{file} holds {other}{kind}; {WORKS_WITH}")
+    if needs_vae and not any(name.startswith("first_stage_model.") for name in header.names):
+        raise ModelError(f"{file} holds a checkpoint without its VAE: {_HOW_TO_GIVE_A_VAE}")
+    return any("conditioner.embedders." in name for name in header.names)
 
 
-def _other_family(names: set[str]) -> str | None:
+def _other_family(names: frozenset[str]) -> str | None:
     """What a checkpoint with these tensor names is; None for SD 1.x, 2.x and SDXL base models."""
 
     def any_with(part: str) -> bool:
@@ -236,12 +413,114 @@ def _other_family(names: set[str]) -> str | None:
     if not any_with("model.diffusion_model.input_blocks."):
         return "no Stable Diffusion checkpoint (a LoRA, an embedding or one part of a model?)"
     if any_with("conditioner.embedders."):
-        if not any_with("conditioner.embedders.1."):
+        if not any_with("conditioner.embedders.1.") and not any_with(".embedders.0.transformer."):
             return "an SDXL refiner, which has one text encoder; load the base model"
+        # diffusers looks for these two tensors, and would take the encoder from elsewhere.
+        if _FIRST_OF_SDXL not in names:
+            return "a checkpoint of SDXL without its first text encoder"
+        if _SECOND_OF_SDXL not in names:
+            return "a checkpoint of SDXL without its second text encoder"
         return None
     if not any_with("cond_stage_model."):
         return "a checkpoint without its text encoder"
     return None
+
+
+_FIRST_OF_SDXL = (
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
+)
+_SECOND_OF_SDXL = "conditioner.embedders.1.model.positional_embedding"
+
+
+def _noise_settings(file: Path, header: Header, guess: bool) -> dict[str, Any]:
+    """What a single file says of its prediction, as settings of a scheduler; {} if nothing.
+
+    The keys are those that ComfyUI and the trainers of SDXL write, empty tensors that only mark.
+
+    Args:
+        guess: read it from the weights of a Stable Diffusion 2.x model that does not say.
+
+    Raises:
+        ModelError: it predicts something else than noise or velocity at the steps of a schedule.
+    """
+    names, metadata = header
+    if edm := sorted(names & {"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"}):
+        raise ModelError(
+            f"{file} is marked by {listed(edm)}: it was trained with EDM's continuous times, as "
+            "Playground 2.5 and CosXL, which take no subject; load a model of another training"
+        )
+    said = _said_prediction(metadata)
+    if "v_pred" in names:
+        said = "v_prediction"
+    elif said is None and guess:
+        said = _guessed_prediction(file, names)
+    elif said not in (None, "epsilon", "v_prediction"):
+        raise ModelError(
+            f"{file} says that it predicts {said!r}; sefi_fast works with models that predict the "
+            "noise (epsilon) or the velocity (v). Load another model"
+        )
+    if said is None:
+        return {}
+    zero = "ztsnr" in names or metadata.get("ss_zero_terminal_snr") == "True"
+    if said == "v_prediction" and zero:
+        # Sampling has to begin at the last step, the one without signal.
+        return {
+            "prediction_type": said,
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        }
+    return {"prediction_type": said}
+
+
+def _said_prediction(metadata: dict[str, str]) -> str | None:
+    """What the metadata of a checkpoint says that the model predicts, in diffusers' words."""
+    for key in ("modelspec.prediction_type", "modelspec.predict_key"):
+        if word := metadata.get(key, "").strip().lower():
+            velocity = word in ("v", "v_prediction", "v-prediction", "velocity")
+            noise = word in ("epsilon", "eps")
+            return "v_prediction" if velocity else "epsilon" if noise else word
+    if metadata.get("ss_v_parameterization") == "True":
+        return "v_prediction"
+    architecture = metadata.get("modelspec.architecture", "")
+    if architecture.startswith("stable-diffusion-v2-"):
+        return "v_prediction" if "-768-v" in architecture else "epsilon"
+    return None
+
+
+def _guessed_prediction(file: Path, names: frozenset[str]) -> str | None:
+    """Of Stable Diffusion 2.x, by the spread of a bias that is small in the models of noise.
+
+    diffusers takes every such file for one of 2.1, which predicts the velocity.
+    """
+    from safetensors import safe_open
+
+    width = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    bias = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if not {width, bias} <= names:
+        return None
+    with safe_open(str(file), framework="pt") as opened:
+        if opened.get_slice(width).get_shape()[-1] != 1024:
+            return None
+        spread = opened.get_tensor(bias).float().std(correction=0)
+    return "v_prediction" if spread > 0.09 else "epsilon"
+
+
+def _set_noise(pipe: Pipeline, file: Path, wanted: dict[str, Any]) -> None:
+    """Make the scheduler's settings those that the file says."""
+    config = pipe.scheduler.config
+    changed = {name: value for name, value in wanted.items() if config.get(name) != value}
+    if not changed:
+        return
+    kind = type(pipe.scheduler)
+    if not changed.keys() <= inspect.signature(kind.__init__).parameters.keys():
+        kind = DDIMScheduler
+    pipe.scheduler = kind.from_config(config, **changed)
+    words = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    logger.warning(
+        "%s says that its model wants %s, where the configuration has %s: the pipeline's %s "
+        "follows the file",
+        file.name, words, ", ".join(repr(config.get(name)) for name in changed), kind.__name__,
+    )  # fmt: skip
 
 
 def _first_line(error: Any) -> str:

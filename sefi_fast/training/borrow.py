@@ -24,19 +24,23 @@ def borrowed(
 ) -> Iterator[None]:
     """Freeze `module`, put it on `device` in eval mode, and undo all of it on the way out.
 
-    Only conversions that lose nothing are made: float16 and bfloat16 weights become float32 when
-    `dtype` is float32, other weights keep their type.
+    Only conversions that lose nothing are made: weights of fewer bytes than `dtype` become `dtype`,
+    so float8 weights become float16 and half-precision ones float32. Others keep their type.
 
     Args:
         module: U-Net, VAE or text encoder.
         device: where to compute.
-        dtype: float32 to widen half-precision weights; None to leave all types alone.
+        dtype: of the computation, to widen narrower weights; None to leave all types alone.
         channels_last: lay convolution weights out channels-last.
 
     Raises:
-        ModelError: the weights are offloaded, on the meta device, or made in inference mode.
+        ModelError: the weights are offloaded, on the meta device, quantised, or made in inference
+            mode.
     """
-    _check_not_offloaded(module)
+    registries: list[Any] = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
+    hooks = [registry for registry in registries if registry is not None]
+    _check_not_offloaded(module, hooks)
+    _check_not_quantised(module)
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         raise ModelError(
@@ -49,8 +53,14 @@ def borrowed(
             "where no gradient can be taken. Training needs weights made outside of it. Load the "
             "pipeline again outside of inference mode, or under torch.no_grad()"
         )
+    casts = [cast for one in hooks if (cast := one.get_hook("layerwise_casting")) is not None]
     # A stack puts back the rest when one of them fails or is interrupted.
     with ExitStack() as stack:
+        for cast in casts if dtype is not None else ():
+            # The backward pass needs the weights of the forward pass: no cast around each call.
+            for name in ("storage_dtype", "compute_dtype"):
+                stack.callback(setattr, cast, name, getattr(cast, name))
+                setattr(cast, name, dtype)
         for part in module.modules():
             stack.callback(setattr, part, "training", part.training)
             part.training = False
@@ -59,21 +69,19 @@ def borrowed(
             stack.callback(tensor.requires_grad_, tensor.requires_grad)
             stack.callback(_move, tensor, tensor.device, own_dtype, own_layout)
             tensor.requires_grad_(False)
-            widen = dtype == torch.float32 and own_dtype in (torch.float16, torch.bfloat16)
-            _move(
-                tensor, device, torch.float32 if widen else own_dtype, own_layout or channels_last
-            )
+            wanted = own_dtype
+            if dtype and own_dtype.is_floating_point and own_dtype.itemsize < dtype.itemsize:
+                wanted = dtype
+            _move(tensor, device, wanted, own_layout or channels_last)
         yield
 
 
-def _check_not_offloaded(module: nn.Module) -> None:
+def _check_not_offloaded(module: nn.Module, registries: list[Any]) -> None:
     """Raise ModelError where hooks of accelerate or diffusers move the weights at each call."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
-    registries: list[Any] = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
     moved = any(type(one).__name__ == "CpuOffload" for one in hooks) or any(
-        registry is not None and registry.get_hook("group_offloading") is not None
-        for registry in registries
+        registry.get_hook("group_offloading") is not None for registry in registries
     )
     if moved:
         raise ModelError(
@@ -81,6 +89,26 @@ def _check_not_offloaded(module: nn.Module) -> None:
             "(CPU offload): call pipe.remove_all_hooks() or load the pipeline without offloading, "
             "and train with low_memory=True where memory is short"
         )
+
+
+def _check_not_quantised(module: nn.Module) -> None:
+    """Raise ModelError for weights that are not plain floating-point tensors."""
+    for name, tensor in module.named_parameters():
+        plain = type(tensor) is nn.Parameter and type(tensor.data) is Tensor
+        if not plain or not tensor.is_floating_point():
+            kind = type(tensor if type(tensor) is not nn.Parameter else tensor.data).__name__
+            raise _quantised(module, f"{name} is a {kind} of {tensor.dtype}")
+    for name, part in module.named_modules():
+        # torch.ao keeps packed weights that are not parameters.
+        if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic")):
+            raise _quantised(module, f"{name} is a quantised {type(part).__name__}")
+
+
+def _quantised(module: nn.Module, what: str) -> ModelError:
+    return ModelError(
+        f"the {type(module).__name__} is quantised: {what}. Training needs weights in floating "
+        "point. Load the model without quantisation; the subject can be attached to this pipeline"
+    )
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

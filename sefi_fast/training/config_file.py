@@ -21,7 +21,9 @@ from sefi_fast.utils.files import atomic_write, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
 from sefi_fast.utils.text import is_unicode, printable
 
-RUN_KEYS = ("image", "mask", "model", "class_word", "placeholder", "output", "preset")
+RUN_KEYS = (
+    "image", "mask", "model", "model_config", "vae", "class_word", "placeholder", "output", "preset"
+)  # fmt: skip
 """What a run's file may name beside the fields of TrainConfig."""
 _LINE_ENDS = "\x85\u2028\u2029"
 _SIZE_LIMIT = 2 * 2**20

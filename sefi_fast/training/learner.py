@@ -36,7 +36,7 @@ from sefi_fast.training.plateau import Plateau
 from sefi_fast.training.prompts import TrainingPrompts
 from sefi_fast.training.resume import Unfinished
 from sefi_fast.training.schedule import MovingAverage
-from sefi_fast.training.source import Source, resolution_of
+from sefi_fast.training.source import MODEL_KEYS, Source, model_settings, resolution_of
 from sefi_fast.utils.files import remove_partials
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class Learner:
             base_model=self._source.name,
             settings={
                 **self.config.as_dict(),
-                "model": self._source.model,
+                **model_settings(*(getattr(self._source, name) for name in MODEL_KEYS)),
                 **self._files,
             },
             history=self.history,

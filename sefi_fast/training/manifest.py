@@ -66,6 +66,7 @@ class Entry:
         scene: where the picture was taken; default: the configuration's.
         mask: where the subject is in the picture, for `attention_loss="mask"`.
         model: the base model; all entries that name one must name the same.
+        model_config, vae: what it is loaded with, as for `train`; likewise.
         where: where this was said, for messages.
     """
 
@@ -77,13 +78,17 @@ class Entry:
     scene: str | None = None
     mask: Any = None
     model: str | None = None
+    model_config: str | None = None
+    vae: str | None = None
     where: str = ""
 
 
 COLUMNS = tuple(field.name for field in fields(Entry) if field.name != "where")
 
 
-def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
+def read_subjects(
+    subjects: Any, model: Any = None, model_config: Any = None, vae: Any = None
+) -> list[Entry]:
     """All subjects, each with a name and a placeholder of its own.
 
     Args:
@@ -91,7 +96,7 @@ def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
             its class word); a .csv, .tsv or .jsonl file with the columns COLUMNS, of which `image`
             is needed, pictures relative to the file; or a list of pictures, of dictionaries with
             those keys, or of `Entry`.
-        model: the base model of the run.
+        model, model_config, vae: of the run.
 
     Raises:
         ManifestError: there is no subject, a column or a value is unknown, two have one name, a
@@ -114,7 +119,9 @@ def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
         )
     if not entries and not problems:
         raise ManifestError(f"{what} is empty: give at least one subject")
-    _check_together(entries, model, problems)
+    _check_together(entries, problems)
+    for key, given in (("model", model), ("model_config", model_config), ("vae", vae)):
+        _check_same(entries, key, given, problems)
     if problems:
         shown = [printable(problem, _LONGEST_PROBLEM) for problem in problems[:_MOST_PROBLEMS]]
         if len(problems) > len(shown):
@@ -123,9 +130,9 @@ def read_subjects(subjects: Any, model: Any = None) -> list[Entry]:
     return _with_placeholders(entries)
 
 
-def model_of(entries: Iterable[Entry]) -> str | None:
-    """The base model that the entries name, if any does."""
-    return next((entry.model for entry in entries if entry.model is not None), None)
+def model_of(entries: Iterable[Entry], key: str = "model") -> str | None:
+    """Return the base model that the entries name, if any does; or their model_config or vae."""
+    return next((value for entry in entries if (value := getattr(entry, key)) is not None), None)
 
 
 def _read_path(path: Path, problems: list[str]) -> list[Entry]:
@@ -287,7 +294,7 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
     values = {name: value for name, value in row.items() if name in COLUMNS and value is not None}
     if not values.get("name") and isinstance(values.get("image"), (str, os.PathLike)):
         values["name"] = Path(values["image"]).stem
-    for name in ("class_word", "name", "placeholder", "scene", "model"):
+    for name in ("class_word", "name", "placeholder", "scene", "model", "model_config", "vae"):
         if not values.get(name):
             continue
         if not isinstance(values[name], str):
@@ -363,7 +370,7 @@ def _bad_name(name: str) -> str | None:
     return None
 
 
-def _check_together(entries: list[Entry], model: Any, problems: list[str]) -> None:
+def _check_together(entries: list[Entry], problems: list[str]) -> None:
     names: dict[str, Entry] = {}
     for entry in entries:
         # Two names that differ in case are one file on some systems.
@@ -373,20 +380,23 @@ def _check_together(entries: list[Entry], model: Any, problems: list[str]) -> No
                 f"{entry.where}: the name {entry.name!r} is that of {first.where} already; give "
                 "each subject a name of its own"
             )
-    _check_models(entries, model, problems)
 
 
-def _check_models(entries: list[Entry], model: Any, problems: list[str]) -> None:
-    named = [(entry.where, entry.model) for entry in entries if entry.model is not None]
+def _check_same(entries: list[Entry], key: str, given: Any, problems: list[str]) -> None:
+    """Tell of entries that name another model, model_config or vae than the run or the first."""
+    named = [
+        (entry.where, value) for entry in entries if (value := getattr(entry, key)) is not None
+    ]
     if not named:
         return
     where, first = named[0]
-    if model is not None:
-        path = isinstance(model, (str, os.PathLike))
+    if given is not None:
+        path = isinstance(given, (str, os.PathLike))
         where = "the run"
-        first = os.fspath(model) if path else f"a ready {type(model).__name__}"
+        first = os.fspath(given) if path else f"a ready {type(given).__name__}"
+    what = "base model" if key == "model" else key
     problems.extend(
-        f"{place} names the base model {name!r}, {where} {first!r}: one run trains on one model, "
+        f"{place} names the {what} {name!r}, {where} {first!r}: one run trains on one model, "
         "so make a manifest for each"
         for place, name in named
         if name != first

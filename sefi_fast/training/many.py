@@ -32,7 +32,7 @@ from sefi_fast.training.output import check_folder, check_output
 from sefi_fast.training.run import Run, running
 from sefi_fast.training.shard import current_shard
 from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
-from sefi_fast.training.source import Source
+from sefi_fast.training.source import MODEL_KEYS, ModelPath, Source
 from sefi_fast.training.summary import FILE as SUMMARY_FILE
 from sefi_fast.training.summary import ManyResult, Summary, row_of
 from sefi_fast.training.trackers import check_trackers
@@ -51,6 +51,8 @@ def train_many(
     subjects: Any,
     *,
     model: Any = None,
+    model_config: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str],
     class_word: str | None = None,
     batch_subjects: int = BATCH_SUBJECTS,
@@ -74,6 +76,7 @@ def train_many(
         subjects: a folder of pictures, a .csv or .jsonl manifest, or a list
             (`manifest.read_subjects` says what each may hold).
         model: as for `train`; default: what the manifest names, else the bundled tiny model.
+        model_config, vae: as for `train`; default: what the manifest names.
         output: folder for a file `<name>.safetensors` a subject, and `summary.jsonl`.
         class_word: of the subjects that have none of their own.
         batch_subjects: how many train side by side; halved, with a word, when memory runs out.
@@ -109,9 +112,15 @@ def train_many(
     if batch_subjects < 1:
         raise ValueError(f"batch_subjects must be at least 1, got {batch_subjects}")
     check_trackers(settings.trackers)
-    model = expanded(model) if isinstance(model, (str, os.PathLike)) else model
-    entries = read_subjects(subjects, model)
-    model = model_of(entries) if model is None else model
+    model, model_config, vae = (
+        expanded(given) if isinstance(given, (str, os.PathLike)) else given
+        for given in (model, model_config, vae)
+    )
+    entries = read_subjects(subjects, model, model_config, vae)
+    model, model_config, vae = (
+        model_of(entries, name) if given is None else given
+        for name, given in zip(MODEL_KEYS, (model, model_config, vae), strict=True)
+    )
     check_entries(entries, settings, class_word, model)
     folder = check_folder(output)
     check_output(folder / SUMMARY_FILE)
@@ -126,7 +135,13 @@ def train_many(
         for start in range(0, len(numbered), batch_subjects)
     ]
     many = _Many(
-        shard.share(groups), model, settings, resume, Summary(folder, shard), overwrite, on_result
+        shard.share(groups),
+        (model, model_config, vae),
+        settings,
+        resume,
+        Summary(folder, shard),
+        overwrite,
+        on_result,
     )
     shard.wait()
     return many(progress and shard.index == 0)
@@ -144,7 +159,7 @@ class _Many:
     def __init__(
         self,
         groups: Sequence[Sequence[_Numbered]],
-        model: Any,
+        models: tuple[Any, ModelPath, ModelPath],
         config: TrainConfig,
         resume: bool,
         summary: Summary,
@@ -152,7 +167,7 @@ class _Many:
         on_result: OnResult | None,
     ) -> None:
         self._all = [one for group in groups for one in group]
-        self._model, self._config, self._resume = model, config, resume
+        self._models, self._config, self._resume = models, config, resume
         self._summary, self._overwrite, self._on_result = summary, overwrite, on_result
         self._results: dict[int, ManyResult] = {}
         self._limit = max((len(group) for group in groups), default=1)
@@ -181,7 +196,8 @@ class _Many:
     def _train(self, bar: Any, progress: bool) -> None:
         if not self._open():
             return
-        with graceful() as stop, running(self._model, self._config) as source:
+        model, *rest = self._models
+        with graceful() as stop, running(model, self._config, *rest) as source:
             while self._groups:
                 group = self._open(self._groups.popleft())
                 if len(group) > self._limit:
@@ -312,7 +328,7 @@ class _Many:
         """Those whose file is there already; a file of other settings is an error, and stays."""
         for one in self._all:
             try:
-                subject = finished_subject(one.job, self._config, self._model)
+                subject = finished_subject(one.job, self._config, *self._models)
             except Exception as error:
                 self._take(one, error)
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -14,11 +13,18 @@ from sefi_fast.training.config import TrainConfig, unsaid_settings
 from sefi_fast.training.job import Job, seen_files
 from sefi_fast.training.manifest import Entry, ManifestError
 from sefi_fast.training.shard import Shard
+from sefi_fast.training.source import MODEL_KEYS, ModelPath, model_settings
 
 _MOST_PROBLEMS = 10
 
 
-def finished_subject(job: Job, config: TrainConfig, model: Any) -> Subject | None:
+def finished_subject(
+    job: Job,
+    config: TrainConfig,
+    model: Any,
+    model_config: ModelPath = None,
+    vae: ModelPath = None,
+) -> Subject | None:
     """The subject in a job's output file; None if there is no file.
 
     Raises:
@@ -34,12 +40,14 @@ def finished_subject(job: Job, config: TrainConfig, model: Any) -> Subject | Non
         raise TrainingError(
             f"something else is in this subject's place: {error}; {again}"
         ) from error
-    if differing := _differing(subject, job, config, model):
+    if differing := _differing(subject, job, config, model_settings(model, model_config, vae)):
         raise TrainingError(f"{path} was learnt with other settings: {differing}; {again}")
     return subject
 
 
-def _differing(subject: Subject, job: Job, config: TrainConfig, model: Any) -> str:
+def _differing(
+    subject: Subject, job: Job, config: TrainConfig, models: dict[str, str | None]
+) -> str:
     """What a finished subject was trained with that is not asked for now, in words."""
     own = {name: value for name in ("seed", "scene") if (value := getattr(job, name)) is not None}
     wanted = replace(config, **own).as_dict()
@@ -48,11 +56,8 @@ def _differing(subject: Subject, job: Job, config: TrainConfig, model: Any) -> s
     }
     usual = unsaid_settings()
     then = {name: subject.settings.get(name, usual[name]) for name in now}
-    if model is None or isinstance(model, (str, os.PathLike)):
-        now["model"] = None if model is None else os.fspath(model)
-    else:
-        now["model"] = getattr(model.config, "_name_or_path", None) or None
-    then["model"] = subject.settings.get("model")
+    for name in MODEL_KEYS:
+        now[name], then[name] = models.get(name), subject.settings.get(name)
     # Subjects of earlier versions do not say what picture they were learnt from.
     for name, checksum in seen_files(job).items():
         if name in subject.settings:

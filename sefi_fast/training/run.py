@@ -24,7 +24,7 @@ from sefi_fast.training.progress import Progress
 from sefi_fast.training.resume import Resume, check_resume, checkpoints_to_resume
 from sefi_fast.training.schedule import rate_factor
 from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
-from sefi_fast.training.source import Source, find_source, frozen
+from sefi_fast.training.source import ModelPath, Source, find_source, frozen
 from sefi_fast.training.trackers import Trackers
 from sefi_fast.training.validation import validate
 from sefi_fast.utils.files import user_path
@@ -35,7 +35,9 @@ OnOutcome = Callable[[int, Outcome], None]
 
 
 @contextmanager
-def running(model: Any, config: TrainConfig) -> Iterator[Source]:
+def running(
+    model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
+) -> Iterator[Source]:
     """Yield the model, frozen on its device, with gradients on.
 
     The caller's autocast and default device are off inside: a seed gives one result whatever they
@@ -49,7 +51,7 @@ def running(model: Any, config: TrainConfig) -> Iterator[Source]:
     default_device = torch.get_default_device()
     on_cpu = nullcontext() if default_device.type == "cpu" else torch.device("cpu")
     with on_cpu, torch.inference_mode(False), torch.enable_grad():
-        source = find_source(model, config)
+        source = find_source(model, config, model_config, vae)
         with torch.autocast(source.device.type, enabled=False), frozen(source, config):
             yield source
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sefi_fast.conditioning import text_parts
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines import load_pipeline
-from sefi_fast.pipelines.families import check_pipeline, is_sdxl, unwrap
+from sefi_fast.pipelines.families import WORKS_WITH, check_pipeline, is_sdxl, unwrap
 from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.image import TIME_IDS
@@ -33,7 +33,8 @@ class Source(NamedTuple):
 
     pipe: the pipeline. name: for the subject's `base_model`. model: what `load_pipeline` takes to
     get it again, None for the bundled one. device, dtype: of the computation. owned: whether the
-    pipeline was loaded for this run. checksum: of the weights and the noise schedule.
+    pipeline was loaded for this run. model_config, vae: what it was loaded with. checksum: of the
+    weights and the noise schedule.
     """
 
     pipe: Any
@@ -43,6 +44,8 @@ class Source(NamedTuple):
     dtype: torch.dtype
     owned: bool
     checksum: str
+    model_config: str | None = None
+    vae: str | None = None
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -50,14 +53,41 @@ class Source(NamedTuple):
         return [unwrap(part.text_encoder) for part in text_parts(self.pipe)]
 
 
-def find_source(model: Any, config: TrainConfig) -> Source:
+MODEL_KEYS = ("model", "model_config", "vae")
+"""How the settings of a subject, a run's file and a manifest name what a model is loaded from."""
+
+ModelPath = str | os.PathLike[str] | None
+
+
+def model_settings(
+    model: Any, model_config: ModelPath = None, vae: ModelPath = None
+) -> dict[str, str | None]:
+    """Return what the settings of a subject keep of its base model, to load it again."""
+    if not (model is None or isinstance(model, (str, os.PathLike))):
+        model = getattr(model.config, "_name_or_path", None) or None
+    given = {"model_config": model_config, "vae": vae}
+    return {
+        "model": None if model is None else os.fspath(model),
+        **{name: os.fspath(value) for name, value in given.items() if value is not None},
+    }
+
+
+def find_source(
+    model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
+) -> Source:
     """Load the model, or look at the pipeline given, and choose device and dtype.
 
     Raises:
         ModelError: there is no such model, or it is of a family the method does not fit.
-        ValueError: the device or the precision asked for cannot be had.
+        ValueError: the device or the precision asked for cannot be had, or `model_config` or `vae`
+            were given with a ready pipeline.
     """
     if model is not None and not isinstance(model, (str, os.PathLike)):
+        if model_config is not None or vae is not None:
+            raise ValueError(
+                "model_config and vae are for a model that is loaded, and a ready pipeline was "
+                "given: leave them out, and set pipe.vae instead"
+            )
         check_pipeline(model)
         check_latent_channels(model)
         check_added_conditioning(model)
@@ -68,19 +98,22 @@ def find_source(model: Any, config: TrainConfig) -> Source:
                 "pipe.to('cuda') first"
             )
         dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
-        given = getattr(model.config, "_name_or_path", None) or None
-        given = None if given is None else os.fspath(given)
-        name = given or type(model).__name__
-        return Source(model, name, given, device, dtype, False, model_checksum(model))
+        given = model_settings(model)["model"]
+        checksum = model_checksum(model)
+        return Source(model, given or type(model).__name__, given, device, dtype, False, checksum)
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device, torch.float32)
-    name = None if model is None else os.fspath(model)
+    settings = model_settings(model, model_config, vae)
+    name = settings["model"]
     # In float32 first: the text encoders keep it, since the learned rows enter there, and so does
     # the VAE, which is small and, SDXL's, overflows in float16.
-    pipe = load_pipeline(name, dtype=torch.float32, device="cpu")
+    pipe = load_pipeline(name, dtype=torch.float32, device="cpu", config=model_config, vae=vae)
     check_added_conditioning(pipe)
     # Before the weights are cast, so that a run may go on on another device.
-    source = Source(pipe, name or BUNDLED, name, device, dtype, True, model_checksum(pipe))
+    checksum = model_checksum(pipe)
+    source = Source(
+        pipe, name or BUNDLED, device=device, dtype=dtype, owned=True, checksum=checksum, **settings
+    )
     if device.type != "cpu":
         pipe.unet.to(device, dtype)
         for text_encoder in source.text_encoders:
@@ -120,13 +153,12 @@ def model_checksum(pipe: Any) -> str:
 def frozen(source: Source, config: TrainConfig) -> Iterator[None]:
     """U-Net and text encoders frozen and ready on the device; as they were on the way out."""
     unet = unwrap(source.pipe.unet)
-    widen = torch.float32 if source.dtype == torch.float32 else None
     with ExitStack() as stack:
         # Channels-last pays on CUDA's tensor cores; on CPUs it was measured to gain nothing.
         channels_last = source.device.type == "cuda"
-        stack.enter_context(borrowed(unet, source.device, widen, channels_last))
+        stack.enter_context(borrowed(unet, source.device, source.dtype, channels_last))
         for text_encoder in source.text_encoders:
-            stack.enter_context(borrowed(text_encoder, source.device, widen))
+            stack.enter_context(borrowed(text_encoder, source.device, source.dtype))
         stack.enter_context(checkpointed(unet, config.gradient_checkpointing or config.low_memory))
         if config.low_memory and source.pipe.vae is not None:
             # Whoever needs it borrows it. The text encoders stay: every step needs them.
@@ -172,9 +204,28 @@ def check_added_conditioning(pipe: Any) -> None:
     for Stable Diffusion 1.x and 2.x.
     """
     unet = unwrap(pipe.unet).config
-    if getattr(unet, "encoder_hid_dim_type", None) is not None:
+    name = type(pipe).__name__
+    if getattr(unet, "time_cond_proj_dim", None) is not None:
         raise ModelError(
-            f"the U-Net of this {type(pipe).__name__} takes a picture beside the words (an "
+            f"the U-Net of this {name} takes the guidance scale as an input, as models distilled "
+            "for few steps do (LCM). What it predicts is guided already, and training needs the "
+            "plain noise. Train on the model it was distilled from, and attach the subject here"
+        )
+    for key in ("class_embed_type", "num_class_embeds"):
+        if (value := getattr(unet, key, None)) is not None:
+            raise ModelError(
+                f"the U-Net of this {name} takes class labels ({key} is {value!r}), which no "
+                "prompt gives. Train on a text-to-image model"
+            )
+    kind = getattr(unet, "encoder_hid_dim_type", None)
+    if kind not in (None, "ip_image_proj"):
+        raise ModelError(
+            f"the U-Net of this {name} changes the text embeddings first (encoder_hid_dim_type is "
+            f"{kind!r}), as models of other families do. {WORKS_WITH}"
+        )
+    if kind is not None:
+        raise ModelError(
+            f"the U-Net of this {name} takes a picture beside the words (an "
             "IP-Adapter): call pipe.unload_ip_adapter() before training, and load it again behind"
         )
     kind, wanted = getattr(unet, "addition_embed_type", None), None
@@ -184,6 +235,13 @@ def check_added_conditioning(pipe: Any) -> None:
         raise ModelError(
             f"the U-Net of this {type(pipe).__name__} takes added conditioning of type {kind!r}, "
             f"where {wanted!r} goes with its text encoders: are its parts of different models?"
+        )
+    taken = unet.cross_attention_dim
+    made = sum(unwrap(part.text_encoder).config.hidden_size for part in text_parts(pipe))
+    if taken != made and set(taken if isinstance(taken, (list, tuple)) else ()) != {made}:
+        raise ModelError(
+            f"the U-Net of this {name} takes text embeddings of width {taken}, but its text "
+            f"encoders make {made}: are its parts of different models?"
         )
     if wanted is None:
         return

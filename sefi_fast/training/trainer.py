@@ -24,6 +24,8 @@ def train(
     image: str | os.PathLike[str] | Image.Image | np.ndarray,
     *,
     model: Any = None,
+    model_config: str | os.PathLike[str] | None = None,
+    vae: str | os.PathLike[str] | None = None,
     class_word: str | None = None,
     placeholder: str = "<it>",
     mask: str | os.PathLike[str] | Image.Image | np.ndarray | None = None,
@@ -45,6 +47,9 @@ def train(
         model: a diffusers folder, a hub id, a .safetensors checkpoint of Stable Diffusion 1.x,
             2.x or SDXL, or a ready pipeline, of which nothing is changed in the end. Default: the
             bundled tiny model.
+        model_config: for a model in one file, the diffusers folder (weights are not read) of a
+            model of the same architecture, so that nothing is asked of the hub.
+        vae: another autoencoder than the model's, as for `load_pipeline`.
         class_word: what the subject is: person, cat, golden retriever. Needed for every model but
             the bundled one.
         placeholder: the new word, without spaces.
@@ -114,7 +119,7 @@ def train(
     )
     check_resume(resume, 1)
     check_trackers(settings.trackers)
-    with running(model, settings) as source:
+    with running(model, settings, model_config, vae) as source:
         run = Run(source, settings, [job], resume=resume)
         if source.owned and not settings.validation_prompts:
             source.pipe.vae = None

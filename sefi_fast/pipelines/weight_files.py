@@ -1,0 +1,138 @@
+"""Look into model files before they are loaded: which tensors they hold, and what they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sefi_fast.errors import ModelError
+from sefi_fast.utils.files import open_regular, read_regular
+
+MOST_JSON = 2**24
+"""Bytes: the index of a model in hundreds of shards has well under one million."""
+
+_AGAIN = "Get the file again"
+# How a file begins that is not what its name says.
+_OTHERS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights. Run git lfs pull there"),
+    (b"GGUF", "a GGUF file, whose weights are quantised. Get the model's safetensors weights"),
+    (b"PK", "a pickled checkpoint, which is not loaded. Get the model's safetensors weights"),
+    (b"\x80", "a pickled checkpoint, which is not loaded. Get the model's safetensors weights"),
+    (b"<", f"a web page, not the weights. {_AGAIN}"),
+    (b"{", f"a text file, not the weights. {_AGAIN}"),
+)  # fmt: skip
+
+
+class Header(NamedTuple):
+    """The names of a safetensors file's tensors, and its metadata."""
+
+    names: frozenset[str]
+    metadata: dict[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Read the header of a .safetensors file.
+
+    Raises:
+        ModelError: the file is missing, incomplete or of another kind, which is named.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix.lower() != ".safetensors":
+        raise ModelError(
+            f"{file} is not a .safetensors file, and pickled checkpoints are not loaded. Convert "
+            "it, or get the safetensors file of the model"
+        )
+    try:
+        with open_regular(file) as stream:
+            start = stream.read(64)
+        with safe_open(str(file), framework="pt") as opened:
+            return Header(frozenset(opened.keys()), opened.metadata() or {})
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no model file {file}. Check the path") from error
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error}). {_AGAIN}") from error
+    except SafetensorError as error:
+        what = f"damaged, half downloaded or not a safetensors file ({error}). {_AGAIN}"
+        what = next((told for sign, told in _OTHERS if start.startswith(sign)), what)
+        raise ModelError(f"{file} is {what if start else f'empty. {_AGAIN}'}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a model's folder.
+
+    Raises:
+        ModelError: the file is missing, too large or not a JSON object.
+    """
+    try:
+        found = json.loads(read_regular(file, MOST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read ({error}). Get the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file} holds no description of a model. Get the model again")
+    return found
+
+
+def check_config(folder: Path, part: str, file: str = "config.json") -> None:
+    """Raise ModelError unless a model's folder has a part and its configuration."""
+    if not (folder / part).is_dir():
+        raise ModelError(f"{folder} lacks the folder {part}. Get the whole model")
+    if not (folder / part / file).is_file():
+        raise ModelError(f"{folder / part} lacks {file}. Get the whole model")
+
+
+def check_weights(folder: Path, wanted: str | None) -> str | None:
+    """Look at the weights of one part of a model, and return the variant to load.
+
+    Args:
+        folder: of the part.
+        wanted: a variant asked for; None for the usual files, or fp16 where there are no others.
+
+    Raises:
+        ModelError: there are no safetensors weights, or not of that variant, or one of the files
+            is missing or is not whole.
+    """
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        raise ModelError(
+            f"{folder} holds no .safetensors weights"
+            + (f", only {pickled[0]}, and pickled weights are not loaded" if pickled else "")
+            + ". Get the model's safetensors weights, or convert it with "
+            "pipe.save_pretrained(folder)"
+        )
+    if wanted is not None and not any(f".{wanted}" in name for name in files):
+        raise ModelError(
+            f"{folder} holds no weights of variant {wanted!r}, only {files[0]}. Leave variant out, "
+            "or get that variant"
+        )
+    plain = [name for name in files if name.count(".") == 1]
+    variant = wanted
+    if variant is None and not plain and any(".fp16" in name for name in files):
+        variant = "fp16"
+    for index in folder.glob("*.safetensors.index*.json"):
+        if (f".{variant}." in index.name) if variant else index.name.endswith(".index.json"):
+            _check_index(index, files)
+    for name in plain if variant is None else files:
+        if variant is None or f".{variant}" in name:
+            read_header(folder / name)
+    return variant
+
+
+def _check_index(index: Path, files: Iterable[str]) -> None:
+    """Raise ModelError unless every shard that an index names is one of these files."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError(f"{index} names no files. Get the model again")
+    # A name that is not of a safetensors file here could be of a pickled one.
+    if missing := sorted({str(name) for name in shards.values()} - set(files)):
+        raise ModelError(f"{index.parent} lacks {listed(missing)}. Get the files again")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    every = sorted(names)
+    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
+    return ", ".join(every[:3]) + more
