@@ -158,7 +158,7 @@ def _model(kind: Any, source: str | os.PathLike[str], what: str) -> Any:
 def _loaded(kind: Any, source: str | os.PathLike[str], what: str, **options: Any) -> Any:
     where = expanded(source)
     try:
-        return kind.from_pretrained(where, **options)
+        return kind.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -166,7 +166,7 @@ def _load_folder(
         if part == "vae" and vae is not None:
             given[part] = _load_vae(vae, dtype, str(folder), sdxl)
         else:
-            given[part] = _load_part(folder, part, dtype, variant)
+            given[part] = load_part(_MODELS[part], folder, part, dtype, variant)
     with _told(str(folder)):
         return kind.from_pretrained(
             str(folder),
@@ -204,14 +204,24 @@ def _check_folder(folder: Path, needs_vae: bool) -> bool:
     return sdxl
 
 
-def _load_part(folder: Path, part: str, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    """One model of a diffusers folder, with every one of its tensors from there.
+def load_part(
+    kind: Any, folder: Path, part: str, dtype: torch.dtype, variant: str | None = None
+) -> Any:
+    """Load one model of a diffusers folder, with every one of its tensors from there.
 
-    part: the folder's own name for it; "" for a folder of that VAE alone.
+    Args:
+        kind: its class.
+        folder: of the pipeline, or of this model alone.
+        part: its name in the pipeline's folder; "" for a folder of this model alone.
+        dtype: of the weights.
+        variant: of the weight files, as for `load_pipeline`.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks a tensor.
     """
     variant = check_weights(folder / part, variant)
     with _told(str(folder / part)):
-        model, found = _MODELS[part or "vae"].from_pretrained(
+        model, found = kind.from_pretrained(
             str(folder),
             subfolder=part,
             torch_dtype=dtype,
@@ -279,7 +289,7 @@ def _load_vae(
     if path.is_dir():
         part = "" if (path / "config.json").is_file() else "vae"
         check_config(path, part)
-        loaded: Any = _load_part(path, part, dtype, None)
+        loaded = load_part(AutoencoderKL, path, part, dtype)
     else:
         with _told(f"the VAE {vae}"):
             loaded = AutoencoderKL.from_pretrained(

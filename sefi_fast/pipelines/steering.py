@@ -15,6 +15,8 @@ from diffusers import (
 
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.families import unwrap
+from sefi_fast.pipelines.loading import load_part
+from sefi_fast.pipelines.weight_files import read_header
 from sefi_fast.utils.files import expanded, user_path
 
 
@@ -32,9 +34,10 @@ def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
     path = user_path(source)
     try:
         if path.is_file():
-            if path.suffix != ".safetensors":
-                raise ValueError("pickled weights are not loaded")
+            read_header(path)
             model = ControlNetModel.from_single_file(str(path), torch_dtype=pipe.unet.dtype)
+        elif path.is_dir():
+            model = load_part(ControlNetModel, path, "", pipe.unet.dtype)
         else:
             model = ControlNetModel.from_pretrained(
                 expanded(source), torch_dtype=pipe.unet.dtype, use_safetensors=True

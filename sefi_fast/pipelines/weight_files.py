@@ -25,6 +25,10 @@ _OTHERS = (
 )  # fmt: skip
 
 
+# How ComfyUI, bitsandbytes and others name what belongs to a quantised weight.
+_SCALES = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8", ".absmax", ".quant_map")
+
+
 class Header(NamedTuple):
     """The names of a safetensors file's tensors, and its metadata."""
 
@@ -36,7 +40,8 @@ def read_header(file: Path) -> Header:
     """Read the header of a .safetensors file.
 
     Raises:
-        ModelError: the file is missing, incomplete or of another kind, which is named.
+        ModelError: the file is missing, incomplete or of another kind, which is named, or its
+            weights are quantised.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -49,7 +54,7 @@ def read_header(file: Path) -> Header:
         with open_regular(file) as stream:
             start = stream.read(64)
         with safe_open(str(file), framework="pt") as opened:
-            return Header(frozenset(opened.keys()), opened.metadata() or {})
+            header = Header(frozenset(opened.keys()), opened.metadata() or {})
     except FileNotFoundError as error:
         raise ModelError(f"there is no model file {file}. Check the path") from error
     except OSError as error:
@@ -58,6 +63,13 @@ def read_header(file: Path) -> Header:
         what = f"damaged, half downloaded or not a safetensors file ({error}). {_AGAIN}"
         what = next((told for sign, told in _OTHERS if start.startswith(sign)), what)
         raise ModelError(f"{file} is {what if start else f'empty. {_AGAIN}'}") from error
+    # Loaded without these, every weight would be wrong by its scale.
+    if scales := [name for name in header.names if name.endswith(_SCALES)]:
+        raise ModelError(
+            f"{file} holds quantised weights with scales of their own ({listed(scales)}). Get the "
+            "model's weights in float16, bfloat16 or float32"
+        )
+    return header
 
 
 def read_json(file: Path) -> dict[str, Any]:

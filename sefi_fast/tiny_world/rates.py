@@ -178,7 +178,7 @@ def measure(
         What rates.json holds.
     """
     pipe = StableDiffusionPipeline.from_pretrained(
-        model or bundled_model_path(), torch_dtype=torch.float32
+        model or bundled_model_path(), torch_dtype=torch.float32, use_safetensors=True
     )
     pipe.set_progress_bar_config(disable=True)
     judge = Judge.load()

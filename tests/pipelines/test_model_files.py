@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make_vae
+from models import make_controlnet, make_vae
 from pipelines.checkpoint import save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines import load_pipeline
+from sefi_fast.pipelines.steering import load_controlnet
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -141,6 +142,34 @@ def test_c2_one_file_that_is_not_whole_is_told_what_it_lacks(
     with pytest.raises(ModelError, match=words) as raised:
         load_pipeline(cut, config=sd15_folder)
     assert "meta tensor" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    ["scaled_fp8", "model.diffusion_model.out.2.scale_weight", "conv_out.weight_scale"],
+)
+def test_c3_files_of_weights_with_scales_are_refused(sd15_file, folder, tmp_path, scale):
+    for file in (sd15_file, folder / UNET):
+        scaled = {**load_file(file), scale: torch.ones(())}
+        save_file(scaled, tmp_path / "one.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=f"quantised weights with scales .*{scale}"):
+            load_pipeline(tmp_path / "one.safetensors", config=folder)
+    shutil.move(tmp_path / "one.safetensors", folder / UNET)
+    with pytest.raises(ModelError, match="quantised weights"):
+        load_pipeline(folder)
+
+
+def test_c2_a_controlnet_that_is_not_whole_is_told_what_it_lacks(sd15_pipeline, tmp_path):
+    make_controlnet(sd15_pipeline.unet).save_pretrained(tmp_path)
+    assert load_controlnet(tmp_path, sd15_pipeline) is not None
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    without("mid_block.resnets.0", file, file)
+    with pytest.raises(ModelError, match="incomplete: they lack mid_block.resnets.0.conv1.bias"):
+        load_controlnet(tmp_path, sd15_pipeline)
+    file.write_bytes(LFS)
+    for source in (tmp_path, file):
+        with pytest.raises(ModelError, match="Git LFS pointer"):
+            load_controlnet(source, sd15_pipeline)
 
 
 @pytest.mark.parametrize("part", ["embedders.0.", "embedders.1."])
