@@ -168,7 +168,9 @@ def _try(seed: int) -> bool:
     try:
         found = _run(call, backward)
     except (TypeError, ValueError, BackendError) as error:
-        assert any(name in str(error) for name in (*names, "head width", "keys", "nested")), where + str(error)
+        assert any(name in str(error) for name in (*names, "head width", "keys", "nested")), (
+            where + str(error)
+        )
         return False
     except Exception as error:
         raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
