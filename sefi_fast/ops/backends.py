@@ -22,10 +22,9 @@ _Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 def _by_speed(tensors: _Tensors) -> tuple[str, ...]:
     """Backends of the tensors' device, the first that takes the input being the fastest."""
     query = tensors[0]
-    if query.is_cpu:
-        return ("cpu",)
-    if not query.is_cuda:
-        return ()
+    kind = query.device.type
+    if kind != "cuda":
+        return ("cpu",) if kind == "cpu" else ()
     cpp = _import("cuda")
     first = not isinstance(cpp, str) and cpp.faster_than_triton(*tensors[:4])
     return ("cuda", "triton") if first else ("triton", "cuda")

@@ -28,16 +28,18 @@ _ARGUMENTS = 11
 # Older releases only know how to keep the order of the strides.
 _TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
 
-# A second import in one process keeps the ops and kernels of the first.
+_FORWARD = f"fused_cross_attention({_INPUTS}) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = (
+    "fused_cross_attention_backward(Tensor? grad_output, Tensor? grad_alignment, "
+    f"Tensor? grad_maps, {_INPUTS}, bool[] needs) -> Tensor[]"
+)
+
+# PyTorch keeps operators for as long as the process lives, whatever becomes of this module.
 _is_first_import = not hasattr(torch.ops.sefi_fast, "fused_cross_attention")
 if _is_first_import:
     _library = torch.library.Library("sefi_fast", "DEF")
-    _library.define(f"fused_cross_attention({_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
-    _library.define(
-        "fused_cross_attention_backward(Tensor? grad_output, Tensor? grad_alignment, "
-        f"Tensor? grad_maps, {_INPUTS}, bool[] needs) -> Tensor[]",
-        tags=_TAGS,
-    )
+    _library.define(_FORWARD, tags=_TAGS)
+    _library.define(_BACKWARD, tags=_TAGS)
 forward_op = torch.ops.sefi_fast.fused_cross_attention.default
 backward_op = torch.ops.sefi_fast.fused_cross_attention_backward.default
 
@@ -392,3 +394,12 @@ def _register() -> None:
 
 if _is_first_import:
     _register()
+    vars(torch.ops.sefi_fast)["first_import"] = globals()
+elif torch._C.parse_schema(f"sefi_fast::{_FORWARD}") != forward_op._schema:
+    raise ImportError(
+        "This process has imported another version of sefi_fast. A process can have one. "
+        "Restart Python."
+    )
+else:
+    # The operators call the first import's kernels, which find this module's functions there.
+    torch.ops.sefi_fast.first_import.update(globals())

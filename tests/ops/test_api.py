@@ -50,6 +50,10 @@ def _good():
     return make_inputs(2, 2, 5, 7, 16, weights=True, mask=True, tokens=2)
 
 
+NAMES = (
+    *("query", "key", "value", "reference_key"),
+    *("token_weights", "key_mask", "map_tokens"),
+)
 zeros = torch.zeros
 on_meta = functools.partial(zeros, device="meta")
 
@@ -122,6 +126,99 @@ def test_what_does_not_fit_is_a_value_error(case):
     name, given, message = VALUE_ERRORS[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         _call(_good(), **{name: given})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case, (name, given, _) in (VALUE_ERRORS | TYPE_ERRORS).items()
+        if name != "map_heads" and (isinstance(given, torch.Tensor) or given is None)
+        if name != "scale" and "device" not in case
+    ],
+)
+def test_the_registered_ops_refuse_the_same(case, device):
+    name, given, message = (VALUE_ERRORS | TYPE_ERRORS)[case]
+    if case == "column past the end" or (device == "meta" and "strided" in case):
+        pytest.skip("the backward reads no column, and a move to meta makes tensors dense")
+    inputs = _good()
+    tensors = dict(zip(NAMES, inputs.tensors, strict=True)) | {name: given}
+    placed = [x if x is None else x.to(device) for x in tensors.values()]
+    options = (False, None, False, None)
+    errors = ValueError if case in VALUE_ERRORS else TypeError
+    with pytest.raises(errors, match=re.escape(message)):
+        torch.ops.sefi_fast.fused_cross_attention(*placed, *options)
+    grads = [x.to(device) for x in inputs.grads]
+    with pytest.raises(errors, match=re.escape(message)):
+        torch.ops.sefi_fast.fused_cross_attention_backward(
+            *grads, *placed, *options, [True, True, True, False]
+        )
+
+
+MISFITS = {
+    "rows of the gradient": ("grad_output", zeros(2, 2, 4, 16), "give [2, 2, 5, 16]"),
+    "dtype of the gradient": ("grad_output", zeros(2, 2, 5, 16).half(), "give torch.float32"),
+    "device of the gradient": ("grad_output", on_meta(2, 2, 5, 16), "grad_output is on meta"),
+    "batch of the loss": ("grad_alignment", zeros(3), "grad_alignment has shape (3,): give [2]"),
+    "heads of the maps": ("grad_maps", zeros(2, 2, 2, 5), "give [2, 2, 5]"),
+    "too few needs": ("needs", [True] * 3, "needs has 3 entries: give 4"),
+    "no reference": ("reference_key", None, "the gradient of a reference_key that is None"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_the_backward_op_refuses_gradients_that_do_not_fit(case):
+    name, given, message = MISFITS[case]
+    inputs = _good()
+    call = dict(zip(("grad_output", "grad_alignment", "grad_maps"), inputs.grads, strict=True))
+    call |= dict(zip(NAMES, inputs.tensors, strict=True))
+    call |= {"map_all_heads": False, "scale": None, "reference_grad": True, "backend": None}
+    call |= {"needs": [True] * 4, name: given}
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        torch.ops.sefi_fast.fused_cross_attention_backward(*call.values())
+
+
+def test_a_head_width_shorter_than_the_query_reads_nothing_beyond_it():
+    one = zeros(1, 1, 4, 64)
+    with pytest.raises(ValueError, match="key has shape"):
+        torch.ops.sefi_fast.fused_cross_attention(
+            zeros(1, 1, 64, 64), one[..., :2], one, None, None, None, None, False, 1.0, False, None
+        )
+
+
+@pytest.mark.parametrize("left", ["nothing", "half"])
+@pytest.mark.parametrize("offset", [0, 64])
+@pytest.mark.parametrize("backend", [None, "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_without_its_storage_is_refused(name, backend, offset, left):
+    tensor = getattr(_good() if name != "reference_key" else make_inputs(2, 2, 5, 7, 16), name)
+    buffer = tensor.new_zeros(offset + tensor.numel())
+    view = buffer[offset:].view(tensor.shape)
+    storage = buffer.untyped_storage()
+    whole = storage.nbytes()
+    storage.resize_(0 if left == "nothing" else whole // 2)
+    with pytest.raises(ValueError, match=rf"storage of {name} has \d+ bytes.*need {whole}\."):
+        _call(_good(), **{name: view}, backend=backend)
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_storage_lost_before_the_backward_is_told(name):
+    inputs = make_inputs(2, 2, 5, 7, 16, strided=False, reference_grad=True).trainable()
+    result = _call(inputs)
+    getattr(inputs, name).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"The storage of {name} has 0 bytes"):
+        result.output.sum().backward()
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+def test_data_of_another_shape_before_the_backward_is_told(name):
+    inputs = make_inputs(2, 2, 5, 7, 16, reference_grad=True).trainable()
+    result = _call(inputs)
+    leaf = getattr(inputs, name)
+    leaf.data = leaf.data[:, :, :2].clone()
+    with pytest.raises(ValueError, match="has shape"):
+        result.output.sum().backward()
 
 
 @pytest.mark.parametrize("case", TYPE_ERRORS)
