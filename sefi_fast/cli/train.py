@@ -141,7 +141,7 @@ def _run_file_writer(
             named = {name: value for name, value in given.items() if value is not None}
             try:
                 write_settings(path, {**named, **config.as_dict()})
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 logger.warning("the run's options could not be written to %s: %s", path, error)
 
     return WriteOnce()

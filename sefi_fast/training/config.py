@@ -20,6 +20,8 @@ SelfAttention = Literal["sdpa", "xformers"]
 AttentionLoss = Literal["subject", "mask", "class", "none"]
 Capture = Literal["auto", "always", "never"]
 
+_MOST_NAMES = 10
+_LONGEST_NAME = 80
 _MANY = 10_000_000
 _COUNTS = {
     "steps": (1, _MANY),
@@ -54,12 +56,14 @@ _FLAGS = (
 
 def named_with_nearest(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Unknown names, each with the known one that it resembles."""
-    choices = list(known)
+    choices, names = list(known), list(unknown)
     named = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, choices, n=1)
-        named.append(f"{name} (did you mean {near[0]}?)" if near else name)
-    return ", ".join(named)
+    for name in names[:_MOST_NAMES]:
+        short = printable(name, _LONGEST_NAME)
+        near = difflib.get_close_matches(short, choices, n=1)
+        named.append(f"{short} (did you mean {near[0]}?)" if near else short)
+    more = len(names) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 def unsaid_settings() -> dict[str, Any]:
@@ -306,7 +310,7 @@ class TrainConfig:
     def _check_text(self, name: str, texts: Sequence[str]) -> None:
         for text in texts:
             if not is_unicode(text):
-                raise ValueError(f"{name} holds half of a character: {_shown(text)}")
+                raise ValueError(f"{name} holds half a character: {_shown(text)}")
         if len(texts) > _MOST_TEXTS or sum(map(len, texts)) > _MOST_CHARACTERS:
             raise ValueError(
                 f"{name} must be at most {_MOST_TEXTS:,} texts of {_MOST_CHARACTERS:,} characters "

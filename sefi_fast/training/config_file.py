@@ -19,7 +19,7 @@ from sefi_fast.errors import ConfigError
 from sefi_fast.training.config import TrainConfig, named_with_nearest
 from sefi_fast.utils.files import atomic_write, read_regular
 from sefi_fast.utils.strict_json import parse_json
-from sefi_fast.utils.text import is_unicode, printable
+from sefi_fast.utils.text import printable
 
 RUN_KEYS = ("image", "mask", "model", "class_word", "placeholder", "output", "preset")
 """What a run's file may name beside the fields of TrainConfig."""
@@ -27,7 +27,6 @@ _LINE_ENDS = "\x85\u2028\u2029"
 _SIZE_LIMIT = 2 * 2**20
 _MOST_LEVELS = 8
 _MOST_VALUES = 10_000
-_MOST_NAMES = 5
 
 
 class RunFile(NamedTuple):
@@ -68,16 +67,13 @@ def read_settings(path: str | os.PathLike[str]) -> RunFile:
     known = [field.name for field in fields(TrainConfig)]
     unknown = sorted(set(values) - set(known) - set(RUN_KEYS))
     if unknown:
-        shown = [printable(name, 40) for name in unknown[:_MOST_NAMES]]
-        more = f" and {len(unknown) - _MOST_NAMES} more" if len(unknown) > _MOST_NAMES else ""
         raise ConfigError(
-            f"{source} holds unknown settings: "
-            f"{named_with_nearest(shown, [*known, *RUN_KEYS])}{more}; "
+            f"{source} holds unknown settings: {named_with_nearest(unknown, [*known, *RUN_KEYS])}; "
             f"the settings are {', '.join([*RUN_KEYS, *known])}"
         )
     run = {name: values.pop(name) for name in RUN_KEYS if name in values}
     for name, value in run.items():
-        if value is not None and not (isinstance(value, str) and is_unicode(value)):
+        if value is not None and not isinstance(value, str):
             raise ConfigError(f"{source}: {name} must be a string, got {value!r}")
     given = {name: _number(name, value) for name, value in values.items()}
     try:

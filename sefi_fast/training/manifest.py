@@ -27,7 +27,7 @@ _MOST_PROBLEMS = 10
 _ENOUGH_PROBLEMS = 1000
 _LONGEST_PROBLEM = 300
 _SIZE_LIMIT = 64 * 2**20
-_CLASS_WORD_LIMIT = 4096
+_LARGEST_CLASS_WORD = 2**16
 _LONGEST_NAME = 120
 _JSON_EXAMPLE = '{"image": "rex.jpg", "class_word": "dog"}'
 _UNFIT = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
@@ -164,7 +164,7 @@ def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
         beside = picture.with_suffix(".txt")
         if beside.is_file():
             try:
-                row["class_word"] = _read_text(beside, _CLASS_WORD_LIMIT).strip()
+                row["class_word"] = _read_text(beside, _LARGEST_CLASS_WORD).strip()
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{beside.name} cannot be read as UTF-8 text: {error}")
                 continue
@@ -268,7 +268,7 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
         if name in values and not isinstance(values[name], str):
             found.append(f"{name} must be text, got {values[name]!r}")
         elif name in values and not is_unicode(values[name]):
-            found.append(f"{name} holds half of a character: {values[name]!r}")
+            found.append(f"{name} holds half a character: {values[name]!r}")
     if "seed" in values:
         values["seed"] = _seed(values["seed"], found)
     for name in ("image", "mask"):
@@ -276,7 +276,6 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
             found.append(f"{name} must be the path of a picture, got {values[name]!r}")
         elif isinstance(values.get(name), (str, os.PathLike)):
             values[name] = folder / values[name]
-            # Path.is_file raises for a name that is too long.
             if not os.path.isfile(values[name]):
                 found.append(f"there is no picture at {values[name]}")
     if "image" not in values:
