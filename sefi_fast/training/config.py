@@ -72,7 +72,7 @@ def unsaid_settings() -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: a screen has room for it, and a number of any length can be one."""
+    """Show a value in a message: shortened, and of a huge number its size only."""
     if isinstance(value, int) and abs(value) >= 2**64:
         return f"a number of {value.bit_length()} bits"
     return printable(repr(value), 200)

@@ -131,8 +131,9 @@ class _Loader(yaml.SafeLoader):
     _values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if getattr(self.peek_event(), "anchor", None) is not None:
-            raise yaml.YAMLError("anchors and aliases (& and *) are not read")
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError("anchors, aliases and tags (&, * and !) are not read")
         if self._level == _MOST_LEVELS or self._values == _MOST_VALUES:
             raise yaml.YAMLError(
                 f"it is nested more than {_MOST_LEVELS} levels deep, or has more than "
