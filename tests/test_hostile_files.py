@@ -32,7 +32,7 @@ from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
 TEXTS = [
     "", " ", "0", "-1", "1", "2", "05", "5.0", "1e3", "NaN", "Infinity", "-Infinity", "1e999",
     "true", "null", "[]", "{}", '"', "two words", "<me>", "\x1b[31m", "\0", "\u202e", "😀", "٣",
-    "1:30", "0x10", "~", "&a", "*a", "<<", "? a", "- b", 
+    "1:30", "0x10", "~", "&a", "*a", "<<", "? a", "- b",
     "!!int 3", "!!int ''", "!!bool x", "!!timestamp x", "!!float x", "1_", "+", ".", "._",
     "!!python/name:os.system",
     "9" * 30, "9" * 5000, "x" * 100_000, "[" * 2000, "{" * 2000, '{"a":' * 200, "[[]]" * 50,
