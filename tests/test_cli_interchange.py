@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pipelines.sampling import draw, subject_for
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sefi_fast.cli import main
 from sefi_fast.pipelines import attach, detach
@@ -50,6 +50,19 @@ def test_import_makes_a_subject_of_what_was_exported(saved, sd15_folder, tmp_pat
     # It draws without being told its model again.
     drawn = ["generate", "a <me>", "-s", str(back), "--steps", "1", "-n", "1"]
     assert main([*drawn, "-o", str(tmp_path / "pictures")]) == 0
+
+
+def test_import_takes_a_file_for_each_text_encoder(sdxl_pipeline, tmp_path):
+    sdxl_pipeline.save_pretrained(tmp_path / "model")
+    files = [str(tmp_path / f"learned_embeds{end}.safetensors") for end in ("", "_2")]
+    for file, encoder in zip(
+        files, (sdxl_pipeline.text_encoder, sdxl_pipeline.text_encoder_2), strict=True
+    ):
+        save_file({"<cat>": torch.ones(1, encoder.config.hidden_size)}, file)
+    output = tmp_path / "cat.safetensors"
+    command = ["import", "-m", str(tmp_path / "model"), "--class-word", "cat", "-o", str(output)]
+    assert main([*command, *files]) == 0
+    assert len(Subject.load(output).tokens) == 2
 
 
 def test_stages_are_averaged_only_when_asked(saved, tmp_path, capsys):

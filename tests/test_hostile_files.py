@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,17 +19,22 @@ from subject.making import make_subject
 from sefi_fast import import_embedding
 from sefi_fast.errors import ConfigError, SefiError, SubjectFileError
 from sefi_fast.evaluation.prompt_classes import read_prompts
+from sefi_fast.evaluation.tasks import Protocol, Task
 from sefi_fast.subject import Subject
 from sefi_fast.training import CheckpointError, TrainConfig
 from sefi_fast.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 from sefi_fast.training.history import History
 from sefi_fast.training.manifest import ManifestError, read_subjects
+from sefi_fast.training.shard import Shard
+from sefi_fast.training.summary import Summary
 from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
 
 TEXTS = [
     "", " ", "0", "-1", "1", "2", "05", "5.0", "1e3", "NaN", "Infinity", "-Infinity", "1e999",
     "true", "null", "[]", "{}", '"', "two words", "<me>", "\x1b[31m", "\0", "\u202e", "😀", "٣",
-    "1:30", "0x10", "~", "&a", "*a", "<<", "? a", "- b", "!!int 3", "!!python/name:os.system",
+    "1:30", "0x10", "~", "&a", "*a", "<<", "? a", "- b",
+    "!!int 3", "!!int ''", "!!bool x", "!!timestamp x", "!!float x", "1_", "+", ".", "._",
+    "!!python/name:os.system",
     "9" * 30, "9" * 5000, "x" * 100_000, "[" * 2000, "{" * 2000, '{"a":' * 200, "[[]]" * 50,
     '{"a": 1, "a": 2}', '{"steps": NaN}', '{"model": []}', "\\ud800", "é" * 1000, "a,b\tc\n",
 ]  # fmt: skip
@@ -227,3 +233,25 @@ def test_no_reader_runs_code_from_a_file():
     unsafe = re.compile(r"pickle\.load|(?<!safetensors\.)torch\.load\(|allow_pickle|yaml\.unsafe")
     for path in source.rglob("*.py"):
         assert not unsafe.search(path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"[" * 100_000, b"\xff", b'{"protocol": 1}', b"NaN"]
+)
+def test_results_of_a_study_that_are_damaged_are_not_there(tmp_path, content):
+    protocol = Protocol(1, 1, 1, 1.0, "fp32", 0, "model")
+    task = Task(tmp_path, SimpleNamespace(key="v", name="v"), (0,), protocol)
+    task.result(0).parent.mkdir(parents=True)
+    task.result(0).write_bytes(content)
+    assert task.load(0) is None
+
+
+@pytest.mark.parametrize("line", ["{", "3", "{}", '{"state": "learnt"}', "[" * 100_000])
+def test_a_damaged_part_of_a_summary_stays_and_is_told(tmp_path, caplog, line):
+    summaries = [Summary(tmp_path, Shard(index, 2)) for index in range(2)]
+    summaries[0].write([{"number": 0, "state": "learnt"}])
+    part = tmp_path / ".summary.jsonl.2-of-2"
+    part.write_text(line)
+    summaries[0].join()
+    assert "part of it is damaged" in caplog.text
+    assert part.read_text() == line

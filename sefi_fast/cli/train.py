@@ -163,7 +163,7 @@ def _run_file_writer(
             try:
                 remove_partials(path)
                 write_settings(path, {**named, **config.as_dict()})
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 logger.warning("the run's options could not be written to %s: %s", path, error)
 
     return WriteOnce()

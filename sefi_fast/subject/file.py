@@ -52,9 +52,7 @@ def _content(subject: Subject) -> bytes:
         "settings": _json("settings", subject.settings),
         "summary": _json("summary", summarise(subject.history) or subject.summary),
     }
-    for name in _TEXTS:
-        # A folder's name may hold bytes that are not UTF-8.
-        metadata[name] = getattr(subject, name).encode("utf-8", "backslashreplace").decode()
+    metadata.update({name: getattr(subject, name) for name in _TEXTS})
     tensors = {}
     for number, tokens in enumerate(subject.tokens):
         tensors[f"tokens.{number}"] = tokens

@@ -21,6 +21,8 @@ SelfAttention = Literal["sdpa", "xformers"]
 AttentionLoss = Literal["subject", "mask", "class", "none"]
 Capture = Literal["auto", "always", "never"]
 
+_MOST_NAMES = 10
+_LONGEST_NAME = 80
 _MANY = 10_000_000
 _COUNTS = {
     "steps": (1, _MANY),
@@ -73,7 +75,7 @@ def unsaid_settings() -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: a screen has room for it, and a number of any length can be one."""
+    """Show a value in a message: shortened, and of a huge number its size only."""
     if isinstance(value, int) and abs(value) >= 2**64:
         return f"a number of {value.bit_length()} bits"
     return printable(repr(value), 200)
@@ -311,7 +313,7 @@ class TrainConfig:
     def _check_text(self, name: str, texts: Sequence[str]) -> None:
         for text in texts:
             if not is_unicode(text):
-                raise ValueError(f"{name} holds half of a character: {_shown(text)}")
+                raise ValueError(f"{name} holds half a character: {_shown(text)}")
         if len(texts) > _MOST_TEXTS or sum(map(len, texts)) > _MOST_CHARACTERS:
             raise ValueError(
                 f"{name} must be at most {_MOST_TEXTS:,} texts of {_MOST_CHARACTERS:,} characters "

@@ -19,7 +19,7 @@ from sefi_fast.errors import ConfigError
 from sefi_fast.training.config import TrainConfig, named_with_nearest
 from sefi_fast.utils.files import atomic_write, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
-from sefi_fast.utils.text import is_unicode, printable
+from sefi_fast.utils.text import printable
 
 RUN_KEYS = (
     "image", "mask", "model", "model_config", "vae", "class_word", "placeholder", "output", "preset"
@@ -76,7 +76,7 @@ def read_settings(path: str | os.PathLike[str]) -> RunFile:
         )
     run = {name: values.pop(name) for name in RUN_KEYS if name in values}
     for name, value in run.items():
-        if value is not None and not (isinstance(value, str) and is_unicode(value)):
+        if value is not None and not isinstance(value, str):
             raise ConfigError(f"{source}: {name} must be a string, got {value!r}")
     given = {name: _number(name, value) for name, value in values.items()}
     try:
@@ -134,8 +134,9 @@ class _Loader(yaml.SafeLoader):
     _values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if getattr(self.peek_event(), "anchor", None) is not None:
-            raise yaml.YAMLError("anchors and aliases (& and *) are not read")
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError("anchors, aliases and tags (&, * and !) are not read")
         if self._level == _MOST_LEVELS or self._values == _MOST_VALUES:
             raise yaml.YAMLError(
                 f"it is nested more than {_MOST_LEVELS} levels deep, or has more than "

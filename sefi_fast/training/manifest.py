@@ -42,7 +42,7 @@ _MOST_PROBLEMS = 10
 _ENOUGH_PROBLEMS = 1000
 _LONGEST_PROBLEM = 300
 _SIZE_LIMIT = 64 * 2**20
-_CLASS_WORD_LIMIT = 4096
+_LARGEST_CLASS_WORD = 2**16
 _LONGEST_NAME = 120
 _JSON_EXAMPLE = '{"image": "rex.jpg", "class_word": "dog"}'
 _UNFIT = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
@@ -192,7 +192,7 @@ def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
         beside = picture.with_suffix(".txt")
         if beside.is_file():
             try:
-                row["class_word"] = _read_text(beside, _CLASS_WORD_LIMIT).strip()
+                row["class_word"] = _read_text(beside, _LARGEST_CLASS_WORD).strip()
             except (OSError, UnicodeDecodeError) as error:
                 problems.append(f"{beside.name} cannot be read as UTF-8 text: {error}")
                 continue
