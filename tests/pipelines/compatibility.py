@@ -160,8 +160,8 @@ pipelines, U-Nets and text encoders are copied and pickled: a pipeline comes bac
 
 Tried with the feature "plain" alone, by `tests/pipelines/test_compatibility.py`:
 perturbed-attention guidance (PAG), self-attention guidance (SAG), Attend-and-Excite, ControlNet-XS,
-InstructPix2Pix of SDXL, latent consistency models, GLIGEN, depth to image, upscaling (x4), Panorama, CycleDiffusion,
-Text2Video-Zero, AnimateDiff on a video, PIA.
+InstructPix2Pix of SDXL, latent consistency models, GLIGEN, depth to image, upscaling (x4),
+Panorama, CycleDiffusion, Text2Video-Zero, AnimateDiff on a video, PIA.
 
 Not run here: xformers. On CUDA, training, sampling and traces of the bundled model have run
 (`sefi-fast demo` on an H200), and nothing else of this page. Refused with an error message:
@@ -170,7 +170,8 @@ Not run here: xformers. On CUDA, training, sampling and traces of the bundled mo
 - the SDXL refiner, which has one of the two text encoders;
 - schedulers that count time by the noise's logarithm (EDM);
 - pipelines without the `encode_prompt` of their family: InstructPix2Pix of SD 1.5, Safe and
-  Semantic Stable Diffusion, LEdits++, the latent upscaler, Marigold, image variation, modular pipelines;
+  Semantic Stable Diffusion, LEdits++, the latent upscaler, Marigold, image variation, modular
+  pipelines;
 - pipelines that use the prompt a second time, without its subject: StableUnCLIP from text,
   Pix2PixZero;
 - tracing a pipeline whose U-Net is compiled, and training with an IP-Adapter loaded."""
