@@ -156,6 +156,7 @@ class PromptEncoder:
                 "Leave their with block before the pipeline or a model of it is copied."
             )
         return vars(self) | {
+            "_warn_of_unknown": UnknownPlaceholderWarnings(),
             "_pipe": self._pipe(),
             "_models": list(self._models),
             "_text_encoders": dict(self._text_encoders),

@@ -127,6 +127,37 @@ def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_las
     tensor.data = data
 
 
+class _TrainingProcessor(SeFiAttnProcessor):
+    """Split streams for the training's own prompts, which bear `sefi_training`.
+
+    Prompts of pipelines that other threads run on the U-Net go to the processor that was there.
+    """
+
+    replaced: Any = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        own = torch.compiler.is_compiling() or hasattr(encoder_hidden_states, "sefi_training")
+        attend: Any = super().__call__ if own else self.replaced
+        output: Tensor = attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return output
+
+
+def _check_no_training(attn: Attention) -> None:
+    if isinstance(attn.processor, _TrainingProcessor):
+        raise ModelError(
+            "another thread trains on this U-Net. One training at a time can have it. Train one "
+            "after the other, several at once with sefi_fast.train_many, or give each thread a "
+            "copy of the pipeline."
+        )
+
+
 class TrainingProcessors:
     """Split-stream processors with records on a U-Net's cross-attention layers.
 
@@ -151,8 +182,9 @@ class TrainingProcessors:
         self._ours: list[tuple[Attention, SeFiAttnProcessor]] = []
         crossing = cross_attention_layers(unwrap(unet))
         for name, attn in crossing.items():
+            _check_no_training(attn)
             check_replaceable(unet, name, attn.processor)
-            processor = SeFiAttnProcessor(
+            processor = _TrainingProcessor(
                 split_streams=True, record=record.layer(name), backend=backend
             )
             self._ours.append((attn, processor))
@@ -165,13 +197,22 @@ class TrainingProcessors:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The processors on their layers; the ones before come back on the way out."""
-        before: list[tuple[Attention, Any]] = []
+        """The processors on their layers; the ones before come back on the way out.
+
+        Raises:
+            ModelError: another training is at a step on this U-Net.
+        """
+        before: list[tuple[Attention, Any, Any]] = []
         try:
             for attn, processor in self._ours:
-                before.append((attn, attn.processor))
+                _check_no_training(attn)
+                found = attn.processor
+                if isinstance(processor, _TrainingProcessor):
+                    processor.replaced = found
+                before.append((attn, processor, found))
                 attn.set_processor(processor)
             yield
         finally:
-            for attn, processor in before:
-                attn.set_processor(processor)
+            for attn, processor, found in before:
+                if attn.processor is processor:
+                    attn.set_processor(found)

@@ -112,7 +112,10 @@ class TrainingStep:
         # Weights that are in half precision already need no autocast, which would only run the
         # normalisations in float32.
         casting = autocast(device, models.dtype) if own_dtype != models.dtype else nullcontext()
-        given: dict[str, Any] = {"encoder_hidden_states": words.streams.to(own_dtype)}
+        streams: Any = words.streams.to(own_dtype)
+        # By this the training's processors know its prompts from those of other threads.
+        streams.sefi_training = True
+        given: dict[str, Any] = {"encoder_hidden_states": streams}
         if words.pooled is not None:
             assert self.time_ids is not None
             given["added_cond_kwargs"] = {

@@ -152,12 +152,29 @@ diffusers has no such pipeline or feature.
 Prompts made with `sefi_fast.encode` (SDXL: `sefi_fast.conditioning.encode_with_pooled`), negative
 ones among them, are drawn after the text encoders were freed too (`pipe.text_encoder = None`).
 
+Attaching changes no attention processor and no plain prompt: `set_attn_processor`,
+`set_default_attn_processor`, slicing, fused projections and adapters work before it and after it,
+and other threads may generate with other pipelines over the same models while subjects are attached
+and detached. A trace and regions put processors of their own on the layers for their time. Attached
+pipelines, U-Nets and text encoders are copied and pickled: a pipeline comes back with its subjects.
+
+Tried with the feature "plain" alone, by `tests/pipelines/test_compatibility.py`:
+perturbed-attention guidance (PAG), self-attention guidance (SAG), Attend-and-Excite, ControlNet-XS,
+InstructPix2Pix of SDXL, latent consistency models, GLIGEN, depth to image, upscaling (x4),
+Panorama, CycleDiffusion, Text2Video-Zero, AnimateDiff on a video, PIA.
+
 Not run here: xformers. On CUDA, training, sampling and traces of the bundled model have run
-(`sefi-fast demo` on an H200), and nothing else of this page. Refused with an error message: SD 3,
-Flux and other transformers (no U-Net with cross-attention layers), the SDXL refiner (it has one of
-the two text encoders), schedulers that count time by the noise's logarithm (EDM), pipelines that
-set attention processors of their own in each call (Attend-and-Excite), and tracing a pipeline whose
-U-Net is compiled."""
+(`sefi-fast demo` on an H200), and nothing else of this page. Refused with an error message:
+
+- SD 3, Flux and other transformers, which have no U-Net with cross-attention layers;
+- the SDXL refiner, which has one of the two text encoders;
+- schedulers that count time by the noise's logarithm (EDM);
+- pipelines without the `encode_prompt` of their family: InstructPix2Pix of SD 1.5, Safe and
+  Semantic Stable Diffusion, LEdits++, the latent upscaler, Marigold, image variation, modular
+  pipelines;
+- pipelines that use the prompt a second time, without its subject: StableUnCLIP from text,
+  Pix2PixZero;
+- tracing a pipeline whose U-Net is compiled, and training with an IP-Adapter loaded."""
 
 
 def main() -> int:

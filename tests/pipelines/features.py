@@ -270,7 +270,10 @@ OTHERS = {
     "AnimateDiff on a video": Kind(
         "AnimateDiffVideoToVideoPipeline",
         None,
-        {"video": [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]},
+        {
+            "video": [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")],
+            "num_inference_steps": 3,
+        },
         _motion,
     ),
     "PIA": Kind(

@@ -186,7 +186,9 @@ def test_other_pipelines_are_refused_in_words(sd15_pipeline, make_subject):
         def encode_prompt(self, prompt, image):
             raise NotImplementedError
 
-    with pytest.raises(ModelError, match=r"encode_prompt takes \(prompt, image\)"):
+    with pytest.raises(
+        ModelError, match=r"without device, .* and with image\)\. Write the class word"
+    ):
         attach(Editing(**parts, requires_safety_checker=False), subject)
 
     class WithoutPrompts(StableDiffusionPipeline):

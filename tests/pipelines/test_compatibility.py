@@ -5,11 +5,17 @@ The whole table takes minutes: ``pytest -m long tests/pipelines/test_compatibili
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
+import diffusers
 import pytest
 from pipelines.compatibility import HEAD, WORKS, check
 from pipelines.features import FAMILIES, FEATURES, KINDS, OTHERS, draw
+from pipelines.sampling import state_of
+
+from sefi_fast.errors import ModelError
+from sefi_fast.pipelines import attach
 
 NOTHING_TO_CHECK = ("not in diffusers", "peft is missing", "the bare pipeline fails")
 
@@ -47,6 +53,40 @@ def test_pipelines_of_stable_diffusion_that_have_no_tests_of_their_own(request, 
 )
 def test_other_pipelines(request, family, kind):
     run(request, family, kind, "plain")
+
+
+REFUSED = {
+    "StableDiffusionInstructPix2PixPipeline": "has no encode_prompt",
+    "StableDiffusionPipelineSafe": "has no encode_prompt",
+    "SemanticStableDiffusionPipeline": "has no encode_prompt",
+    "MarigoldDepthPipeline": "has no encode_prompt",
+    "StableDiffusionLatentUpscalePipeline": "without num_images_per_prompt, lora_scale and with",
+    "LEditsPPPipelineStableDiffusion": "with enable_edit_guidance, editing_prompt",
+    "StableUnCLIPPipeline": "for a prior, where a subject would be missing",
+    "StableDiffusionPix2PixZeroPipeline": "by the difference of two plain ones",
+    "StableDiffusionImageVariationPipeline": "has no encode_prompt",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pipelines_that_are_refused(sd15_pipeline, make_subject, name):
+    kind = getattr(diffusers, name)
+    parts = sd15_pipeline.components | {"prior_text_encoder": sd15_pipeline.text_encoder}
+    wanted = set(inspect.signature(kind).parameters) - {"requires_safety_checker"}
+    if name == "LEditsPPPipelineStableDiffusion":
+        parts["scheduler"] = diffusers.DDIMScheduler.from_config(sd15_pipeline.scheduler.config)
+    pipe = kind(**{part: parts.get(part) for part in wanted})
+    before = state_of(pipe)
+    with pytest.raises(ModelError, match=REFUSED[name]):
+        attach(pipe, make_subject())
+    assert state_of(pipe) == before
+
+
+def test_a_modular_pipeline_is_refused(sdxl_pipeline, make_sdxl_subject):
+    pipe = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
+    pipe.update_components(**{n: getattr(sdxl_pipeline, n) for n in ("unet", "tokenizer")})
+    with pytest.raises(ModelError, match="StableDiffusionXLModularPipeline has no encode_prompt"):
+        attach(pipe, make_sdxl_subject())
 
 
 # No matter of the prompt, in which the families differ: of SD 1.5 here, of SDXL in the long test.
