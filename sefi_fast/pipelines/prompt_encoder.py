@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sefi_fast.conditioning import Encoded, encode_with_pooled
 from sefi_fast.conditioning.encoding import common_stages
 from sefi_fast.conditioning.prompt import TOKENIZING
+from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.families import check_scheduler, conditioned_models, is_sdxl, unwrap
 from sefi_fast.pipelines.freed_text import (
     TextShape,
@@ -173,7 +174,8 @@ class PromptEncoder:
         Raises:
             PromptError: a placeholder cannot be used where it stands, or a prompt given as a
                 tensor cannot be packed to go with one that is.
-            ModelError: a prompt was given as words, and the text encoders are gone.
+            ModelError: a prompt was given as words, and the text encoders are gone; or there is a
+                trace or regions, and the pipeline encodes prompts in several calls.
             TypeError, ValueError: prompt and negative prompt differ in type or in number, or
                 pooled embeddings are missing.
         """
@@ -181,6 +183,11 @@ class PromptEncoder:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         request = PromptRequest.of(pipe, bound.arguments)
+        if self.watchers and encodes_apart(pipe):
+            raise ModelError(
+                f"{type(pipe).__name__} encodes its prompts in several calls. A trace or regions "
+                "cannot tell which of them the U-Net gets. Generate without a trace or regions."
+            )
         self._restore_what_was_replaced(pipe)
         check_nothing_to_encode(pipe, request)
         self._warn_of_unknown(pipe, _listed(request.prompts + request.negatives), self.subjects)
