@@ -186,7 +186,8 @@ class PromptEncoder:
         Raises:
             PromptError: a placeholder cannot be used where it stands, or a prompt given as a
                 tensor cannot be packed to go with one that is.
-            ModelError: a prompt was given as words, and the text encoders are gone.
+            ModelError: a prompt was given as words, and the text encoders are gone; or there is a
+                trace or regions, and the pipeline encodes prompts in several calls.
             TypeError, ValueError: prompt and negative prompt differ in type or in number, or
                 pooled embeddings are missing.
         """
@@ -194,6 +195,11 @@ class PromptEncoder:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         request = PromptRequest.of(pipe, bound.arguments)
+        if self.watchers and encodes_apart(pipe):
+            raise ModelError(
+                f"{type(pipe).__name__} encodes its prompts in several calls. A trace or regions "
+                "cannot tell which of them the U-Net gets. Generate without a trace or regions."
+            )
         with LOCK:
             self._prepare_models(pipe)
             check_nothing_to_encode(pipe, request)

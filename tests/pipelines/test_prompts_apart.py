@@ -9,7 +9,8 @@ from diffusers import DDIMInverseScheduler
 from pipelines.features import IMAGE, KINDS, draw
 from pipelines.sampling import subject_for
 
-from sefi_fast.pipelines import attach
+from sefi_fast.errors import ModelError
+from sefi_fast.pipelines import attach, regions, trace
 
 CLOSE = {"rtol": 0, "atol": 2e-3}
 
@@ -98,3 +99,8 @@ def test_a_source_prompt_beside_a_prompt(sd15_pipeline, subjects, name, call):
     for prompt in ("a cat", "a <it>"):
         torch.testing.assert_close(called(prompt), expected, **CLOSE)
     assert (called("a <b>") - expected).abs().max() > 1e-2
+    refused = pytest.raises(ModelError, match="encodes its prompts in several calls")
+    with refused, regions(pipe, {"a <b>": (0, 0, 0.5, 1)}):
+        called("a <it>")
+    with refused, trace(pipe, ["<it>"]):
+        called("a <it>")
