@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def borrowed(
         channels_last: lay convolution weights out channels-last.
 
     Raises:
-        ModelError: the weights are offloaded or on the meta device.
+        ModelError: the weights are offloaded, on the meta device, or made in inference mode.
     """
     _check_not_offloaded(module)
     tensors = [*module.parameters(), *module.buffers()]
@@ -43,30 +43,27 @@ def borrowed(
             f"the {type(module).__name__} has no weights in memory (CPU offload or the meta "
             "device): load the pipeline without offloading"
         )
-    before = [
-        (tensor, tensor.requires_grad, tensor.device, tensor.dtype, _is_channels_last(tensor))
-        for tensor in tensors
-    ]
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        for part, _ in modes:
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ModelError(
+            f"the weights of the {type(module).__name__} were made in torch.inference_mode(), "
+            "where no gradient can be taken. Training needs weights made outside of it. Load the "
+            "pipeline again outside of inference mode, or under torch.no_grad()"
+        )
+    # A stack puts back the rest when one of them fails or is interrupted.
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.callback(setattr, part, "training", part.training)
             part.training = False
-        for tensor, requires_grad, _, own_dtype, own_layout in before:
-            if requires_grad:
-                tensor.requires_grad_(False)
+        for tensor in tensors:
+            own_dtype, own_layout = tensor.dtype, _is_channels_last(tensor)
+            stack.callback(tensor.requires_grad_, tensor.requires_grad)
+            stack.callback(_move, tensor, tensor.device, own_dtype, own_layout)
+            tensor.requires_grad_(False)
             widen = dtype == torch.float32 and own_dtype in (torch.float16, torch.bfloat16)
-            tensor.data = _laid_out(
-                tensor.data.to(device, torch.float32 if widen else own_dtype),
-                own_layout or channels_last,
+            _move(
+                tensor, device, torch.float32 if widen else own_dtype, own_layout or channels_last
             )
         yield
-    finally:
-        for tensor, requires_grad, own_device, own_dtype, own_layout in before:
-            tensor.data = _laid_out(tensor.data.to(own_device, own_dtype), own_layout)
-            if requires_grad:
-                tensor.requires_grad_(True)
-        for part, training in modes:
-            part.training = training
 
 
 def _check_not_offloaded(module: nn.Module) -> None:
@@ -94,11 +91,14 @@ def _is_channels_last(tensor: Tensor) -> bool:
     )
 
 
-def _laid_out(data: Tensor, channels_last: bool) -> Tensor:
-    if data.ndim != 4 or _is_channels_last(data) == channels_last:
-        return data
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return data.contiguous(memory_format=layout)
+def _move(
+    tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_last: bool
+) -> None:
+    data = tensor.data.to(device, dtype)
+    if data.ndim == 4 and _is_channels_last(data) != channels_last:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        data = data.contiguous(memory_format=layout)
+    tensor.data = data
 
 
 class TrainingProcessors:

@@ -121,10 +121,8 @@ class Learner:
             "placeholder": job.placeholder,
             "class_word": job.class_word,
             "model": source.name,
+            "the model's weights or noise schedule": source.checksum,
             "the picture": _checksum(pixels),
-            "the model's class word": _checksum(
-                torch.cat([rows.flatten() for rows in self._class_embeddings])
-            ),
             "mask": "none" if mask is None else _checksum(mask),
         }
         if sizes is not None:

@@ -158,6 +158,9 @@ class NoiseSchedule:
         scheduler: any scheduler of the pipeline; only its configuration is read.
         device: where latents will be.
 
+    Attributes:
+        settings: of the scheduler's configuration, those that training depends on.
+
     Raises:
         ModelError: the model predicts something else than noise or velocity, or its scheduler has
             no betas (flow matching) or counts time by the noise's logarithm.
@@ -192,6 +195,9 @@ class NoiseSchedule:
             "rescale_betas_zero_snr",
         )
         process = DDPMScheduler(**{key: config[key] for key in keys if key in config})
+        self.settings = {key: process.config[key] for key in keys} | {
+            "prediction_type": self.prediction_type
+        }
         self.num_train_timesteps: int = process.config.num_train_timesteps
         kept = process.alphas_cumprod.to(torch.float64)
         self._signal = kept.sqrt().float().to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from sefi_fast.pipelines.families import check_pipeline, is_sdxl, unwrap
 from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.image import TIME_IDS
+from sefi_fast.training.noise import NoiseSchedule
 from sefi_fast.training.precision import choose_device, choose_dtype
 
 logger = logging.getLogger(__name__)
 
 BUNDLED = "the bundled tiny model"
+_VAE_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Source(NamedTuple):
@@ -30,7 +33,7 @@ class Source(NamedTuple):
 
     pipe: the pipeline. name: for the subject's `base_model`. model: what `load_pipeline` takes to
     get it again, None for the bundled one. device, dtype: of the computation. owned: whether the
-    pipeline was loaded for this run.
+    pipeline was loaded for this run. checksum: of the weights and the noise schedule.
     """
 
     pipe: Any
@@ -39,6 +42,7 @@ class Source(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     owned: bool
+    checksum: str
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -66,7 +70,8 @@ def find_source(model: Any, config: TrainConfig) -> Source:
         dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
         given = getattr(model.config, "_name_or_path", None) or None
         given = None if given is None else os.fspath(given)
-        return Source(model, given or type(model).__name__, given, device, dtype, False)
+        name = given or type(model).__name__
+        return Source(model, name, given, device, dtype, False, model_checksum(model))
     device = choose_device(config.device)
     dtype = choose_dtype(config.precision, device, torch.float32)
     name = None if model is None else os.fspath(model)
@@ -74,12 +79,41 @@ def find_source(model: Any, config: TrainConfig) -> Source:
     # the VAE, which is small and, SDXL's, overflows in float16.
     pipe = load_pipeline(name, dtype=torch.float32, device="cpu")
     check_added_conditioning(pipe)
-    source = Source(pipe, name or BUNDLED, name, device, dtype, True)
+    # Before the weights are cast, so that a run may go on on another device.
+    source = Source(pipe, name or BUNDLED, name, device, dtype, True, model_checksum(pipe))
     if device.type != "cpu":
         pipe.unet.to(device, dtype)
         for text_encoder in source.text_encoders:
             text_encoder.to(device)
     return source
+
+
+def model_checksum(pipe: Any) -> str:
+    """Return 8 hexadecimal digits that change with any weight or setting that training reads.
+
+    They do not change with the place of the weights, in memory or on disk. The bytes of each tensor
+    are added up as integers, as fast as the memory is read.
+
+    Raises:
+        ModelError: the scheduler's noise schedule is not one to train with.
+    """
+    modules = [pipe.unet, pipe.vae, *(part.text_encoder for part in text_parts(pipe))]
+    schedule = NoiseSchedule(pipe.scheduler, torch.device("cpu"))
+    scaling = {key: value for key, value in pipe.vae.config.items() if key in _VAE_SCALING}
+    value = zlib.crc32(repr((schedule.settings, scaling)).encode())
+    for module in map(unwrap, modules):
+        for tensor in (*module.parameters(), *module.buffers()):
+            # Borrowing refuses offloaded weights.
+            if tensor.is_meta:
+                continue
+            content = tensor.detach().contiguous().flatten().view(torch.uint8)
+            if content.storage_offset() % 8:
+                content = content.clone()
+            whole = len(content) // 8 * 8
+            total = int(content[:whole].view(torch.int64).sum())
+            summed = (tensor.shape, tensor.dtype, total, content[whole:].tolist())
+            value = zlib.crc32(repr(summed).encode(), value)
+    return f"{value:08x}"
 
 
 @contextmanager
@@ -112,9 +146,9 @@ def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
         for part in unet.modules()
         if hasattr(part, "gradient_checkpointing")
     ]
-    if wanted or unet.is_gradient_checkpointing:
-        unet.enable_gradient_checkpointing(_recompute)
     try:
+        if wanted or unet.is_gradient_checkpointing:
+            unet.enable_gradient_checkpointing(_recompute)
         yield
     finally:
         for part, checkpointing, own in before:

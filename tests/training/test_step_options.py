@@ -56,7 +56,7 @@ def test_low_memory_recomputes_and_changes_no_number(sd15_pipeline):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_low_memory_takes_the_vae_off_the_device(sd15_pipeline):
     pipe = sd15_pipeline.to("cuda")
-    source = Source(pipe, "random", None, torch.device("cuda"), torch.float32, False)
+    source = Source(pipe, "random", None, torch.device("cuda"), torch.float32, False, "")
     with frozen(source, TrainConfig(low_memory=True)):
         assert pipe.vae.device.type == "cpu"
         assert pipe.unet.device.type == "cuda"
