@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
 from sefi_fast.utils.text import printable
 
 
@@ -37,3 +40,25 @@ class BackendError(SefiError, RuntimeError):
 
 class TrainingError(SefiError, RuntimeError):
     """A training run cannot go on; what was good before is kept."""
+
+
+# PyTorch, CUDA and their libraries raise RuntimeError with one of these. oneDNN's "could not create
+# a primitive descriptor" is about an operation that it lacks.
+_OUT_OF_MEMORY = re.compile(
+    r"out[ _]?of[ _]?memory|not enough memory|can(no|')t allocate memory|bad[ _]alloc"
+    r"|_ALLOC_FAILED|ALLOCATION_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+    r"|could not (create|execute) a primitive(?! descriptor)|could not create a memory",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of PyTorch, a library or the system says that memory ran out."""
+    if isinstance(error, SefiError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        named = f"{type(error).__name__}: {error}"
+        return _OUT_OF_MEMORY.search(named) is not None
+    return isinstance(error, MemoryError)

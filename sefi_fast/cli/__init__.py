@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from sefi_fast import __version__
-from sefi_fast.errors import SefiError
+from sefi_fast.errors import SefiError, is_out_of_memory
 
 _COMMANDS = (
     "train",
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 for an expected error, 128 and the signal's number when a signal
-        ended it (130: SIGINT, 143: SIGTERM).
+        ended it (129: SIGHUP, 130: SIGINT, 143: SIGTERM).
     """
     options = _parser().parse_args(arguments)
     # It tells on import that torchvision is missing, which nothing here needs.
@@ -43,18 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
-    except (SefiError, ValueError, TypeError, OSError) as error:
-        print(f"sefi-fast {options.command}: {error}", file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        short = "out of memory" in reason.lower() or "can't allocate memory" in reason
-        if not short and not isinstance(error, MemoryError):
+    except Exception as error:
+        if is_out_of_memory(error):
+            reason = str(error).strip().partition("\n")[0]
+            message = f"there is not enough memory ({reason}): {_SMALLER}"
+        elif isinstance(error, (SefiError, ValueError, TypeError, OSError)):
+            message = str(error)
+        else:
             raise
-        print(
-            f"sefi-fast {options.command}: there is not enough memory ({reason}): {_SMALLER}",
-            file=sys.stderr,
-        )
+        print(f"sefi-fast {options.command}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print(f"sefi-fast {options.command}: {str(error) or 'stopped'}", file=sys.stderr)

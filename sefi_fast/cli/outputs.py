@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sefi_fast.training.output import check_folder, check_output, is_one_of
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import atomic_write, remove_partials
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,6 +68,7 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 def leave_picture(path: Path, what: str, draw: Callable[[], Image.Image]) -> bool:
     """Leave a picture of a run, or warn: the subject is there, whatever becomes of a picture."""
     try:
+        remove_partials(path)
         write_picture(path, draw())
     except Exception as error:
         logger.warning("%s could not be drawn to %s: %s", what, path, error)

@@ -12,6 +12,7 @@ from sefi_fast.cli.options import add_config_fields, add_model, add_preset, conf
 from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_output
+from sefi_fast.utils.files import remove_partials
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -140,6 +141,7 @@ def _run_file_writer(
                 return
             named = {name: value for name, value in given.items() if value is not None}
             try:
+                remove_partials(path)
                 write_settings(path, {**named, **config.as_dict()})
             except OSError as error:
                 logger.warning("the run's options could not be written to %s: %s", path, error)

@@ -85,8 +85,8 @@ def run_study(
     Raises:
         ValueError, TypeError: a number or a setting is out of range.
         OSError: the folder cannot be written.
-        TrainingInterrupted: SIGTERM or SIGINT came, a KeyboardInterrupt; tables of what is done are
-            written before.
+        TrainingInterrupted: SIGTERM, SIGHUP or SIGINT came, a KeyboardInterrupt; tables of what is
+            done are written before.
     """
     for name, value in (("workers", workers), ("side_by_side", side_by_side), ("seeds", seeds)):
         if value < 1:

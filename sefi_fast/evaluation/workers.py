@@ -34,7 +34,7 @@ def do_tasks(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Failur
         workers: processes, each with its share of PyTorch's threads; 1 is this process.
 
     Raises:
-        TrainingInterrupted: SIGTERM or SIGINT came. What was in training has a checkpoint.
+        TrainingInterrupted: SIGTERM, SIGHUP or SIGINT came. What was in training has a checkpoint.
         TrainingError: a worker was stopped.
     """
     with graceful() as stop:

@@ -128,8 +128,8 @@ class SubjectTokens(nn.Module):
         self.slots = nn.Parameter(uniform(3**0.5 * float(self.scale), count, width))
         self.norm = nn.LayerNorm(width, dtype=torch.float32, device=device)
         self.in_weight = nn.Parameter(uniform((3 / width) ** 0.5, 3 * width, width))
-        self.in_bias = nn.Parameter(torch.zeros(3 * width, dtype=torch.float32, device=device))
-        self.out_weight = nn.Parameter(torch.zeros(width, width, dtype=torch.float32, device=device))
+        self.in_bias = nn.Parameter(start.new_zeros(3 * width))
+        self.out_weight = nn.Parameter(start.new_zeros(width, width))
 
     @property
     def streams(self) -> int:

@@ -91,9 +91,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
     )
 
 
-def _move(
-    tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_last: bool
-) -> None:
+def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
     data = tensor.data.to(device, dtype)
     if data.ndim == 4 and _is_channels_last(data) != channels_last:
         layout = torch.channels_last if channels_last else torch.contiguous_format

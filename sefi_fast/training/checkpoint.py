@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,17 @@ class CheckpointFolder:
         self._keep = keep
 
     def check(self) -> None:
-        """Raise OSError if something else is in the folder's place."""
-        if (self.path.exists() or self.path.is_symlink()) and not self.path.is_dir():
+        """Raise OSError if something else is in the folder's place, a link to a folder included."""
+        if os.path.lexists(self.path) and not self._is_there():
+            kind = "a link" if self.path.is_symlink() else "a file"
             raise FileExistsError(
-                f"{self.path} is in the way: checkpoints go into a folder of that name; move it, "
+                f"{self.path} is {kind}, in the way of the folder for checkpoints. Move it, "
                 "choose another output, or set checkpoint_every=0 for no checkpoints"
             )
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, whole or not, newest first."""
-        if not self.path.is_dir():
+        if not self._is_there():
             return []
         names = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
         return sorted((int(name[1]) for name in names if name), reverse=True)
@@ -132,6 +133,8 @@ class CheckpointFolder:
             OSError: it cannot be written.
         """
         path = self.file(checkpoint.step)
+        if path.is_symlink():
+            path.unlink()
         atomic_write(path, _content(checkpoint))
         return path
 
@@ -156,15 +159,31 @@ class CheckpointFolder:
 
     def clear(self) -> None:
         """Remove all checkpoints, and the folder if nothing else is in it."""
-        if not self.path.is_dir():
+        if not self._is_there():
             return
-        # Oldest first, so that a kill on the way leaves the newest.
-        for step in reversed(self.steps()):
-            _remove(self.file(step))
-        self._remove_partials()
-        if not any(self.path.iterdir()):
-            with suppress(OSError):
+        try:
+            # Oldest first, so that a kill on the way leaves the newest.
+            for step in reversed(self.steps()):
+                _remove(self.file(step))
+            self._remove_partials()
+            if not any(self.path.iterdir()):
                 self.path.rmdir()
+        except OSError as error:
+            logger.warning("the old checkpoints in %s stay: %s", self.path, error.strerror or error)
+
+    def clear_if_older(self, output: Path) -> None:
+        """Remove all checkpoints unless the newest was written after the finished `output`.
+
+        A newer one is of a run that was going to overwrite it.
+        """
+        newest = self.steps()[:1]
+        finished = output.stat().st_mtime_ns
+        if all(self.file(step).lstat().st_mtime_ns <= finished for step in newest):
+            self.clear()
+
+    def _is_there(self) -> bool:
+        """Whether the folder is there. What a link leads to belongs to someone else."""
+        return self.path.is_dir() and not self.path.is_symlink()
 
     def _remove_partials(self) -> None:
         for entry in list(self.path.iterdir()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sefi_fast.attention_record import AttentionRecord
+from sefi_fast.errors import is_out_of_memory
 from sefi_fast.pipelines.families import unwrap
 from sefi_fast.training.attention_term import AttentionTerm
 from sefi_fast.training.borrow import TrainingProcessors
@@ -259,10 +260,9 @@ class Engine:
             try:
                 with self.processors.in_place():
                     self._replay = Replay(self._step, changed, self._device)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
-                if self._config.capture == "always" or is_lost(self._device):
+                always = self._config.capture == "always"
+                if is_out_of_memory(error) or always or is_lost(self._device):
                     raise
                 logger.warning(
                     "the training step cannot be captured as a CUDA graph here (%s); it runs "

@@ -75,7 +75,8 @@ class Learner:
             check_output(job.output)
             remove_partials(job.output)
             self.folder = CheckpointFolder(folder_of(job.output), config.keep_checkpoints)
-            self.folder.check()
+            if config.checkpoint_every != 0:
+                self.folder.check()
         pipe = source.pipe
         self._source, self.size = source, resolution_of(pipe, config.resolution)
         tokenizers = [part.tokenizer for part in text_parts(pipe)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from sefi_fast.conditioning import text_parts
-from sefi_fast.errors import TrainingError
-from sefi_fast.training.checkpoint import discard
+from sefi_fast.errors import TrainingError, is_out_of_memory
+from sefi_fast.training.capture import is_lost
+from sefi_fast.training.checkpoint import CheckpointFolder, discard, folder_of
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.engine import Engine
 from sefi_fast.training.job import Job, Outcome, class_word_for
@@ -89,7 +91,8 @@ def train_many(
         ModelError: there is no such model, or the method does not fit its family.
         ValueError, TypeError: a setting is out of range or of the wrong type.
         OSError: the folder cannot be written; told before training begins.
-        TrainingInterrupted: SIGTERM or SIGINT came. Every subject in training has a checkpoint.
+        TrainingInterrupted: SIGTERM, SIGHUP or SIGINT came. Every subject in training has a
+            checkpoint.
     """
     if preset is not None and config is not None:
         raise ValueError(f"preset {preset!r} and config were both given: give one of them")
@@ -151,6 +154,7 @@ class _Many:
         self._groups = deque(groups)
         self._engine: Engine | None = None
         self._written = time.monotonic()
+        self._callback_error: Exception | None = None
 
     def __call__(self, progress: bool) -> list[ManyResult]:
         if not self._overwrite:
@@ -165,7 +169,7 @@ class _Many:
             ) as bar:  # fmt: skip
                 self._train(bar, progress)
         finally:
-            self._summary.write(self._rows())
+            self._write_summary()
         self._summary.join()
         return [self._results[one.number] for one in self._all]
 
@@ -184,11 +188,9 @@ class _Many:
                 if others:
                     self._groups.appendleft(others)
                 self._check_stop(stop)
-                if not self._train_group(group, source, bar, progress):
-                    self._groups.appendleft(group)
+                self._train_group(group, source, bar, progress)
                 if time.monotonic() - self._written > _SECONDS_BETWEEN_SUMMARIES:
-                    self._summary.write(self._rows())
-                    self._written = time.monotonic()
+                    self._write_summary()
 
     def _alike(
         self, group: Sequence[_Numbered], source: Source
@@ -204,13 +206,56 @@ class _Many:
 
     def _train_group(
         self, group: Sequence[_Numbered], source: Source, bar: Any, progress: bool
-    ) -> bool:
-        """Trains a group to its end; False if it is to be tried again in halves."""
+    ) -> None:
+        """Train a group to its end: in halves where memory runs out, one by one after a fault.
+
+        A fault that all of them have alone too is the run's, and is raised.
+        """
+        fault = self._attempt(group, source, bar, progress)
+        if fault is None:
+            return
+        left = self._open(group)
+        if len(left) > 1 and is_out_of_memory(fault):
+            self._limit = (len(left) + 1) // 2
+            logger.warning(
+                "%d subjects at once are too many for the memory (%s): from here on %d at once",
+                len(left), _first_line(fault), self._limit,
+            )  # fmt: skip
+            self._groups.appendleft(left)
+            return
+        faults: list[Exception | None] = [fault] * len(left)
+        if len(left) > 1:
+            logger.warning(
+                "%d subjects cannot train side by side (%s): each is tried alone", len(left), fault
+            )
+            faults = [self._attempt([one], source, bar, progress) for one in left]
+            if all(str(own) == str(fault) for own in faults):
+                raise fault
+        for one, own in zip(left, faults, strict=True):
+            if own is None:
+                continue
+            if is_out_of_memory(own):
+                own = TrainingError(
+                    f"the memory is too small for even one subject ({_first_line(own)}): lower "
+                    "batch_size or resolution, or use gradient_checkpointing=True or "
+                    "low_memory=True"
+                )
+            self._take(one, own)
+            bar.update()
+
+    def _attempt(
+        self, group: Sequence[_Numbered], source: Source, bar: Any, progress: bool
+    ) -> Exception | None:
+        """Train a group, and return the fault that ended it, if one did.
+
+        A subject's own fault is an outcome like another; this one is of the batch.
+        """
 
         def take(index: int, outcome: Outcome) -> None:
             self._take(group[index], outcome)
             bar.update()
 
+        run: Run | None = None
         try:
             run = Run(
                 source,
@@ -221,58 +266,53 @@ class _Many:
             )
             self._engine = run.engine
             run(progress=progress, on_outcome=take)
+            return None
         except KeyboardInterrupt as error:
             error.args = (self._interrupted(),)
             raise
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except Exception as error:
+            # An engine that cannot be made has a setting or a model that is the same for all.
+            of_run = run is None and not is_out_of_memory(error)
+            lost = source.device.type == "cuda" and is_lost(source.device)
+            if of_run or lost or error is self._callback_error:
                 raise
-            words = str(error).splitlines()[0] if str(error) else type(error).__name__
-        else:
-            return True
+            fault = error
         # Outside of the handler, whose traceback holds what filled the memory.
-        self._engine = None
+        run = self._engine = None
+        _clear_frames(fault)
         if source.device.type == "cuda":
             torch.cuda.empty_cache()
-        left = self._open(group)
-        if len(left) > 1:
-            self._limit = (len(left) + 1) // 2
-            logger.warning(
-                "%d subjects at once are too many for the memory (%s): from here on %d at once",
-                len(left), words, self._limit,
-            )  # fmt: skip
-            return False
-        for one in left:
-            outcome = TrainingError(
-                f"the memory is too small for even one subject ({words}): lower batch_size or "
-                "resolution, or use gradient_checkpointing=True or low_memory=True"
-            )
-            self._take(one, outcome)
-            bar.update()
-        return True
+        return fault
 
     def _take(self, one: _Numbered, outcome: Outcome) -> None:
         name, path = one.entry.name, one.job.output
         if isinstance(outcome, Exception):
             logger.warning("%s (%s) is left out: %s", name, one.entry.where, outcome)
+            _clear_frames(outcome)
             self._settle(one, ManyResult(name, None, None, outcome))
         else:
             self._settle(one, ManyResult(name, path, outcome))
 
     def _settle(self, one: _Numbered, result: ManyResult) -> None:
         self._results[one.number] = result
-        if self._on_result is not None:
+        if self._on_result is None:
+            return
+        try:
             self._on_result(result)
+        except Exception as error:
+            self._callback_error = error
+            raise
 
     def _take_finished(self) -> None:
         """Those whose file is there already; a file of other settings is an error, and stays."""
         for one in self._all:
             try:
                 subject = finished_subject(one.job, self._config, self._model)
-            except TrainingError as error:
+            except Exception as error:
                 self._take(one, error)
                 continue
-            if subject is not None:
+            if subject is not None and one.job.output is not None:
+                CheckpointFolder(folder_of(one.job.output)).clear_if_older(one.job.output)
                 self._settle(one, ManyResult(one.entry.name, one.job.output, subject, before=True))
 
     def _open(self, among: Sequence[_Numbered] | None = None) -> list[_Numbered]:
@@ -291,6 +331,13 @@ class _Many:
             "call again skips those and goes on with the others from their checkpoints"
         )
 
+    def _write_summary(self) -> None:
+        try:
+            self._summary.write(self._rows())
+        except OSError as error:
+            logger.warning("the summary could not be written: %s", error)
+        self._written = time.monotonic()
+
     def _rows(self) -> list[dict[str, Any]]:
         return [row_of(one.number, one.entry, self._results.get(one.number)) for one in self._all]
 
@@ -308,7 +355,12 @@ def _job(entry: Entry, folder: Path, class_word: str | None, model: Any) -> Job:
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+def _clear_frames(error: BaseException | None) -> None:
+    """Clear the variables that an error's tracebacks hold: models, images, activations."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

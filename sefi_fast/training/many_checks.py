@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from sefi_fast.conditioning import placeholder_ids
-from sefi_fast.errors import PromptError, SubjectFileError, TrainingError
+from sefi_fast.errors import SubjectFileError, TrainingError
 from sefi_fast.subject import Subject
 from sefi_fast.training.config import TrainConfig, unsaid_settings
 from sefi_fast.training.job import Job, seen_files
@@ -90,7 +90,7 @@ def vectors_of(job: Job, tokenizers: Sequence[Any], config: TrainConfig) -> int:
     """How many tokens stand for a job's placeholder; 0 if training will refuse its class."""
     try:
         return len(placeholder_ids(tokenizers, job.class_word, config.num_vectors)[0])
-    except PromptError:
+    except Exception:
         return 0
 
 

@@ -40,7 +40,8 @@ def draw(
     Drawn on the CPU whatever the device, so that a seed means the same everywhere and the host
     knows the stages without waiting for the device.
     """
-    where = torch.arange(batch_size) + torch.rand(batch_size, generator=generator, dtype=torch.float32)
+    within = torch.rand(batch_size, generator=generator, dtype=torch.float32)
+    where = torch.arange(batch_size) + within
     timesteps = (where / batch_size * num_train_timesteps).long()
     shape = (batch_size, *latent_shape)
     return Draw(

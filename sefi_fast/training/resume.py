@@ -57,7 +57,7 @@ def checkpoints_to_resume(subject: Unfinished, resume: Resume) -> dict[int, Path
     if _is_path(resume):
         path = Path(resume)  # type: ignore[arg-type]
         if path.is_dir():
-            folder = CheckpointFolder(path)
+            folder = CheckpointFolder(path.resolve())
         elif path.exists():
             checkpoint = read_checkpoint(path)
             _check_same(checkpoint, subject)

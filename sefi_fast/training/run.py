@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sefi_fast.errors import SefiError
+from sefi_fast.errors import is_out_of_memory
 from sefi_fast.training.borrow import borrowed
 from sefi_fast.training.checkpoint import Checkpoint, Timetable, read_checkpoint
 from sefi_fast.training.config import TrainConfig
@@ -92,7 +92,9 @@ class Run:
                     if found:
                         begun[number] = read_checkpoint(found[max(found)])
                         learner.load(begun[number])
-                except (SefiError, ValueError, TypeError, OSError) as error:
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
                     self._outcomes[number] = error
                 else:
                     self._learners[number] = learner
@@ -100,7 +102,12 @@ class Run:
         self.engine = self._start_engine(engine) if self._learners else engine
         for number in begun.keys() & self._learners.keys():
             assert self.engine is not None
-            self.engine.load_state_dict(self._lanes[number], begun[number].part("engine"))
+            try:
+                self.engine.load_state_dict(self._lanes[number], begun[number].part("engine"))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self._end({number: error})
         self._timetable = Timetable(config.checkpoint_every)
         self._whole = True
 
@@ -118,8 +125,8 @@ class Run:
             What became of each job: the subject, or the error that ended it.
 
         Raises:
-            TrainingInterrupted: SIGTERM or SIGINT came; every subject that was still in training
-                has a checkpoint, if it has an output.
+            TrainingInterrupted: SIGTERM, SIGHUP or SIGINT came; every subject that was still in
+                training has a checkpoint, if it has an output.
         """
         self._on_outcome = on_outcome
         for number, outcome in enumerate(self._outcomes):
@@ -257,7 +264,7 @@ class Run:
             try:
                 if learner.job.output is not None:
                     subject.save(learner.job.output)
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 outcomes[number] = unsaved_error(learner, subject, error)
                 continue
             if learner.folder is not None:
@@ -306,12 +313,12 @@ class Run:
             state = self.engine.state_dict(self._lanes[number])
             try:
                 path = learner.folder.write(learner.checkpoint(state))
-            except OSError as error:
+            except Exception as error:
                 logger.warning(
                     "the checkpoint of step %d could not be written to %s (%s): %s",
                     learner.done,
                     learner.folder.path,
-                    error.strerror or error,
+                    getattr(error, "strerror", None) or error,
                     f"the one of step {learner.saved} stays" if learner.saved else "there is none",
                 )
                 continue

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run between two steps instead of in the middle of one."""
+"""SIGTERM, SIGHUP and SIGINT end a run between two steps instead of in the middle of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TrainingInterrupted(KeyboardInterrupt):
     """A signal ended training after a whole step; a KeyboardInterrupt, so nothing swallows it.
 
     Attributes:
-        signal: the number of the signal: 2 (SIGINT) or 15 (SIGTERM).
+        signal: the number of the signal: 1 (SIGHUP), 2 (SIGINT) or 15 (SIGTERM).
         step: steps done.
     """
 
@@ -35,11 +35,12 @@ _current: Stop | None = None
 
 @contextmanager
 def graceful() -> Iterator[Stop]:
-    """While inside, SIGTERM and SIGINT only set `received`; the handlers come back on the way out.
+    """Inside, signals only set `received`: SIGTERM, SIGINT and, on POSIX systems, SIGHUP.
 
-    A second SIGINT raises KeyboardInterrupt at once. Handlers that the program set itself stay in
-    charge, and so does everything outside of the main thread, where Python has no signals. Inside
-    another `graceful` the outer one's `Stop` is shared.
+    A second SIGINT raises KeyboardInterrupt at once. The handlers of before come back on the way
+    out. A signal that is ignored, as SIGHUP is under nohup, stays ignored. Handlers that the
+    program set itself stay in charge, and so does everything outside of the main thread, where
+    Python has no signals. Inside another `graceful` the outer one's `Stop` is shared.
     """
     global _current
     if _current is not None or threading.current_thread() is not threading.main_thread():
@@ -53,10 +54,10 @@ def graceful() -> Iterator[Stop]:
         stop.received = stop.received or number
 
     before = {}
-    for number, usual in (
-        (signal.SIGTERM, signal.SIG_DFL),
-        (signal.SIGINT, signal.default_int_handler),
-    ):
+    wanted = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    if hasattr(signal, "SIGHUP"):
+        wanted[signal.SIGHUP] = signal.SIG_DFL
+    for number, usual in wanted.items():
         if signal.getsignal(number) is usual:
             before[number] = usual
     _current = stop

@@ -73,9 +73,7 @@ class TrainingStep:
         self.draws = draws
         self.time_ids = time_ids
         self._timestep_weights = timestep_weights
-        self.results = torch.zeros(
-            3, len(state), dtype=torch.float32, device=latents.mean.device
-        )
+        self.results = torch.zeros(3, len(state), dtype=torch.float32, device=latents.mean.device)
 
     def __call__(self) -> None:
         """One step: every tensor it changes is one of `state.tensors()` or `results`."""

@@ -11,7 +11,8 @@ from sefi_fast.subject import Subject
 from sefi_fast.subject.file import summarise
 from sefi_fast.training.manifest import Entry
 from sefi_fast.training.shard import Shard
-from sefi_fast.utils.files import atomic_write
+from sefi_fast.utils.files import atomic_write, remove_partials
+from sefi_fast.utils.text import printable
 
 FILE = "summary.jsonl"
 
@@ -47,7 +48,11 @@ class Summary:
         ]
         self._own = self._parts[shard.index]
         self._alone = shard.count == 1
-        self._own.unlink(missing_ok=True)
+        # Of killed runs, with as many processes or another number. No process has begun to write.
+        for part in folder.glob(f".{FILE}.*-of-*"):
+            part.unlink(missing_ok=True)
+        for path in (folder / FILE, self._own):
+            remove_partials(path)
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
         """The lines of this process so far, whole or not at all.
@@ -87,7 +92,7 @@ def row_of(number: int, entry: Entry, result: ManyResult | None) -> dict[str, An
         return row
     row["state"] = "failed" if result.error else "before" if result.before else "learnt"
     if result.error is not None:
-        row["error"] = f"{type(result.error).__name__}: {result.error}"
+        row["error"] = printable(f"{type(result.error).__name__}: {result.error}")
     if result.subject is not None and result.path is not None:
         row["file"] = result.path.name
         row["class_word"] = result.subject.class_word
@@ -97,4 +102,6 @@ def row_of(number: int, entry: Entry, result: ManyResult | None) -> dict[str, An
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
     ordered = sorted(rows, key=lambda row: row["number"])
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered).encode()
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
+    # JSON writes a lone surrogate as Python escapes it.
+    return text.encode(errors="backslashreplace")

@@ -76,7 +76,8 @@ def train(
             state is in its `subject`, and saved if `output` was given, no file was there yet, and
             any step succeeded.
         UnsavedSubjectError: the disk filled up meanwhile; the result is in its `subject`.
-        TrainingInterrupted: SIGTERM or SIGINT came. The step was finished, a checkpoint written.
+        TrainingInterrupted: SIGTERM, SIGHUP or SIGINT came. The step was finished, a checkpoint
+            written.
     """
     if preset is not None and config is not None:
         raise ValueError(
