@@ -69,7 +69,7 @@ def test_train_takes_a_preset_and_options_before_it(tmp_path):
     assert (subject.stages, subject.split, subject.settings["weight_lambda"]) == (2, False, 0.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_train_ended_by_a_signal_exits_with_its_number_and_is_resumed(
     tmp_path, capsys, monkeypatch, number
 ):
@@ -77,8 +77,11 @@ def test_train_ended_by_a_signal_exits_with_its_number_and_is_resumed(
     command = ["train", PICTURE, "-o", str(file), "--quiet", "--steps", "4",
                "--batch-size", "1", "--stages", "2"]  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    handlers = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {
+        one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     honest = engine_module.Engine.step
 

@@ -15,9 +15,10 @@ from sefi_fast.cli import info, main
         RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: 46080000000 bytes"
         ),
+        RuntimeError("could not create a primitive"),
         MemoryError(),
     ],
-    ids=["CUDA", "CPU", "Python"],
+    ids=["CUDA", "CPU", "oneDNN", "Python"],
 )
 def test_too_little_memory_is_told_with_what_helps(monkeypatch, capsys, error):
     def fail(options):

@@ -111,8 +111,9 @@ class CheckpointFolder:
         if os.path.lexists(self.path) and not self._is_there():
             kind = "a link" if self.path.is_symlink() else "a file"
             raise FileExistsError(
-                f"{self.path} is {kind}, in the way of the folder for checkpoints. Move it, "
-                "choose another output, or set checkpoint_every=0 for no checkpoints"
+                f"{self.path} is in the way: it is {kind}, and checkpoints go into a folder of "
+                "that name. Move it, choose another output, or set checkpoint_every=0 for no "
+                "checkpoints"
             )
 
     def steps(self) -> list[int]:

@@ -121,7 +121,6 @@ class Learner:
         self._identity = {
             "placeholder": job.placeholder,
             "class_word": job.class_word,
-            "model": source.name,
             "the model's weights or noise schedule": source.checksum,
             "the picture": _checksum(pixels),
             "mask": "none" if mask is None else _checksum(mask),

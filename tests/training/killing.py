@@ -1,5 +1,7 @@
 """Train the bundled model in processes that are killed with SIGKILL at random moments, and resume.
 
+Every third kill is one between the saving of the subject and the clearing of its checkpoints.
+
 Run as a script: forks every training from one process that has the model in memory, since loading
 it takes longer than training. Prints one JSON line: how many trainings were killed, at how many
 different steps, and whether each finished subject equals that of an uninterrupted run.
@@ -42,6 +44,13 @@ def learn(pipe, output, **arguments):
         output=output,
         **{**SETTINGS, **arguments},
     )
+
+
+def learn_killed_after_saving(pipe, output):
+    from sefi_fast.training.checkpoint import CheckpointFolder
+
+    CheckpointFolder.clear = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+    learn(pipe, output, resume="auto")
 
 
 def forked(act) -> int:
@@ -95,8 +104,11 @@ def main() -> None:
         finished = False
         while not finished:
             before = steps_there(output)
-            child = forked(lambda output=output: learn(pipe, output, resume="auto"))
-            if kills < options.kills:
+            if kills < options.kills and kills % 3 == 2:
+                child = forked(lambda output=output: learn_killed_after_saving(pipe, output))
+            else:
+                child = forked(lambda output=output: learn(pipe, output, resume="auto"))
+            if kills < options.kills and kills % 3 != 2:
                 time.sleep(rng.uniform(0, span))
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)

@@ -172,6 +172,35 @@ def test_something_in_the_folders_place_is_told(tmp_path):
     CheckpointFolder(tmp_path).check()
 
 
+def test_a_link_among_the_checkpoints_goes_and_its_target_stays(folder, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    folder.path.mkdir()
+    for name in ("step-000001", "step-000002", "step-000004"):
+        (folder.path / f"{name}.safetensors").symlink_to(precious)
+    folder.write(make(4))
+    folder.write(make(6))
+    folder.prune(6)
+    assert folder.steps() == [6, 4] and not folder.file(4).is_symlink()
+    folder.file(5).symlink_to(precious)
+    folder.clear()
+    assert not folder.path.exists()
+    assert precious.read_text() == "precious"
+
+
+def test_a_linked_folder_is_refused_and_stays(tmp_path):
+    target = CheckpointFolder(tmp_path / "target")
+    target.write(make())
+    link = CheckpointFolder(tmp_path / "me.safetensors.checkpoints")
+    link.path.symlink_to(target.path)
+    with pytest.raises(FileExistsError, match="it is a link"):
+        link.check()
+    link.clear()
+    link.prune(9)
+    discard(tmp_path / "me.safetensors")
+    assert target.steps() == [4] and link.steps() == []
+
+
 def test_timetable(monkeypatch):
     every = Timetable(3)
     assert [step for step in range(1, 10) if every.due(step)] == [3, 6, 9]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ from PIL import Image
 
 import sefi_fast
 from sefi_fast.subject import Subject
-from sefi_fast.training import ManifestError, NonFiniteLossError, TrainConfig, TrainingInterrupted
+from sefi_fast.training import (
+    ManifestError,
+    NonFiniteLossError,
+    TrainConfig,
+    TrainingInterrupted,
+    UnsavedSubjectError,
+)
 from sefi_fast.training import many as many_module
 from sefi_fast.training.checkpoint import folder_of
 from sefi_fast.training.engine import Engine
 from sefi_fast.training.job import Job
+from sefi_fast.training.learner import Learner
+from sefi_fast.training.source import Source
+from sefi_fast.training.summary import FILE as SUMMARY
+from sefi_fast.training.summary import Summary
 
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 2, "resolution": 64, "progress": False}
 WORDS = ("cat", "dog", "car")
@@ -152,6 +163,175 @@ def test_failures_are_kept_apart(sd15_pipeline, tmp_path, monkeypatch, caplog):
     assert "damaged (subject 1) is left out" in caplog.text
 
 
+def raising(error: Exception) -> Any:
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        raise error
+
+    return fail
+
+
+class RaisingImage(Image.Image):
+    """An image whose decoder fails in a way of its own."""
+
+    def load(self) -> Any:
+        raise NotImplementedError("Unimplemented pixel format")
+
+    copy = load
+
+
+def lone_surrogate(folder: Path) -> dict[str, Any]:
+    return {"class_word": "ca\udc80t"}
+
+
+def damaged_checkpoint(folder: Path) -> dict[str, Any]:
+    from sefi_fast.training.checkpoint import CheckpointFolder
+
+    checkpoints = CheckpointFolder(folder_of(folder / "bad.safetensors"))
+    checkpoints.path.mkdir()
+    checkpoints.file(2).write_bytes(b"damaged")
+    return {}
+
+
+def output_is_a_folder(folder: Path) -> dict[str, Any]:
+    (folder / "bad.safetensors").mkdir()
+    return {}
+
+
+def file_in_the_way_of_checkpoints(folder: Path) -> dict[str, Any]:
+    folder_of(folder / "bad.safetensors").write_text("a file")
+    return {}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda folder: {"image": RaisingImage()},
+        lambda folder: {"image": np.array(object())},
+        lone_surrogate,
+        lambda folder: {"class_word": "cat " * 99},
+        lambda folder: {"scene": "at \ud800"},
+        damaged_checkpoint,
+        output_is_a_folder,
+        file_in_the_way_of_checkpoints,
+    ],
+    ids=[
+        "image", "array", "surrogate", "long", "scene", "checkpoint", "folder", "in the way",
+    ],
+)  # fmt: skip
+def test_one_bad_subject_ends_no_run(sd15_pipeline, tmp_path, bad):
+    entry = {"image": picture(7), "name": "bad", "class_word": "cat", **bad(tmp_path)}
+    given = [entry, *subjects(1)]
+    settings = {**FAST, "steps": 1}
+    for before in (False, True):
+        results = sefi_fast.train_many(given, model=sd15_pipeline, output=tmp_path, **settings)
+        assert results[0].error is not None and results[0].subject is None
+        assert results[1].error is None and results[1].before is before
+        rows = summary_of(tmp_path)
+        assert [row["state"] for row in rows] == ["failed", "before" if before else "learnt"]
+
+
+def fail_for_the_second(monkeypatch: Any, owner: type, name: str) -> None:
+    """Let a method of Learner or Engine raise where the subject of seed 11 takes part."""
+    honest = getattr(owner, name)
+
+    def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if owner is Learner:
+            job = arguments[0] if name == "__init__" else self.job
+            seeds = [job.seed]
+        else:
+            seeds = [generator.initial_seed() for generator in self._draws._generators]
+        if 11 in seeds:
+            raise KeyError("something unforeseen")
+        return honest(self, *arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Learner, "__init__"),
+        (Learner, "unfinished"),
+        (Learner, "take"),
+        (Learner, "subject"),
+        (Engine, "step"),
+    ],
+)
+def test_whatever_a_subject_raises_is_its_own_failure(
+    sd15_pipeline, tmp_path, monkeypatch, owner, name
+):
+    fail_for_the_second(monkeypatch, owner, name)
+    settings = {**FAST, "steps": 1, "model": sd15_pipeline, "output": tmp_path}
+    for before in (False, True):
+        results = sefi_fast.train_many(subjects(), **settings)
+        assert [type(result.error) for result in results] == [type(None), KeyError, type(None)]
+        assert [result.before for result in results] == [before, False, before]
+    monkeypatch.undo()
+    results = sefi_fast.train_many(subjects(), **settings)
+    assert [result.before for result in results] == [True, False, True]
+    assert all(result.error is None for result in results)
+    assert sorted(os.listdir(tmp_path)) == [*(f"s{n}.safetensors" for n in range(3)), SUMMARY]
+
+
+def test_a_subject_that_cannot_be_saved_fails_alone(sd15_pipeline, tmp_path, monkeypatch):
+    honest = Subject.save
+
+    def save(subject: Subject, path: Any) -> Any:
+        if subject.placeholder == "<s1>":
+            raise RuntimeError("something unforeseen")
+        return honest(subject, path)
+
+    monkeypatch.setattr(Subject, "save", save)
+    results = sefi_fast.train_many(subjects(), model=sd15_pipeline, output=tmp_path, **FAST)
+    assert isinstance(results[1].error, UnsavedSubjectError)
+    assert results[0].error is None and results[2].error is None
+
+
+def test_errors_hold_no_images_and_no_model(sd15_pipeline, tmp_path):
+    (result,) = sefi_fast.train_many(
+        [{"image": RaisingImage(), "class_word": "cat"}],
+        model=sd15_pipeline, output=tmp_path, **FAST,
+    )  # fmt: skip
+    error: BaseException | None = result.error
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            held = frame.f_locals.values()
+            assert not any(isinstance(x, (Image.Image, Source, Learner)) for x in held)
+        error = error.__cause__
+
+
+@pytest.mark.parametrize("ended", ["checkpoint", "empty", "overwritten"])
+def test_what_a_kill_left_of_a_finished_subject_goes(sd15_pipeline, tmp_path, ended):
+    settings = {**FAST, "model": sd15_pipeline, "output": tmp_path}
+    sefi_fast.train_many(subjects(1), **settings)
+    output = tmp_path / "s0.safetensors"
+    folder_of(output).mkdir()
+    partial = tmp_path / ".summary.jsonl.0123abcd"
+    part = tmp_path / ".summary.jsonl.2-of-4"
+    for path in (partial, part):
+        path.write_text("half")
+    if ended != "empty":
+        checkpoint = folder_of(output) / "step-000002.safetensors"
+        checkpoint.write_bytes(b"half")
+        finished = output.stat().st_mtime_ns
+        later = finished + (10**9 if ended == "overwritten" else 0)
+        os.utime(checkpoint, ns=(later, later))
+    (again,) = sefi_fast.train_many(subjects(1), **settings)
+    assert again.before
+    # A newer checkpoint is of a run that was going to overwrite the file.
+    left = [folder_of(output).name] if ended == "overwritten" else []
+    assert sorted(os.listdir(tmp_path)) == [output.name, *left, SUMMARY]
+
+
+def test_a_summary_that_cannot_be_written_costs_no_result(
+    sd15_pipeline, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(Summary, "write", raising(OSError(28, "No space left on device")))
+    (result,) = sefi_fast.train_many(subjects(1), model=sd15_pipeline, output=tmp_path, **FAST)
+    assert result.error is None
+    assert "the summary could not be written" in caplog.text
+
+
 def test_finished_ones_are_skipped_and_the_missing_made_good(sd15_pipeline, tmp_path, monkeypatch):
     first = sefi_fast.train_many(subjects(), model=sd15_pipeline, output=tmp_path, **FAST)
     (tmp_path / "s1.safetensors").unlink()
@@ -234,14 +414,22 @@ def test_an_interrupted_group_goes_on_from_its_checkpoints(sd15_pipeline, tmp_pa
         assert_close(result.subject, wanted.subject)
 
 
-def test_too_many_for_the_memory(sd15_pipeline, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("could not create a primitive"),
+    ],
+    ids=["CUDA", "oneDNN"],
+)
+def test_too_many_for_the_memory(sd15_pipeline, tmp_path, monkeypatch, caplog, error):
     step = Engine.step
     sizes: list[int] = []
 
     def narrow(self: Engine, rate: float | None = None) -> list[Any]:
         sizes.append(len(self.active))
         if len(self.active) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
         return step(self, rate)
 
     monkeypatch.setattr(Engine, "step", narrow)

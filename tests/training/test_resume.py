@@ -8,6 +8,7 @@ import os
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
 import sefi_fast
@@ -16,6 +17,7 @@ from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import Callbacks, CheckpointError, TrainingInterrupted, plateau, train
 from sefi_fast.training.checkpoint import CheckpointFolder, folder_of
 from sefi_fast.training.resume import newest_step
+from sefi_fast.training.source import model_checksum
 
 PICTURE = sefi_fast.bundled_subject_image()
 FAST = {"class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "progress": False}
@@ -204,6 +206,66 @@ def test_another_picture_is_told(pipe, output):
         train(other, model=pipe, output=output, steps=4, resume=True, **FAST)
 
 
+def change_one_weight(path):
+    tensors = safetensors.torch.load_file(path)
+    name = sorted(tensors)[len(tensors) // 2]
+    tensors[name].view(-1)[-1] += 1
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+def test_changed_weights_in_the_same_folder_are_told(output, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sefi_fast.bundled_model_path(), folder)
+    leave_at(1, folder, output, steps=3)
+    (file,) = (folder / "unet").glob("*.safetensors")
+    change_one_weight(file)
+    before = checkpoints(output).file(1).read_bytes()
+    for resume in (True, "auto"):
+        with pytest.raises(CheckpointError, match=r"weights or noise schedule was .* resume=False"):
+            train(PICTURE, model=folder, output=output, steps=3, resume=resume, **FAST)
+    assert checkpoints(output).file(1).read_bytes() == before
+    train(PICTURE, model=folder, output=output, steps=3, resume=False, **FAST)
+
+
+def test_a_model_folder_may_be_copied_and_weights_stored_otherwise(pipe, output, tmp_path):
+    straight = train(PICTURE, model=pipe, steps=3, **FAST)
+    leave_at(1, pipe, output, steps=3)
+    shutil.copytree(sefi_fast.bundled_model_path(), tmp_path / "copy")
+    resumed = train(PICTURE, model=tmp_path / "copy", output=output, steps=3, resume=True, **FAST)
+    torch.testing.assert_close(resumed.tokens[0], straight.tokens[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["unet", "text_encoder", "vae", "scheduler", "scaling_factor"])
+def test_a_pipeline_that_changed_in_memory_is_told(output, changed):
+    pipe = sefi_fast.load_pipeline(None)
+    leave_at(1, pipe, output, steps=3)
+    if changed == "scheduler":
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.013)
+    elif changed == "scaling_factor":
+        pipe.vae.register_to_config(scaling_factor=0.5)
+    else:
+        with torch.no_grad():
+            list(getattr(pipe, changed).parameters())[5].view(-1)[3] += 1e-3
+    with pytest.raises(CheckpointError, match="weights or noise schedule was"):
+        train(PICTURE, model=pipe, output=output, steps=3, resume=True, **FAST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_the_checksum_of_weights_is_that_of_their_values(dtype):
+    pipe = sefi_fast.load_pipeline(None)
+    pipe.unet.to(dtype)
+    before = model_checksum(pipe)
+    pipe.unet.to(memory_format=torch.channels_last)
+    for parameter in pipe.unet.parameters():
+        # Not at a multiple of 8 bytes, as in a file that is mapped into memory.
+        shifted = torch.empty(parameter.numel() + 1, dtype=dtype)[1:].view(parameter.shape)
+        parameter.data = shifted.copy_(parameter.data)
+    assert model_checksum(pipe) == before
+    with torch.no_grad():
+        pipe.unet.conv_in.bias[-1:] = 0.5
+    assert model_checksum(pipe) != before
+
+
 def test_more_steps_and_other_harmless_settings_go_on(pipe, output, caplog):
     leave_at(2, pipe, output, steps=3, schedule="constant")
     harmless = {"checkpoint_every": 1, "keep_checkpoints": 1, "max_seconds": 1e4}
@@ -259,6 +321,30 @@ def test_something_in_the_way_of_checkpoints_is_told_before_training(pipe, outpu
     with pytest.raises(OSError, match="is in the way"):
         train(PICTURE, model=pipe, output=output, steps=2, **FAST)
     assert folder_of(output).read_text() == "a file"
+    # What the message advises.
+    train(PICTURE, model=pipe, output=output, steps=2, checkpoint_every=0, **FAST)
+    assert folder_of(output).read_text() == "a file"
+
+
+@pytest.mark.parametrize("resume", [None, True, "auto", False])
+@pytest.mark.parametrize("every", [0, 1])
+def test_nothing_of_a_linked_checkpoint_folder_is_deleted(pipe, output, tmp_path, resume, every):
+    target = tmp_path / "target"
+    target.mkdir()
+    kept = [target / "step-000001.safetensors", target / ".step-000002.safetensors.0123abcd"]
+    for path in kept:
+        path.write_text("precious")
+    folder_of(output).symlink_to(target, target_is_directory=True)
+    settings = {"steps": 2, "checkpoint_every": every, "resume": resume, **FAST}
+    if every == 0 and resume is not True:
+        train(PICTURE, model=pipe, output=output, **settings)
+    else:
+        error = CheckpointError if every == 0 else FileExistsError
+        with pytest.raises(error, match=r"is in the way: it is a link|no checkpoint to go on"):
+            train(PICTURE, model=pipe, output=output, **settings)
+    assert folder_of(output).is_symlink()
+    assert sorted(target.iterdir()) == sorted(kept)
+    assert {path.read_text() for path in kept} == {"precious"}
 
 
 def test_a_full_disk_stops_no_run_and_costs_no_older_checkpoint(pipe, output, caplog, monkeypatch):

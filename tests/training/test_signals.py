@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after a whole step, with a checkpoint; handlers come back."""
+"""Signals end a run after a whole step, with a checkpoint; handlers come back."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ def pipe():
 
 @pytest.fixture(autouse=True)
 def usual_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(pipe, tmp_path, number):
     output = tmp_path / "me.safetensors"
     straight = train(PICTURE, model=pipe, **FAST)
@@ -51,6 +53,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(pipe, tmp_path, numb
     assert newest_step(output) == 3
     assert Subject.load(output).summary["steps"] == 3
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = train(PICTURE, model=pipe, output=output, resume=True, **FAST)
     assert torch.equal(resumed.tokens[0], straight.tokens[0])
@@ -81,6 +84,15 @@ def test_the_programs_own_handlers_stay_in_charge():
     with graceful() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
     assert seen == [signal.SIGTERM] and stop.received is None
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    # nohup ignores SIGHUP.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with graceful() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert stop.received is None
 
 
 def test_an_outer_one_is_shared():

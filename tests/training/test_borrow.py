@@ -1,0 +1,136 @@
+"""A borrowed pipeline is put back as it was, even when training cannot start."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from training.pipeline_state import state_of
+
+import sefi_fast
+from sefi_fast.errors import ModelError
+from sefi_fast.tiny_world import CLASS_WORD
+from sefi_fast.training import TrainConfig, borrow, engine, learner, source, train
+from sefi_fast.training.run import running
+
+IMAGE = sefi_fast.bundled_subject_image()
+FAST = {"class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "steps": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A pipeline with flags, modes, formats and layouts of all kinds."""
+    pipe = sefi_fast.load_pipeline(None)
+    for number, parameter in enumerate(pipe.unet.parameters()):
+        parameter.requires_grad_(number % 3 == 0)
+    pipe.text_encoder.requires_grad_(False)
+    pipe.vae.half()
+    pipe.unet.train()
+    pipe.unet.mid_block.eval()
+    pipe.unet.down_blocks[0].to(memory_format=torch.channels_last)
+    pipe.text_encoder.to(torch.bfloat16)
+    return pipe
+
+
+class Unforeseen(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (source, "model_checksum"),
+        (source, "checkpointed"),
+        (learner, "encode_picture"),
+        (learner, "TrainingPrompts"),
+        (engine, "TrainingProcessors"),
+        (engine, "TrainingStep"),
+        (engine.Engine, "step"),
+        (borrow, "_is_channels_last"),
+    ],
+)
+def test_whatever_ends_it(pipe, monkeypatch, module, name):
+    before = state_of(pipe)
+    calls = []
+    honest = getattr(module, name)
+
+    def fail(*arguments, **keywords):
+        calls.append(name)
+        # In the middle of a module's tensors, where it is called for each.
+        if name != "_is_channels_last" or len(calls) == 50:
+            raise Unforeseen
+        return honest(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(Unforeseen):
+        train(IMAGE, model=pipe, gradient_checkpointing=True, **FAST)
+    assert calls
+    monkeypatch.undo()
+    assert state_of(pipe) == before
+
+
+def test_an_interrupt_at_any_line(pipe):
+    """Ctrl-C in the middle of the set-up: at lines spread over all of it."""
+    before = state_of(pipe)
+    files = {borrow.__file__, source.__file__}
+    config = TrainConfig(gradient_checkpointing=True)
+
+    def run_until(stop):
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            if frame.f_code.co_filename not in files:
+                return None
+            count += event == "line"
+            if count == stop:
+                raise KeyboardInterrupt
+            return trace
+
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with running(pipe, config):
+                sys.settrace(previous)
+                return count
+        except KeyboardInterrupt:
+            return stop
+        finally:
+            sys.settrace(previous)
+
+    lines = run_until(-1)
+    assert lines > 1000
+    for stop in [*range(1, lines, lines // 15), lines]:
+        assert run_until(stop) == stop
+        assert state_of(pipe) == before, stop
+
+
+def test_a_tensor_that_cannot_be_put_back_costs_no_other_one(pipe, monkeypatch):
+    flags = [parameter.requires_grad for parameter in pipe.unet.parameters()]
+    modes = [part.training for part in pipe.unet.modules()]
+    honest, fails = borrow._move, []
+
+    def move(*arguments):
+        if fails:
+            raise fails.pop()
+        honest(*arguments)
+
+    monkeypatch.setattr(borrow, "_move", move)
+    with pytest.raises(MemoryError), running(pipe, TrainConfig()):
+        fails.append(MemoryError())
+    assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == flags
+    assert [part.training for part in pipe.unet.modules()] == modes
+
+
+def test_weights_made_in_inference_mode_are_refused_and_stay(tmp_path):
+    with torch.inference_mode():
+        pipe = sefi_fast.load_pipeline(None)
+    before = [parameter.requires_grad for parameter in pipe.unet.parameters()]
+    with pytest.raises(ModelError, match=r"torch\.no_grad\(\)"):
+        train(IMAGE, model=pipe, **FAST)
+    assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == before
+    # What the message advises.
+    with torch.no_grad():
+        pipe = sefi_fast.load_pipeline(None)
+    assert len(train(IMAGE, model=pipe, **FAST).history.loss) == 1
