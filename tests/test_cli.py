@@ -101,6 +101,9 @@ def test_train_ended_by_a_signal_exits_with_its_number_and_is_resumed(
     assert "after 2 of 4 steps" in capsys.readouterr().err
     assert main(command) == 1
     assert "--resume" in capsys.readouterr().err
+    for name in ("me.safetensors", "me.run.yaml", "me-training.png"):
+        # As a kill in the middle of writing leaves them.
+        (tmp_path / f".{name}.0123abcd").write_text("half")
     assert main([*command, "--resume"]) == 0
     assert Subject.load(file).summary["steps"] == 4
     left = sorted(path.name for path in tmp_path.iterdir())

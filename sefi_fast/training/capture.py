@@ -38,6 +38,8 @@ def rehearse(run: Callable[[], None], changed: Iterable[Tensor], times: int = _R
 
 def is_lost(device: torch.device) -> bool:
     """Whether an illegal access or the like has left this process nothing but errors there."""
+    if device.type != "cuda":
+        return False
     try:
         torch.cuda.synchronize(device)
     except RuntimeError:

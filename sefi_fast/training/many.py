@@ -35,6 +35,7 @@ from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
 from sefi_fast.training.source import Source
 from sefi_fast.training.summary import ManyResult, Summary, row_of
 from sefi_fast.training.trackers import check_trackers
+from sefi_fast.utils.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -273,8 +274,7 @@ class _Many:
         except Exception as error:
             # An engine that cannot be made has a setting or a model that is the same for all.
             of_run = run is None and not is_out_of_memory(error)
-            lost = source.device.type == "cuda" and is_lost(source.device)
-            if of_run or lost or error is self._callback_error:
+            if of_run or error is self._callback_error or is_lost(source.device):
                 raise
             fault = error
         # Outside of the handler, whose traceback holds what filled the memory.
@@ -287,7 +287,8 @@ class _Many:
     def _take(self, one: _Numbered, outcome: Outcome) -> None:
         name, path = one.entry.name, one.job.output
         if isinstance(outcome, Exception):
-            logger.warning("%s (%s) is left out: %s", name, one.entry.where, outcome)
+            words = printable(str(outcome) or type(outcome).__name__)
+            logger.warning("%s (%s) is left out: %s", name, one.entry.where, words)
             _clear_frames(outcome)
             self._settle(one, ManyResult(name, None, None, outcome))
         else:

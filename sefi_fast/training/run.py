@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sefi_fast.errors import is_out_of_memory
 from sefi_fast.training.borrow import borrowed
+from sefi_fast.training.capture import is_lost
 from sefi_fast.training.checkpoint import Checkpoint, Timetable, read_checkpoint
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.engine import Engine, StepResult
@@ -93,7 +94,7 @@ class Run:
                         begun[number] = read_checkpoint(found[max(found)])
                         learner.load(begun[number])
                 except Exception as error:
-                    if is_out_of_memory(error):
+                    if is_out_of_memory(error) or is_lost(source.device):
                         raise
                     self._outcomes[number] = error
                 else:
@@ -105,7 +106,7 @@ class Run:
             try:
                 self.engine.load_state_dict(self._lanes[number], begun[number].part("engine"))
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or is_lost(source.device):
                     raise
                 self._end({number: error})
         self._timetable = Timetable(config.checkpoint_every)

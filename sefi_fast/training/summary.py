@@ -49,7 +49,7 @@ class Summary:
         self._own = self._parts[shard.index]
         self._alone = shard.count == 1
         # Of killed runs, with as many processes or another number. No process has begun to write.
-        for part in folder.glob(f".{FILE}.*-of-*"):
+        for part in folder.glob(f".{FILE}.[0-9]*-of-[0-9]*"):
             part.unlink(missing_ok=True)
         for path in (folder / FILE, self._own):
             remove_partials(path)

@@ -81,8 +81,8 @@ def draw_validation(
     twin.set_progress_bar_config(disable=True)
     if is_sdxl(pipe) and pipe.vae.config.force_upcast:
         twin.vae = _without_autocast(pipe.vae)
-    attach(twin, subject)
     try:
+        attach(twin, subject)
         with torch.no_grad():
             return [
                 generate(
