@@ -28,9 +28,11 @@ from sefi_fast.training.checkpoint import folder_of
 from sefi_fast.training.engine import Engine
 from sefi_fast.training.job import Job
 from sefi_fast.training.learner import Learner
+from sefi_fast.training.manifest import Entry
+from sefi_fast.training.shard import Shard
 from sefi_fast.training.source import Source
 from sefi_fast.training.summary import FILE as SUMMARY
-from sefi_fast.training.summary import Summary
+from sefi_fast.training.summary import ManyResult, Summary, row_of
 
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 2, "resolution": 64, "progress": False}
 WORDS = ("cat", "dog", "car")
@@ -321,6 +323,15 @@ def test_what_a_kill_left_of_a_finished_subject_goes(sd15_pipeline, tmp_path, en
     # A newer checkpoint is of a run that was going to overwrite the file.
     left = [folder_of(output).name] if ended == "overwritten" else []
     assert sorted(os.listdir(tmp_path)) == [output.name, *left, SUMMARY]
+
+
+def test_a_summary_holds_any_text(tmp_path):
+    entry = Entry(image=tmp_path / "\udcff.png", name="\ud800", where="line 1")
+    result = ManyResult(entry.name, None, None, ValueError("\x1b[31m\udc80" + "x" * 10**6))
+    Summary(tmp_path, Shard()).write([row_of(0, entry, result)])
+    (row,) = summary_of(tmp_path)
+    assert (row["name"], row["image"]) == ("\ud800", str(entry.image))
+    assert row["error"].startswith(r"ValueError: \x1b[31m\udc80x") and len(row["error"]) < 3000
 
 
 def test_a_summary_that_cannot_be_written_costs_no_result(

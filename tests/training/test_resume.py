@@ -244,7 +244,9 @@ def test_a_model_folder_may_be_copied_and_weights_stored_otherwise(pipe, output,
     leave_at(1, pipe, output, steps=3)
     shutil.copytree(sefi_fast.bundled_model_path(), tmp_path / "copy")
     resumed = train(PICTURE, model=tmp_path / "copy", output=output, steps=3, resume=True, **FAST)
-    torch.testing.assert_close(resumed.tokens[0], straight.tokens[0], rtol=1e-3, atol=1e-4)
+    # Weights in other places may be rounded otherwise.
+    changed = (straight.tokens[0] - straight.class_embeddings[0]).norm()
+    assert (resumed.tokens[0] - straight.tokens[0]).norm() < 0.01 * changed
 
 
 @pytest.mark.parametrize("changed", ["unet", "text_encoder", "vae", "scheduler", "scaling_factor"])
