@@ -16,6 +16,7 @@ from sefi_fast.conditioning import encode
 from sefi_fast.conditioning.prompt import word_positions
 from sefi_fast.layers import cross_attention_layers, layer_resolutions, reduced_size
 from sefi_fast.pipelines.families import unwrap
+from sefi_fast.pipelines.installation import watch
 from sefi_fast.subject import Subject
 from sefi_fast.training.noise import NoiseSchedule
 
@@ -167,8 +168,10 @@ def _recording(unet: nn.Module, records: dict[int, LayerRecord]) -> Iterator[Non
     def put(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         kwargs["encoder_hidden_states"].sefi_records = records
 
+    watch(unet, put, True)
     handle = unet.register_forward_pre_hook(put, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+        watch(unet, put, False)

@@ -151,6 +151,8 @@ diffusers has no such pipeline or feature.
 
 Prompts made with `sefi_fast.encode` (SDXL: `sefi_fast.conditioning.encode_with_pooled`), negative
 ones among them, are drawn after the text encoders were freed too (`pipe.text_encoder = None`).
+Negative embeddings of another library go with a prompt in words, `pipe("… <me>",
+negative_prompt_embeds=…)`: next to `prompt_embeds` diffusers wants both of one shape.
 
 Attaching changes no attention processor and no plain prompt: `set_attn_processor`,
 `set_default_attn_processor`, slicing, fused projections and adapters work before it and after it,

@@ -131,3 +131,14 @@ def test_packed_embeddings_of_two_chunks_are_one_long_prompt(sd15_pipeline):
     packed = torch.cat([encode(pipe, text) for text in ("a <it>", "snow")], 1)
     actual = draw(pipe, None, prompt_embeds=packed, guidance_scale=1)
     torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def test_a_negative_of_another_library_goes_with_a_prompt_in_words(sd15_pipeline):
+    pipe = sd15_pipeline
+    negative = torch.randn(1, 77, 48, generator=torch.Generator().manual_seed(0))
+    expected = draw(pipe, "a photo of a cat", negative_prompt_embeds=negative)
+    attach(pipe, subject_for(pipe, distance=0))
+    actual = draw(pipe, "a photo of a <it>", negative_prompt_embeds=negative)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        draw(pipe, None, prompt_embeds=encode(pipe, "a <it>"), negative_prompt_embeds=negative)
