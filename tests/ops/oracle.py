@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -95,6 +96,24 @@ def reference64(inputs: Inputs) -> Results:
     return autograd_results(inputs.double())
 
 
+def rounded_anew(inputs: Inputs, seed: int) -> Results:
+    """Return the truth for inputs that differ by about one rounding.
+
+    A sum of D products taken one by one errs √D times as much as one rounding of each; a quarter
+    is granted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.finfo(inputs.query.dtype).eps * max(1.0, inputs.query.shape[3] ** 0.5 / 4)
+
+    def nudge(tensor: Tensor) -> Tensor:
+        noise = 2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 1
+        return tensor.double() * (1 + eps * noise.to(tensor.device))
+
+    names = ("query", "key", "value", "reference_key", "grad_output")
+    nudged = {name: nudge(x) for name in names if (x := getattr(inputs, name)) is not None}
+    return reference64(dataclasses.replace(inputs, **nudged))
+
+
 def backend_results(backend: str | Any, inputs: Inputs) -> Results:
     """What a backend gives, called as the operator calls it, on allocations full of NaN.
 
@@ -154,7 +173,8 @@ def check_backend(backend: str | Any, inputs: Inputs, *, factor: float = 2.0) ->
 
         largest error ≤ factor · the eager path's in the same dtype + 4 ulps of the largest value,
 
-    errors taken against float64. Shapes, dtypes and strides must be the promised ones too.
+    errors taken against float64. The eager path's error is at least what inputs that are rounded
+    once more lead to. Shapes, dtypes and strides must be the promised ones too.
 
     Raises:
         AssertionError: one line for each result that is wrong.
@@ -167,17 +187,17 @@ def check_results(
     inputs: Inputs,
     *,
     factor: float = 2.0,
-    near: Sequence[Results] = (),
     beside: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """`check_backend` for results that are already at hand.
 
     Args:
-        near: more results as good as the eager path's; each one's largest error counts too.
         beside: an error that is allowed on top: of outputs under "outputs" and the name, of
             gradients under their origin and the name.
     """
-    truth, plains = reference64(inputs), [autograd_results(inputs), *near]
+    truth, plains = reference64(inputs), [autograd_results(inputs)]
+    # The eager path's error in a single number may be near zero by luck, on one processor only.
+    plains += [rounded_anew(inputs, seed) for seed in range(2)]
     wide = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
     wrong: list[str] = []
     for name, true in truth.outputs.items():
@@ -224,8 +244,13 @@ def _wrong(
     errors = [(plain.double() - true).abs().max().item() for plain in plains]
     # The eager path overflows where float16 ends; a result that is NaN allows nothing.
     allowed = factor * max([error for error in errors if math.isfinite(error)], default=0.0)
-    # In float64 the truth itself is rounded.
-    ulps = 16 * ULPS if dtype == torch.float64 else ULPS
+    ulps = ULPS
+    if dtype == torch.float64:
+        # The truth itself is rounded.
+        ulps *= 16
+    elif label == "alignment":
+        # A sum over all queries and keys, in an order of the backend's own.
+        ulps *= 4
     allowed += ulps * torch.finfo(dtype).eps * true.abs().max().item() + extra + NOTHING
     # A NaN compares false with everything, so the comparison that must hold is the one written.
     return [] if error <= allowed else [f"{label}: error {error:.3g}, allowed {allowed:.3g}"]
