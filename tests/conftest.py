@@ -23,6 +23,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 sys.path.insert(0, str(Path(__file__).parent))
 keep_freed_memory()
+if name := os.environ.get("SEFI_TEST_INSTRUCTION_SET"):
+    from sefi_fast import _C
+
+    _C.set_instruction_set(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -173,8 +173,8 @@ def check_backend(backend: str | Any, inputs: Inputs, *, factor: float = 2.0) ->
 
         largest error ≤ factor · the eager path's in the same dtype + 4 ulps of the largest value,
 
-    errors taken against float64. The eager path's error is at least what inputs that are rounded
-    once more lead to. Shapes, dtypes and strides must be the promised ones too.
+    for the alignment 16 ulps, errors taken against float64. The eager path's error is at least what
+    inputs that are rounded once more lead to. Shapes, dtypes and strides must be the promised ones.
 
     Raises:
         AssertionError: one line for each result that is wrong.
