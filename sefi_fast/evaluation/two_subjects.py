@@ -111,7 +111,7 @@ def compare_two_subjects(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     settings = TrainConfig.from_overrides(config, overrides)
-    folder = check_folder(output)
+    folder = check_folder(output, make=False)
     protocol = Protocol.of(settings, prompts=1, seeds=seeds, seed=seed)
     chosen = protocol.subjects(identities)
     pipe = pair_pipeline(protocol.dtype)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from sefi_fast.errors import ImageError
+from sefi_fast.errors import ImageError, PathError
 from sefi_fast.utils.files import open_regular, user_path
 from sefi_fast.utils.text import printable
 
@@ -117,7 +117,10 @@ def load_image(
     if isinstance(source, Image.Image):
         return decode(source, f"the {type(source).__name__}", background)
     if isinstance(source, (str, os.PathLike)):
-        path = user_path(source)
+        try:
+            path = user_path(source)
+        except PathError as error:
+            raise ImageError(str(error)) from error
         with _open(path) as stream:
             return decode(stream, str(path), background)
     raise TypeError(

@@ -13,6 +13,7 @@ from sefi_fast.subject import Subject
 from sefi_fast.training.history import History
 from sefi_fast.training.image import LARGEST_FILE
 from sefi_fast.utils.files import checksum
+from sefi_fast.utils.text import is_unicode
 from sefi_fast.utils.words import check_placeholder, composed
 
 if TYPE_CHECKING:
@@ -104,7 +105,9 @@ class Job:
         object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
         if not isinstance(self.class_word, str):
             raise TypeError(f"class_word must be a string, got {type(self.class_word).__name__}")
-        object.__setattr__(self, "class_word", composed(self.class_word))
+        # Half a character is told when the subject is prepared: it concerns no other.
+        if is_unicode(self.class_word):
+            object.__setattr__(self, "class_word", composed(self.class_word))
         if not (self.callback is None or isinstance(self.callback, Callbacks)) and not callable(
             self.callback
         ):

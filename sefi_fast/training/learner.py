@@ -38,6 +38,7 @@ from sefi_fast.training.resume import Unfinished
 from sefi_fast.training.schedule import MovingAverage
 from sefi_fast.training.source import MODEL_KEYS, Source, model_settings, resolution_of
 from sefi_fast.utils.files import remove_partials
+from sefi_fast.utils.words import composed
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Learner:
         pipe = source.pipe
         self._source, self.size = source, resolution_of(pipe, config.resolution)
         tokenizers = [part.tokenizer for part in text_parts(pipe)]
-        class_ids = placeholder_ids(tokenizers, job.class_word, config.num_vectors)
+        class_ids = placeholder_ids(tokenizers, composed(job.class_word), config.num_vectors)
         prompts = TrainingPrompts(
             tokenizers, self.config.sentences(), job.placeholder, class_ids, source.device,
             partial(with_all_vectors, pipe),

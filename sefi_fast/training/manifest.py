@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sefi_fast.errors import PathError, SefiError
 from sefi_fast.utils.files import expanded, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
-from sefi_fast.utils.text import printable
+from sefi_fast.utils.text import is_unicode, printable
 from sefi_fast.utils.words import check_placeholder, composed, placeholder_for
 
 if TYPE_CHECKING:
@@ -216,9 +216,15 @@ def _read_list(subjects: Iterable[Any], problems: list[str]) -> list[Entry]:
             row = dict(given) if isinstance(given, Mapping) else {"image": given}
         if not isinstance(row.get("image"), (str, os.PathLike)):
             row["name"] = row.get("name") or f"subject-{number:06d}"
-        entry = _entry(row, where, Path(), problems)
+        # Half a character in a phrase is the fault of this subject alone, told when it is trained.
+        broken: dict[str, Any] = {
+            name: row[name]
+            for name in ("class_word", "scene")
+            if isinstance(row.get(name), str) and not is_unicode(row[name])
+        }
+        entry = _entry({**row, **dict.fromkeys(broken)}, where, Path(), problems)
         if entry is not None:
-            entries.append(entry)
+            entries.append(replace(entry, **broken))
     return entries
 
 

@@ -23,6 +23,6 @@ def test_a_device_that_answers_with_an_error_is_lost(monkeypatch):
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert not is_lost(CPU)
+    assert not is_lost(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "synchronize", answer)
-    assert is_lost(CPU)
+    assert is_lost(torch.device("cuda")) and not is_lost(CPU)

@@ -171,7 +171,7 @@ def test_a_class_word_beside_a_picture_is_a_short_file(pictures: Path) -> None:
 
 def test_an_image_that_is_not_a_file_is_a_problem_of_its_line(pictures: Path) -> None:
     (pictures / "loop.png").symlink_to(pictures / "loop.png")
-    for name in ("loop.png", "x" * 300, "a\0b", "/dev/zero", str(pictures)):
+    for name in ("loop.png", "x" * 300, "/dev/zero", str(pictures)):
         assert "subject 1: there is no picture" in problems_of([{"image": str(pictures / name)}])
 
 
@@ -240,9 +240,9 @@ def test_an_image_or_a_mask_that_is_no_text_is_told_with_the_rest(pictures: Path
             "half a character",
         ),
         ("a.jsonl", '{"image": "rex.png", "name": "a\\udc80"}', "half a character"),
-        ("a.jsonl", '{"image": "\\ud800"}', "line 1: there is no picture at"),
+        ("a.jsonl", '{"image": "\\ud800"}', "line 1: image: The path \\ud800 holds half a"),
         ("a.jsonl", '{"image": "' + "x" * 5000 + '"}', "line 1: there is no picture at"),
-        ("a.jsonl", '{"image": "a\\u0000b"}', "line 1: there is no picture at"),
+        ("a.jsonl", '{"image": "a\\u0000b"}', "line 1: image: The path a\\x00b holds a null"),
         ("a.jsonl", "[" * 100_000, "line 1 is no JSON: it is nested too deeply"),
         ("a.jsonl", '{"image": "rex.png", "image": "x"}', "'image' stands in it twice"),
         ("a.jsonl", '{"image": "rex.png", "seed": NaN}', "NaN in it is not a finite number"),
