@@ -274,9 +274,10 @@ def _read_by_pillow(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def _load_pixels(image: Any) -> None:
-    if image.format == "PNG" and image.tile and "transparency" in image.info:
+    tiles = getattr(image, "tile", ())
+    if image.format == "PNG" and tiles and "transparency" in image.info:
         # Pillow scales the pixels to 8 bits and not the transparent colour.
-        raw_mode, key = image.tile[0][3], image.info["transparency"]
+        raw_mode, key = tiles[0][3], image.info["transparency"]
         if raw_mode in ("L;2", "L;4"):
             image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
         elif raw_mode == "RGB;16B":

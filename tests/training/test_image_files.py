@@ -201,11 +201,12 @@ def tiff(image: Image.Image, **tags: int) -> bytes:
 
 
 DEEP = np.repeat(np.array([0, 0xC800], np.uint16), 512).reshape(32, 32)
+FLOAT = DEEP / np.float32(2**16)
 TWELVE = np.repeat(np.array([0, 0xCC], np.uint8), 768).reshape(32, 48)
 GREYS = {
     "16 bits": (tiff(Image.fromarray(DEEP)), 0, 199),
     "16 bits, white is zero": (tiff(Image.fromarray(DEEP), photometric=0), 255, 56),
-    "float, white is zero": (tiff(Image.fromarray(DEEP / np.float32(65535)), photometric=0), 255, 56),
+    "float, white is zero": (tiff(Image.fromarray(FLOAT), photometric=0), 255, 56),
     "12 bits": (tiff(Image.fromarray(TWELVE), width=32, bits=12), 0, 204),
     "16 bits, all dark": (b"P5 32 32 65535 " + (DEEP // 256).astype(">u2").tobytes(), 0, 1),
 }  # fmt: skip
