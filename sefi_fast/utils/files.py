@@ -129,9 +129,12 @@ def atomic_write(path: Path, content: bytes) -> None:
     try:
         _write_synced(partial, content)
         os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        # A full disk names no file, and other errors name the temporary one.
+        error.filename, error.filename2 = str(path), None
         raise
+    finally:
+        partial.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 

@@ -330,3 +330,10 @@ def test_one_long_problem_hides_no_other(pictures: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     said = problems_of(path)
     assert len(said) < 2000 and "line 2: seed must be" in said
+
+
+def test_b3_each_problem_is_one_line(tmp_path):
+    path = tmp_path / "subjects.jsonl"
+    path.write_text("\n".join(json.dumps({"image": "\n" * 30 + name}) for name in ("a", "b")))
+    lines = problems_of(path).splitlines()
+    assert len(lines) == 3 and r"\n\na" in lines[1] and r"\n\nb" in lines[2]
