@@ -131,8 +131,7 @@ def atomic_write(path: Path, content: bytes) -> None:
         os.replace(partial, target)
     except OSError as error:
         # A full disk names no file, and other errors name the temporary one.
-        error.filename, error.filename2 = str(path), None
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
     _sync_folder(target.parent)
