@@ -59,6 +59,7 @@ _MEMORY = {"TIFF": 13, "progressive": 13, "WEBP": 18, "AVIF": 18, "JPEG2000": 26
 _OTHER_MEMORY = 8
 _STRIP = 2**18
 _MOST_PAGES = 100
+_MOST_PARTS = 16
 _LONGEST_EXIF = 2**17
 _LARGEST_PROFILE = 2**24
 
@@ -290,6 +291,7 @@ def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, n
     stream.seek(0)
     header = stream.read(8)
     areas: list[int] = []
+    seen: set[int] = set()
     largest_part = 0
     for page in range(_MOST_PAGES + 1):
         try:
@@ -299,7 +301,11 @@ def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, n
             break
         areas.append(image.width * image.height)
         parts = image.tag_v2.get(330, ())  # SubIFDs
-        for offset in parts[:_MOST_PAGES] if isinstance(parts, tuple) else (parts,):
+        for offset in parts if isinstance(parts, tuple) else (parts,):
+            # A small file may have many parts in the place of a large one.
+            if offset in seen or len(seen) == _MOST_PARTS:
+                continue
+            seen.add(offset)
             part = TiffImagePlugin.ImageFileDirectory_v2(header)
             stream.seek(offset)
             part.load(stream)

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from sefi_fast.errors import ImageError, PathError
 from sefi_fast.training import load_image
@@ -317,6 +317,21 @@ def test_a_raw_file_with_a_preview_is_refused():
     assert decoded(dng(32, 16)).size == (32, 32)
     with pytest.raises(ImageError, match="only a preview"):
         decoded(dng(32, 4000))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_small_tiff_file_with_many_parts_takes_no_time(monkeypatch):
+    loads = []
+    directory = TiffImagePlugin.ImageFileDirectory_v2
+    load = directory.load
+    monkeypatch.setattr(directory, "load", lambda self, f: (loads.append(f), load(self, f)))
+    for step in (0, 2):
+        content = dng(32, 16)
+        offsets = struct.pack("<500L", *(150 + step * number for number in range(500)))
+        entry = struct.pack("<HHLL", 330, 4, 1, 150)
+        many = struct.pack("<HHLL", 330, 4, 500, len(content))
+        assert decoded(content.replace(entry, many) + offsets).size == (32, 32)
+    assert 3 < len(loads) < 30
 
 
 def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
