@@ -84,13 +84,14 @@ def test_train_overwrites_nothing_that_it_reads(
         (["train", "me.png", "-o", "pic.png"], "'pic.png' must end in .safetensors"),
         (["train", "me.png", "-o", ""], "must end in .safetensors"),
         (["train", "me.png", "--save-config", ""], "is a folder"),
-        (["train", "me.png", "-o", "me.png/me.safetensors"], "no file can be made in"),
+        (["train", "me.png", "-o", "me.png/me.safetensors"], "it is a file, not a folder"),
         (["generate", "a", "-o", "me.png"], "output me.png is a file"),
         (["generate", "a", "-o", "me.png/new"], "choose another folder"),
+        (["generate", "a", "-o", "links"], "leads nowhere"),
         (["generate", "a", "--image", "00002.png", "-o", "."], "00002.png would be overwritten"),
         (["maps", "a", "-w", "a", "-o", "maps.xyz"], "'maps.xyz' must end in .png or .jpg"),
         (["maps", "a", "-w", "a", "-o", "folder.png"], "output folder.png is a folder"),
-        (["maps", "a", "-w", "a", "-o", "me.png/a.png"], "no file can be made in"),
+        (["maps", "a", "-w", "a", "-o", "me.png/a.png"], "it is a file, not a folder"),
         (["maps", "a", "-w", "a", "--image", "me.png", "-o", "me.png"], "would be overwritten"),
         (["swap", "--sheet", "a", "b", "-o", "maps.xyz"], "'maps.xyz' must end in .png or .jpg"),
         (["swap", "--sheet", "a", "b", "--image", "me.png", "-o", "me.png"], "be overwritten"),
@@ -105,6 +106,8 @@ def test_train_overwrites_nothing_that_it_reads(
 def test_an_output_that_cannot_be_is_told_first(photo, nothing_begins, command, words, capsys):
     for folder in ("folder.png", "f.safetensors"):
         photo.with_name(folder).mkdir()
+    photo.with_name("links").mkdir()
+    (photo.with_name("links") / "00003.png").symlink_to("gone")
     before = sorted(photo.parent.rglob("*"))
     assert main(command) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]

@@ -130,6 +130,18 @@ def test_a_home_folder_is_expanded_in_every_option(place, capsys):
     assert made <= set(os.listdir(home)) and not os.path.lexists("~")
 
 
-def test_a_home_folder_that_is_not_there_is_told(place, capsys):
-    assert main(["train", "~/me.png", "-o", "~nosuchuser/me.safetensors"]) == 1
-    assert "sefi-fast: The path ~nosuchuser/me.safetensors begins with" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "~/me.png", "-o"],
+        ["train", "~/me.png", "--vae"],
+        ["train", "~/me.png", "--model-config"],
+        ["generate", "a", "-m"],
+        ["generate", "a", "--vae"],
+        ["generate", "a", "--control-image", "~/me.png", "--controlnet"],
+        ["generate", "a", "-s"],
+    ],
+)
+def test_a_home_folder_that_is_not_there_is_told(place, capsys, arguments):
+    assert main([*arguments, "~nosuchuser/me.safetensors"]) == 1
+    assert ": The path ~nosuchuser/me.safetensors begins with" in capsys.readouterr().err

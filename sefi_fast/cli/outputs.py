@@ -52,8 +52,10 @@ def check_sheet(options: argparse.Namespace, path: Path) -> None:
 def check_pictures_folder(options: argparse.Namespace, folder: Path) -> None:
     """Raise ValueError or OSError if a command that draws cannot leave its pictures there."""
     check_folder(folder, make=False)
-    seeds = range(options.seed, options.seed + options.number)
-    check_kept((_numbered(folder, seed) for seed in seeds), _read_by(options))
+    paths = [_numbered(folder, options.seed + number) for number in range(options.number)]
+    check_kept(paths, _read_by(options))
+    for path in paths:
+        check_output(path)
 
 
 def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> None:
@@ -66,6 +68,7 @@ def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> N
 
 def write_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture in the format of its name, whole or not at all, missing folders too."""
+    remove_partials(path)
     stream = io.BytesIO()
     picture.save(stream, format=_FORMATS[path.suffix.lower()])
     atomic_write(path, stream.getvalue())
@@ -74,7 +77,6 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 def leave_picture(path: Path, what: str, draw: Callable[[], Image.Image]) -> bool:
     """Leave a picture of a run, or warn: the subject is there, whatever becomes of a picture."""
     try:
-        remove_partials(path)
         write_picture(path, draw())
     except Exception as error:
         logger.warning("%s could not be drawn to %s: %s", what, path, error)

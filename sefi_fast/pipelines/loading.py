@@ -277,7 +277,7 @@ def _load_vae(
     vae: str | os.PathLike[str], dtype: torch.dtype, config: str | None, sdxl: bool
 ) -> AutoencoderKL:
     """A VAE of its own; `config` is the diffusers folder or hub id that describes the model."""
-    path = Path(vae).expanduser()
+    path = user_path(vae)
     if _is_file(path):
         names = read_header(path).names
         if not any("decoder.conv_in." in name for name in names):

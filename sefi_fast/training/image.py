@@ -7,6 +7,7 @@ import logging
 import os
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_SIDE = 16
 
-_ORIENTATION_TAG = 0x0112
+_BITS_TAG = 258
+_PHOTOMETRIC_TAG = 262
+_ORIENTATION_TAG = 274
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -56,6 +59,7 @@ _MEMORY = {"TIFF": 13, "progressive": 13, "WEBP": 18, "AVIF": 18, "JPEG2000": 26
 _OTHER_MEMORY = 8
 _STRIP = 2**18
 _MOST_PAGES = 100
+_MOST_PARTS = 16
 _LONGEST_EXIF = 2**17
 _LARGEST_PROFILE = 2**24
 
@@ -138,7 +142,7 @@ def decode(source: Image.Image | BinaryIO, name: str, background: str = "white")
         if isinstance(source, Image.Image):
             image = source
             _check_size(image, name)
-            image.load()
+            _load_pixels(image)
         else:
             image = _read(source, name)
         turn = _UPRIGHT.get(_orientation(image))
@@ -268,15 +272,20 @@ def _read_by_pillow(stream: BinaryIO, name: str) -> Image.Image:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _seek_largest_page(image, stream, name)
     _check_size(image, name, file_size)
-    if image.format == "PNG" and "transparency" in image.info:
+    _load_pixels(image)
+    return image
+
+
+def _load_pixels(image: Any) -> None:
+    tiles = getattr(image, "tile", ())
+    if image.format == "PNG" and tiles and "transparency" in image.info:
         # Pillow scales the pixels to 8 bits and not the transparent colour.
-        raw_mode, key = image.tile[0][3], image.info["transparency"]
+        raw_mode, key = tiles[0][3], image.info["transparency"]
         if raw_mode in ("L;2", "L;4"):
             image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
         elif raw_mode == "RGB;16B":
             image.info["transparency"] = tuple(value >> 8 for value in key)
     image.load()
-    return image
 
 
 def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, name: str) -> None:
@@ -284,6 +293,7 @@ def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, n
     stream.seek(0)
     header = stream.read(8)
     areas: list[int] = []
+    seen: set[int] = set()
     largest_part = 0
     for page in range(_MOST_PAGES + 1):
         try:
@@ -293,7 +303,11 @@ def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, n
             break
         areas.append(image.width * image.height)
         parts = image.tag_v2.get(330, ())  # SubIFDs
-        for offset in parts[:_MOST_PAGES] if isinstance(parts, tuple) else (parts,):
+        for offset in parts if isinstance(parts, tuple) else (parts,):
+            # A small file may have many parts in the place of a large one.
+            if offset in seen or len(seen) == _MOST_PARTS:
+                continue
+            seen.add(offset)
             part = TiffImagePlugin.ImageFileDirectory_v2(header)
             stream.seek(offset)
             part.load(stream)
@@ -358,6 +372,8 @@ def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
     """Convert strip by strip, so that no second copy at a wider type is in memory."""
     is_deep = image.mode[0] in "IF"
     highest = _highest(image, name) if is_deep else 255
+    # Pillow turns greyscale with white as zero round at 8 bits only.
+    is_negative = _tiff_tags(image).get(_PHOTOMETRIC_TAG) == 0
     profile = _to_srgb(image, name)
     result = Image.new("RGB", image.size)
     rows = max(1, _STRIP // image.width)
@@ -371,8 +387,10 @@ def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
             if "transparency" in image.info:
                 alpha = Image.fromarray(values != image.info["transparency"]).convert("L")
             scaled = np.rint(values.astype(np.float64) * (255 / highest))
-            strip = Image.fromarray(scaled.astype(np.uint8))
+            strip = Image.fromarray((255 - scaled if is_negative else scaled).astype(np.uint8))
         elif strip.has_transparency_data:
+            # Pillow converts premultiplied grey to nothing else.
+            strip = strip.convert("LA") if strip.mode == "La" else strip
             strip = strip.convert("RGBA")
             alpha = strip.getchannel("A")
         if profile is not None:
@@ -390,6 +408,8 @@ def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
 def _highest(image: Image.Image, name: str) -> int:
     """Return what white is in a wide greyscale image: the smallest range that its values fit."""
     if image.mode.startswith("I;16"):
+        return 4095 if _tiff_tags(image).get(_BITS_TAG) == (12,) else 65535
+    if image.mode == "I" and image.format in ("PPM", "PNG"):
         return 65535
     low, high = image.getextrema()
     if low < 0 or high > 65535:
@@ -398,6 +418,10 @@ def _highest(image: Image.Image, name: str) -> int:
             "of floats in [0, 1], is needed"
         )
     return 1 if high <= 1 else 255 if high <= 255 else 65535
+
+
+def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    return getattr(image, "tag_v2", {})
 
 
 def _to_srgb(image: Image.Image, name: str) -> tuple[str, Any] | None:

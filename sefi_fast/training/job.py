@@ -12,7 +12,7 @@ from sefi_fast.errors import ImageError, TrainingError
 from sefi_fast.subject import Subject
 from sefi_fast.training.history import History
 from sefi_fast.training.image import LARGEST_FILE
-from sefi_fast.utils.files import checksum
+from sefi_fast.utils.files import checksum, expanded
 from sefi_fast.utils.text import is_unicode
 from sefi_fast.utils.words import check_placeholder, composed
 
@@ -129,7 +129,7 @@ def seen_files(job: Job) -> dict[str, str]:
     for name, source in (("picture", job.image), ("mask", job.mask)):
         if isinstance(source, (str, os.PathLike)):
             try:
-                sums[name] = checksum(os.path.expanduser(source), LARGEST_FILE)
+                sums[name] = checksum(expanded(source), LARGEST_FILE)
             except FileNotFoundError:
                 continue
             except OSError as error:

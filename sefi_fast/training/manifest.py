@@ -123,7 +123,10 @@ def read_subjects(
     for key, given in (("model", model), ("model_config", model_config), ("vae", vae)):
         _check_same(entries, key, given, problems)
     if problems:
-        shown = [printable(problem, _LONGEST_PROBLEM) for problem in problems[:_MOST_PROBLEMS]]
+        shown = [
+            printable(problem, _LONGEST_PROBLEM).replace("\n", "\\n")
+            for problem in problems[:_MOST_PROBLEMS]
+        ]
         if len(problems) > len(shown):
             shown.append(f"and {len(problems) - len(shown)} more")
         raise ManifestError(f"{what} cannot be used; nothing was begun:\n  " + "\n  ".join(shown))

@@ -87,8 +87,10 @@ def check_entries(
                 "subject a mask with attention_loss='mask', and with that only"
             )
     if problems:
-        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ManifestError("nothing was begun:\n  " + "\n  ".join(problems[:10]) + more)
+        shown = problems[:_MOST_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise ManifestError("nothing was begun:\n  " + "\n  ".join(shown))
 
 
 def vectors_of(job: Job, tokenizers: Sequence[Any], config: TrainConfig) -> int:

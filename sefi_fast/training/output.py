@@ -25,9 +25,8 @@ def check_output(output: str | os.PathLike[str]) -> Path:
         try_atomic_write(path)
     except OSError as error:
         raise OSError(
-            f"output {path} cannot be written, since no file can be made in "
-            f"{path.absolute().parent} ({error.strerror or error}): choose another place or a "
-            "shorter name"
+            f"output {path} cannot be written ({error.strerror or error}): choose another place "
+            "or a shorter name"
         ) from error
     return path
 

@@ -122,7 +122,7 @@ def find_source(
 
 
 def model_checksum(pipe: Any) -> str:
-    """Return 8 hexadecimal digits that change with any weight or setting that training reads.
+    """Return 8 hexadecimal digits that change with any weight, the noise schedule and the scaling.
 
     They do not change with the place of the weights, in memory or on disk. The bytes of each tensor
     are added up as integers, as fast as the memory is read.

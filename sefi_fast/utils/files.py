@@ -129,9 +129,11 @@ def atomic_write(path: Path, content: bytes) -> None:
     try:
         _write_synced(partial, content)
         os.replace(partial, target)
-    except BaseException:
+    except OSError as error:
+        # A full disk names no file, and other errors name the temporary one.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
     _sync_folder(target.parent)
 
 

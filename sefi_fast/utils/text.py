@@ -6,24 +6,28 @@ import unicodedata
 
 LONGEST_MESSAGE = 2000
 """Characters: about one screen of a terminal."""
+_MOST_LINES = 40
+_GAP = " […] "
 
 
 def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
     r"""Escape what a terminal would obey or an encoding refuse, and shorten the middle.
 
-    Control characters other than the line feed, text-direction marks and lone surrogates become
-    backslash escapes. Text longer than `limit` characters keeps its beginning and its end.
+    Control characters, text-direction marks and lone surrogates become backslash escapes, and so do
+    line feeds where there are more than 40. Text longer than `limit` characters keeps its beginning
+    and its end.
 
     Example:
         >>> printable("\x1b[31m<me>")
         '\\x1b[31m<me>'
     """
-    if len(text) > limit:
-        head = limit * 2 // 3
-        text = f"{text[:head]} […] {text[head - limit :]}"
+    text = _shortened(text, limit)
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_escaped(character) for character in text)
+    # The joiners of Hindi, Persian and emoji are of the same kind as direction marks.
+    kept = "\n\u200c\u200d" if text.count("\n") <= _MOST_LINES else "\u200c\u200d"
+    # An escape has up to ten characters.
+    return _shortened("".join(x if x in kept else _escaped(x) for x in text), limit)
 
 
 def is_unicode(text: str) -> bool:
@@ -31,9 +35,14 @@ def is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def _shortened(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    head = limit * 2 // 3
+    return text[:head] + _GAP + text[head + len(_GAP) - limit :]
+
+
 def _escaped(character: str) -> str:
-    # Cf has direction marks, but also the joiners of Hindi, Persian and emoji.
-    unsafe = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    if not unsafe or character in "\n\u200c\u200d":
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return character
     return character.encode("unicode_escape").decode("ascii")

@@ -40,10 +40,11 @@ def test_colour_modes_give_the_same_colours(mode):
     assert difference.max() <= 3
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+@pytest.mark.parametrize("mode", ["L", "LA", "La", "1"])
 def test_grey_modes(mode):
     grey = quarters().convert("L")
-    loaded = load_image(grey.convert(mode) if mode != "1" else grey.point(lambda v: v > 128, "1"))
+    given = grey.convert("LA" if mode == "La" else mode)
+    loaded = load_image(given.convert(mode) if mode != "1" else grey.point(lambda v: v > 128, "1"))
     assert loaded.mode == "RGB"
     pixels = np.asarray(loaded)
     assert (pixels[..., 0] == pixels[..., 1]).all()

@@ -12,9 +12,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from sefi_fast.errors import ImageError
+from sefi_fast.errors import ImageError, PathError
 from sefi_fast.training import load_image
 from sefi_fast.training.history import History
 from sefi_fast.training.image import LARGEST_FILE
@@ -175,8 +175,8 @@ def test_a_transparent_grey_of_any_depth(depth):
     rows = (b"\0" + bytes(size)) * 16 + (b"\0" + b"\xff" * size) * 16
     for key, wanted in ((0, (255, 255)), (highest, (0, 255))):
         content = png(32, 32, depth, 0, rows, chunk(b"tRNS", struct.pack(">H", key)))
-        loaded = decoded(content)
-        assert (loaded.getpixel((5, 5))[0], loaded.getpixel((5, 25))[0]) == wanted
+        for loaded in (decoded(content), load_image(Image.open(io.BytesIO(content)))):
+            assert (loaded.getpixel((5, 5))[0], loaded.getpixel((5, 25))[0]) == wanted
 
 
 @pytest.mark.parametrize("key", [(65535, 32896, 0), (65535, 0, 0), (255, 128, 0)])
@@ -184,7 +184,38 @@ def test_a_transparent_colour_of_sixteen_bits(key):
     rows = (b"\0" + struct.pack(">3H", 65535, 32896, 0) * 20) * 20
     content = png(20, 20, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", *key)))
     wanted = (255, 255, 255) if key == (65535, 32896, 0) else (255, 128, 0)
-    assert decoded(content).getpixel((5, 5)) == wanted
+    for loaded in (decoded(content), load_image(Image.open(io.BytesIO(content)))):
+        assert loaded.getpixel((5, 5)) == wanted
+
+
+def tiff(image: Image.Image, **tags: int) -> bytes:
+    """A TIFF file with other values of its tags than its pixels have in Pillow."""
+    stream = io.BytesIO()
+    image.save(stream, "TIFF")
+    content = stream.getvalue()
+    numbers = {"width": 256, "bits": 258, "photometric": 262}
+    for name, value in tags.items():
+        start = content.index(struct.pack("<H", numbers[name]), 8) + 8
+        content = content[:start] + struct.pack("<H", value) + content[start + 2 :]
+    return content
+
+
+DEEP = np.repeat(np.array([0, 0xC800], np.uint16), 512).reshape(32, 32)
+FLOAT = DEEP / np.float32(2**16)
+TWELVE = np.repeat(np.array([0, 0xCC], np.uint8), 768).reshape(32, 48)
+GREYS = {
+    "16 bits": (tiff(Image.fromarray(DEEP)), 0, 199),
+    "16 bits, white is zero": (tiff(Image.fromarray(DEEP), photometric=0), 255, 56),
+    "float, white is zero": (tiff(Image.fromarray(FLOAT), photometric=0), 255, 56),
+    "12 bits": (tiff(Image.fromarray(TWELVE), width=32, bits=12), 0, 204),
+    "16 bits, all dark": (b"P5 32 32 65535 " + (DEEP // 256).astype(">u2").tobytes(), 0, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "upper", "lower"), GREYS.values(), ids=list(GREYS))
+def test_deep_greys_have_the_range_of_their_format(content, upper, lower):
+    for loaded in (decoded(content), load_image(Image.open(io.BytesIO(content)))):
+        assert (loaded.getpixel((5, 5)), loaded.getpixel((5, 25))) == ((upper,) * 3, (lower,) * 3)
 
 
 def decoded(content: bytes) -> Image.Image:
@@ -288,6 +319,21 @@ def test_a_raw_file_with_a_preview_is_refused():
         decoded(dng(32, 4000))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_small_tiff_file_with_many_parts_takes_no_time(monkeypatch):
+    loads = []
+    directory = TiffImagePlugin.ImageFileDirectory_v2
+    load = directory.load
+    monkeypatch.setattr(directory, "load", lambda self, f: (loads.append(f), load(self, f)))
+    for step in (0, 2):
+        content = dng(32, 16)
+        offsets = struct.pack("<500L", *(150 + step * number for number in range(500)))
+        entry = struct.pack("<HHLL", 330, 4, 1, 150)
+        many = struct.pack("<HHLL", 330, 4, 500, len(content))
+        assert decoded(content.replace(entry, many) + offsets).size == (32, 32)
+    assert 3 < len(loads) < 30
+
+
 def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
@@ -298,7 +344,7 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
     def read() -> None:
         for path in [*tmp_path.iterdir(), tmp_path / ("x" * 300), f"{tmp_path}/a\0b.png"]:
             for reader in (load_image, lambda path: load_mask(path, noise(), 16)):
-                with pytest.raises(ImageError):
+                with pytest.raises((ImageError, PathError)):
                     reader(path)
                 refused.append(path)
 

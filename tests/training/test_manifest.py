@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -171,8 +172,9 @@ def test_a_class_word_beside_a_picture_is_a_short_file(pictures: Path) -> None:
 
 def test_an_image_that_is_not_a_file_is_a_problem_of_its_line(pictures: Path) -> None:
     (pictures / "loop.png").symlink_to(pictures / "loop.png")
-    for name in ("loop.png", "x" * 300, "/dev/zero", str(pictures)):
-        assert "subject 1: there is no picture" in problems_of([{"image": str(pictures / name)}])
+    for name in ("loop.png", "x" * 300, "a\0b", "/dev/zero", str(pictures)):
+        told = problems_of([{"image": str(pictures / name)}])
+        assert re.search("subject 1: (there is no picture|image: The path .* null character)", told)
 
 
 def test_nothing_to_learn(pictures: Path, tmp_path: Path) -> None:
@@ -330,3 +332,10 @@ def test_one_long_problem_hides_no_other(pictures: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     said = problems_of(path)
     assert len(said) < 2000 and "line 2: seed must be" in said
+
+
+def test_b3_each_problem_is_one_line(tmp_path):
+    path = tmp_path / "subjects.jsonl"
+    path.write_text("\n".join(json.dumps({"image": "\n" * 30 + name}) for name in ("a", "b")))
+    lines = problems_of(path).splitlines()
+    assert len(lines) == 3 and r"\n\na" in lines[1] and r"\n\nb" in lines[2]

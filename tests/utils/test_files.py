@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import stat
@@ -226,3 +227,14 @@ def test_only_regular_files_up_to_the_limit_are_read(tmp_path, read):
         stream.truncate(2**40)
     with pytest.raises(OSError, match="1,099,511,627,776 bytes, and at most 10"):
         read(tmp_path / "large")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_a_write_that_fails_names_the_file_and_not_the_temporary_one(tmp_path, monkeypatch, call):
+    path = tmp_path / "me.safetensors"
+    module = builtins if call == "open" else os
+    monkeypatch.setattr(module, call, _failing(errno.ENOSPC))
+    with pytest.raises(OSError) as caught:
+        atomic_write(path, b"half")
+    assert str(caught.value).endswith(f": {str(path)!r}")
+    assert os.listdir(tmp_path) == []

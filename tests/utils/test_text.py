@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sefi_fast.errors import PromptError
-from sefi_fast.utils.text import printable
+from sefi_fast.utils.text import LONGEST_MESSAGE, printable
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,9 @@ def test_long_text_keeps_its_beginning_and_its_end():
     shown = printable("a" * 50_000_000 + "do this", 300)
     assert len(shown) < 320 and shown.startswith("aaa") and shown.endswith("do this")
     assert printable("x" * 300, 300) == "x" * 300
+
+
+@pytest.mark.parametrize("character", ["\n", "\x1b", "\ue000", "\U000e0001", "猫"])
+def test_no_text_fills_more_than_a_screen(character):
+    shown = str(PromptError(character * 5000))
+    assert len(shown) <= LONGEST_MESSAGE and shown.count("\n") <= 40
