@@ -81,7 +81,7 @@ def encode(
         PromptError: a placeholder cannot be used where it stands.
         SubjectFileError: a subject is of another width than the pipeline's text encoders.
         ModelError: the pipeline lacks a text encoder or a tokenizer.
-        ValueError: two subjects share a placeholder, or need more stages together than one may have.
+        ValueError: two subjects share a placeholder, or need too many stages together.
         TypeError: prompt is neither a string nor a list of strings.
     """
     return encode_with_pooled(pipe, prompt, subjects=subjects, clip_skip=clip_skip).prompt_embeds

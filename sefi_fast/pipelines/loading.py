@@ -69,7 +69,7 @@ _HOW_TO_CONFIGURE = (
     "model_config= of train and train_many, --model-config of the commands)"
 )
 _HOW_TO_GIVE_A_VAE = "give one (vae= in Python, --vae of the commands)"
-_MOST_PARAMETERS = 50_000
+_MOST_PARAMETERS = 10_000
 """Tensors that one load may make: a whole pipeline of SDXL has 2,600."""
 
 
