@@ -17,14 +17,13 @@ from sefi_fast.conditioning.prompt import tokenize_prompts, with_all_vectors
 from sefi_fast.conditioning.stage_hook import StageHook
 from sefi_fast.conditioning.text import encode_text, encode_text_pooled, token_table
 from sefi_fast.errors import SubjectFileError
+from sefi_fast.limits import MOST_STAGES
 from sefi_fast.utils.words import mentions
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
 
 logger = logging.getLogger(__name__)
-
-MOST_STAGES = 60
 
 
 class Encoded(NamedTuple):
@@ -82,7 +81,7 @@ def encode(
         PromptError: a placeholder cannot be used where it stands.
         SubjectFileError: a subject is of another width than the pipeline's text encoders.
         ModelError: the pipeline lacks a text encoder or a tokenizer.
-        ValueError: two subjects share a placeholder, or need more than 60 stages together.
+        ValueError: two subjects share a placeholder, or need too many stages together.
         TypeError: prompt is neither a string nor a list of strings.
     """
     return encode_with_pooled(pipe, prompt, subjects=subjects, clip_skip=clip_skip).prompt_embeds
@@ -236,10 +235,10 @@ def common_stages(stages: Sequence[int]) -> int:
     """Return the least common multiple of subjects' stages.
 
     Raises:
-        ValueError: it is above 60 and above each of them.
+        ValueError: it is above what one subject may have.
     """
     common = math.lcm(*stages)
-    if common > max(MOST_STAGES, *stages, 1):
+    if common > MOST_STAGES:
         raise ValueError(
             f"subjects of {', '.join(map(str, stages))} stages need {common} stages together, "
             f"{MOST_STAGES} at most are possible; train them with stages that divide one another"

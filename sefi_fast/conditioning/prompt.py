@@ -14,7 +14,7 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
-from sefi_fast.errors import PromptError
+from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.utils.text import printable
 from sefi_fast.utils.words import check_placeholder, composed
 
@@ -324,9 +324,9 @@ def read_ids(tokenizer: Any, text: str) -> list[int]:
 
 def _length(tokenizer: Any) -> int:
     length = tokenizer.model_max_length
-    if not 3 <= length <= 4096:
-        raise ValueError(
-            f"the tokenizer's model_max_length is {length}; set it to the number of positions of "
+    if not (isinstance(length, int) and 3 <= length <= 4096):
+        raise ModelError(
+            f"the tokenizer's model_max_length is {length!r}; set it to the number of positions of "
             "the text encoder (77 for CLIP)"
         )
     return length

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
+import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sefi_fast.errors import ModelError, SubjectFileError
@@ -58,12 +62,15 @@ _MODELS = {
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
+_LARGEST_LATENT = 2048
 _SDXL_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
 _HOW_TO_CONFIGURE = (
     "give the diffusers folder of a model of the same architecture (config= of load_pipeline, "
     "model_config= of train and train_many, --model-config of the commands)"
 )
 _HOW_TO_GIVE_A_VAE = "give one (vae= in Python, --vae of the commands)"
+_MOST_PARAMETERS = 10_000
+"""Tensors that one load may make: a whole pipeline of SDXL has 2,600."""
 
 
 def load_pipeline(
@@ -130,6 +137,19 @@ def load_pipeline(
             "and depth models do; load a text-to-image model (an inpainting pipeline of your own "
             "can be given to sefi_fast.attach)"
         )
+    scale = pipe.vae.config.scaling_factor
+    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        raise ModelError(
+            f"the VAE of {model} scales its latents by {scale!r}. A number above 0 is wanted: get "
+            "the model again"
+        )
+    size = pipe.unet.config.sample_size
+    for side in size if isinstance(size, (list, tuple)) else [64 if size is None else size]:
+        if not (isinstance(side, int) and 1 <= side <= _LARGEST_LATENT):
+            raise ModelError(
+                f"the U-Net of {model} makes latents of size {size!r}. 1 to {_LARGEST_LATENT} is "
+                "wanted: get the model again"
+            )
     return pipe.to(device)
 
 
@@ -167,7 +187,7 @@ def _load_folder(
             given[part] = _load_vae(vae, dtype, str(folder), sdxl)
         else:
             given[part] = load_part(_MODELS[part], folder, part, dtype, variant)
-    with _told(str(folder)):
+    with as_model_error(str(folder)):
         return kind.from_pretrained(
             str(folder),
             torch_dtype=dtype,
@@ -220,7 +240,7 @@ def load_part(
         ModelError: it cannot be loaded, or lacks a tensor.
     """
     variant = check_weights(folder / part, variant)
-    with _told(str(folder / part)):
+    with as_model_error(str(folder / part)):
         model, found = kind.from_pretrained(
             str(folder),
             subfolder=part,
@@ -230,12 +250,16 @@ def load_part(
             output_loading_info=True,
             local_files_only=True,
         )
+    _check_found(found, f"in {folder / part}")
+    return model
+
+
+def _check_found(found: dict[str, Any], where: str) -> None:
+    """Raise ModelError for a model that `from_pretrained` left tensors of at random."""
     if missing := found["missing_keys"]:
         raise ModelError(
-            f"the weights in {folder / part} are incomplete: they lack {listed(missing)}. Get the "
-            "files again"
+            f"the weights {where} are incomplete: they lack {listed(missing)}. Get the files again"
         )
-    return model
 
 
 def _load_hub(
@@ -269,7 +293,7 @@ def _load_hub(
 def _download(name: str, index: dict[str, Any], variant: str | None) -> Path:
     """The folder of a hub's model, without any part that is not needed."""
     kind, extras = _kind(is_sdxl_index(index))
-    with _told(name):
+    with as_model_error(name):
         return Path(kind.download(name, variant=variant, use_safetensors=True, **extras))
 
 
@@ -291,10 +315,11 @@ def _load_vae(
         check_config(path, part)
         loaded = load_part(AutoencoderKL, path, part, dtype)
     else:
-        with _told(f"the VAE {vae}"):
-            loaded = AutoencoderKL.from_pretrained(
-                str(vae), torch_dtype=dtype, use_safetensors=True
+        with as_model_error(f"the VAE {vae}"):
+            loaded, found = AutoencoderKL.from_pretrained(
+                expanded(vae), torch_dtype=dtype, use_safetensors=True, output_loading_info=True
             )
+        _check_found(found, f"of the VAE {vae}")
     described = Path(config or "") / "vae" / "config.json"
     if described.is_file():
         own, scale = read_json(described).get("scaling_factor"), loaded.config.scaling_factor
@@ -318,8 +343,21 @@ def _models_of(sdxl: bool) -> list[str]:
 
 
 @contextmanager
-def _told(what: str, then: str = "") -> Iterator[None]:
-    """Make one ModelError of whatever diffusers and transformers raise while they load."""
+def as_model_error(what: str, then: str = "") -> Iterator[None]:
+    """Make one ModelError of whatever diffusers and transformers raise while they load.
+
+    A configuration that asks for layers without end is one too.
+    """
+    thread, made = threading.get_ident(), itertools.count()
+
+    def count(*_: Any) -> None:
+        if threading.get_ident() == thread and next(made) >= _MOST_PARAMETERS:
+            raise ModelError(
+                f"{what} cannot be loaded: its configuration asks for more than "
+                f"{_MOST_PARAMETERS:,} tensors. Get the model again"
+            )
+
+    counting = register_module_parameter_registration_hook(count)
     with warnings.catch_warnings():
         # diffusers below 0.36 knows `torch_dtype` alone, later ones take it with a warning.
         warnings.filterwarnings("ignore", ".*torch_dtype.*", FutureWarning)
@@ -329,6 +367,8 @@ def _told(what: str, then: str = "") -> Iterator[None]:
             raise
         except Exception as error:
             raise ModelError(f"{what} cannot be loaded: {_first_line(error)}{then}") from error
+        finally:
+            counting.remove()
 
 
 def _load_file(
@@ -366,7 +406,7 @@ def _from_file(
     if part is not None:
         given["subfolder"] = part
     then = f". A single file needs its family's configuration from the hub: {_HOW_TO_CONFIGURE}"
-    with _told(str(file), then if config is None else ""):
+    with as_model_error(str(file), then if config is None else ""):
         try:
             loaded = kind.from_single_file(str(file), torch_dtype=dtype, **given)
         except NotImplementedError as error:
@@ -374,7 +414,7 @@ def _from_file(
             frames = (frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__))
             for model in frames:
                 if isinstance(model, nn.Module):
-                    _check_whole(model, file)
+                    check_whole(model, file)
             raise
         except KeyError as error:
             raise ModelError(
@@ -382,11 +422,11 @@ def _from_file(
             ) from error
     for model in [loaded] if part is not None else loaded.components.values():
         if isinstance(model, nn.Module):
-            _check_whole(model, file)
+            check_whole(model, file)
     return loaded
 
 
-def _check_whole(model: nn.Module, file: Path) -> None:
+def check_whole(model: nn.Module, file: Path) -> None:
     """Raise ModelError for a model that did not get every one of its tensors from a file."""
     if missing := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise ModelError(
@@ -471,7 +511,7 @@ def _noise_settings(file: Path, header: Header, guess: bool) -> dict[str, Any]:
         )
     if said is None:
         return {}
-    zero = "ztsnr" in names or metadata.get("ss_zero_terminal_snr") == "True"
+    zero = "ztsnr" in names or _is_true(metadata, "ss_zero_terminal_snr")
     if said == "v_prediction" and zero:
         # Sampling has to begin at the last step, the one without signal.
         return {
@@ -486,15 +526,19 @@ def _said_prediction(metadata: dict[str, str]) -> str | None:
     """What the metadata of a checkpoint says that the model predicts, in diffusers' words."""
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         if word := metadata.get(key, "").strip().lower():
-            velocity = word in ("v", "v_prediction", "v-prediction", "velocity")
+            velocity = word in ("v", "v_prediction", "v-prediction", "v-pred", "vpred", "velocity")
             noise = word in ("epsilon", "eps")
             return "v_prediction" if velocity else "epsilon" if noise else word
-    if metadata.get("ss_v_parameterization") == "True":
+    if _is_true(metadata, "ss_v_parameterization"):
         return "v_prediction"
     architecture = metadata.get("modelspec.architecture", "")
     if architecture.startswith("stable-diffusion-v2-"):
         return "v_prediction" if "-768-v" in architecture else "epsilon"
     return None
+
+
+def _is_true(metadata: dict[str, str], key: str) -> bool:
+    return metadata.get(key, "").strip().lower() in ("true", "1")
 
 
 def _guessed_prediction(file: Path, names: frozenset[str]) -> str | None:
@@ -534,4 +578,6 @@ def _set_noise(pipe: Pipeline, file: Path, wanted: dict[str, Any]) -> None:
 
 
 def _first_line(error: Any) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # diffusers goes on with what its own callers may do.
+    return first.partition(" If you want to instead")[0].rstrip(".")

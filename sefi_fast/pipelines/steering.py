@@ -15,8 +15,8 @@ from diffusers import (
 
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.families import unwrap
-from sefi_fast.pipelines.loading import load_part
-from sefi_fast.pipelines.weight_files import read_header
+from sefi_fast.pipelines.loading import as_model_error, check_whole, load_part
+from sefi_fast.pipelines.weight_files import check_config, read_header
 from sefi_fast.utils.files import expanded, user_path
 
 
@@ -32,22 +32,19 @@ def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
             family of base models.
     """
     path = user_path(source)
-    try:
+    then = ". Give a diffusers folder, a hub id or a .safetensors file of a ControlNet"
+    with as_model_error(f"the ControlNet {source}", then):
         if path.is_file():
             read_header(path)
             model = ControlNetModel.from_single_file(str(path), torch_dtype=pipe.unet.dtype)
+            check_whole(model, path)
         elif path.is_dir():
+            check_config(path, "")
             model = load_part(ControlNetModel, path, "", pipe.unet.dtype)
         else:
             model = ControlNetModel.from_pretrained(
                 expanded(source), torch_dtype=pipe.unet.dtype, use_safetensors=True
             )
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{source} cannot be loaded as a ControlNet ({first}): give a diffusers folder, a hub "
-            "id or a .safetensors file"
-        ) from error
     wanted, found = pipe.unet.config.cross_attention_dim, model.config.cross_attention_dim
     if wanted != found:
         raise ModelError(

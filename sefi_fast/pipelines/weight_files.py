@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sefi_fast.errors import ModelError
 from sefi_fast.utils.files import open_regular, read_regular
+from sefi_fast.utils.strict_json import parse_json
 
 MOST_JSON = 2**24
 """Bytes: the index of a model in hundreds of shards has well under one million."""
+_LARGEST = 10**6
+"""Whole number in a configuration: the vocabulary of CLIP has 49,408 tokens."""
 
 _AGAIN = "Get the file again"
 # How a file begins that is not what its name says.
@@ -24,9 +26,10 @@ _OTHERS = (
     (b"{", f"a text file, not the weights. {_AGAIN}"),
 )  # fmt: skip
 
-
 # How ComfyUI, bitsandbytes and others name what belongs to a quantised weight.
 _SCALES = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8", ".absmax", ".quant_map")
+# F8_E4M3 and F8_E5M2 without scales are plain roundings.
+_NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class Header(NamedTuple):
@@ -55,13 +58,17 @@ def read_header(file: Path) -> Header:
             start = stream.read(64)
         with safe_open(str(file), framework="pt") as opened:
             header = Header(frozenset(opened.keys()), opened.metadata() or {})
+            weights = [name for name in header.names if name.endswith((".weight", ".bias"))]
+            kinds = {name: opened.get_slice(name).get_dtype() for name in weights}
     except FileNotFoundError as error:
         raise ModelError(f"there is no model file {file}. Check the path") from error
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error}). {_AGAIN}") from error
     except SafetensorError as error:
         what = f"damaged, half downloaded or not a safetensors file ({error}). {_AGAIN}"
-        what = next((told for sign, told in _OTHERS if start.startswith(sign)), what)
+        # The length of a damaged header can begin like any of the others.
+        if start[8:9] != b"{":
+            what = next((told for sign, told in _OTHERS if start.startswith(sign)), what)
         raise ModelError(f"{file} is {what if start else f'empty. {_AGAIN}'}") from error
     # Loaded without these, every weight would be wrong by its scale.
     if scales := [name for name in header.names if name.endswith(_SCALES)]:
@@ -69,18 +76,25 @@ def read_header(file: Path) -> Header:
             f"{file} holds quantised weights with scales of their own ({listed(scales)}). Get the "
             "model's weights in float16, bfloat16 or float32"
         )
+    if others := [name for name in weights if kinds[name] not in _NUMBERS]:
+        raise ModelError(
+            f"{file} holds weights of type {kinds[min(others)]} ({listed(others)}), not real "
+            "numbers. Get the model's weights in float16, bfloat16 or float32"
+        )
     return header
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, largest: int | None = None) -> dict[str, Any]:
     """Read a JSON object of a model's folder.
 
     Raises:
-        ModelError: the file is missing, too large or not a JSON object.
+        ModelError: the file is missing, too large or not a JSON object, or holds a whole number
+            above `largest`.
     """
     try:
-        found = json.loads(read_regular(file, MOST_JSON))
-    except (OSError, ValueError, RecursionError) as error:
+        # Schedulers write -Infinity.
+        found = parse_json(read_regular(file, MOST_JSON), finite=False, largest=largest)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read ({error}). Get the model again") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file} holds no description of a model. Get the model again")
@@ -88,11 +102,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_config(folder: Path, part: str, file: str = "config.json") -> None:
-    """Raise ModelError unless a model's folder has a part and its configuration."""
+    """Raise ModelError unless a model's folder has a part and its configuration, of sound size."""
     if not (folder / part).is_dir():
         raise ModelError(f"{folder} lacks the folder {part}. Get the whole model")
     if not (folder / part / file).is_file():
         raise ModelError(f"{folder / part} lacks {file}. Get the whole model")
+    if file.endswith("config.json"):
+        read_json(folder / part / file, _LARGEST)
 
 
 def check_weights(folder: Path, wanted: str | None) -> str | None:

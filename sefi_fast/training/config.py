@@ -44,8 +44,6 @@ _MAY_BE_NONE = ("patience", "num_vectors", "resolution", "checkpoint_every")
 _MOST_TEXTS = 1000
 _MOST_CHARACTERS = 20_000
 """Of a field's texts together, so that a config file of 2 MB holds all fields."""
-_MOST_NAMES = 10
-_LONGEST_NAME = 80
 _FLAGS = (
     "split",
     "train_base",
@@ -309,6 +307,8 @@ class TrainConfig:
             raise TypeError(f"{name} must be a number, got {_shown(value)}")
         if not -sys.float_info.max <= value <= sys.float_info.max or not is_good(value):
             raise ValueError(f"{name} must be finite and {wanted}, got {_shown(value)}")
+        # A whole number of 300 digits is not read again from every file.
+        object.__setattr__(self, name, float(value))
 
     def _check_text(self, name: str, texts: Sequence[str]) -> None:
         for text in texts:

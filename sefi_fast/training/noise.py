@@ -201,6 +201,12 @@ class NoiseSchedule:
         }
         self.num_train_timesteps: int = process.config.num_train_timesteps
         kept = process.alphas_cumprod.to(torch.float64)
+        if len(kept) != self.num_train_timesteps or not bool(((kept >= 0) & (kept <= 1)).all()):
+            raise ModelError(
+                f"the betas of the pipeline's {name} are not a noise schedule of "
+                f"{self.num_train_timesteps} steps. Numbers from 0 to 1 are wanted, one a step: "
+                "set pipe.scheduler to that of the model, or get the model again"
+            )
         self._signal = kept.sqrt().float().to(device)
         self._noise = (1 - kept).sqrt().float().to(device)
 

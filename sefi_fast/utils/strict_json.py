@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 _MOST_LEVELS = 32
 _MOST_DIGITS = 32
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON with finite numbers, keys that stand once and at most 32 levels.
+def parse_json(text: str | bytes, *, finite: bool = True, largest: int | None = None) -> Any:
+    """Parse JSON of keys that stand once, short numbers and at most 32 levels.
+
+    Args:
+        text: to parse.
+        finite: refuse NaN and infinity.
+        largest: of the whole numbers, below zero too; None for any.
 
     Raises:
         ValueError: the text is something else.
@@ -21,13 +27,14 @@ def parse_json(text: str | bytes) -> Any:
         >>> parse_json('{"steps": 600}')
         {'steps': 600}
     """
+    number = partial(_number, finite=finite, largest=largest)
     try:
         value = json.loads(
             text,
             object_pairs_hook=_without_twins,
-            parse_constant=_number,
-            parse_float=_number,
-            parse_int=_number,
+            parse_constant=number,
+            parse_float=number,
+            parse_int=number,
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
@@ -43,13 +50,16 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _number(text: str) -> int | float:
+def _number(text: str, finite: bool, largest: int | None) -> int | float:
     if len(text) > _MOST_DIGITS:
         raise ValueError(f"a number in it has more than {_MOST_DIGITS} characters")
     if text.lstrip("-").isdigit():
-        return int(text)
+        whole = int(text)
+        if largest is not None and abs(whole) > largest:
+            raise ValueError(f"the number {text} in it is larger than {largest:,}")
+        return whole
     value = float(text)
-    if not math.isfinite(value):
+    if finite and not math.isfinite(value):
         raise ValueError(f"{text} in it is not a finite number")
     return value
 

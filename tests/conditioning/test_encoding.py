@@ -183,8 +183,8 @@ def test_wrong_calls_are_told(sd15_pipeline):
     me = make_subject(pipe)
     with pytest.raises(ValueError, match="2 subjects share the placeholder '<me>'"):
         encode(pipe, "a", subjects=[me, make_subject(pipe, word="dog")])
-    many = [make_subject(pipe, f"<{s}>", stages=s) for s in (7, 9)]
-    with pytest.raises(ValueError, match="7, 9 stages need 63"):
+    many = [make_subject(pipe, f"<{s}>", stages=s) for s in (11, 13)]
+    with pytest.raises(ValueError, match="11, 13 stages need 143"):
         encode(pipe, "a", subjects=many)
     with pytest.raises(SubjectFileError, match=r"base.*\[64\].*\[48\]"):
         encode(pipe, "a", subjects=make_subject(pipe, width=64))

@@ -16,7 +16,7 @@ from models import make_controlnet, make_vae
 from pipelines.checkpoint import save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from sefi_fast.errors import ModelError
+from sefi_fast.errors import ModelError, PathError
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.pipelines.steering import load_controlnet
 
@@ -282,6 +282,8 @@ MARKS = {
     "modelspec in diffusers' word": ([], {"modelspec.prediction_type": "v_prediction"}, VELOCITY),
     "ComfyUI": ([], {"modelspec.predict_key": "v"}, VELOCITY),
     "kohya": ([], {"ss_v_parameterization": "True"}, VELOCITY),
+    "kohya in small letters": ([], {"ss_v_parameterization": "true"}, VELOCITY),
+    "vpred": ([], {"modelspec.prediction_type": "V-Pred"}, VELOCITY),
     "kohya to zero": (["v_pred"], {"ss_zero_terminal_snr": "True"}, VELOCITY | ZERO),
     "768": ([], {"modelspec.architecture": "stable-diffusion-v2-768-v"}, VELOCITY),
     "512": ([], {"modelspec.architecture": "stable-diffusion-v2-512"}, {}),
@@ -463,3 +465,83 @@ def test_c2_a_pipe_in_the_weights_place_is_refused_at_once(folder):
     os.mkfifo(folder / UNET)
     with pytest.raises(ModelError, match="a pipe or a socket"):
         load_pipeline(folder)
+
+
+def _set(file: Path, **settings) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+COUNTS = [
+    ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "1000000000 in it is larger"),
+    ("unet/config.json", {"block_out_channels": [10**9] * 4}, "1000000000 in it is larger"),
+    ("unet/config.json", {"layers_per_block": 10**6}, "asks for more than 10,000 tensors"),
+    ("unet/config.json", {"sample_size": 10**6}, "latents of size 1000000"),
+    ("unet/config.json", {"sample_size": "16"}, "latents of size '16'"),
+    ("vae/config.json", {"layers_per_block": 10**9}, "1000000000 in it is larger"),
+    ("vae/config.json", {"scaling_factor": 0}, "scales its latents by 0"),
+    ("vae/config.json", {"scaling_factor": "0.18"}, "scales its latents by '0.18'"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**8}, "in it is larger"),
+]
+
+
+@pytest.mark.parametrize(("file", "settings", "words"), COUNTS)
+@pytest.mark.parametrize("single", [False, True])
+def test_g_counts_of_a_models_configuration_have_limits(
+    folder, sd15_file, file, settings, words, single
+):
+    _set(folder / file, **settings)
+    with pytest.raises(ModelError, match=words):
+        load_pipeline(sd15_file if single else folder, config=folder if single else None)
+
+
+def test_g_counts_of_a_controlnet_have_limits(sd15_pipeline, tmp_path):
+    make_controlnet(sd15_pipeline.unet).save_pretrained(tmp_path)
+    _set(tmp_path / "config.json", layers_per_block=10**9)
+    with pytest.raises(ModelError, match="in it is larger"):
+        load_controlnet(tmp_path, sd15_pipeline)
+
+
+def test_g_infinity_in_a_scheduler_is_read(folder):
+    _set(folder / "scheduler" / "scheduler_config.json", lambda_min_clipped=float("-inf"))
+    assert load_pipeline(folder, device="cpu").scheduler is not None
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int32, torch.bool, torch.complex64])
+def test_c3_weights_that_are_not_real_numbers_are_refused(folder, sd15_file, tmp_path, kind):
+    for file, name in ((folder / UNET, "conv_in.bias"), (sd15_file, "diffusion_model.out.2.bias")):
+        whole = load_file(file)
+        found = {n: t.to(kind) if n.endswith(name) else t for n, t in whole.items()}
+        save_file(found, tmp_path / "one.safetensors", {"format": "pt"})
+        with pytest.raises(ModelError, match=rf"weights of type \w+ \(.*{name}\)"):
+            load_pipeline(tmp_path / "one.safetensors", config=folder)
+
+
+@pytest.mark.parametrize("length", [b"\x80\0\0\0\0\0\0\0", b"<\0\0\0\0\0\0\0", b"PK\0\0\0\0\0\0"])
+def test_c2_a_damaged_file_is_not_taken_for_another_by_its_length(tmp_path, length):
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(length + b'{"a":')
+    with pytest.raises(ModelError, match="damaged, half downloaded"):
+        load_pipeline(path)
+
+
+def test_c2_a_file_of_other_shapes_is_told_without_advice_that_does_not_work(folder):
+    save_file(load_file(folder / UNET) | {"conv_in.weight": torch.zeros(3)}, folder / UNET)
+    with pytest.raises(ModelError, match=r"expected shape") as raised:
+        load_pipeline(folder)
+    assert "low_cpu_mem_usage" not in str(raised.value)
+
+
+def test_c2_the_home_folder_of_nobody_is_told(sd15_folder):
+    with pytest.raises(PathError, match="home folder that is not there"):
+        load_pipeline(sd15_folder, vae="~nobody-of-that-name/vae")
+
+
+def test_c2_a_vae_of_the_hub_that_is_not_whole_is_told(sd15_folder, other_vae, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    found = (make_vae(), {"missing_keys": ["encoder.conv_in.bias"]})
+    take = lambda *_, output_loading_info=False, **__: found[: 2 if output_loading_info else 1]  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "from_pretrained", take)
+        with pytest.raises(ModelError, match="of the VAE some/vae are incomplete: they lack enc"):
+            load_pipeline(sd15_folder, vae="some/vae")

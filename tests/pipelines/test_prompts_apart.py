@@ -49,8 +49,8 @@ def test_free_noise_with_prompts_by_frame(sd15_pipeline, subjects):
 def test_free_noise_with_subjects_without_a_common_number_of_stages(sd15_pipeline):
     kind = KINDS["AnimateDiff, FreeNoise"]
     pipe = kind.make(sd15_pipeline, "SD 1.5")
-    attach(pipe, [subject_for(pipe, f"<{stages}>", stages=stages) for stages in (7, 9)])
-    with pytest.raises(ValueError, match="7, 9 stages need 63 stages together"):
+    attach(pipe, [subject_for(pipe, f"<{stages}>", stages=stages) for stages in (11, 13)])
+    with pytest.raises(ValueError, match="11, 13 stages need 143 stages together"):
         draw(pipe, "a <7>", **kind.arguments)
 
 
