@@ -232,6 +232,29 @@ class SeFiAttnProcessor:
         return result.output
 
 
+class TrainingProcessor(SeFiAttnProcessor):
+    """Split streams for the training's own prompts, which bear `sefi_training`.
+
+    Prompts of pipelines that other threads run on the U-Net go to `replaced`, the processor that
+    the layer has without the training.
+    """
+
+    replaced: Any = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        own = torch.compiler.is_compiling() or hasattr(encoder_hidden_states, "sefi_training")
+        attend: Any = super().__call__ if own else self.replaced
+        output: Tensor = attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return output
+
+
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, L, heads · head_dim] → [B, heads, L, head_dim], a view."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -15,7 +15,7 @@ from sefi_fast.conditioning.stage_hook import StageHook, install_stage_hook
 from sefi_fast.errors import ModelError
 from sefi_fast.layers import cross_attention_layers
 from sefi_fast.pipelines.stream_hooks import hook_streams
-from sefi_fast.processor import SeFiAttnProcessor
+from sefi_fast.processor import SeFiAttnProcessor, TrainingProcessor
 
 LOCK = threading.RLock()
 """Held while a prompt is encoded and while anything is put on a model or taken off."""
@@ -87,25 +87,40 @@ class Installation:
 
     def _put_processors(self) -> None:
         for attn in self._layers:
-            before = attn.processor
+            before = processor_of(attn)
             if type(before) in _PLAIN and not isinstance(before, SeFiAttnProcessor):
                 ours = SeFiAttnProcessor()
-                attn.set_processor(ours)
+                _set_processor(attn, ours)
                 self._processors.append((attn, ours, before))
 
     def _put_back_processors(self) -> None:
         """Put back every processor that is still ours to put back."""
         for attn, ours, before in self._processors:
-            if attn.processor is ours:
-                attn.set_processor(before)
+            if processor_of(attn) is ours:
+                _set_processor(attn, before)
         self._processors.clear()
 
     def remove(self) -> None:
         """Make the model what it was."""
+        # A call that has begun hooks no more.
+        self._layers = []
         # Last the hooks of the projections, which a call that has begun still needs.
         for hook in reversed(self._hooks):
             hook.remove()
         self._put_back_processors()
+
+
+def processor_of(attn: Attention) -> Any:
+    """Return the processor that pipelines' prompts get, also while a training is at a step."""
+    found = attn.processor
+    return found.replaced if isinstance(found, TrainingProcessor) else found
+
+
+def _set_processor(attn: Attention, processor: Any) -> None:
+    if isinstance(attn.processor, TrainingProcessor):
+        attn.processor.replaced = processor
+    else:
+        attn.set_processor(processor)
 
 
 def install(

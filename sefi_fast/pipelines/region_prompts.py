@@ -23,6 +23,7 @@ from sefi_fast.pipelines.families import (
     unwrap,
 )
 from sefi_fast.pipelines.freed_text import TextShape
+from sefi_fast.pipelines.installation import processor_of
 from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
 from sefi_fast.processor import SeFiAttnProcessor
 from sefi_fast.region_attention import Box, RegionPrompts, down_factors
@@ -123,7 +124,7 @@ class _Regions:
                 hook = _ModelCall(model, self._calls)
                 self._hooks[model] = [
                     model.register_forward_pre_hook(hook, with_kwargs=True),
-                    model.register_forward_hook(hook.after, with_kwargs=True),
+                    model.register_forward_hook(hook.after),
                 ]
         pictures = len(call.prompts) * call.images
         prompts = [call.encode(text) for text in self._texts]
@@ -203,15 +204,19 @@ class _ModelCall:
         self._factors = down_factors(model)
         self._calls = calls
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         call = self._calls.get(threading.get_ident())
-        if call is None:
+        # torch leaves the keywords out while another thread registers or removes the hook.
+        if call is None or kwargs is None:
             return
         for name, attn in self._layers.items():
-            if not isinstance(attn.processor, SeFiAttnProcessor):
+            processor = processor_of(attn)
+            if not isinstance(processor, SeFiAttnProcessor):
                 raise ModelError(
                     f"layer {name} of {type(model).__name__} has the processor "
-                    f"{type(attn.processor).__name__}, which knows no regions: unload an "
+                    f"{type(processor).__name__}, which knows no regions: unload an "
                     "IP-Adapter with pipe.unload_ip_adapter()"
                 )
         height, width = call_argument(args, kwargs, 0, "sample").shape[-2:]
@@ -225,9 +230,7 @@ class _ModelCall:
         placed = call.at(model, prompt, timestep, (height, width), self._factors)
         prompt.sefi_regions = call.placed = placed  # type: ignore[attr-defined]
 
-    def after(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Raise ModelError where something put another tensor in the place of the prompt."""
         call = self._calls.get(threading.get_ident())
         if call is not None and call.placed is not None and not call.placed.reached:

@@ -39,6 +39,8 @@ class _Call:
         self.map_tokens = map_tokens
         self.sums: dict[tuple[int, int], Tensor] = {}
         self.layer_calls = 0
+        # Prompt and size of the input of the U-Net's call that runs.
+        self.running: tuple[Tensor, tuple[int, int]] | None = None
 
     def tokens_for(self, batch: int, device: torch.device) -> Tensor:
         """[batch, words · positions] for the U-Net's batch: under guidance its second half."""
@@ -187,31 +189,33 @@ class _Tracer:
         placeholders = [subject.in_prompts(tokenizer) for subject in self._encoder.subjects]
         return [word_positions(tokenizer, prompt, word, placeholders) for word in self._found.words]
 
-    def before_unet(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_unet(
+        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Forward-pre-hook of the U-Net, behind the one that picks the stage."""
         call = self._calls.get(threading.get_ident())
-        if call is None:
+        # torch leaves the keywords out while another thread registers or removes the hook.
+        if call is None or kwargs is None:
             return
+        height, width = call_argument(args, kwargs, 0, "sample").shape[-2:]
         prompt = call_argument(args, kwargs, 2, "encoder_hidden_states")
+        call.running = prompt, (height, width)
         map_tokens = call.tokens_for(len(prompt), prompt.device)
         prompt.sefi_records = {
             id(attn): LayerRecord(map_tokens=map_tokens) for attn in self._layers.values()
         }
 
-    def after_unet(
-        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def after_unet(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the U-Net: gather and forget what its layers recorded."""
         call = self._calls.get(threading.get_ident())
-        prompt = call_argument(args, kwargs, 2, "encoder_hidden_states")
-        records = prompt.__dict__.pop("sefi_records", None)
-        if call is None or records is None:
+        if call is None or call.running is None:
             return
-        height, width = call_argument(args, kwargs, 0, "sample").shape[-2:]
+        prompt, input_size = call.running
+        call.running = None
+        records = prompt.__dict__.pop("sefi_records")
         for name, attn in self._layers.items():
             maps = records[id(attn)].maps
-            factor = self._factors[name]
-            size = reduced_size((height, width), factor)
+            size = reduced_size(input_size, self._factors[name])
             if maps is None or maps.shape[-1] != size[0] * size[1]:
                 raise ModelError(
                     f"layer {name} gave no map of {size[0]}×{size[1]}: its attention processor was "
@@ -262,7 +266,7 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
     encoder.watchers.append(tracer)
     hooks = [
         unet.register_forward_pre_hook(tracer.before_unet, with_kwargs=True),
-        unet.register_forward_hook(tracer.after_unet, with_kwargs=True),
+        unet.register_forward_hook(tracer.after_unet),
     ]
     try:
         yield found

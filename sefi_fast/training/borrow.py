@@ -14,8 +14,8 @@ from sefi_fast.attention_record import AttentionRecord
 from sefi_fast.errors import ModelError
 from sefi_fast.layers import cross_attention_layers
 from sefi_fast.pipelines.families import unwrap
-from sefi_fast.pipelines.installation import check_replaceable
-from sefi_fast.processor import SeFiAttnProcessor
+from sefi_fast.pipelines.installation import LOCK, check_replaceable
+from sefi_fast.processor import SeFiAttnProcessor, TrainingProcessor
 
 
 @contextmanager
@@ -127,30 +127,8 @@ def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_las
     tensor.data = data
 
 
-class _TrainingProcessor(SeFiAttnProcessor):
-    """Split streams for the training's own prompts, which bear `sefi_training`.
-
-    Prompts of pipelines that other threads run on the U-Net go to the processor that was there.
-    """
-
-    replaced: Any = None
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        own = torch.compiler.is_compiling() or hasattr(encoder_hidden_states, "sefi_training")
-        attend: Any = super().__call__ if own else self.replaced
-        output: Tensor = attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        return output
-
-
 def _check_no_training(attn: Attention) -> None:
-    if isinstance(attn.processor, _TrainingProcessor):
+    if isinstance(attn.processor, TrainingProcessor):
         raise ModelError(
             "another thread trains on this U-Net. One training at a time can have it. Train one "
             "after the other, several at once with sefi_fast.train_many, or give each thread a "
@@ -184,7 +162,7 @@ class TrainingProcessors:
         for name, attn in crossing.items():
             _check_no_training(attn)
             check_replaceable(unet, name, attn.processor)
-            processor = _TrainingProcessor(
+            processor = TrainingProcessor(
                 split_streams=True, record=record.layer(name), backend=backend
             )
             self._ours.append((attn, processor))
@@ -204,15 +182,18 @@ class TrainingProcessors:
         """
         before: list[tuple[Attention, Any, Any]] = []
         try:
-            for attn, processor in self._ours:
-                _check_no_training(attn)
-                found = attn.processor
-                if isinstance(processor, _TrainingProcessor):
-                    processor.replaced = found
-                before.append((attn, processor, found))
-                attn.set_processor(processor)
+            with LOCK:
+                for attn, processor in self._ours:
+                    _check_no_training(attn)
+                    found = attn.processor
+                    if isinstance(processor, TrainingProcessor):
+                        processor.replaced = found
+                    before.append((attn, processor, found))
+                    attn.set_processor(processor)
             yield
         finally:
-            for attn, processor, found in before:
-                if attn.processor is processor:
-                    attn.set_processor(found)
+            with LOCK:
+                for attn, processor, found in before:
+                    if attn.processor is processor:
+                        ours = isinstance(processor, TrainingProcessor)
+                        attn.set_processor(processor.replaced if ours else found)

@@ -174,7 +174,7 @@ def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
     """
     function = "_gradient_checkpointing_func"
     before = [
-        (part, part.gradient_checkpointing, vars(part).get(function))
+        (part, part.gradient_checkpointing, {k: v for k, v in vars(part).items() if k == function})
         for part in unet.modules()
         if hasattr(part, "gradient_checkpointing")
     ]
@@ -185,10 +185,8 @@ def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
     finally:
         for part, checkpointing, own in before:
             part.gradient_checkpointing = checkpointing
-            if own is not None:
-                setattr(part, function, own)
-            else:
-                vars(part).pop(function, None)
+            vars(part).pop(function, None)
+            vars(part).update(own)
 
 
 def _recompute(module: torch.nn.Module, *inputs: Any) -> Any:

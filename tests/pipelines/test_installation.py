@@ -23,7 +23,7 @@ from pipelines.sampling import draw, state_of
 
 from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.layers import cross_attention_layers
-from sefi_fast.pipelines import attach, detach, trace
+from sefi_fast.pipelines import attach, detach, regions, trace
 from sefi_fast.processor import SeFiAttnProcessor
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
@@ -294,6 +294,27 @@ def test_hooks_bear_a_call_without_keywords(sd15_pipeline, make_subject):
     for model in (pipe.unet, pipe.text_encoder):
         (hook,) = model._forward_pre_hooks.values()
         assert hook(model, (torch.zeros(1, 2, dtype=torch.int64),)) is None
+
+
+@pytest.mark.parametrize("watch", [trace, regions])
+def test_hooks_of_a_trace_and_of_regions_bear_it_too(sd15_pipeline, watch):
+    pipe = sd15_pipeline
+    wanted = "cat" if watch is trace else {"a cat": (0, 0, 0.5, 1)}
+    with watch(pipe, wanted):
+        draw(pipe, "a cat", num_inference_steps=1)
+        for hook in pipe.unet._forward_pre_hooks.values():
+            assert hook(pipe.unet, ()) is None
+        assert not pipe.unet._forward_hooks_with_kwargs
+        for hook in pipe.unet._forward_hooks.values():
+            assert hook(pipe.unet, (), None) is None
+
+
+def test_a_call_that_has_begun_hooks_nothing_after_detach(sd15_pipeline, make_subject):
+    pipe = attach(sd15_pipeline, make_subject())
+    (hook,) = pipe.unet._forward_pre_hooks.values()
+    detach(pipe)
+    hook.before(pipe.unet)
+    assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
 
 
 def pickled(value):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -46,6 +48,35 @@ def test_plain_and_attached_pipelines_draw_while_another_trains(sd15_pipeline, t
     for actual, wanted in zip(drawn, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
     assert torch.equal(together.tokens[0], alone.tokens[0])
+
+
+@pytest.mark.parametrize("watch", [sefi_fast.trace, sefi_fast.regions])
+@pytest.mark.parametrize("first", ["training", "watching"])
+def test_a_trace_or_regions_overlap_a_step_of_training(sd15_pipeline, watch, first):
+    pipe = sd15_pipeline
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    before = dict(pipe.unet.attn_processors)
+    wanted = "cat" if watch is sefi_fast.trace else {"a cat": (0, 0, 0.5, 1)}
+    with watch(other, wanted):
+        expected = draw(other, "a cat", num_inference_steps=1)
+    alone = sefi_fast.train(PICTURE, model=pipe, **FAST)
+    drawn = []
+    with ExitStack() as stack:
+        if first == "watching":
+            stack.enter_context(watch(other, wanted))
+
+        def overlap():
+            if first == "training":
+                stack.enter_context(watch(other, wanted))
+            drawn.append(draw(other, "a cat", num_inference_steps=1))
+            if first == "watching":
+                stack.close()
+
+        meanwhile(pipe, overlap)
+        together = sefi_fast.train(PICTURE, model=pipe, **FAST)
+    torch.testing.assert_close(drawn[0], expected, rtol=0, atol=1e-5)
+    assert torch.equal(together.tokens[0], alone.tokens[0])
+    assert dict(pipe.unet.attn_processors) == before
 
 
 def test_two_trainings_of_one_unet_at_a_time_are_told(sd15_pipeline):
