@@ -202,8 +202,9 @@ def test_a_lone_string_is_told(tokenizer, person):
         tokenize_prompts(tokenizer, ["a", 3], [("<me>", [person])])
 
 
-def test_a_tokenizer_without_a_length_is_told(tokenizer, person, monkeypatch):
-    monkeypatch.setattr(tokenizer, "model_max_length", int(1e30))
+@pytest.mark.parametrize("length", [int(1e30), "77", 2])
+def test_a_tokenizer_without_a_length_is_told(tokenizer, person, monkeypatch, length):
+    monkeypatch.setattr(tokenizer, "model_max_length", length)
     with pytest.raises(ValueError, match="model_max_length"):
         tokenize_prompts(tokenizer, ["a <me>"], [("<me>", [person])])
 

@@ -193,6 +193,13 @@ def test_whatever_can_be_made_can_be_saved_and_loaded(tmp_path_factory, scene, t
     assert TrainConfig.load(path) == config
 
 
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_g_whole_numbers_in_the_place_of_others_can_be_loaded(tmp_path, name):
+    config = TrainConfig(learning_rate=10**40, snr_gamma=10**300, max_seconds=7)
+    config.save(tmp_path / name)
+    assert TrainConfig.load(tmp_path / name) == config
+
+
 def test_files_that_cannot_be_read_or_written(tmp_path):
     with pytest.raises(FileNotFoundError, match="no config file at"):
         TrainConfig.load(tmp_path / "missing.yaml")

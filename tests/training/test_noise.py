@@ -46,6 +46,15 @@ def test_forward_process_is_that_of_ddpm(kind, beta_schedule, prediction_type, z
     torch.testing.assert_close(schedule.target(latents, noise, timesteps), wanted, **close)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"trained_betas": [0.1] * 10}, {"trained_betas": [-0.5] * 1000}, {"beta_end": float("inf")}],
+)
+def test_g_betas_that_are_not_a_schedule_are_refused(settings):
+    with pytest.raises(ModelError, match="not a noise schedule of 1000 steps"):
+        NoiseSchedule(DDIMScheduler(**settings), CPU)
+
+
 def test_trained_betas_are_kept():
     betas = torch.linspace(0.001, 0.03, 50).tolist()
     schedule = NoiseSchedule(DDIMScheduler(num_train_timesteps=50, trained_betas=betas), CPU)
