@@ -25,7 +25,7 @@ class SefiStep:
         pipe.vae = None
         # Entered for good: the models are this step's own.
         self._models = ExitStack()
-        source = Source(pipe, "random weights", None, device, dtype, True)
+        source = Source(pipe, "random weights", None, device, dtype, True, "")
         self._models.enter_context(frozen(source, config))
         lane = Lane(
             start_tokens(pipe, config),

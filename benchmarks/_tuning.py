@@ -47,14 +47,17 @@ class Trial:
     dropped: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row a problem, or one without a time."""
+        common = {
             **self.place._asdict(),
-            "config": self.config._asdict(),
+            **self.config._asdict(),
             "default": self.default,
             "dropped": self.dropped,
-            **self.figures,
         }
+        figures = dict(self.figures)
+        times = figures.pop("times", {"": {}})
+        return [{**common, "problem": name, **timing, **figures} for name, timing in times.items()]
 
 
 class Winner(NamedTuple):

@@ -20,7 +20,7 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
         sys.path.append(_place)
 
 import _tuning  # noqa: E402
-from _report import environment, write_json  # noqa: E402
+from _report import environment, write_report  # noqa: E402
 from _tuning import Place, Trial, Winner, as_code  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=(*WIDTHS, 256), help="upper ends of the table's head width buckets",
     )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="compiling processes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was tried")
+    parser.add_argument("--output", type=Path, help="folder for everything that was tried")
     return parser.parse_args(arguments)
 
 
@@ -76,19 +76,19 @@ def teller(bar: tqdm[Any]) -> Callable[[Trial], None]:
 
 
 def save(options: argparse.Namespace, trials: list[Trial], winners: list[Winner]) -> None:
-    """Write everything that was tried to the file asked for, if one was."""
+    """Write everything that was tried to the folder asked for, if one was."""
     import torch
 
-    if not options.json:
+    if not options.output:
         return
     report = {
         "benchmark": "tune_kernels",
         "dtype": options.dtype,
         "environment": environment(torch.device("cuda")),
         "lines": list(_tuning.table_lines(winners)),
-        "trials": [trial.as_dict() for trial in trials],
+        "results": [row for trial in trials for row in trial.rows()],
     }
-    write_json(options.json, report)
+    write_report(options.output, report)
 
 
 def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]:
