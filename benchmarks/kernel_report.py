@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -67,10 +67,11 @@ _CUDA_USE = re.compile(
 
 
 class Row(NamedTuple):
-    """One compiled kernel; None where only the launch decides, or the backend has no such value.
+    """One compiled kernel; None where the launch of a CUDA C++ kernel decides.
 
-    spill_bytes are stored and loaded. matrix_instructions are counted once each in Triton's PTX or
-    in the machine code of CUDA C++, and warp_group_instructions are those of Hopper among them.
+    variant: template arguments of CUDA C++ behind head_dim and dtype, or a gradient of Triton's.
+    spill_bytes: stored and loaded. matrix_instructions: in Triton's PTX or the machine code of CUDA
+    C++; warp_group_instructions: those of Hopper among them. serialized: see compile.Report.
     """
 
     backend: str
@@ -113,7 +114,7 @@ def compile_triton(capability: int, head_dim: int, dtype: str) -> list[Row]:
         kernel, _, variant = name.partition(" ")
         rows.append(
             Row(
-                "triton", kernel, variant and f" {variant}", capability, dtype, head_dim,
+                "triton", kernel, variant, capability, dtype, head_dim,
                 found.registers, found.spill_bytes, found.matrix_instructions,
                 found.warp_group_instructions, found.serialized, found.block, found.warps,
                 found.stages, found.shared_bytes, resident.blocks, resident.warps, resident.limit,
@@ -137,9 +138,7 @@ def _tool(name: str) -> str | None:
 def cuda_not_supported_reason() -> str | None:
     """Return why the CUDA C++ kernels cannot be compiled and read here, or None."""
     missing = [name for name in ("nvcc", "cuobjdump") if _tool(name) is None]
-    return (
-        f"no {' and no '.join(missing)} in CUDA_HOME, PATH or /usr/local/cuda" if missing else None
-    )
+    return f"no {' and no '.join(missing)} in CUDA_HOME or PATH" if missing else None
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -166,27 +165,24 @@ def compile_cuda(source: Path, capability: int) -> list[Row]:
         text.split(maxsplit=1)[0]: re.findall(r"\b([A-Z]*)MMA\.\d", text)
         for text in listing.split("Function : ")[1:]
     }
-    return list(_cuda_rows(log, products, capability))
-
-
-def _cuda_rows(log: str, products: dict[str, list[str]], capability: int) -> Iterator[Row]:
+    rows = []
     for mangled, stored, loaded, registers in _CUDA_USE.findall(log):
         form = _CUDA_NAME.search(mangled)
         if form is None:
             raise RuntimeError(f"a kernel of unknown name: {mangled}")
-        kernel, head_dim, dtype, variant = form.groups()
-        yield Row(
-            "cuda",
-            kernel if kernel in ("forward", "backward") else f"backward_{kernel}",
-            "".join(f" {number}" for number in re.findall(r"L[bi](\d)", variant)),
-            capability,
-            "bfloat16" if dtype == "BFloat16" else "float16",
-            int(head_dim),
-            int(registers),
-            int(stored) + int(loaded),
-            len(products[mangled]),
-            sum(kind.endswith("G") for kind in products[mangled]),
-        )
+        kernel, head_dim, dtype, rest = form.groups()
+        kernel = kernel if kernel in ("forward", "backward") else f"backward_{kernel}"
+        variant = ", ".join(re.findall(r"L[bi](\d)", rest))
+        dtype = "bfloat16" if dtype == "BFloat16" else "float16"
+        spill_bytes, found = int(stored) + int(loaded), products[mangled]
+        groups = sum(kind.endswith("G") for kind in found)
+        rows.append(
+            Row(
+                "cuda", kernel, f"<{variant}>", capability, dtype, int(head_dim), int(registers),
+                spill_bytes, len(found), groups,
+            )
+        )  # fmt: skip
+    return rows
 
 
 def failures(row: Row) -> list[str]:

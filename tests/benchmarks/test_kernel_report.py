@@ -60,7 +60,7 @@ def test_a_compiler_s_log_and_a_listing_become_rows(monkeypatch: pytest.MonkeyPa
     said = {"nvcc": log, "cuobjdump": listing}
     monkeypatch.setattr(kernel_report, "_run", lambda tool, *arguments: said[tool])
     (row,) = kernel_report.compile_cuda(Path("tensor.cu"), 90)
-    assert row == Row("cuda", "backward_key_value", " 1 0", 90, "float16", 80, 128, 44, 2, 1)
+    assert row == Row("cuda", "backward_key_value", "<1, 0>", 90, "float16", 80, 128, 44, 2, 1)
 
 
 def test_without_nvcc_the_report_says_what_is_left_out(
