@@ -100,7 +100,7 @@ def checks_table(checks: list[Check]) -> str:
 
 def measure_gpu(
     device: torch.device, deadline: float, small: bool, red: set[str], folder: Path
-) -> dict[str, Any]:
+) -> None:
     """attn_bench at full size, of all but those with a red check and those that compile first."""
     options = attn_bench.parse(["--device", device.type])
     torch._functorch.config.donated_buffer = False
@@ -122,7 +122,6 @@ def measure_gpu(
     report = attn_bench.content(records, rates, absent, device, settings)
     attn_bench.write_results(records, report, folder)
     print(targets_table([target for record in records for target in record.targets()]))
-    return report
 
 
 def measure_compiled(
