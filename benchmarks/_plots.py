@@ -11,7 +11,6 @@ from _report import write_whole
 from _roofline import Rates
 
 if TYPE_CHECKING:
-    from _compiled import Facts
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -182,69 +181,3 @@ def plot_roofline(records: Sequence[ProblemRecord], rates: Rates, title: str, pa
     style(axes)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     save(figure, path)
-
-
-FEW_ROWS = 256
-_SHORT_KERNEL = {
-    "backward": "dQ dK dV",
-    "backward (grad_key)": "dQ dK",
-    "backward_query": "dQ",
-    "backward_key_value": "dK dV",
-    "backward_key_value (grad_key)": "dK",
-    "backward_key_value (grad_value)": "dV",
-}
-_UNITS = {
-    "bytes": "#00798c",
-    "special function": "#edae49",
-    "matrix": "#d1495b",
-    "issue": "#8d99ae",
-}
-
-
-def plot_units(facts: Sequence[Facts], path: Path) -> None:
-    """What each unit of each device takes a row, for every kernel and head width compiled."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    devices = list(dict.fromkeys(device for one in facts for device in one.bounds))
-    figure = Figure(figsize=(13.0, 2.9 * len(devices) + 1.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle("Least picoseconds a row and head by unit, from machine code, datasheet rates")
-    grid = figure.subplots(len(devices), 1, squeeze=False)
-    for (axes,), device in zip(grid, devices, strict=True):
-        shown = [one for one in facts if device in one.bounds]
-        for place, (unit, colour) in enumerate(_UNITS.items()):
-            axes.bar(
-                [i + (place - 1.5) * 0.21 for i in range(len(shown))],
-                [one.bounds[device]["parts"][unit] for one in shown],
-                0.2,
-                color=colour,
-                label=unit,
-            )
-        played = [(i, one.bounds[device].get("played")) for i, one in enumerate(shown)]
-        for i, picoseconds in played:
-            if picoseconds:
-                axes.plot([i - 0.45, i + 0.45], [picoseconds] * 2, color="black", lw=1.6)
-        if any(picoseconds for _, picoseconds in played):
-            axes.plot([], [], color="black", lw=1.6, label="with the waiting played")
-        axes.set_xticks(range(len(shown)))
-        axes.set_xticklabels([_case(one, shown) for one in shown], fontsize=7)
-        axes.set_ylabel(f"{device}: ps a row")
-        style(axes)
-    handles, labels = grid[-1][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    save(figure, path)
-
-
-def _case(facts: Facts, shown: Sequence[Facts]) -> str:
-    choice = facts.choice
-    apart = any(
-        other.choice.kernel.endswith("(grad_value)") and other.choice.head_dim == choice.head_dim
-        for other in shown
-    )
-    short = _SHORT_KERNEL.get(choice.kernel, choice.kernel)
-    if apart and short == "dK dV":
-        short = "dK"
-    rows = "" if choice.rows > FEW_ROWS else f"\n{choice.rows} rows"
-    spills = "\nspills" if facts.spill_bytes else ""
-    return f"{short}\nwidth {choice.head_dim}{rows}{spills}"

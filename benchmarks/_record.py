@@ -12,6 +12,9 @@ from _shapes import Problem
 MOST_SPREAD = 0.3
 """Half the quartile distance over the median beyond which a machine was too busy to measure on."""
 
+Target = tuple[str, str, float, float]
+"""A problem, a ratio, what was measured and what is wanted at least."""
+
 
 @dataclass
 class Entry:
@@ -66,7 +69,7 @@ class ProblemRecord:
 
     @property
     def noisy(self) -> bool:
-        """Whether some contender's times scatter too widely for a bar to be told by them."""
+        """Whether some contender's times scatter too widely to hold them to a target."""
         timings = [entry.timing("both") for entry in self.entries]
         return any(timing is not None and timing.spread > MOST_SPREAD for timing in timings)
 
@@ -129,3 +132,42 @@ class ProblemRecord:
 
     def rows(self) -> list[dict[str, Any]]:
         return [self.row(entry, direction) for entry in self.entries for direction in DIRECTIONS]
+
+    def _fastest(self, family: str) -> float | None:
+        return min(filter(None, (e.seconds("both") for e in self.of_family(family))), default=None)
+
+    def targets(self) -> list[Target]:
+        """Ratios of the fastest fused backend, forward and backward; none if times are noisy.
+
+        float32 on a CPU, half precision on CUDA.
+        """
+        ours = [
+            entry
+            for entry in self.of_family("sefi")
+            if entry.contender != "sefi-eager" and entry.seconds("both")
+        ]
+        cpu, problem = self.device_type == "cpu", self.problem
+        if self.noisy or not ours or cpu != (self.dtype == "float32"):
+            return []
+        fused = min(ours, key=lambda entry: entry.seconds("both") or 0.0)
+        seconds = fused.seconds("both") or 0.0
+        largest = (problem.queries, problem.head_dim) == (4096, 40)
+        found = {
+            f"share of sgemm, {what}": (product / seconds, 0.65)
+            for what, product in self.matrix_seconds.items()
+        }
+        if plain := self._fastest("sdpa"):
+            wanted = 1 / 1.1 if cpu and not largest else 1.0
+            found["times SDPA's speed without a loss"] = (plain / seconds, wanted)
+        if not cpu and problem.batch >= 16:
+            share = self.bound_of(fused, "both").seconds / seconds
+            found["share of the roofline"] = (share, 0.8 if problem.head_dim >= 80 else 0.6)
+        if cpu or (largest and problem.batch == 8):
+            if eager := self._fastest("eager"):
+                wanted = (1.6 if largest else 1.0) if cpu else 8.0
+                found["times eager maps' speed"] = (eager / seconds, wanted)
+            maps = self.entry("eager-maps")
+            if maps and maps.memory and fused.memory:
+                less = maps.memory.extra / max(fused.memory.extra, 1)
+                found["times less extra memory than eager"] = (less, 10.0 if cpu else 20.0)
+        return [(problem.name, what, *pair) for what, pair in found.items()]

@@ -1,4 +1,4 @@
-"""Tables on the terminal, JSON and CSV in a folder of results, written whole or not at all."""
+"""Tables on the terminal and files in a folder of results, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bars import Bar
-from _record import Entry, ProblemRecord
+from _record import Entry, ProblemRecord, Target
 from _roofline import DIRECTIONS
 
 
@@ -48,6 +47,16 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path, lambda beside: beside.write_text(text.getvalue()))
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> list[Path]:
+    """Write the results as <benchmark>.csv and all else into environment.json, by benchmark."""
+    name, path = report["benchmark"], folder / "environment.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[name] = {k: v for k, v in report.items() if k not in ("benchmark", "results")}
+    write_csv(folder / f"{name}.csv", report["results"])
+    write_json(path, known)
+    return [folder / f"{name}.csv", path]
 
 
 def _version(package: str) -> str | None:
@@ -166,15 +175,9 @@ def problem_table(record: ProblemRecord) -> str:
     return f"{title}\n{table(_HEAD, rows)}"
 
 
-def bars_table(bars: Sequence[Bar], of_what: str = "forward and backward") -> str:
-    """Each bar with what was measured, what was wanted and whether it is met."""
-    if not bars:
-        return "\nNo bar applies to what was measured."
-    rows = [
-        [bar.problem, bar.what, f"{bar.measured:.2f}", f"{bar.wanted:.2f}"]
-        + ["met" if bar.met else "NOT MET"]
-        for bar in bars
-    ]
-    met = sum(bar.met for bar in bars)
-    body = table(["problem", "bar", "measured", "wanted", "answer"], rows)
-    return f"\nBars, {of_what}: {met} of {len(bars)} met\n{body}"
+def targets_table(targets: Sequence[Target]) -> str:
+    """Each ratio that has a target, with what was measured."""
+    if not targets:
+        return "\nNothing that was measured has a target."
+    rows = [[*target[:2], *(f"{number:.2f}" for number in target[2:])] for target in targets]
+    return f"\n{table(['problem', 'ratio', 'measured', 'target'], rows)}"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from _measure import Effort, Timing, interleaved, interleaved_cuda
 from _plain_steps import PlainStep, TextualInversionStep
+from _record import MOST_SPREAD, Target
 from _run import reason
 from _sefi_steps import SefiStep
 from _step_models import Architecture, random_pipeline
@@ -33,7 +34,7 @@ _TOLERANCES = {
 
 
 class StepContender(NamedTuple):
-    """One way to train a step: its letter in the bars, and what is and what is not in it."""
+    """One way to train a step: its letter in the tables, and what is and what is not in it."""
 
     name: str
     letter: str
@@ -86,7 +87,7 @@ class StepRecord:
         return next(entry for entry in self.entries if entry.contender.name == name)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row a contender, for JSON and CSV."""
+        """One flat row a contender."""
         found = []
         for entry in self.entries:
             row: dict[str, Any] = {
@@ -113,6 +114,27 @@ class StepRecord:
                 row |= {"held_bytes": entry.memory.held, "peak_bytes": entry.memory.peak}
             found.append(row)
         return found
+
+    def targets(self) -> list[Target]:
+        """Speed against the plain method and Textual Inversion, memory against the latter.
+
+        No speeds where times scatter too widely.
+        """
+        ours, plain, inversion = map(self.entry, (SEFI, PLAIN, INVERSION))
+        if ours.timing is None:
+            return []
+        noisy = any(e.timing is not None and e.timing.spread > MOST_SPREAD for e in self.entries)
+        found: list[tuple[str, float, float]] = []
+        for what, other, wanted in (
+            ("times the plain method's speed", plain, 3.0 if self.device_type == "cuda" else 1.0),
+            ("times Textual Inversion's speed", inversion, 1.0),
+        ):
+            if other.timing is not None and not noisy:
+                found.append((what, other.timing.median / ours.timing.median, wanted))
+        if inversion.memory is not None and ours.memory is not None:
+            less = inversion.memory.peak / ours.memory.peak
+            found.append(("times less peak memory than Textual Inversion", less, 1.0))
+        return [(f"{self.built.name} b{self.batch}", *one) for one in found]
 
 
 def picture(size: int) -> Tensor:

@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from sefi_fast.kernels import KernelConfig
 
 KERNELS = ("forward", "backward", "backward_query", "backward_key_value")
-BUCKETS = ("many", "few")
 BATCHES = (1, 16)
 # Head widths that stand for a bucket in which no layer of a known model lies.
 _STAND_INS = (40, 64, 80, 160, 256, 32)
-_QUERIES = {"many": 1024, "few": 256}
+_QUERIES = 1024
 _SHAPES = {
     "half": ((16, 4), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)),
     "single": ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8)),
@@ -27,8 +26,6 @@ _SHAPES = {
 KEY_TILES = (0, 16, 32, 64)
 # By warps: the compiler's choice, and what lets three or four (of eight warps: two) be resident.
 _REGISTERS = {4: (0, 128, 168), 8: (0, 128)}
-# Bytes of spills that one program more on a multiprocessor may be worth: for a device to say.
-_FEW = 64
 
 
 class Place(NamedTuple):
@@ -38,7 +35,6 @@ class Place(NamedTuple):
     capability: int
     precision: str
     width: int
-    bucket: str
 
 
 @dataclass
@@ -51,14 +47,17 @@ class Trial:
     dropped: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row a problem, or one without a time."""
+        common = {
             **self.place._asdict(),
-            "config": self.config._asdict(),
+            **self.config._asdict(),
             "default": self.default,
             "dropped": self.dropped,
-            **self.figures,
         }
+        figures = dict(self.figures)
+        times = figures.pop("times", {"": {}})
+        return [{**common, "problem": name, **timing, **figures} for name, timing in times.items()]
 
 
 class Winner(NamedTuple):
@@ -90,9 +89,7 @@ def problems_of(place: Place, dtype: torch.dtype) -> list[Problem]:
     Where there is none, a layer of 8 heads made up for it; none at all for a bucket of widths
     that this kernel never asks for.
     """
-    from sefi_fast.kernels.configs import FEW_ROWS
-
-    kernel, capability, _, width, bucket = place
+    kernel, capability, _, width = place
 
     def lies_here(head_dim: int) -> bool:
         return table_width(kernel, capability, dtype, head_dim) == width
@@ -103,24 +100,23 @@ def problems_of(place: Place, dtype: torch.dtype) -> list[Problem]:
         Problem(model, layer.queries, layer.head_dim, layer.heads, batch)
         for model, layers in MODELS.items()
         for layer in layers
-        if (layer.queries <= FEW_ROWS) == (bucket == "few") and lies_here(layer.head_dim)
+        if lies_here(layer.head_dim)
         for batch in BATCHES
     ]
     stand_in = next(filter(lies_here, _STAND_INS), None)
     if found or stand_in is None:
         return found
-    return [Problem("custom", _QUERIES[bucket], stand_in, 8, batch) for batch in BATCHES]
+    return [Problem("custom", _QUERIES, stand_in, 8, batch) for batch in BATCHES]
 
 
 def default_of(place: Place) -> KernelConfig | None:
     """What the table says now, for 77 keys; None where it has no such kernel."""
-    from sefi_fast.kernels.configs import FEW_ROWS, choose_config, choose_sums
+    from sefi_fast.kernels.configs import choose_config, choose_sums
 
-    rows = FEW_ROWS if place.bucket == "few" else FEW_ROWS + 1
-    _, capability, precision, width, _ = place
-    if place.kernel == "backward":
-        return choose_sums(capability, precision, width, 80, rows)
-    return choose_config(place.kernel, capability, precision, width, 80, rows)
+    kernel, capability, precision, width = place
+    if kernel == "backward":
+        return choose_sums(capability, precision, width, 80)
+    return choose_config(kernel, capability, precision, width, 80)
 
 
 def candidates(place: Place) -> list[KernelConfig]:
@@ -161,27 +157,6 @@ def candidates(place: Place) -> list[KernelConfig]:
     return list(dict.fromkeys([default, *others]))
 
 
-def among(trials: list[Trial], ranked: list[dict[str, Any]], best: int) -> list[Trial]:
-    """The default and the `best` others by what a static run's JSON says of each.
-
-    ranked: its "trials". What it dropped, what spills more than a few words and what there is no
-    more is left out; where it tells nothing of the place, all trials stay. The compiler does not
-    know the number of queries: "few" are ranked as "many".
-    """
-    from sefi_fast.kernels import KernelConfig
-
-    place = trials[0].place._replace(bucket="many")
-    here = [one for one in ranked if all(one[key] == word for key, word in place._asdict().items())]
-    if not here:
-        return trials
-    sound = [one for one in here if one["dropped"] is None and one["spill_bytes"] <= _FEW]
-    known = [one for one in sound if one["config"].keys() <= set(KernelConfig._fields)]
-    order = [KernelConfig(**one["config"]) for one in sorted(known, key=lambda one: one["cost"])]
-    default = next(trial for trial in trials if trial.default)
-    others = [config for config in order[:best] if config != default.config]
-    return [default, *(Trial(default.place, config, False) for config in others)]
-
-
 def as_code(config: KernelConfig) -> str:
     """The configuration as the table writes it: block, warps, stages, then what is not usual."""
     named = [
@@ -195,33 +170,21 @@ def as_code(config: KernelConfig) -> str:
 def table_lines(winners: Sequence[Winner]) -> Iterator[str]:
     """Lines for TABLE in kernels/configs.py, under the key they belong to.
 
-    A width whose buckets end up with one configuration gets one, else that of many queries and
-    then that of few; a bucket without a winner keeps its default. A key that the table has not
-    yet gets all its widths.
+    A key that the table does not have yet gets all its widths; those without a winner keep their
+    default.
     """
     from sefi_fast.kernels.configs import TABLE, WIDTHS
 
     for key in dict.fromkeys(winner.place[:3] for winner in winners):
         kernel, capability, precision = key
-        yield f'    ("{kernel}", {capability}, "{precision}"): _lines('
-        here = [winner for winner in winners if winner.place[:3] == key]
-        for width in WIDTHS if key not in TABLE else sorted({w.place.width for w in here}):
-            chosen = {winner.place.bucket: winner for winner in here if winner.place.width == width}
-            yield from (f"        # {line}" for line in _evidence(chosen))
-            configs = [
-                chosen[bucket].config
-                if bucket in chosen
-                else default_of(Place(kernel, capability, precision, width, bucket))
-                for bucket in BUCKETS
-            ]
-            known = [config for config in dict.fromkeys(configs) if config is not None]
-            yield f"        ({width}, {', '.join(map(as_code, known))}),"
-        yield "    ),"
-
-
-def _evidence(chosen: dict[str, Winner]) -> list[str]:
-    """The winners' evidence, once where it is that of both buckets."""
-    words = [winner.evidence for winner in chosen.values()]
-    if len(words) == len(BUCKETS) and len(set(words)) == 1:
-        return words[:1]
-    return [f"{bucket}: {winner.evidence}" for bucket, winner in chosen.items()]
+        yield f'    ("{kernel}", {capability}, "{precision}"): {{'
+        here = {winner.place.width: winner for winner in winners if winner.place[:3] == key}
+        for width in WIDTHS if key not in TABLE else sorted(here):
+            if width in here:
+                yield f"        # {here[width].evidence}"
+                config: KernelConfig | None = here[width].config
+            else:
+                config = default_of(Place(kernel, capability, precision, width))
+            if config is not None:
+                yield f"        {width}: {as_code(config)},"
+        yield "    },"

@@ -23,12 +23,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch  # noqa: E402
 import torch._functorch.config  # noqa: E402
-from _bars import bars_of  # noqa: E402
 from _contenders import COMPILED, Contender, contenders  # noqa: E402
 from _measure import FULL, QUICK, Effort  # noqa: E402
 from _rates import device_name, faster, measured_rates  # noqa: E402
 from _record import ProblemRecord  # noqa: E402
-from _report import bars_table, environment, problem_table, write_csv, write_json  # noqa: E402
+from _report import environment, problem_table, targets_table, write_report  # noqa: E402
 from _roofline import Rates  # noqa: E402
 from _run import STEPS_PER_CONTENDER, measure  # noqa: E402
 from _shapes import BATCHES, MODELS, QUICK_SHAPES, TEXT_TOKENS, Problem, problems  # noqa: E402
@@ -68,7 +67,7 @@ def choose_device(word: str | None) -> torch.device:
 
 
 def chosen_problems(options: argparse.Namespace, device: torch.device) -> list[Problem]:
-    """The problems asked for; on CUDA the batch-8 shape that a bar names comes with the rest."""
+    """The problems asked for; on CUDA the batch-8 shape that has a target comes with the rest."""
     shapes = options.shapes or (QUICK_SHAPES if options.quick else list(MODELS))
     batches = options.batches or ((1,) if options.quick else BATCHES)
     chosen = problems(shapes, batches, options.keys)
@@ -136,7 +135,7 @@ def content(
     device: torch.device,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """What goes into the JSON: environment, ceilings, who was absent and why, rows, bars."""
+    """What goes into the files: environment, ceilings, who was absent and why, rows."""
     return {
         "benchmark": "attn_bench",
         "device": device_name(device),
@@ -145,17 +144,14 @@ def content(
         "rates": {name: value.as_dict() for name, value in rates.items()},
         "absent": absent,
         "results": [row for record in records for row in record.rows()],
-        "bars": [bar._asdict() for bar in bars_of(records)],
     }
 
 
 def write_results(
     records: list[ProblemRecord], report: dict[str, Any], folder: Path, plots: bool = True
 ) -> list[Path]:
-    """attn_bench.json and .csv and, where matplotlib is, a bar and a roofline PNG a dtype."""
-    written = [folder / "attn_bench.json", folder / "attn_bench.csv"]
-    write_json(written[0], report)
-    write_csv(written[1], report["results"])
+    """The report and, where matplotlib is, a bar and a roofline PNG a dtype."""
+    written = write_report(folder, report)
     drawable = [
         record for record in records if any(entry.seconds("both") for entry in record.entries)
     ]
@@ -180,7 +176,7 @@ def write_results(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark; returns what the JSON holds."""
+    """The whole benchmark; returns what the files hold."""
     device = choose_device(options.device)
     dtypes = options.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])
     effort = QUICK if options.quick else FULL
@@ -202,10 +198,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tf32": torch.backends.cuda.matmul.allow_tf32 if device.type == "cuda" else False,
     }
     report = content(records, rates, absent, device, settings)
-    print(bars_table(bars_of(records)))
+    print(targets_table([target for record in records for target in record.targets()]))
     noisy = [record.problem.name for record in records if record.noisy]
     if noisy:
-        print(f"too noisy for a bar, the machine was busy: {', '.join(noisy)}")
+        print(f"too noisy to hold to a target, the machine was busy: {', '.join(noisy)}")
     for name, why in absent.items():
         print(f"absent: {name}: {why}")
     folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)

@@ -26,13 +26,12 @@ import host_times  # noqa: E402
 import kernel_times  # noqa: E402
 import torch  # noqa: E402
 import torch._functorch.config  # noqa: E402
-from _bars import bars_of  # noqa: E402
 from _check_processes import checks_apart, checks_of_cpu  # noqa: E402
 from _contenders import COMPILED, contenders  # noqa: E402
 from _gpu_checks import Check, all_checks  # noqa: E402
 from _measure import Effort  # noqa: E402
 from _rates import device_name  # noqa: E402
-from _report import bars_table, environment, table, write_json  # noqa: E402
+from _report import environment, table, targets_table, write_report  # noqa: E402
 from _run import reason  # noqa: E402
 from _shapes import layers_of, problems  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -101,12 +100,12 @@ def checks_table(checks: list[Check]) -> str:
 
 def measure_gpu(
     device: torch.device, deadline: float, small: bool, red: set[str], folder: Path
-) -> dict[str, Any]:
+) -> None:
     """attn_bench at full size, of all but those with a red check and those that compile first."""
     options = attn_bench.parse(["--device", device.type])
     torch._functorch.config.donated_buffer = False
     field, absent = contenders(device)
-    absent |= dict.fromkeys(sorted(red), "a check is red: see gpu_suite.json")
+    absent |= dict.fromkeys(sorted(red), "a check is red: see gpu_suite.csv")
     ready = [one for one in field if one.family not in COMPILED and one.name not in red]
     chosen = problems(["sd15:1024"], [2]) if small else attn_bench.chosen_problems(options, device)
     records, rates = attn_bench.measure_all(
@@ -122,8 +121,7 @@ def measure_gpu(
     }
     report = attn_bench.content(records, rates, absent, device, settings)
     attn_bench.write_results(records, report, folder)
-    print(bars_table(bars_of(records)))
-    return report
+    print(targets_table([target for record in records for target in record.targets()]))
 
 
 def measure_compiled(
@@ -146,7 +144,7 @@ def measure_compiled(
     return report
 
 
-def measure_training(device: torch.device, deadline: float, folder: Path) -> dict[str, Any]:
+def measure_training(device: torch.device, deadline: float, folder: Path) -> dict[str, str]:
     """The short forms of the training benchmarks on SD 1.5; none is begun after `deadline`.
 
     One that fails is named with its reason, and the others are measured all the same.
@@ -155,7 +153,7 @@ def measure_training(device: torch.device, deadline: float, folder: Path) -> dic
     import step_bench
     import subjects_bench
 
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for name, bench, more in (
         ("step_bench", step_bench, ["--models", "sd15"]),
         ("subjects_bench", subjects_bench, []),
@@ -173,7 +171,7 @@ def measure_training(device: torch.device, deadline: float, folder: Path) -> dic
         finally:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        found[name] = {key: report[key] for key in ("bars", "results") if key in report}
+        found[name] = f"{len(report['results'])} rows"
     return found
 
 
@@ -209,7 +207,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         "environment": environment(device),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "build": built,
-        "checks": [check._asdict() for check in checks],
+        "results": [check._asdict() for check in checks],
         "red": len(red),
     }
     if not gpu:
@@ -220,13 +218,12 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         report["note"] = (
             f"checks are red: {', '.join(sorted(wrong))} got no time"
             if wrong
-            else "all checks passed; figures in attn_bench.json and beside it"
+            else "all checks passed; figures in attn_bench.csv and beside it"
         )
         # Written before what may break the process, and again with the rest.
-        write_json(folder / "gpu_suite.json", report)
+        write_report(folder, report)
         before_training = deadline - _TRAINING_SECONDS
-        bench = measure_gpu(device, before_training, options.small, wrong, folder)
-        report["bars"] = bench["bars"]
+        measure_gpu(device, before_training, options.small, wrong, folder)
         if time.monotonic() < deadline and not options.small:
             kernels = [name for name in ("sefi-triton", "sefi-cuda") if name not in wrong]
             arguments = ["--output", str(folder), "--only", *kernels, "sdpa-cudnn"]
@@ -240,7 +237,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         if not options.small:
             measure_compiled(device, deadline, wrong, folder)
     report["seconds"] = round(time.monotonic() - started, 1)
-    write_json(folder / "gpu_suite.json", report)
+    write_report(folder, report)
     return report, folder
 
 
@@ -248,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all checks passed (or no GPU and the CPU's passed), 1 when one is red."""
     report, folder = run(parse(arguments))
     print(report["note"])
-    print(f"wrote {os.path.relpath(folder / 'gpu_suite.json')}")
+    print(f"wrote {os.path.relpath(folder / 'gpu_suite.csv')}")
     return 1 if report["red"] else 0
 
 

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from _contenders import contenders  # noqa: E402
 from _rates import device_name  # noqa: E402
 from _reference import Inputs, make_inputs  # noqa: E402
-from _report import environment, table, write_json  # noqa: E402
+from _report import environment, table, write_report  # noqa: E402
 from _shapes import Problem  # noqa: E402
 from _workload import Workload  # noqa: E402
 
@@ -106,8 +106,8 @@ def run(device: torch.device, folder: Path, without: Collection[str] = ()) -> di
         "problem": PROBLEM.name,
         "results": rows,
     }
-    write_json(folder / "host_times.json", report)
-    print(f"wrote {os.path.relpath(folder / 'host_times.json')}")
+    for written in write_report(folder, report):
+        print(f"wrote {os.path.relpath(written)}")
     return report
 
 

@@ -1,4 +1,4 @@
-"""What the compilers made of every kernel, and the time a row that follows; needs no GPU.
+"""Registers, spills, shared memory, occupancy and matrix instructions of every kernel; no GPU.
 
 python benchmarks/kernel_report.py --check
 python benchmarks/kernel_report.py --backends triton --arch 80 90
@@ -7,67 +7,199 @@ python benchmarks/kernel_report.py --backends triton --arch 80 90
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
+import re
+import shutil
+import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 _ROOT = Path(__file__).resolve().parent.parent
 for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
     if _place not in sys.path:
         sys.path.append(_place)
 
-from _compiled import DEVICES_OF, Choice, Facts, compile_case  # noqa: E402
-from _latency import PLAYED  # noqa: E402
-from _report import table, write_json  # noqa: E402
-from _roofline import KERNELS  # noqa: E402
+from _occupancy import occupancy  # noqa: E402
+from _report import table, write_csv  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 BACKENDS = ("triton", "cuda")
 HEAD_DIMS = (40, 64, 80, 160)
-ROWS = {"many": 4096, "few": 256}
-# How much of a row's bytes may go by accesses under 16 bytes: a tail tile of 16 or 32 columns has
-# fewer bytes than a block's lanes could take 16 of.
-NARROW_ALLOWED = {40: 0.50, 64: 0.0, 80: 0.35, 160: 0.35}
+DTYPES = ("bfloat16", "float16", "float32")
+ROWS = 4096
+# The CUDA C++ kernels of the matrix units. The others take what these do not, at no set rate.
+CUDA_SOURCES = ("tensor_forward", "tensor_backward", "tensor_query", "tensor_key_value")
 
-# The C++ kernels read the 8 or 16 columns behind whole 32s by 4 or 8 bytes a lane.
-NARROW_ALLOWED_CUDA = {40: 0.25, 64: 0.0, 80: 0.25, 160: 0.0}
-
-# Defaults known to miss the line, each with why; --check holds all others to it.
-EXCEPTIONS: dict[tuple[str, int, str, int], str] = {
-    (
-        "backward_key_value",
-        90,
-        "bfloat16",
-        160,
-    ): "a dozen spilled words, for two programs at once",
-    **{
-        ("forward", 90, "bfloat16", width): "up to six spilled words, for a fourth program at once"
-        for width in (40, 64)
-    },
-    ("forward", 100, "bfloat16", 64): "the compiler moves a sixteenth by 8 bytes a lane",
-    ("backward_key_value", 80, "bfloat16", 80): "sixteen spilled words, for a third less waiting",
-    ("backward_key_value", 80, "bfloat16", 160): "four spilled words, for half the waiting",
-    ("backward_query", 80, "bfloat16", 160): "forty spilled words, for a third of the waiting",
-    **{
-        ("forward", capability, "bfloat16", 64): "up to seven spilled words, for less waiting"
-        for capability in (80, 86, 89)
-    },
+_Case = tuple[str, str, int, int]
+# Spills that are accepted, by backend, kernel, architecture and head_dim; --check fails on others.
+EXCEPTIONS: dict[_Case, str] = {
+    ("triton", "forward", 90, 40): "up to six spilled words, for a fourth program at once",
+    ("triton", "forward", 90, 64): "up to six spilled words, for a fourth program at once",
+    ("triton", "backward_key_value", 90, 160): "a dozen spilled words, for two programs at once",
+    ("triton", "backward_key_value", 80, 80): "sixteen spilled words, for fewer barriers",
+    ("triton", "backward_key_value", 80, 160): "four spilled words, for fewer barriers",
+    ("triton", "backward_query", 80, 160): "forty spilled words, for fewer barriers",
+    ("triton", "forward", 80, 64): "up to seven spilled words, for fewer barriers",
+    ("triton", "forward", 86, 64): "up to seven spilled words, for fewer barriers",
+    ("triton", "forward", 89, 64): "up to seven spilled words, for fewer barriers",
+    ("cuda", "forward", 90, 80): "up to nine spilled words, for a fourth block at once",
+    ("cuda", "forward", 100, 80): "up to nine spilled words, for a fourth block at once",
+    ("cuda", "backward", 100, 80): "five spilled words, for a second block at once",
 }
 
-CUDA_EXCEPTIONS: dict[tuple[str, int, str, int], str] = {
-    (kernel, capability, dtype, head_dim): why
-    for kernel, capabilities, head_dim, why in (
-        ("forward", (90, 100), 80, "up to nine spilled words, for a fourth block at once"),
-        ("backward", (100,), 80, "five spilled words, for a second block at once"),
-        ("backward", (80, 90, 100), 160, "two warps write a fifth of dQ, 8 bytes a lane each"),
-    )
-    for capability in capabilities
-    for dtype in ("bfloat16", "float16")
-}
+_CUDA_NAME = re.compile(
+    r"(forward|query|key_value|backward)_kernelILi(\d+)ENS\d?_\d+(BFloat16|Half)E(\w+?)EvNS"
+)
+_CUDA_USE = re.compile(
+    r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers",
+    re.S,
+)
+
+
+class Row(NamedTuple):
+    """One compiled kernel; None where the launch of a CUDA C++ kernel decides.
+
+    variant: template arguments of CUDA C++ behind head_dim and dtype, or a gradient of Triton's.
+    spill_bytes: stored and loaded. matrix_instructions: in Triton's PTX or the machine code of CUDA
+    C++; warp_group_instructions: those of Hopper among them. serialized: see compile.Report.
+    """
+
+    backend: str
+    kernel: str
+    variant: str
+    capability: int
+    dtype: str
+    head_dim: int
+    registers: int
+    spill_bytes: int
+    matrix_instructions: int
+    warp_group_instructions: int
+    serialized: bool = False
+    block: int | None = None
+    warps: int | None = None
+    stages: int | None = None
+    shared_bytes: int | None = None
+    blocks_resident: int | None = None
+    warps_resident: int | None = None
+    occupancy_limit: str | None = None
+
+    @property
+    def exception(self) -> str | None:
+        """Why the spills of this kernel are accepted, or None."""
+        return EXCEPTIONS.get((self.backend, self.kernel, self.capability, self.head_dim))
+
+
+def compile_triton(capability: int, head_dim: int, dtype: str) -> list[Row]:
+    """Compile the Triton kernels of one training call with the loss, without a GPU."""
+    import torch
+    from sefi_fast.kernels.compile import compile_launch, example_launches
+
+    rows = []
+    launches = example_launches(capability, getattr(torch, dtype), head_dim, ROWS)
+    for name, launch in launches.items():
+        if name == "sum_partials":
+            continue
+        found = compile_launch(launch, capability)
+        resident = occupancy(capability, found.registers, found.warps, found.shared_bytes)
+        kernel, _, variant = name.partition(" ")
+        rows.append(
+            Row(
+                "triton", kernel, variant, capability, dtype, head_dim,
+                found.registers, found.spill_bytes, found.matrix_instructions,
+                found.warp_group_instructions, found.serialized, found.block, found.warps,
+                found.stages, found.shared_bytes, resident.blocks, resident.warps, resident.limit,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, in CUDA_HOME, PATH, /usr/local/cuda or Triton's package."""
+    if home := os.environ.get("CUDA_HOME"):
+        places = [f"{home}/bin/{name}"]
+    else:
+        places = [name, f"/usr/local/cuda/bin/{name}"]
+    spec = importlib.util.find_spec("triton")
+    if name != "nvcc" and spec is not None and spec.origin:
+        places.append(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name))
+    return next((found for place in places if (found := shutil.which(place))), None)
+
+
+def cuda_not_supported_reason() -> str | None:
+    """Return why the CUDA C++ kernels cannot be compiled and read here, or None."""
+    missing = [name for name in ("nvcc", "cuobjdump") if _tool(name) is None]
+    return f"no {' and no '.join(missing)} in CUDA_HOME or PATH" if missing else None
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([str(_tool(tool)), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {(done.stderr + done.stdout).strip()[:500]}")
+    return done.stdout + done.stderr
+
+
+def compile_cuda(source: Path, capability: int) -> list[Row]:
+    """Compile one CUDA C++ source and read every kernel in it.
+
+    Raises RuntimeError with the compiler's words where it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = str(Path(folder) / "kernels.cubin")
+        target = "sm_90a" if capability == 90 else f"sm_{capability}"
+        log = _run(
+            "nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-I", str(_ROOT / "csrc"), f"-arch={target}",
+            "-Xptxas=-v", "-cubin", str(source), "-o", cubin,
+        )  # fmt: skip
+        listing = _run("cuobjdump", "-sass", cubin)
+    products = {
+        text.split(maxsplit=1)[0]: re.findall(r"\b([A-Z]*)MMA\.\d", text)
+        for text in listing.split("Function : ")[1:]
+    }
+    rows = []
+    for mangled, stored, loaded, registers in _CUDA_USE.findall(log):
+        form = _CUDA_NAME.search(mangled)
+        if form is None:
+            raise RuntimeError(f"a kernel of unknown name: {mangled}")
+        kernel, head_dim, dtype, rest = form.groups()
+        kernel = kernel if kernel in ("forward", "backward") else f"backward_{kernel}"
+        variant = ", ".join(re.findall(r"L[bi](\d)", rest))
+        dtype = "bfloat16" if dtype == "BFloat16" else "float16"
+        spill_bytes, found = int(stored) + int(loaded), products[mangled]
+        groups = sum(kind.endswith("G") for kind in found)
+        rows.append(
+            Row(
+                "cuda", kernel, f"<{variant}>", capability, dtype, int(head_dim), int(registers),
+                spill_bytes, len(found), groups,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def failures(row: Row) -> list[str]:
+    """Return the losses of a kernel, except spills that EXCEPTIONS lists."""
+    lost = []
+    if row.spill_bytes and row.exception is None:
+        lost.append(f"{row.spill_bytes} bytes of spills")
+    if row.blocks_resident == 0:
+        lost.append(f"{row.shared_bytes} bytes of shared memory fit on no multiprocessor")
+    if row.dtype != "float32" and not row.matrix_instructions:
+        lost.append("no matrix instruction")
+    elif row.dtype != "float32" and row.backend == "triton" and row.capability == 90:
+        if not row.warp_group_instructions:
+            lost.append("no warp-group matrix instruction")
+        if row.serialized:
+            lost.append("warp-group matrix instructions are serialized")
+    return lost
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -75,203 +207,66 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), metavar="SM")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), metavar="D")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--png", type=Path, metavar="FILE")
+    parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="fail on spills or lost instructions")
     return parser.parse_args(arguments)
 
 
-def choices(options: argparse.Namespace) -> list[Choice]:
-    """Every case asked for; a short layer is compiled only where its configuration differs."""
-    import torch
-    from sefi_fast.kernels.compile import example_launches
-
-    found: list[Choice] = []
-    for capability in options.arch:
-        for dtype in options.dtype:
-            for head_dim in options.head_dims:
-                seen: dict[str, Any] = {}
-                for bucket in options.rows:
-                    launches = example_launches(
-                        capability, getattr(torch, dtype), head_dim, ROWS[bucket]
-                    )
-                    for kernel in (name for name in KERNELS if name in launches):
-                        config = launches[kernel].config
-                        if seen.get(kernel) != config:
-                            found.append(Choice(kernel, capability, dtype, head_dim, ROWS[bucket]))
-                        seen.setdefault(kernel, config)
-    return found
-
-
-def compile_all(cases: list[Choice], jobs: int) -> list[Facts]:
-    """All cases, in order, over some processes."""
-    if jobs <= 1:
-        return [compile_case(case) for case in tqdm(cases, unit="kernel")]
-    found: dict[Choice, Facts] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(compile_case, case) for case in cases]
-        for future in tqdm(as_completed(futures), total=len(cases), unit="kernel"):
-            facts = future.result()
-            found[facts.choice] = facts
-    return [found[case] for case in cases]
-
-
-def compile_cuda(options: argparse.Namespace) -> list[Facts]:
-    """The CUDA C++ kernels of the matrix units, where the tools to compile and read them are."""
-    import _cuda_compiled
-
-    reason = _cuda_compiled.why_not()
-    if reason is not None:
-        print(f"the CUDA C++ kernels are not in this report: {reason}")
-        return []
-    found: list[Facts] = []
-    for capability in tqdm(options.arch, unit="architecture"):
-        found += _cuda_compiled.compile_capability(
-            capability, options.dtype, options.head_dims, options.jobs
-        )
-    return found
-
-
-def failures(facts: Facts) -> list[str]:
-    """What a default configuration has lost: registers to spills, matrix units, wide accesses."""
-    choice, lost = facts.choice, []
-    if facts.spill_bytes:
-        lost.append(f"{facts.spill_bytes} bytes of spills")
-    if not facts.blocks_resident:
-        lost.append(f"{facts.shared_bytes} bytes of shared memory fit on no multiprocessor")
-    if choice.dtype != "float32" and not facts.matrix_instructions:
-        lost.append("no matrix instruction")
-    table_ = NARROW_ALLOWED_CUDA if choice.backend == "cuda" else NARROW_ALLOWED
-    allowed = table_.get(choice.head_dim, 0.5)
-    if facts.narrow_share > allowed:
-        lost.append(
-            f"{facts.narrow_share:.0%} of the row bytes move by under 16 bytes, "
-            f"allowed are {allowed:.0%}"
-        )
-    return lost
-
-
-def exception_for(choice: Choice) -> str | None:
-    """Why this default is known to miss the line, or None."""
-    known = CUDA_EXCEPTIONS if choice.backend == "cuda" else EXCEPTIONS
-    return known.get((choice.kernel, choice.capability, choice.dtype, choice.head_dim))
-
-
-_HEAD = [
-    "backend",
-    "kernel",
-    "dtype",
-    "width",
-    "rows",
-    "tiles",
-    "block",
-    "warps",
-    "stages",
-    "regs",
-    "spill",
-    "shared",
-]
-_HEAD += ["blocks/SM", "warps/SM", "limit", "mma", "wgmma", "16B", "exp/row", "kFLOP/row"]
-_HEAD += ["B/row", "instr/row"]
-
-
-def _cells(facts: Facts, devices: tuple[str, ...]) -> list[str]:
-    choice = facts.choice
-    cells = [
-        choice.backend,
-        choice.kernel,
-        choice.dtype,
-        choice.head_dim,
-        choice.rows,
-        facts.key_tiles,
-        facts.block,
-        facts.warps,
+def compile_all(options: argparse.Namespace) -> list[Row]:
+    """Compile every case asked for, in order, over some processes."""
+    tasks: list[Callable[[], list[Row]]] = []
+    if "triton" in options.backends:
+        tasks += [
+            partial(compile_triton, *case)
+            for case in product(options.arch, options.head_dims, options.dtype)
+        ]
+    if "cuda" in options.backends:
+        if reason := cuda_not_supported_reason():
+            print(f"the CUDA C++ kernels are not in this report: {reason}")
+        else:
+            tasks += [
+                partial(compile_cuda, _ROOT / "csrc" / "cuda" / f"{source}.cu", capability)
+                for capability, source in product(options.arch, CUDA_SOURCES)
+            ]
+    if options.jobs <= 1:
+        found = [task() for task in tqdm(tasks)]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            futures = [pool.submit(task) for task in tasks]
+            found = [future.result() for future in tqdm(futures)]
+    return [
+        row
+        for rows in found
+        for row in rows
+        if row.dtype in options.dtype and row.head_dim in options.head_dims
     ]
-    cells += [facts.stages, facts.registers, facts.spill_bytes, facts.shared_bytes]
-    cells += [facts.blocks_resident, facts.warps_resident, facts.occupancy_limit]
-    cells += [facts.matrix_instructions, facts.warp_group_instructions]
-    cells += [f"{1 - facts.narrow_share:.0%}", f"{facts.exponentials_a_row:.0f}"]
-    cells += [f"{facts.matrix_flops_a_row / 1e3:.1f}", f"{facts.bytes_a_row:.0f}"]
-    cells += [f"{facts.instructions_a_row:.1f}"]
-    for device in devices:
-        bound = facts.bounds.get(device)
-        cells.append(f"{bound['picoseconds']:.0f} {bound['unit']}" if bound else "-")
-        if facts.choice.capability in PLAYED:
-            played = (bound or {}).get("played")
-            cells.append(f"{played:.0f}" if played else "-")
-    return [str(cell) for cell in cells]
-
-
-def report_table(facts: list[Facts], capability: int) -> str:
-    """All cases of one architecture; last, picoseconds a row, the limiting unit, and played."""
-    devices = DEVICES_OF.get(capability, ())
-    head = [*_HEAD]
-    for device in devices:
-        head.append(f"{device} ps/row")
-        if capability in PLAYED:
-            head.append("played")
-    rows = [_cells(one, devices) for one in facts if one.choice.capability == capability]
-    return table(head, rows)
-
-
-def plot(facts: list[Facts], path: Path) -> None:
-    """A picture for each backend: what every unit takes a row, for each kernel and width."""
-    from _plots import plot_units
-
-    for backend in BACKENDS:
-        shown = [one for one in facts if one.bounds and one.choice.backend == backend]
-        if shown:
-            plot_units(shown, path.with_stem(path.stem + ("" if backend == "triton" else "_cuda")))
-
-
-def content(facts: list[Facts]) -> dict[str, Any]:
-    """What goes into the JSON."""
-    return {
-        "benchmark": "kernel_report",
-        "note": "compiled ahead of time; rates by datasheet; no GPU ran anything here",
-        "kernels": [
-            one.as_dict() | {"failures": failures(one), "exception": exception_for(one.choice)}
-            for one in facts
-        ],
-    }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 1 with --check when a default misses the line and no exception covers it."""
+    """Exit status: 1 with --check when a kernel lost something that EXCEPTIONS does not list."""
     options = parse(arguments)
-    facts = []
-    if "triton" in options.backends:
-        # Interpreting would prevent compiling, in the workers too; Triton reads both late.
-        os.environ.pop("TRITON_INTERPRET", None)
-        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-        facts += compile_all(choices(options), options.jobs)
-    if "cuda" in options.backends:
-        facts += compile_cuda(options)
-    for capability in options.arch:
-        print(f"\nsm_{capability}, 77 keys, with alignment\n{report_table(facts, capability)}")
-    if options.json:
-        write_json(options.json, content(facts))
-    if options.png:
-        plot(facts, options.png)
-    red = 0
-    for one in facts:
-        lost, excuse = failures(one), exception_for(one.choice)
-        if not lost:
-            continue
-        case = one.choice
-        what = (
-            f"sm_{case.capability} {case.backend} {case.kernel} {case.dtype} width {case.head_dim}"
-        )
-        print(f"{'known' if excuse else 'MISSES THE LINE'}: {what}: {'; '.join(lost)}")
-        if excuse:
-            print(f"  {excuse}")
-        red += excuse is None
-    return 1 if options.check and red else 0
+    # Interpreting would prevent compiling, in the workers too; Triton reads both late.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    rows = compile_all(options)
+    print(f"\n77 keys, {ROWS} rows, with the loss")
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    print(table([name.replace("_instructions", "") for name in Row._fields], cells))
+    if options.csv:
+        write_csv(options.csv, [row._asdict() for row in rows])
+    failed = False
+    for row in rows:
+        name = f"sm_{row.capability} {row.backend} {row.kernel}{row.variant} {row.dtype}"
+        if row.spill_bytes and row.exception:
+            print(f"accepted: {name} {row.head_dim}: {row.spill_bytes} bytes: {row.exception}")
+        if lost := failures(row):
+            failed = True
+            print(f"FAILED: {name} {row.head_dim}: {'; '.join(lost)}")
+    return 1 if options.check and failed else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python benchmarks/kernel_times.py
 python benchmarks/kernel_times.py --shapes sd15:4096 --batches 1 16 --only sefi-triton sdpa-cudnn
-python benchmarks/kernel_times.py --batches 1 --cold all data nothing    # to kernel_times_cold.json
+python benchmarks/kernel_times.py --batches 1 --cold all data nothing    # to kernel_times_cold.csv
 
 A kernel that is started early, as those of the C++ backend that add up, waits for the one before
 it, and its time counts from its start: the whole call's is attn_bench.py's.
@@ -29,7 +29,7 @@ from _contenders import Contender, contenders  # noqa: E402
 from _measure import FLUSH_BYTES  # noqa: E402
 from _rates import device_name  # noqa: E402
 from _reference import make_inputs  # noqa: E402
-from _report import environment, table, write_json  # noqa: E402
+from _report import environment, table, write_report  # noqa: E402
 from _run import reason  # noqa: E402
 from _shapes import Problem, problems  # noqa: E402
 from _workload import Workload  # noqa: E402
@@ -158,16 +158,14 @@ def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         print(f"\n{problem.name}, {contender.name}, cold: {cold}")
         print(table(["kernel", "us", "ps a row"], cells))
     report = {
-        "benchmark": "kernel_times",
+        "benchmark": "kernel_times" if options.cold == ["all"] else "kernel_times_cold",
         "environment": environment(device),
         "absent": absent,
         "results": found,
     }
     folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
-    usual = options.cold == ["all"]
-    written = folder / ("kernel_times.json" if usual else "kernel_times_cold.json")
-    write_json(written, report)
-    print(f"wrote {os.path.relpath(written)}")
+    for written in write_report(folder, report):
+        print(f"wrote {os.path.relpath(written)}")
     return report
 
 

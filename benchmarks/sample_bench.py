@@ -22,10 +22,10 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
         sys.path.append(_place)
 
 import torch  # noqa: E402
-from _bars import Bar, at_least  # noqa: E402
 from _measure import Effort, Timing, interleaved  # noqa: E402
 from _rates import device_name  # noqa: E402
-from _report import bars_table, environment, table, time_text, write_json  # noqa: E402
+from _record import Target  # noqa: E402
+from _report import environment, table, targets_table, time_text, write_json  # noqa: E402
 
 from sefi_fast import Subject, attach, detach, generate, load_pipeline, trace  # noqa: E402
 from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
@@ -129,14 +129,14 @@ def attaching(pipe: Any, class_word: str, rounds: int) -> dict[int, dict[str, fl
     return found
 
 
-def bars_of(timings: dict[str, Timing]) -> list[Bar]:
+def targets_of(timings: dict[str, Timing]) -> list[Target]:
     """No slower than the bare pipeline; a trace under a twentieth of the sampling time."""
     bare = timings["bare pipeline"].median
     drawn = timings["attached, subject drawn"].median
     traced = timings["subject drawn and two words traced"].median
     return [
-        at_least("sampling", "times the bare pipeline's speed", bare / drawn, NO_SLOWER),
-        at_least("sampling", "times the untraced speed", drawn / traced, TRACE_SHARE),
+        ("sampling", "times the bare pipeline's speed", bare / drawn, NO_SLOWER),
+        ("sampling", "times the untraced speed", drawn / traced, TRACE_SHARE),
     ]
 
 
@@ -151,7 +151,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     class_word = options.class_word or "creature"
     timings, settings = sampling(pipe, class_word, options)
     loading = attaching(pipe, class_word, options.rounds)
-    bars = bars_of(timings)
     bare = timings["bare pipeline"].median
     rows = [
         [name, time_text(timing.median), f"{bare / timing.median:.3f}", f"{timing.spread:.0%}"]
@@ -164,7 +163,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for count, parts in loading.items()
     ]
     print("\n" + table(["", "load", "attach", "detach"], rows))
-    print(bars_table(bars, "sampling"))
+    print(targets_table(targets_of(timings)))
     device = torch.device(options.device)
     report = {
         "benchmark": "sample_bench",
@@ -173,7 +172,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "settings": {**settings, "model": "bundled" if options.model is None else "given"},
         "sampling": {name: timing._asdict() for name, timing in timings.items()},
         "attaching": {str(count): parts for count, parts in loading.items()},
-        "bars": [bar._asdict() for bar in bars],
     }
     folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
     write_json(folder / "sample_bench.json", report)

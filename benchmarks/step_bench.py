@@ -26,8 +26,7 @@ import diffusers  # noqa: E402
 import torch  # noqa: E402
 from _measure import Effort  # noqa: E402
 from _rates import device_name  # noqa: E402
-from _report import bars_table, environment, table, time_text, write_csv, write_json  # noqa: E402
-from _step_bars import step_bars  # noqa: E402
+from _report import environment, table, targets_table, time_text, write_report  # noqa: E402
 from _step_models import FULL_WIDTH, Architecture, reduced  # noqa: E402
 from _step_parts import PARTS  # noqa: E402
 from _step_run import CONTENDERS, StepEntry, StepRecord, measure_steps  # noqa: E402
@@ -119,7 +118,7 @@ def measure_all(
 def report_of(
     records: list[StepRecord], device: torch.device, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """What goes into the JSON."""
+    """What goes into the files."""
     return {
         "benchmark": "step_bench",
         "device": device_name(device),
@@ -127,17 +126,14 @@ def report_of(
         "settings": settings,
         "contenders": {c.name: f"({c.letter}) {c.what}" for c in CONTENDERS},
         "results": [row for record in records for row in record.rows()],
-        "bars": [bar._asdict() for record in records for bar in step_bars(record)],
     }
 
 
 def write_results(
     records: list[StepRecord], report: dict[str, Any], folder: Path, plots: bool = True
 ) -> list[Path]:
-    """step_bench.json, .csv and, where matplotlib is, .png."""
-    written = [folder / "step_bench.json", folder / "step_bench.csv"]
-    write_json(written[0], report)
-    write_csv(written[1], report["results"])
+    """The report and, where matplotlib is, a PNG."""
+    written = write_report(folder, report)
     drawable = [r for r in records if any(entry.timing is not None for entry in r.entries)]
     if not plots or not drawable:
         return written
@@ -151,7 +147,7 @@ def write_results(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark; returns what the JSON holds."""
+    """The whole benchmark; returns what the files hold."""
     diffusers.utils.logging.set_verbosity_error()
     device = choose_device(options.device)
     name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -168,7 +164,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rounds_at_least": effort.rounds,
     }
     report = report_of(records, device, settings)
-    print(bars_table([bar for record in records for bar in step_bars(record)], "a training step"))
+    print(targets_table([target for record in records for target in record.targets()]))
     folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
     for path in write_results(records, report, folder, not options.no_plots):
         print(f"wrote {os.path.relpath(path)}")

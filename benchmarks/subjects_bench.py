@@ -27,7 +27,7 @@ import diffusers  # noqa: E402
 import torch  # noqa: E402
 from _measure import Effort, interleaved, interleaved_cuda, memory  # noqa: E402
 from _rates import device_name, measured_rates  # noqa: E402
-from _report import environment, table, time_text, write_csv, write_json  # noqa: E402
+from _report import environment, table, time_text, write_report  # noqa: E402
 from _step_models import FULL_WIDTH, random_pipeline  # noqa: E402
 from _step_run import picture  # noqa: E402
 from _training_flops import flop_counter  # noqa: E402
@@ -228,7 +228,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark; returns what the JSON holds."""
+    """The whole benchmark; returns what the files hold."""
     diffusers.utils.logging.set_verbosity_error()
     device = choose_device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -270,10 +270,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def write_results(
     rows: list[Row], report: dict[str, Any], folder: Path, plots: bool = True
 ) -> list[Path]:
-    """subjects_bench.json, .csv and, where matplotlib is, .png."""
-    written = [folder / f"subjects_bench{ending}" for ending in (".json", ".csv")]
-    write_json(written[0], report)
-    write_csv(written[1], report["results"])
+    """The report and, where matplotlib is, a PNG."""
+    written = write_report(folder, report)
     if plots and rows:
         try:
             title = f"{report['settings']['model']} model, {report['device']}"

@@ -1,8 +1,6 @@
 """Tries launch configurations and prints lines for the table in kernels/configs.py.
 
-    python benchmarks/tune_kernels.py                        # on a CUDA device: checks, then times
-    python benchmarks/tune_kernels.py --static --arch 80 90  # no GPU: by what the compiler makes
-    python benchmarks/tune_kernels.py --jobs 8 --among static.json   # the best of a static run
+    python benchmarks/tune_kernels.py --jobs 8    # on a CUDA device: checks, then times
 
 Nothing is changed by it, and no training or generation ever starts it: the lines are for pasting.
 """
@@ -10,7 +8,6 @@ Nothing is changed by it, and no training or generation ever starts it: the line
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,8 +20,7 @@ for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
         sys.path.append(_place)
 
 import _tuning  # noqa: E402
-from _occupancy import LIMITS  # noqa: E402
-from _report import environment, write_json  # noqa: E402
+from _report import environment, write_report  # noqa: E402
 from _tuning import Place, Trial, Winner, as_code  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -35,50 +31,27 @@ WIDTHS = (48, 64, 80, 160)
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line of the tuner."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--static", action="store_true", help="compile only; needs no GPU")
-    parser.add_argument(
-        "--arch", nargs="+", type=int, choices=sorted(LIMITS), metavar="SM",
-        help="with --static: 80 90 by default; on a device always its own",
-    )  # fmt: skip
     parser.add_argument("--kernels", nargs="+", choices=_tuning.KERNELS, default=_tuning.KERNELS)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
         "--widths", nargs="+", type=int, default=list(WIDTHS), metavar="D",
         choices=(*WIDTHS, 256), help="upper ends of the table's head width buckets",
     )  # fmt: skip
-    parser.add_argument("--buckets", nargs="+", choices=_tuning.BUCKETS, default=_tuning.BUCKETS)
     parser.add_argument("--jobs", type=int, default=1, help="compiling processes")
-    parser.add_argument(
-        "--among",
-        type=Path,
-        metavar="FILE",
-        help="on a device: try the best of what a static run's --json ranked, not all",
-    )
-    parser.add_argument("--best", type=int, default=8, metavar="N", help="with --among: so many")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was tried")
-    options = parser.parse_args(arguments)
-    if options.among and options.static:
-        parser.error("--among goes with a device: --static ranks everything itself")
-    if options.arch and not options.static:
-        parser.error("--arch goes with --static: on a device its own architecture is tuned")
-    return options
+    parser.add_argument("--output", type=Path, help="folder for everything that was tried")
+    return parser.parse_args(arguments)
 
 
-def places(options: argparse.Namespace, capabilities: list[int]) -> Iterator[Place]:
+def places(options: argparse.Namespace, capability: int) -> Iterator[Place]:
     """Every place of the table asked for that some head width can reach."""
     import torch
 
     dtype = getattr(torch, options.dtype)
-    # The compiler does not know how many queries there will be.
-    buckets = ("many",) if options.static else options.buckets
-    for capability in capabilities:
-        for kernel in options.kernels:
-            for width in options.widths:
-                for bucket in buckets:
-                    precision = _tuning.precision_of(dtype)
-                    place = Place(kernel, capability, precision, width, bucket)
-                    if _tuning.problems_of(place, dtype):
-                        yield place
+    for kernel in options.kernels:
+        for width in options.widths:
+            place = Place(kernel, capability, _tuning.precision_of(dtype), width)
+            if _tuning.problems_of(place, dtype):
+                yield place
 
 
 def trials_of(place: Place) -> list[Trial]:
@@ -92,7 +65,7 @@ def teller(bar: tqdm[Any]) -> Callable[[Trial], None]:
 
     def tell(trial: Trial) -> None:
         place = trial.place
-        where = f"sm_{place.capability} {place.kernel} width {place.width} {place.bucket}"
+        where = f"sm_{place.capability} {place.kernel} width {place.width}"
         bar.set_description(where)
         bar.update()
         if trial.dropped is not None and (place, trial.config) not in named:
@@ -103,43 +76,19 @@ def teller(bar: tqdm[Any]) -> Callable[[Trial], None]:
 
 
 def save(options: argparse.Namespace, trials: list[Trial], winners: list[Winner]) -> None:
-    """Write everything that was tried to the file asked for, if one was."""
+    """Write everything that was tried to the folder asked for, if one was."""
     import torch
 
-    if not options.json:
+    if not options.output:
         return
-    device = torch.device("cpu" if options.static else "cuda")
     report = {
         "benchmark": "tune_kernels",
-        "measured": not options.static,
         "dtype": options.dtype,
-        "environment": environment(device),
+        "environment": environment(torch.device("cuda")),
         "lines": list(_tuning.table_lines(winners)),
-        "trials": [trial.as_dict() for trial in trials],
+        "results": [row for trial in trials for row in trial.rows()],
     }
-    write_json(options.json, report)
-
-
-def tune_static(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]:
-    """Compile all candidates for every architecture asked for and rank them."""
-    from _tuning_static import static_winner, try_all
-
-    by_place = {place: trials_of(place) for place in places(options, options.arch or [80, 90])}
-    trials = [trial for group in by_place.values() for trial in group]
-    with tqdm(total=len(trials), unit="kernel") as bar:
-        tell = teller(bar)
-        for trial in try_all(trials, options.dtype, options.jobs):
-            tell(trial)
-    winners = []
-    for place, group in by_place.items():
-        winner = static_winner(group)
-        if winner is None:
-            continue
-        winners.append(winner)
-        few = place._replace(bucket="few")
-        if _tuning.default_of(few) == _tuning.default_of(place):
-            winners.append(winner._replace(place=few))
-    return trials, winners
+    write_report(options.output, report)
 
 
 def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]:
@@ -153,13 +102,9 @@ def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]
     found = cuda_device(torch.cuda.current_device())
     device = Device(found.capability, found.multiprocessors, False)
     dtype = getattr(torch, options.dtype)
-    ranked = json.loads(options.among.read_text())["trials"] if options.among else []
     groups = [
-        (
-            _tuning.among(trials_of(place), ranked, options.best),
-            _tuning.problems_of(place, dtype),
-        )
-        for place in places(options, [found.capability])
+        (trials_of(place), _tuning.problems_of(place, dtype))
+        for place in places(options, found.capability)
     ]
     if options.jobs > 1:
         with tqdm(total=sum(len(trials) for trials, _ in groups), unit="kernel") as bar:
@@ -180,21 +125,17 @@ def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 2 where there is neither a device nor --static."""
+    """Exit status: 2 where there is no CUDA device."""
     options = parse(arguments)
     # Interpreting would prevent compiling, in the workers too; Triton reads both late.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import torch
 
-    if not options.static and not torch.cuda.is_available():
-        print(
-            "no CUDA device on this machine: times need one. With --static the candidates are "
-            "compiled and ranked without, as in: tune_kernels.py --static --arch 80 90",
-            file=sys.stderr,
-        )
+    if not torch.cuda.is_available():
+        print("tune_kernels: no CUDA device on this machine: times need one", file=sys.stderr)
         return 2
-    trials, winners = (tune_static if options.static else tune_device)(options)
+    trials, winners = tune_device(options)
     save(options, trials, winners)
     if not winners:
         print("no candidate is better than the defaults")

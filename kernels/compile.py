@@ -46,7 +46,8 @@ class Report(NamedTuple):
 
     registers a thread; spill_bytes stored and loaded; shared_bytes of a program; matrix
     instructions in the PTX (warp-group ones count among them) and warp-group ones alone; global
-    loads by width in bits, asynchronous copies included.
+    loads by width in bits, asynchronous copies included; serialized: ptxas makes each warp-group
+    instruction wait for the one before.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Report(NamedTuple):
     matrix_instructions: int
     warp_group_instructions: int
     loads: dict[int, int]
+    serialized: bool
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
@@ -143,6 +145,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
         warp_group + len(re.findall(r"\b(?:mma\.sync|tcgen05\.mma)", ptx)),
         warp_group,
         _load_widths(ptx),
+        "wgmma.mma_async instructions are serialized" in text,
     )
 
 

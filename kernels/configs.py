@@ -1,4 +1,4 @@
-"""The table of launch configurations: block of rows, warps and stages by device, width and rows."""
+"""The table of launch configurations: block of rows, warps and stages by device and head width."""
 
 from __future__ import annotations
 
@@ -56,136 +56,125 @@ WIDTHS = (48, 64, 80, 160, 256)
 """Upper ends of the head width buckets, in columns of main and tail tile together: of all devices,
 some have more."""
 
-FEW_ROWS = 256
-"""Up to so many queries a head, the configuration of the "few" bucket is taken."""
-
 SUM_COLUMNS = {1: 128, 4: 512}
 """Elements a program of the kernel that adds up partial gradients, by its warps: no more than four
 a thread, so that a thread has all partial sums of its elements and shares none."""
 
 
-_Line = tuple[int, KernelConfig] | tuple[int, KernelConfig, KernelConfig]
-
-
-def _lines(*lines: _Line) -> dict[int, dict[str, KernelConfig]]:
-    """Lines of head width bucket, configuration and, where few queries have another, that one."""
-    return {line[0]: {"many": line[1], "few": line[-1]} for line in lines}  # type: ignore[dict-item]
-
-
 # Lines as benchmarks/tune_kernels.py prints them. Those of "forward", and of "backward" up to 64
-# columns, on 9.0 were chosen on an H200 (docs/performance-gpu.md); the others by what the compiler
-# makes of 77 keys with alignment: no spills where that can be reached, then the least time by its
-# counts, on 9.0 with the waiting played. The registers stand in docs/performance.md;
-# tests/kernels/test_compile.py holds them and what is resident.
-TABLE: dict[tuple[str, int, str], dict[int, dict[str, KernelConfig]]] = {
-    ("forward", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, registers=128, resident=4)),
-        (64, KernelConfig(64, 4, 1, registers=128, resident=4)),
-        (80, KernelConfig(64, 4, 1, resident=4)),
-        (160, KernelConfig(64, 4, 1)),
-        (256, KernelConfig(64, 8, 1, resident=1)),
-    ),
-    ("backward_query", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, registers=128, resident=4)),
-        (64, KernelConfig(64, 4, 1, registers=128, resident=4)),
-        (80, KernelConfig(64, 4, 1, registers=168, resident=3)),
-        (160, KernelConfig(64, 4, 1, late=True)),
-        (256, KernelConfig(64, 8, 1, resident=1)),
-    ),
+# columns, on 9.0 were chosen on an H200 (docs/performance-gpu.md). The others were never measured:
+# they were chosen by spills, then by an estimate from the machine code of 77 keys with alignment.
+# benchmarks/kernel_report.py shows registers; tests/kernels/test_compile.py checks spills and what
+# is resident.
+TABLE: dict[tuple[str, int, str], dict[int, KernelConfig]] = {
+    ("forward", 90, "half"): {
+        48: KernelConfig(64, 4, 1, registers=128, resident=4),
+        64: KernelConfig(64, 4, 1, registers=128, resident=4),
+        80: KernelConfig(64, 4, 1, resident=4),
+        160: KernelConfig(64, 4, 1),
+        256: KernelConfig(64, 8, 1, resident=1),
+    },
+    ("backward_query", 90, "half"): {
+        48: KernelConfig(64, 4, 1, registers=128, resident=4),
+        64: KernelConfig(64, 4, 1, registers=128, resident=4),
+        80: KernelConfig(64, 4, 1, registers=168, resident=3),
+        160: KernelConfig(64, 4, 1, late=True),
+        256: KernelConfig(64, 8, 1, resident=1),
+    },
     # dK and dV, or at 80 dK alone, along with dQ.
-    ("backward", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True)),
-        (64, KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True)),
-        (80, KernelConfig(64, 4, 1, registers=255, sums=1, late=True)),
-    ),
-    ("backward_key_value", 90, "half"): _lines(
-        (48, KernelConfig(64, 4, 1)),
-        (64, KernelConfig(64, 4, 1)),
-        (80, KernelConfig(64, 4, 1, key_tile=64)),
-        (160, KernelConfig(64, 4, 1, key_tile=64)),
-        (256, KernelConfig(64, 8, 1, separate=True, resident=1)),
-    ),
-    ("forward", 100, "half"): _lines(
-        (48, KernelConfig(64, 4, 1)),
-        (64, KernelConfig(64, 4, 1, registers=168, resident=3)),
-        (80, KernelConfig(64, 4, 1)),
-        (160, KernelConfig(64, 4, 1, registers=255)),
-        (256, KernelConfig(64, 8, 1, resident=1)),
-    ),
-    ("backward_query", 100, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, resident=3)),
-        (64, KernelConfig(64, 4, 1, reload=True, resident=3)),
-        (80, KernelConfig(64, 4, 1, reload=True)),
-        (160, KernelConfig(64, 4, 1, reload=True)),
-        (256, KernelConfig(64, 8, 1, resident=1)),
-    ),
-    ("forward", 80, "half"): _lines(
-        (48, KernelConfig(64, 4, 2, reload=True)),
-        (64, KernelConfig(64, 4, 2, reload=True)),
-        (80, KernelConfig(64, 4, 2, reload=True)),
-        (160, KernelConfig(16, 4, 1)),
-        (256, KernelConfig(16, 4, 1)),
-    ),
-    ("backward_query", 80, "half"): _lines(
-        (48, KernelConfig(64, 4, 2, reload=True)),
-        (64, KernelConfig(64, 4, 2, reload=True)),
-        (80, KernelConfig(64, 4, 2, reload=True)),
-        (128, KernelConfig(16, 4, 2, reload=True)),
-        (160, KernelConfig(64, 4, 2, reload=True, resident=1)),
-        (256, KernelConfig(16, 4, 1, reload=True)),
-    ),
-    ("backward_key_value", 80, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, key_tile=32)),
-        (64, KernelConfig(64, 4, 1, key_tile=32)),
-        (80, KernelConfig(64, 4, 2, reload=True, key_tile=64)),
-        (160, KernelConfig(64, 4, 2, reload=True, key_tile=16)),
-        (256, KernelConfig(16, 4, 1, reload=True, separate=True)),
-    ),
+    ("backward", 90, "half"): {
+        48: KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True),
+        64: KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True),
+        80: KernelConfig(64, 4, 1, registers=255, sums=1, late=True),
+    },
+    ("backward_key_value", 90, "half"): {
+        48: KernelConfig(64, 4, 1),
+        64: KernelConfig(64, 4, 1),
+        80: KernelConfig(64, 4, 1, key_tile=64),
+        160: KernelConfig(64, 4, 1, key_tile=64),
+        256: KernelConfig(64, 8, 1, separate=True, resident=1),
+    },
+    ("forward", 100, "half"): {
+        48: KernelConfig(64, 4, 1),
+        64: KernelConfig(64, 4, 1, registers=168, resident=3),
+        80: KernelConfig(64, 4, 1),
+        160: KernelConfig(64, 4, 1, registers=255),
+        256: KernelConfig(64, 8, 1, resident=1),
+    },
+    ("backward_query", 100, "half"): {
+        48: KernelConfig(64, 4, 1, resident=3),
+        64: KernelConfig(64, 4, 1, reload=True, resident=3),
+        80: KernelConfig(64, 4, 1, reload=True),
+        160: KernelConfig(64, 4, 1, reload=True),
+        256: KernelConfig(64, 8, 1, resident=1),
+    },
+    ("forward", 80, "half"): {
+        48: KernelConfig(64, 4, 2, reload=True),
+        64: KernelConfig(64, 4, 2, reload=True),
+        80: KernelConfig(64, 4, 2, reload=True),
+        160: KernelConfig(16, 4, 1),
+        256: KernelConfig(16, 4, 1),
+    },
+    ("backward_query", 80, "half"): {
+        48: KernelConfig(64, 4, 2, reload=True),
+        64: KernelConfig(64, 4, 2, reload=True),
+        80: KernelConfig(64, 4, 2, reload=True),
+        128: KernelConfig(16, 4, 2, reload=True),
+        160: KernelConfig(64, 4, 2, reload=True, resident=1),
+        256: KernelConfig(16, 4, 1, reload=True),
+    },
+    ("backward_key_value", 80, "half"): {
+        48: KernelConfig(64, 4, 1, key_tile=32),
+        64: KernelConfig(64, 4, 1, key_tile=32),
+        80: KernelConfig(64, 4, 2, reload=True, key_tile=64),
+        160: KernelConfig(64, 4, 2, reload=True, key_tile=16),
+        256: KernelConfig(16, 4, 1, reload=True, separate=True),
+    },
     # 100 KiB of shared memory a multiprocessor: what is pipelined must be small.
-    ("forward", 86, "half"): _lines(
-        (48, KernelConfig(64, 4, 2, reload=True)),
-        (64, KernelConfig(64, 4, 2, reload=True)),
-        (80, KernelConfig(64, 4, 1, reload=True)),
-        (160, KernelConfig(16, 4, 1)),
-        (256, KernelConfig(16, 4, 1)),
-    ),
-    ("backward_query", 86, "half"): _lines(
-        (48, KernelConfig(64, 4, 2, reload=True)),
-        (64, KernelConfig(64, 4, 1, reload=True)),
-        (80, KernelConfig(64, 4, 2, reload=True, resident=1)),
-        (160, KernelConfig(16, 4, 1, reload=True)),
-        (256, KernelConfig(16, 4, 1, reload=True)),
-    ),
-    ("backward_key_value", 86, "half"): _lines(
-        (48, KernelConfig(64, 4, 1, key_tile=32)),
-        (64, KernelConfig(64, 4, 1, key_tile=32)),
-        (80, KernelConfig(32, 4, 1, key_tile=32)),
-        (160, KernelConfig(32, 4, 2, reload=True, key_tile=16)),
-        (256, KernelConfig(16, 4, 1, reload=True, separate=True)),
-    ),
+    ("forward", 86, "half"): {
+        48: KernelConfig(64, 4, 2, reload=True),
+        64: KernelConfig(64, 4, 2, reload=True),
+        80: KernelConfig(64, 4, 1, reload=True),
+        160: KernelConfig(16, 4, 1),
+        256: KernelConfig(16, 4, 1),
+    },
+    ("backward_query", 86, "half"): {
+        48: KernelConfig(64, 4, 2, reload=True),
+        64: KernelConfig(64, 4, 1, reload=True),
+        80: KernelConfig(64, 4, 2, reload=True, resident=1),
+        160: KernelConfig(16, 4, 1, reload=True),
+        256: KernelConfig(16, 4, 1, reload=True),
+    },
+    ("backward_key_value", 86, "half"): {
+        48: KernelConfig(64, 4, 1, key_tile=32),
+        64: KernelConfig(64, 4, 1, key_tile=32),
+        80: KernelConfig(32, 4, 1, key_tile=32),
+        160: KernelConfig(32, 4, 2, reload=True, key_tile=16),
+        256: KernelConfig(16, 4, 1, reload=True, separate=True),
+    },
     # Without tensor cores a thread's part of a product is long, and ptxas gives up early where it
     # has no limit to keep to: 32 registers and all else in memory, at 160 columns.
-    ("forward", 80, "single"): _lines(
-        (48, KernelConfig(16, 8, 1, resident=1)),
-        (64, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (80, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (160, KernelConfig(16, 8, 1, reload=True, registers=255, resident=1)),
-        (256, KernelConfig(16, 8, 1, reload=True, registers=255, resident=1)),
-    ),
-    ("backward_query", 80, "single"): _lines(
-        (48, KernelConfig(16, 8, 1, resident=1)),
-        (64, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (80, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (160, KernelConfig(16, 8, 1, reload=True, registers=255, resident=1)),
-        (256, KernelConfig(16, 8, 1, reload=True, registers=255, resident=1)),
-    ),
-    ("backward_key_value", 80, "single"): _lines(
-        (48, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (64, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (80, KernelConfig(16, 8, 1, reload=True, resident=1)),
-        (160, KernelConfig(16, 8, 1, True, True, key_tile=32, registers=255, resident=1)),
-        (256, KernelConfig(16, 4, 1, True, True, key_tile=16, registers=255)),
-    ),
+    ("forward", 80, "single"): {
+        48: KernelConfig(16, 8, 1, resident=1),
+        64: KernelConfig(16, 8, 1, reload=True, resident=1),
+        80: KernelConfig(16, 8, 1, reload=True, resident=1),
+        160: KernelConfig(16, 8, 1, reload=True, registers=255, resident=1),
+        256: KernelConfig(16, 8, 1, reload=True, registers=255, resident=1),
+    },
+    ("backward_query", 80, "single"): {
+        48: KernelConfig(16, 8, 1, resident=1),
+        64: KernelConfig(16, 8, 1, reload=True, resident=1),
+        80: KernelConfig(16, 8, 1, reload=True, resident=1),
+        160: KernelConfig(16, 8, 1, reload=True, registers=255, resident=1),
+        256: KernelConfig(16, 8, 1, reload=True, registers=255, resident=1),
+    },
+    ("backward_key_value", 80, "single"): {
+        48: KernelConfig(16, 8, 1, reload=True, resident=1),
+        64: KernelConfig(16, 8, 1, reload=True, resident=1),
+        80: KernelConfig(16, 8, 1, reload=True, resident=1),
+        160: KernelConfig(16, 8, 1, True, True, key_tile=32, registers=255, resident=1),
+        256: KernelConfig(16, 4, 1, True, True, key_tile=16, registers=255),
+    },
 }
 
 
@@ -198,23 +187,26 @@ def _unpipelined(kernel: str, width: int) -> KernelConfig:
 
 
 def choose_config(
-    kernel: str, capability: int, precision: str, width: int, key_width: int, rows: int,
+    kernel: str,
+    capability: int,
+    precision: str,
+    width: int,
+    key_width: int,
     pipeline: bool = True,
-) -> KernelConfig:  # fmt: skip
+) -> KernelConfig:
     """The configuration of the newest listed device that is not newer than this one.
 
     kernel is "forward", "backward_query" or "backward_key_value"; capability is major · 10 + minor;
-    precision "half" or "single"; width and key_width are columns of main and tail tile together;
-    rows is the number of queries of a head. pipeline: whether Triton pipelines the call well: it
-    has no maps, whose loop inside the loop over the rows prevents that, and nothing more to hold
-    than usual, as the reference key's gradient is, or in the kernel of the keys a mask.
+    precision "half" or "single"; width and key_width are columns of main and tail tile together.
+    pipeline: whether Triton pipelines the call well: it has no maps, whose loop inside the loop
+    over the rows prevents that, and nothing more to hold than usual, as the reference key's
+    gradient is, or in the kernel of the keys a mask.
     """
     if capability // 10 == 12:
         capability = 89  # consumer Blackwell: matrix instructions and shared memory as on 8.9
     listed = [c for k, c, p in TABLE if k == kernel and p == precision and c <= capability]
     table = TABLE[kernel, max(listed, default=80), precision]
-    bucket = "few" if rows <= FEW_ROWS else "many"
-    config = table[next(limit for limit in table if width <= limit)][bucket]
+    config = table[next(limit for limit in table if width <= limit)]
     if config.pipelined and (not pipeline or (key_width > 80 and not config.key_tile)):
         config = _unpipelined(kernel, width)
     if config.key_tile:
@@ -234,9 +226,7 @@ def choose_config(
     return config
 
 
-def choose_sums(
-    capability: int, precision: str, width: int, key_width: int, rows: int
-) -> KernelConfig | None:
+def choose_sums(capability: int, precision: str, width: int, key_width: int) -> KernelConfig | None:
     """The configuration with which the kernel of the queries sums up dK, and dV, as well.
 
     None where the registers do not hold the sums. Arguments are those of `choose_config`.
@@ -245,7 +235,7 @@ def choose_sums(
     limit = next((limit for limit in table if width <= limit), None)
     if limit is None or key_width > 80:
         return None
-    return table[limit]["few" if rows <= FEW_ROWS else "many"]
+    return table[limit]
 
 
 def shared_bytes(precision: str, capability: int, width: int, key_main: int, key_tail: int) -> int:

@@ -55,14 +55,13 @@ def tile_keys(tiles: dict[str, Any], keys: int, key_tile: int) -> int:
 
 def _place(
     inputs: InputLayouts, tiles: dict[str, Any], device: Device
-) -> tuple[int, str, int, int, int]:
+) -> tuple[int, str, int, int]:
     """Where the table of configurations is looked up: what `choose_config` takes after a kernel."""
     return (
         device.capability,
         precision_of(inputs),
         tiles["DIM_MAIN"] + tiles["DIM_TAIL"],
         tiles["KEY_MAIN"] + tiles["KEY_TAIL"],
-        inputs.query.shape[2],
     )
 
 

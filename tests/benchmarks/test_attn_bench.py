@@ -10,11 +10,11 @@ import _contenders
 import attn_bench
 import pytest
 import torch
-from _bars import Bar, bars_of, cpu_bars
 from _contenders import Contender, contenders, eager_maps
 from _measure import Effort, Memory, Timing
 from _record import Entry, ProblemRecord
 from _reference import Inputs
+from _report import targets_table
 from _roofline import Rates
 from _run import SGEMM_SAME, STEPS_PER_CONTENDER, measure
 from _shapes import Problem
@@ -26,25 +26,31 @@ RATES = Rates("cpu", 1e10, 1e9, 1e11, "by hand", padded=False)
 TINY = Problem("custom", queries=40, head_dim=16, heads=2)
 
 
-def test_a_run_writes_valid_json_csv_and_png(
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "attn_bench.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_writes_its_rows_environment_and_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--device", "cpu", "--shapes", "40x16x2", "--batches", "2", "--seconds", "0.01"]
     arguments += ["--only", "sefi-eager", "sdpa-flash", "--quick", "--output", str(tmp_path)]
     assert attn_bench.main(arguments) == 0
-    report = json.loads((tmp_path / "attn_bench.json").read_text())
-    with (tmp_path / "attn_bench.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(report["results"]) == 9
-    for row in report["results"]:
+    rows = read_rows(tmp_path)
+    assert len(rows) == 9
+    for row in rows:
         assert row["verdict"] == "right"
-        assert row["seconds"] > 0
-        assert row["gflops"] > 0
-        assert row["roofline_share"] > 0
-    both = {r["contender"]: r for r in report["results"] if r["direction"] == "both"}
-    assert both["eager-maps"]["extra_bytes"] > 0
-    assert both["sdpa-flash"]["products"] == 7
-    assert str(Path.home()) not in json.dumps(report)
+        assert float(row["seconds"]) > 0
+        assert float(row["gflops"]) > 0
+        assert float(row["roofline_share"]) > 0
+    both = {r["contender"]: r for r in rows if r["direction"] == "both"}
+    assert int(both["eager-maps"]["extra_bytes"]) > 0
+    assert both["sdpa-flash"]["products"] == "7"
+    environment = (tmp_path / "environment.json").read_text()
+    report = json.loads(environment)["attn_bench"]
+    assert report["settings"]["dtypes"] == ["float32"] and report["rates"]["float32"]["flops"] > 0
+    assert "results" not in report and str(Path.home()) not in environment
     pictures = sorted(tmp_path.glob("*.png"))
     assert [p.name for p in pictures] == [
         "attn_bench_float32.png",
@@ -98,8 +104,8 @@ def test_main_fails_when_a_sefi_backend_is_wrong(
     arguments = ["--device", "cpu", "--shapes", "40x16x2", "--batches", "1", "--only", "sefi-eager"]
     arguments += ["--quick", "--seconds", "0.01", "--no-plots", "--output", str(tmp_path)]
     assert attn_bench.main(arguments) == 1
-    rows = json.loads((tmp_path / "attn_bench.json").read_text())["results"]
-    assert all("seconds" not in row for row in rows if row["contender"] == "sefi-eager")
+    rows = [row for row in read_rows(tmp_path) if row["contender"] == "sefi-eager"]
+    assert rows and not any(row["seconds"] for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,7 @@ def _entry(name: str, family: str, seconds: float, extra: int) -> Entry:
     return entry
 
 
-def test_bars_of_the_cpu_are_told_as_met_or_not() -> None:
+def test_ratios_of_the_cpu_stand_beside_their_targets() -> None:
     record = ProblemRecord(Problem("sd15", 4096, 40, 8), "float32", 4, "cpu", RATES)
     record.entries = [
         _entry("sefi-cpu", "sefi", 1.0, 100),
@@ -144,18 +150,38 @@ def test_bars_of_the_cpu_are_told_as_met_or_not() -> None:
         _entry("sdpa-flash", "sdpa", 1.02, 100),
     ]
     record.matrix_seconds = {SGEMM_SAME: 0.7}
-    found = {bar.what: bar for bar in cpu_bars(record)}
-    sgemm = found[f"share of sgemm, {SGEMM_SAME}"]
-    assert sgemm == Bar("sd15 4096x40 b1", sgemm.what, 0.7, 0.65, True)
-    assert found["times eager maps' speed"].met is False  # 1.5, wanted 1.6 at this layer
-    assert found["times SDPA's speed without a loss"].measured == pytest.approx(1.02)
-    assert found["times less extra memory than eager"].measured == pytest.approx(20.0)
+    name = "sd15 4096x40 b1"
+    assert record.targets() == [
+        (name, f"share of sgemm, {SGEMM_SAME}", 0.7, 0.65),
+        (name, "times SDPA's speed without a loss", 1.02, 1.0),
+        (name, "times eager maps' speed", 1.5, 1.6),
+        (name, "times less extra memory than eager", 20.0, 10.0),
+    ]
+    assert targets_table(record.targets()).splitlines()[-1].split()[-2:] == ["20.00", "10.00"]
     record.problem = Problem("sd15", 1024, 80, 8)
-    assert {bar.what: bar.met for bar in cpu_bars(record)}["times eager maps' speed"] is True
-    assert bars_of([record]) == cpu_bars(record)
+    assert [target[3] for target in record.targets()] == [0.65, 1 / 1.1, 1.0, 10.0]
     record.entries[2].eager_times["both"] = Timing(1.05, 1.0, 0.6, 9)
-    assert record.noisy and bars_of([record]) == []
-    wrong = record.entry("sefi-cpu")
-    assert wrong is not None
-    wrong.wrong = "output is off"
-    assert cpu_bars(record) == []
+    assert record.noisy and record.targets() == []
+    record.entries[2].eager_times["both"] = Timing(1.05, 1.0, 0.1, 9)
+    record.entries[0].wrong = "output is off"
+    assert record.targets() == []
+
+
+def test_ratios_of_cuda_are_of_the_fastest_backend_by_graph_replay() -> None:
+    record = ProblemRecord(Problem("sd15", 4096, 40, 8, 8), "bfloat16", 2, "cuda", RATES)
+    record.entries = [
+        _entry("sefi-triton", "sefi", 1.0, 100),
+        _entry("sefi-cuda", "sefi", 2.0, 50),
+        _entry("sefi-eager", "sefi", 0.1, 50),
+        _entry("eager-maps", "eager", 9.0, 2000),
+        _entry("sdpa-cudnn", "sdpa", 1.5, 100),
+    ]
+    record.entries[1].graph_times["both"] = Timing(0.5, 0.5, 0.01, 9)
+    assert [target[1:] for target in record.targets()] == [
+        ("times SDPA's speed without a loss", 3.0, 1.0),
+        ("times eager maps' speed", 18.0, 8.0),
+        ("times less extra memory than eager", 40.0, 20.0),
+    ]
+    record.problem = Problem("sd15", 1024, 80, 8, 16)
+    share = record.bound_of(record.entries[1], "both").seconds / 0.5
+    assert record.targets()[1][1:] == ("share of the roofline", share, 0.8)

@@ -1,4 +1,4 @@
-"""step_bench on a very small model: its files, its bars, and a contender that is wrong."""
+"""step_bench on a very small model: its files, its targets, and a contender that is wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ import step_bench
 import subjects_bench
 import torch
 from _measure import Effort, Timing
-from _step_bars import step_bars
 from _step_models import SD15, SDXL, Architecture, TextShape, random_pipeline, reduced
 from _step_parts import PARTS, StepMemory, memory_of, profile_step
 from _step_run import (
@@ -197,19 +196,19 @@ def made(device: str, seconds: dict[str, float], peaks: dict[str, int]) -> StepR
     return StepRecord(SD15, 1, "float32", device, entries)
 
 
-def test_bars_by_hand() -> None:
+def test_ratios_by_hand() -> None:
     seconds = {SEFI: 1.0, PLAIN: 2.0, INVERSION: 0.9, NO_LOSS: 0.5}
     peaks = {SEFI: 10, PLAIN: 20, INVERSION: 15, NO_LOSS: 9}
-    on_cpu, on_cuda = (step_bars(made(device, seconds, peaks)) for device in ("cpu", "cuda"))
-    assert [bar.met for bar in on_cpu] == [True, False, True]
-    assert [bar.met for bar in on_cuda] == [False, False, True], "3 times is wanted on CUDA"
-    assert [bar.measured for bar in on_cpu] == [2.0, 0.9, 1.5]
+    on_cpu, on_cuda = (made(device, seconds, peaks).targets() for device in ("cpu", "cuda"))
+    assert [target[0] for target in on_cpu] == ["sd15 b1"] * 3
+    assert [target[2:] for target in on_cpu] == [(2.0, 1.0), (0.9, 1.0), (1.5, 1.0)]
+    assert [target[3] for target in on_cuda] == [3.0, 1.0, 1.0]
     noisy = made("cpu", seconds, peaks)
     noisy.entries[1].timing = Timing(2.0, 0.1, 0.9, 5)
-    assert ["memory" in bar.what for bar in step_bars(noisy)] == [True], "noise tells no speed"
+    assert ["memory" in target[1] for target in noisy.targets()] == [True], "noise tells no speed"
 
 
-def test_the_command_writes_json_csv_and_png(
+def test_the_command_writes_its_rows_environment_and_picture(
     tmp_path: Path,
     record: StepRecord,
     monkeypatch: pytest.MonkeyPatch,
@@ -218,19 +217,18 @@ def test_the_command_writes_json_csv_and_png(
     monkeypatch.setattr(step_bench, "measure_steps", lambda *_: record)
     arguments = ["--device", "cpu", "--models", "sd15", "--seconds", "0.01", "--quick"]
     assert step_bench.main([*arguments, "--output", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "step_bench.json").read_text())
     with (tmp_path / "step_bench.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(report["results"]) == 4
-    assert {bar["what"] for bar in report["bars"]} <= {
-        "times the plain method's speed",
-        "times Textual Inversion's speed",
-        "times less peak memory than Textual Inversion",
-    }
+    assert len(rows) == 4
+    environment = (tmp_path / "environment.json").read_text()
+    assert json.loads(environment)["step_bench"]["settings"]["quick"] is True
     assert (tmp_path / "step_bench.png").read_bytes().startswith(b"\x89PNG")
-    assert str(Path.home()) not in json.dumps(report)
+    assert str(Path.home()) not in environment
     printed = capsys.readouterr().out
-    assert "(c) textual-inversion" in printed and "Bars, a training step" in printed
+    assert (
+        "(c) textual-inversion" in printed
+        and "times less peak memory than Textual Inversion" in printed
+    )
 
 
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +249,7 @@ def test_the_suite_names_what_failed_or_had_no_time(
     found = gpu_suite.measure_training(CPU, float("inf"), tmp_path)
     assert found == {
         "step_bench": "failed: RuntimeError: out of registers",
-        "subjects_bench": {"results": [1]},
+        "subjects_bench": "1 rows",
     }
     late = gpu_suite.measure_training(CPU, 0.0, tmp_path)
     assert set(late.values()) == {"left out for time"}

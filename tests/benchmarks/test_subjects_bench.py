@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -24,8 +25,9 @@ TINY += ["--seconds", "0.01"]
 def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--lanes", "1", "2", "--steps", "50", "--output", str(tmp_path)]
     assert subjects_bench.main(arguments) == 0
-    report = json.loads((tmp_path / "subjects_bench.json").read_text())
-    one, two = report["results"]
+    with (tmp_path / "subjects_bench.csv").open() as file:
+        one, two = ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
+    assert json.loads((tmp_path / "environment.json").read_text())["subjects_bench"]["settings"]
     assert (one["lanes"], two["lanes"], one["efficiency"]) == (1, 2, 1.0)
     assert two["flops_a_step"] == 2 * one["flops_a_step"] > 1e7
     assert two["peak_bytes"] > one["peak_bytes"] > 0

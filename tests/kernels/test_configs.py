@@ -1,4 +1,4 @@
-"""Tiles cover what they must, and the table answers for every device, width and number of rows."""
+"""Tiles cover what they must, and the table answers for every device and width."""
 
 from __future__ import annotations
 
@@ -53,49 +53,48 @@ def test_tiles_cover_every_size_and_never_more_than_a_power_of_two(smallest: int
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("precision", ["half", "single"])
-def test_every_device_width_and_length_has_a_configuration(kernel: str, precision: str) -> None:
+def test_every_device_and_width_has_a_configuration(kernel: str, precision: str) -> None:
     for capability in (80, 86, 89, 90, 100, 120):
         for width in (16, 48, 64, 80, 96, 160, 256):
             for keys in (16, 80, 128, 256):
-                for rows in (1, 64, 256, 4096):
-                    config = choose_config(kernel, capability, precision, width, keys, rows)
-                    assert config.block in (16, 32, 64, 128)
-                    assert config.warps in (4, 8)
+                config = choose_config(kernel, capability, precision, width, keys)
+                assert config.block in (16, 32, 64, 128)
+                assert config.warps in (4, 8)
 
 
 def test_a_newer_device_takes_the_newest_row_that_is_not_newer() -> None:
     newest = max(capability for _, capability, _ in TABLE)
     for kernel in KERNELS:
-        known = choose_config(kernel, newest, "half", 48, 80, 4096)
-        assert choose_config(kernel, newest + 30, "half", 48, 80, 4096) == known
+        known = choose_config(kernel, newest, "half", 48, 80)
+        assert choose_config(kernel, newest + 30, "half", 48, 80) == known
 
 
 def test_consumer_blackwell_has_the_lines_of_the_older_matrix_unit() -> None:
     for kernel in KERNELS:
         for width in (64, 80, 160):
-            known = choose_config(kernel, 89, "half", width, 80, 4096)
-            assert choose_config(kernel, 120, "half", width, 80, 4096) == known
+            known = choose_config(kernel, 89, "half", width, 80)
+            assert choose_config(kernel, 120, "half", width, 80) == known
 
 
 def test_sums_of_the_keys_go_along_with_dq_where_the_registers_hold_them() -> None:
-    assert [choose_sums(90, "half", width, 80, 4096).sums for width in (16, 64, 80)] == [2, 2, 1]
-    assert choose_sums(90, "half", 96, 80, 4096) is None
-    assert choose_sums(90, "half", 64, 96, 4096) is None
+    assert [choose_sums(90, "half", width, 80).sums for width in (16, 64, 80)] == [2, 2, 1]
+    assert choose_sums(90, "half", 96, 80) is None
+    assert choose_sums(90, "half", 64, 96) is None
     for capability, precision in ((90, "single"), (80, "half"), (89, "half"), (100, "half")):
-        assert choose_sums(capability, precision, 64, 80, 4096) is None
+        assert choose_sums(capability, precision, 64, 80) is None
 
 
 @pytest.mark.parametrize("key_width", [144, 160, 192, 256])
 def test_many_keys_keep_a_warp_group_s_rows_and_fit_shared_memory(key_width: int) -> None:
     for kernel in ("forward", "backward_query"):
         for width in (48, 64, 80, 160):
-            config = choose_config(kernel, 90, "half", width, key_width, 4096)
+            config = choose_config(kernel, 90, "half", width, key_width)
             assert config.block >= 64
             # Without reload three sets of keys are held, two bytes an element.
             assert config.reload or 3 * 2 * key_width * width < 227 * 1024
-            assert choose_config(kernel, 80, "half", width, key_width, 4096).block <= 32
-    assert choose_config("backward_key_value", 90, "half", 64, key_width, 4096).key_tile == 64
-    single = choose_config("backward_key_value", 90, "single", 80, 96, 4096)
+            assert choose_config(kernel, 80, "half", width, key_width).block <= 32
+    assert choose_config("backward_key_value", 90, "half", 64, key_width).key_tile == 64
+    single = choose_config("backward_key_value", 90, "single", 80, 96)
     assert single.key_tile == 32
 
 
