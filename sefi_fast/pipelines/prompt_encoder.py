@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -61,6 +62,9 @@ class Watcher(Protocol):
 
     def begin(self, call: PipelineCall) -> None:
         """A call starts that will run the U-Net."""
+
+    def end(self) -> None:
+        """The call of this thread ends; later calls of the models are others'."""
 
 
 class PromptEncoder:
@@ -344,6 +348,30 @@ class PromptEncoder:
         for text_encoder in list(self._text_encoders):
             unguard(text_encoder, self)
         self._text_encoders.clear()
+
+
+@contextmanager
+def watched(pipe: Any, encoder: PromptEncoder, watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` of each call of the pipeline; on exit everything is as it was."""
+    replaced = vars(pipe).get("maybe_free_model_hooks")
+    # Every pipeline calls this at its end.
+    free = pipe.maybe_free_model_hooks
+
+    def end() -> Any:
+        watcher.end()
+        return free()
+
+    pipe.maybe_free_model_hooks = end
+    encoder.watchers.append(watcher)
+    try:
+        yield
+    finally:
+        if replaced is None:
+            del pipe.maybe_free_model_hooks
+        else:
+            pipe.maybe_free_model_hooks = replaced
+        encoder.watchers.remove(watcher)
+        encoder.release()
 
 
 def _listed(prompts: Sequence[Texts | None]) -> list[str]:

@@ -24,7 +24,7 @@ from sefi_fast.pipelines.families import (
 )
 from sefi_fast.pipelines.freed_text import TextShape
 from sefi_fast.pipelines.installation import processor_of
-from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
+from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder, watched
 from sefi_fast.processor import SeFiAttnProcessor
 from sefi_fast.region_attention import Box, RegionPrompts, down_factors
 
@@ -74,13 +74,11 @@ def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -
     if encoder.watchers:
         raise ValueError("a trace or regions of this pipeline already run: one of them at a time")
     placed = _Regions(pipe, pairs)
-    encoder.watchers.append(placed)
-    try:
-        yield
-    finally:
-        placed.remove()
-        encoder.watchers.remove(placed)
-        encoder.release()
+    with watched(pipe, encoder, placed):
+        try:
+            yield
+        finally:
+            placed.remove()
 
 
 def _check_reach(pipe: Any) -> None:
@@ -106,10 +104,6 @@ class _Regions:
         self._hooks: dict[nn.Module, list[RemovableHandle]] = {}
         # By thread, since one pipeline may serve several.
         self._calls: dict[int, _Call] = {}
-        # Every pipeline calls this at its end. Afterwards the models are others' to use.
-        self._replaced = vars(pipe).get("maybe_free_model_hooks")
-        self._at_the_end = pipe.maybe_free_model_hooks
-        pipe.maybe_free_model_hooks = self._end
 
     def begin(self, call: PipelineCall) -> None:
         """Encode the regions' prompts for a call that starts."""
@@ -131,19 +125,15 @@ class _Regions:
         own = _Call(self._pipe, prompts, self._boxes, pictures, call.guidance)
         self._calls[threading.get_ident()] = own
 
-    def _end(self) -> Any:
+    def end(self) -> None:
+        """Leave the models to other calls of this thread."""
         self._calls.pop(threading.get_ident(), None)
-        return self._at_the_end()
 
     def remove(self) -> None:
-        """Take everything off the models and the pipeline."""
+        """Take everything off the models."""
         for hooks in self._hooks.values():
             for hook in hooks:
                 hook.remove()
-        if self._replaced is None:
-            del self._pipe.maybe_free_model_hooks
-        else:
-            self._pipe.maybe_free_model_hooks = self._replaced
 
 
 class _Call:

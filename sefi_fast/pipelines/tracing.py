@@ -24,7 +24,7 @@ from sefi_fast.layers import (
 )
 from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, unwrap
 from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
-from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder
+from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder, watched
 from sefi_fast.utils.words import composed
 
 _PLAIN = "StableDiffusionPipeline.from_pipe(pipe) (StableDiffusionXLPipeline for SDXL)"
@@ -181,6 +181,10 @@ class _Tracer:
         sums = _Call(len(self._found.words), map_tokens, call.guidance)
         self._calls[threading.get_ident()] = self._found._latest = sums
 
+    def end(self) -> None:
+        """Leave the U-Net to other calls of this thread."""
+        self._calls.pop(threading.get_ident(), None)
+
     def _positions(self, prompt: str) -> list[list[int]]:
         """Token positions of each traced word."""
         tokenizer = self._pipe.tokenizer
@@ -263,15 +267,13 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
         )
     found = Trace(words)
     tracer = _Tracer(pipe, found, encoder)
-    encoder.watchers.append(tracer)
     hooks = [
         unet.register_forward_pre_hook(tracer.before_unet, with_kwargs=True),
         unet.register_forward_hook(tracer.after_unet),
     ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-        encoder.watchers.remove(tracer)
-        encoder.release()
+    with watched(pipe, encoder, tracer):
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()

@@ -309,6 +309,15 @@ def test_hooks_of_a_trace_and_of_regions_bear_it_too(sd15_pipeline, watch):
             assert hook(pipe.unet, (), None) is None
 
 
+def test_a_trace_leaves_out_other_pipelines_of_its_thread(sd15_pipeline):
+    pipe, other = sd15_pipeline, second_pipeline(sd15_pipeline)
+    with trace(pipe, "cat") as found:
+        draw(pipe, "a cat")
+        expected = found.maps["cat"]
+        draw(other, "a dog on the hill")
+    assert torch.equal(found.maps["cat"], expected)
+
+
 def test_a_call_that_has_begun_hooks_nothing_after_detach(sd15_pipeline, make_subject):
     pipe = attach(sd15_pipeline, make_subject())
     (hook,) = pipe.unet._forward_pre_hooks.values()
