@@ -239,7 +239,7 @@ def stages_that_divide_no_other(w):
         subjects = [subject_for(w.pipe, f"<{s}>", stages=s) for s in stages]
         encode(w.pipe, " ".join(f"<{s}>" for s in stages), subjects=subjects)
 
-    yield "train them with stages that divide one another", lambda: attached(7, 11)
+    yield "train them with stages that divide one another", lambda: attached(11, 13)
     yield lambda: attached(5, 10)
 
 
