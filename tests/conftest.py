@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     torch.set_num_threads(_threads)
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Inductor's cache gives vector code of another run to a compiler without vectors.
+    cache = Path(tempfile.gettempdir(), f"torchinductor-{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 sys.path.insert(0, str(Path(__file__).parent))
 keep_freed_memory()
 if name := os.environ.get("SEFI_TEST_INSTRUCTION_SET"):
