@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sefi_fast.cli.outputs import check_kept, tell
+from sefi_fast.cli.outputs import check_kept, report
 from sefi_fast.demo import FILES
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_folder
@@ -39,9 +39,9 @@ def _demo(options: argparse.Namespace) -> int:
     keep_freed_memory_on_cpu()
     overrides = {} if options.steps is None else {"steps": options.steps}
     result = run_demo(options.output, image=options.image, seed=options.seed, **overrides)
-    tell(f"{result.sheet}: the subject in new scenes and with accessories")
-    tell(f"{result.maps}: where the words looked")
-    tell(f"{result.curves}: the training curves")
-    tell(f"{result.subject}: the subject, to attach to the bundled model")
-    tell(f"done in {result.seconds:.0f} s")
+    report(f"{result.sheet}: the subject in new scenes and with accessories")
+    report(f"{result.maps}: where the words looked")
+    report(f"{result.curves}: the training curves")
+    report(f"{result.subject}: the subject, to attach to the bundled model")
+    report(f"done in {result.seconds:.0f} s")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, config_overrides
-from sefi_fast.cli.outputs import tell
+from sefi_fast.cli.outputs import report
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.utils.files import user_path
 
@@ -106,7 +106,7 @@ def _study(options: argparse.Namespace) -> int:
         **config_overrides(options),
     )
     for path in found.files:
-        tell(path)
+        report(path)
     return 1 if found.failures else 0
 
 
@@ -125,7 +125,7 @@ def _two(options: argparse.Namespace) -> int:
         **config_overrides(options),
     )
     for path in files:
-        tell(path)
+        report(path)
     return 0
 
 
@@ -157,5 +157,5 @@ def _subjects(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     for path in found.files:
-        tell(path)
+        report(path)
     return 0

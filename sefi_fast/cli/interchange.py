@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_model
-from sefi_fast.cli.outputs import check_kept, check_safetensors, tell
+from sefi_fast.cli.outputs import check_kept, check_safetensors, report
 from sefi_fast.utils.files import user_path
 
 
@@ -59,7 +59,7 @@ def _export(options: argparse.Namespace) -> int:
         )
     path = export_embedding(subject, options.output, lossy=not exact)
     loss = "" if exact else ", the mean of its stages: it draws less like the subject"
-    tell(f"{path}: {subject.placeholder} for pipe.load_textual_inversion{loss}")
+    report(f"{path}: {subject.placeholder} for pipe.load_textual_inversion{loss}")
     return 0
 
 
@@ -78,5 +78,5 @@ def _import(options: argparse.Namespace) -> int:
     if options.model is not None:
         subject.settings |= model_settings(options.model, options.model_config, options.vae)
     subject.save(options.output)
-    tell(f"{options.output}: use it as {subject.placeholder} in a prompt")
+    report(f"{options.output}: use it as {subject.placeholder} in a prompt")
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sefi_fast.cli.options import add_prompt, add_sampling, attached_pipeline
-from sefi_fast.cli.outputs import check_sheet, tell, write_picture
+from sefi_fast.cli.outputs import check_sheet, report, write_picture
 from sefi_fast.utils.files import user_path
 
 
@@ -40,5 +40,5 @@ def _maps(options: argparse.Namespace) -> int:
         panels += [Panel(traced.overlay(picture, word, index), word) for word in options.words]
         rows.append(("", panels))
     write_picture(options.output, contact_sheet(rows, panel_size=256))
-    tell(options.output)
+    report(options.output)
     return 0

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def tell(text: object) -> None:
+def report(text: object) -> None:
     """Print a line on standard output, whatever a file or an argument put into it."""
     print(printable(str(text)))
 
@@ -63,7 +63,7 @@ def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> N
     for number, picture in enumerate(pictures, seed):
         path = _numbered(folder, number)
         write_picture(path, picture)
-        tell(path)
+        report(path)
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:

@@ -10,8 +10,8 @@ from sefi_fast.cli.options import add_sampling, attached_pipeline
 from sefi_fast.cli.outputs import (
     check_pictures_folder,
     check_sheet,
+    report,
     save_pictures,
-    tell,
     write_picture,
 )
 from sefi_fast.utils.files import user_path
@@ -70,5 +70,5 @@ def _draw_sheet(options: argparse.Namespace) -> int:
     from sefi_fast.evaluation import swap_sheet
 
     write_picture(path, swap_sheet(pipe, options.sheet, **sampling))
-    tell(path)
+    report(path)
     return 0

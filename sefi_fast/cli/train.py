@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
-from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture, tell
+from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture, report
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_output
 from sefi_fast.utils.files import (
@@ -105,7 +105,7 @@ def _train(options: argparse.Namespace) -> int:
         progress=not options.quiet,
         callback=_run_file_writer(options, config, given, run_file),
     )
-    tell(f"{output}: use it as {placeholder} in a prompt")
+    report(f"{output}: use it as {placeholder} in a prompt")
     history, title = subject.history, printable(Path(given["image"]).name, 60)
     if history is not None and history.loss:
         _leave(curves, "the loss", lambda: training_curves(history, title=title))
@@ -171,4 +171,4 @@ def _run_file_writer(
 
 def _leave(path: Path, what: str, draw: Callable[[], Image.Image]) -> None:
     if leave_picture(path, what, draw):
-        tell(f"{path}: {what}")
+        report(f"{path}: {what}")

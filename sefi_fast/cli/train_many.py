@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
-from sefi_fast.cli.outputs import check_kept, leave_picture, tell
+from sefi_fast.cli.outputs import check_kept, leave_picture, report
 from sefi_fast.host_memory import keep_freed_memory_on_cpu
 from sefi_fast.training.output import check_folder
 from sefi_fast.utils.files import user_path
@@ -81,9 +81,9 @@ def _train_many(options: argparse.Namespace) -> int:
     words = f"{learnt} subjects learnt"
     words += f", {before} were there already" if before else ""
     words += f", {len(failed)} failed: {', '.join(r.name for r in failed)}" if failed else ""
-    tell(f"{options.output}: {words}")
+    report(f"{options.output}: {words}")
     if pictures.is_dir() and prompts:
-        tell(f"{pictures}: the validation prompts as training went on")
+        report(f"{pictures}: the validation prompts as training went on")
     return 1 if failed else 0
 
 
