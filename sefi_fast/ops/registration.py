@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from sefi_fast.errors import BackendError
 from sefi_fast.ops import eager
 from sefi_fast.ops.backends import choose_backend, load
-from sefi_fast.ops.validation import check_gradients, check_inputs, refuse_nested
+from sefi_fast.ops.validation import check_gradients, check_inputs, refuse_layouts
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? reference_key, Tensor? token_weights, "
@@ -223,7 +223,6 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
             or not (tensor.is_cpu or tensor.is_cuda)
             or tensor.is_neg()
             or tensor._is_zerotensor()
-            or tensor.is_nested
         ):
             return False
     return True
@@ -234,10 +233,12 @@ def _below_autograd(op: Any, run: Any, arguments: Sequence[Any], tensors: Sequen
     # changed in place, as a Function's result that is a view.
     with torch._C._AutoDispatchBelowADInplaceOrView():
         # The dispatcher would box every argument only to find `run`, and that on cold caches.
-        if _is_plain(tensors):
-            return run(*arguments)
-        refuse_nested(tensors)
-        return op(*arguments)
+        try:
+            return run(*arguments) if _is_plain(tensors) else op(*arguments)
+        except (RuntimeError, NotImplementedError):
+            # Sparse and nested tensors have no strides or no shape, and PyTorch's words name none.
+            refuse_layouts(*tensors)
+            raise
 
 
 def _is_batched(tensor: Tensor) -> bool:

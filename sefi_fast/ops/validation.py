@@ -17,6 +17,7 @@ MAX_KEYS = 256
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _NAMES = ("query", "key", "value", "reference_key", "token_weights", "key_mask", "map_tokens")
+_ALL = ("grad_output", "grad_alignment", "grad_maps", *_NAMES)
 _WANTED = (
     "tensor [B, H, N, D]",
     *("tensor [B or 1, H, M, D]",) * 3,
@@ -25,7 +26,6 @@ _WANTED = (
     "torch.int64 tensor",
 )
 _OPTIONAL = (Tensor, type(None))
-_STRIDED = torch.strided
 
 
 def check_types(*tensors: Any) -> None:
@@ -44,13 +44,14 @@ def check_options(map_heads: str, scale: float | None) -> None:
         raise TypeError(f"scale is {_kind(scale)}: give a number")
 
 
-def refuse_nested(tensors: Sequence[Tensor | None]) -> None:
-    """Raise ValueError where one is nested: such a tensor has not even a shape."""
-    if any(tensor is not None and tensor.is_nested for tensor in tensors):
-        raise ValueError(
-            "fused_cross_attention got a nested tensor. It takes strided tensors. Pad the tensor "
-            "and hide the padding with key_mask."
-        )
+def refuse_layouts(*tensors: Tensor | None) -> None:
+    """Raise ValueError where one of these last arguments in `_ALL` is sparse or nested."""
+    for name, tensor in zip(_ALL[-len(tensors) :], tensors, strict=True):
+        if tensor is not None and (tensor.is_nested or tensor.layout is not torch.strided):
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise ValueError(
+                f"{name} is {layout}. The operator takes strided tensors. Give a dense one."
+            )
 
 
 def check_inputs(
@@ -80,8 +81,6 @@ def check_inputs(
     dtype, device = query.dtype, query.device
     if dtype not in _DTYPES:
         raise TypeError(f"query is {dtype}: give float32, float16 or bfloat16")
-    if query.layout is not _STRIDED:
-        _refuse_layout("query", query)
     shape = query.shape
     if len(shape) != 4:
         raise ValueError(f"query has shape {tuple(shape)}: give [B, H, N, D]")
@@ -99,8 +98,6 @@ def check_inputs(
             raise TypeError(f"{name} is {tensor.dtype} but query is {dtype}: give both alike")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but query is on {device}: move one")
-        if tensor.layout is not _STRIDED:
-            _refuse_layout(name, tensor)
         other = tensor.shape
         if other != wanted and other != shared:
             raise ValueError(
@@ -228,14 +225,6 @@ def _check_kind(name: str, tensor: Tensor, dtype: torch.dtype, query: Tensor) ->
         raise TypeError(f"{name} is {tensor.dtype}: give {dtype}")
     if tensor.device != query.device:
         raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}: move one")
-    if tensor.layout is not _STRIDED:
-        _refuse_layout(name, tensor)
-
-
-def _refuse_layout(name: str, tensor: Tensor) -> None:
-    raise ValueError(
-        f"{name} is {tensor.layout}. The operator takes strided tensors. Make it dense."
-    )
 
 
 def _refuse_storage(name: str, tensor: Tensor, end: int | torch.SymInt) -> None:

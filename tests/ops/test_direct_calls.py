@@ -97,7 +97,7 @@ def _repeated(tensor: Tensor, rng: random.Random) -> Tensor:
 
 def _overlapping(tensor: Tensor, rng: random.Random) -> Tensor:
     """Every row begins one element behind the one before."""
-    if tensor.numel() < 2:
+    if tensor.dim() < 2 or tensor.numel() < 2:
         return tensor
     shape = tensor.shape
     return tensor.contiguous().flatten().as_strided(shape, (0,) * (len(shape) - 2) + (1, 1))
