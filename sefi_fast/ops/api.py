@@ -42,6 +42,7 @@ def fused_cross_attention(
 
     Equations 4 and 5 of docs/method.md; gradients are equations 7 to 11. No map [N, M] is stored,
     forward or backward, except by the "eager" backend. Every output is differentiable, once.
+    Inside the transforms of torch.func the "eager" backend runs, which they differentiate freely.
 
     Args:
         query: [B, H, N, D] float32, float16 or bfloat16 (float64: eager only), D up to 256; any
@@ -60,8 +61,8 @@ def fused_cross_attention(
 
     Raises:
         TypeError: an argument of another type or dtype than above, or tensors of several dtypes.
-        ValueError: shapes, devices, strides or options that do not fit; on the CPU, a column that
-            there is not.
+        ValueError: shapes, devices, strides, storage or options that do not fit; on the CPU, a
+            column that there is not.
         BackendError: the backend asked for is unknown or cannot take the input.
     """
     check_types(query, key, value, reference_key, token_weights, key_mask, map_tokens)

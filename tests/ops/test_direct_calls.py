@@ -180,7 +180,8 @@ def _try(seed: int) -> bool:
         if not one.is_meta and one.numel():
             # Rounding in half precision is held elsewhere; here only what is plainly wrong.
             off = (one.double() - other.double()).abs().max().item()
-            assert off <= 0.05 * (1 + other.abs().max().item()), where
+            share = 0.01 if call["query"].dtype == torch.float32 else 0.15
+            assert off <= share * (1 + other.abs().max().item()), where
     return True
 
 
