@@ -157,8 +157,10 @@ negative_prompt_embeds=…)`: next to `prompt_embeds` diffusers wants both of on
 Attaching changes no attention processor and no plain prompt: `set_attn_processor`,
 `set_default_attn_processor`, slicing, fused projections and adapters work before it and after it,
 and other threads may generate with other pipelines over the same models while subjects are attached
-and detached. A trace and regions put processors of their own on the layers for their time. Attached
-pipelines, U-Nets and text encoders are copied and pickled: a pipeline comes back with its subjects.
+and detached. Tokenizers of Hugging Face are not safe to share between threads: give each thread its
+own, or prompt embeddings. A trace and regions put processors of their own on the layers for their
+time. Attached pipelines, U-Nets and text encoders are copied and pickled: a pipeline comes back
+with its subjects.
 
 Tried with the feature "plain" alone, by `tests/pipelines/test_compatibility.py`:
 perturbed-attention guidance (PAG), self-attention guidance (SAG), Attend-and-Excite, ControlNet-XS,
