@@ -218,7 +218,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         report["note"] = (
             f"checks are red: {', '.join(sorted(wrong))} got no time"
             if wrong
-            else "all checks passed; figures in attn_bench.csv and beside it"
+            else "all checks passed; figures in attn_bench.csv and next to it"
         )
         # Written before what may break the process, and again with the rest.
         write_report(folder, report)

@@ -352,7 +352,7 @@ class PromptEncoder:
 
 @contextmanager
 def watched(pipe: Any, encoder: PromptEncoder, watcher: Watcher) -> Iterator[None]:
-    """Tell `watcher` of each call of the pipeline; on exit everything is as it was."""
+    """Let `watcher` follow each call of the pipeline, and undo it on exit."""
     replaced = vars(pipe).get("maybe_free_model_hooks")
     # Every pipeline calls this at its end.
     free = pipe.maybe_free_model_hooks

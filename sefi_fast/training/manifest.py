@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,14 +123,19 @@ def read_subjects(
     for key, given in (("model", model), ("model_config", model_config), ("vae", vae)):
         _check_same(entries, key, given, problems)
     if problems:
-        shown = [
-            printable(problem, _LONGEST_PROBLEM).replace("\n", "\\n")
-            for problem in problems[:_MOST_PROBLEMS]
-        ]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
-        raise ManifestError(f"{what} cannot be used; nothing was begun:\n  " + "\n  ".join(shown))
+        raise ManifestError(f"{what} cannot be used; nothing was begun:{listed_problems(problems)}")
     return _with_placeholders(entries)
+
+
+def listed_problems(problems: Sequence[str]) -> str:
+    """Return the first ten problems, a line each, and how many more there are."""
+    shown = [
+        printable(problem, _LONGEST_PROBLEM).replace("\n", "\\n")
+        for problem in problems[:_MOST_PROBLEMS]
+    ]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    return "".join(f"\n  {line}" for line in shown)
 
 
 def model_of(entries: Iterable[Entry], key: str = "model") -> str | None:

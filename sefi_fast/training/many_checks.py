@@ -11,11 +11,9 @@ from sefi_fast.errors import SubjectFileError, TrainingError
 from sefi_fast.subject import Subject
 from sefi_fast.training.config import TrainConfig, unsaid_settings
 from sefi_fast.training.job import Job, seen_files
-from sefi_fast.training.manifest import Entry, ManifestError
+from sefi_fast.training.manifest import Entry, ManifestError, listed_problems
 from sefi_fast.training.shard import Shard
 from sefi_fast.training.source import MODEL_KEYS, ModelPath, model_settings
-
-_MOST_PROBLEMS = 10
 
 
 def finished_subject(
@@ -87,10 +85,7 @@ def check_entries(
                 "subject a mask with attention_loss='mask', and with that only"
             )
     if problems:
-        shown = problems[:_MOST_PROBLEMS]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
-        raise ManifestError("nothing was begun:\n  " + "\n  ".join(shown))
+        raise ManifestError(f"nothing was begun:{listed_problems(problems)}")
 
 
 def vectors_of(job: Job, tokenizers: Sequence[Any], config: TrainConfig) -> int:
