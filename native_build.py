@@ -43,7 +43,7 @@ ISA_FLAGS = {
 DOT_SOURCES = ("avx512_bf16.cpp", "amx.cpp")
 FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
-    # Nothing of -ffast-math: NaN, infinity and exact zeros of the alignment must stay.
+    # Nothing of -ffast-math: NaN, infinity and exact zeros of the subject loss must stay.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     # Vectors never cross a library boundary; and GCC 12 warns about its own AVX-512 headers.
     *("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),

@@ -23,7 +23,7 @@ COMPILED: tuple[Family, ...] = ("compiled", "flex")
 
 @dataclass(frozen=True)
 class Contender:
-    """One implementation; `run` gives the output and, with_loss, the alignment of each sample."""
+    """One implementation; `run` gives the output and, with_loss, each sample's subject loss."""
 
     name: str
     family: Family
@@ -39,8 +39,8 @@ def eager_maps(inputs: Inputs) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         reference = torch.softmax(query @ reference_key.transpose(-1, -2) * inputs.scale, dim=-1)
     difference = (attention - reference).square()
-    alignment = difference.sum((-1, -2), dtype=torch.float32).mean(1)
-    return attention @ value, alignment
+    subject_loss = difference.sum((-1, -2), dtype=torch.float32).mean(1)
+    return attention @ value, subject_loss
 
 
 def _sefi(backend: str) -> Forward:
@@ -55,7 +55,7 @@ def _sefi(backend: str) -> Forward:
             scale=inputs.scale,
             backend=backend,
         )
-        return result.output, result.alignment
+        return result.output, result.subject_loss
 
     return run
 

@@ -44,7 +44,7 @@ def _options(case: Case, device: torch.device) -> dict[str, Tensor | None]:
     return {
         "key_mask": mask.to(device) if case.mask else None,
         "token_weights": weights.to(device) if case.weights else None,
-        "map_tokens": tokens.to(device) if case.maps else None,
+        "probs_positions": tokens.to(device) if case.maps else None,
     }
 
 
@@ -70,18 +70,22 @@ def _results(
         value,
         reference_key=reference_key,
         scale=inputs.scale,
-        map_heads=case.maps or "mean",
+        probs_heads=case.maps or "mean",
         reference_grad=case.reference_grad,
         backend=backend,
         **_options(case, device),
     )
-    outputs = {"output": found.output, "alignment": found.alignment, "maps": found.maps}
+    outputs = {
+        "output": found.output,
+        "subject_loss": found.subject_loss,
+        "attn_probs": found.attn_probs,
+    }
     upstream = {
         "output": inputs.grad_output.to(compute),
-        "alignment": inputs.grad_alignment.to(found.alignment.dtype),
-        "maps": _drawn_on_cpu(found.maps.shape).to(found.maps),
+        "subject_loss": inputs.grad_subject_loss.to(found.subject_loss.dtype),
+        "attn_probs": _drawn_on_cpu(found.attn_probs.shape).to(found.attn_probs),
     }
-    used = [name for name in outputs if case.maps or name != "maps"]
+    used = [name for name in outputs if case.maps or name != "attn_probs"]
     wanted = leaves if case.reference_grad else leaves[:3]
     gradients = torch.autograd.grad(
         [outputs[name] for name in used], wanted, [upstream[name] for name in used]

@@ -125,7 +125,7 @@ def _sample(inputs: Inputs, place: int) -> Inputs:
         key=leaf(inputs.key),
         value=leaf(inputs.value),
         grad_output=inputs.grad_output[place : place + 1],
-        grad_alignment=inputs.grad_alignment[place : place + 1],
+        grad_subject_loss=inputs.grad_subject_loss[place : place + 1],
     )
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sefi_fast.conditioning import encode_texts, placeholder_ids, stage_of, text_parts
-from sefi_fast.layers import cross_attention_layers
-from sefi_fast.pipelines.families import is_sdxl
+from sefi_fast.attention.layers import cross_attention_layers
+from sefi_fast.pipelines.support import is_sdxl
+from sefi_fast.prompts import encode_texts, placeholder_ids, stage_of, text_parts
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
+from sefi_fast.training.base_model import autocast
 from sefi_fast.training.latents import encode_picture
 from sefi_fast.training.noise import NoiseSchedule, draw
-from sefi_fast.training.precision import autocast
 from sefi_fast.training.prompts import TrainingPrompts
 
 PLACEHOLDER = "<it>"
@@ -96,7 +96,7 @@ class _MapsProcessor:
             reference_key = heads(attn.to_k(step["reference"]))
             reference = (query @ reference_key.mT * attn.scale).softmax(-1)
         difference = (target - reference).float()
-        step["alignments"].append(difference.square().sum((2, 3)).mean())
+        step["subject_losses"].append(difference.square().sum((2, 3)).mean())
         return attn.to_out[0]((target @ value).transpose(1, 2).flatten(2))
 
 
@@ -131,15 +131,15 @@ class PlainStep:
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
     def __call__(self) -> tuple[float, float]:
-        noise, alignment = self.terms()
-        loss = noise + self.config.weight_lambda * alignment
+        noise, subject_loss = self.terms()
+        loss = noise + self.config.weight_lambda * subject_loss
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return float(noise.detach()), float(alignment.detach())
+        return float(noise.detach()), float(subject_loss.detach())
 
     def terms(self) -> tuple[Tensor, Tensor]:
-        """Noise loss and mean alignment of the next draw."""
+        """Noise loss and mean subject loss of the next draw."""
         config, schedule, step = self.config, self._schedule, self._step
         drawn = draw(
             self._generator,
@@ -170,7 +170,7 @@ class PlainStep:
         encoded = encoded.unflatten(0, (config.batch_size, -1))
         step["key"], step["value"] = encoded[:, 0].to(self.dtype), encoded[:, -1].to(self.dtype)
         step["reference"] = reference.expand(config.batch_size, -1, -1).to(self.dtype)
-        step["alignments"] = []
+        step["subject_losses"] = []
         if pooled is not None:
             # That of the V sequence (docs/method.md §4).
             pooled = pooled.unflatten(0, (config.batch_size, -1))[:, -1]
@@ -184,7 +184,7 @@ class PlainStep:
         errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
         if self._weights is not None:
             errors = errors * self._weights[timesteps]
-        return errors.mean(), torch.stack(step["alignments"]).mean()
+        return errors.mean(), torch.stack(step["subject_losses"]).mean()
 
 
 class TextualInversionStep:

@@ -8,7 +8,7 @@ import torch
 from _shapes import Problem
 from torch import Tensor
 
-RESULTS = ("output", "alignment", "grad_query", "grad_key", "grad_value")
+RESULTS = ("output", "subject_loss", "grad_query", "grad_key", "grad_value")
 
 
 class Inputs(NamedTuple):
@@ -19,15 +19,15 @@ class Inputs(NamedTuple):
     value: Tensor
     reference_key: Tensor
     grad_output: Tensor
-    grad_alignment: Tensor
+    grad_subject_loss: Tensor
     scale: float
 
 
 class Results(NamedTuple):
-    """What forward and backward gave; `alignment` is None for a contender without the loss."""
+    """What forward and backward gave; `subject_loss` is None for a contender without the loss."""
 
     output: Tensor
-    alignment: Tensor | None
+    subject_loss: Tensor | None
     grad_query: Tensor
     grad_key: Tensor
     grad_value: Tensor
@@ -51,14 +51,14 @@ def make_inputs(
 
     key = heads_of(problem.batch, problem.keys)
     drift = heads_of(1, problem.keys, 0.5)
-    grad_alignment = torch.rand(problem.batch, generator=generator, device=device) + 0.5
+    grad_subject_loss = torch.rand(problem.batch, generator=generator, device=device) + 0.5
     return Inputs(
         query=heads_of(problem.batch, problem.queries).requires_grad_(),
         key=key.clone().requires_grad_(),
         value=heads_of(problem.batch, problem.keys).requires_grad_(),
         reference_key=(key[:1] + drift).to(dtype),
         grad_output=heads_of(problem.batch, problem.queries),
-        grad_alignment=grad_alignment,
+        grad_subject_loss=grad_subject_loss,
         scale=problem.head_dim**-0.5,
     )
 
@@ -76,9 +76,9 @@ def float64_results(inputs: Inputs, with_loss: bool = True) -> Results:
 
     output, grad_query = like(query), like(query)
     grad_key, grad_value = like(key), like(value)
-    alignment = torch.zeros(batch, dtype=torch.float64, device=query.device)
+    subject_loss = torch.zeros(batch, dtype=torch.float64, device=query.device)
     for b in range(batch):
-        pull = 2.0 * inputs.grad_alignment[b].double() / heads
+        pull = 2.0 * inputs.grad_subject_loss[b].double() / heads
         for h in range(heads):
             q, k, v = (tensor[b, h].double() for tensor in (query, key, value))
             grad_out = inputs.grad_output[b, h].double()
@@ -88,14 +88,14 @@ def float64_results(inputs: Inputs, with_loss: bool = True) -> Results:
             if with_loss:
                 reference = inputs.reference_key[0, h].double()
                 difference = attention - torch.softmax(q @ reference.T * inputs.scale, dim=-1)
-                alignment[b] += difference.square().sum() / heads
+                subject_loss[b] += difference.square().sum() / heads
                 grad_attention += pull * difference
             weighted = attention * grad_attention
             grad_scores = weighted - attention * weighted.sum(-1, keepdim=True)
             grad_query[b, h] = grad_scores @ k * inputs.scale
             grad_key[b, h] = grad_scores.T @ q * inputs.scale
             grad_value[b, h] = attention.T @ grad_out
-    return Results(output, alignment if with_loss else None, grad_query, grad_key, grad_value)
+    return Results(output, subject_loss if with_loss else None, grad_query, grad_key, grad_value)
 
 
 def errors(results: Results, wanted: Results) -> dict[str, float]:
@@ -139,8 +139,8 @@ def verdict(
 def _floor(name: str, dtype: torch.dtype) -> float:
     """What rounding alone may do where the eager path happens to be nearly exact.
 
-    A sample's alignment is one float32 sum, in which the roundings of many rows cancel: now and
+    A sample's subject loss is one float32 sum, in which the roundings of many rows cancel: now and
     then the eager path's nearly do, and twice that would be no measure.
     """
     eps = torch.finfo(dtype).eps
-    return eps + 4.0 * torch.finfo(torch.float32).eps if name == "alignment" else 4.0 * eps
+    return eps + 4.0 * torch.finfo(torch.float32).eps if name == "subject_loss" else 4.0 * eps

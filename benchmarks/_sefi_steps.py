@@ -10,10 +10,9 @@ from _plain_steps import size_and_crop, start_tokens, training_prompts
 from torch import Tensor
 
 from sefi_fast.training import TrainConfig
-from sefi_fast.training.engine import Engine
-from sefi_fast.training.lanes import Lane
+from sefi_fast.training.base_model import Source, frozen
+from sefi_fast.training.engine import Engine, Lane
 from sefi_fast.training.latents import encode_picture
-from sefi_fast.training.source import Source, frozen
 
 
 class SefiStep:
@@ -46,4 +45,4 @@ class SefiStep:
     def __call__(self) -> tuple[float, float]:
         (result,) = self.engine.step()
         assert result is not None
-        return result.noise, result.alignment
+        return result.noise, result.subject_loss

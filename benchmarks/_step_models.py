@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sefi_fast import bundled_model_path
-from sefi_fast.conditioning import text_parts
+from sefi_fast.prompts import text_parts
 
 VOCABULARY = 49_408
 _VAE_WIDTHS = (128, 256, 512, 512)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from _native import scratch_of_native_core
 
-from sefi_fast.conditioning import text_parts
+from sefi_fast.prompts import text_parts
 
 Step = Callable[[], Any]
 

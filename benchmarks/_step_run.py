@@ -24,7 +24,7 @@ from sefi_fast.training import TrainConfig, prepare
 SEFI, PLAIN, INVERSION, NO_LOSS = "sefi", "plain-maps", "textual-inversion", "sefi-no-loss"
 
 _CHECKED_STEPS = 3
-# Largest relative differences of the noise loss and of the alignment between (a) and (b). The
+# Largest relative differences of the noise loss and of the subject loss between (a) and (b). The
 # first updates of AdamW are signs, which rounding turns where a gradient is nearly zero.
 _TOLERANCES = {
     torch.float32: (1e-3, 0.05),
@@ -66,7 +66,7 @@ class StepEntry:
 
     contender: StepContender
     numbers: list[tuple[float, float]] = field(default_factory=list)
-    """(noise loss, alignment) of the first steps."""
+    """(noise loss, subject loss) of the first steps."""
     problem: str | None = None
     timing: Timing | None = None
     parts: dict[str, float] = field(default_factory=dict)
@@ -216,7 +216,8 @@ def _judge(record: StepRecord, dtype: torch.dtype) -> None:
     """Every number finite; (a) and (b) agree, and (d) begins with (a)'s noise loss."""
     for entry in record.entries:
         if entry.problem is None and not all(
-            math.isfinite(noise) and math.isfinite(alignment) for noise, alignment in entry.numbers
+            math.isfinite(noise) and math.isfinite(subject_loss)
+            for noise, subject_loss in entry.numbers
         ):
             entry.problem = f"wrong: its losses are {entry.numbers}"
     numbers = {
@@ -224,15 +225,15 @@ def _judge(record: StepRecord, dtype: torch.dtype) -> None:
     }
     if SEFI not in numbers or PLAIN not in numbers:
         return
-    noise_off, alignment_off = _TOLERANCES[dtype]
+    noise_off, subject_loss_off = _TOLERANCES[dtype]
     for ours, plain in zip(numbers[SEFI], numbers[PLAIN], strict=True):
         close = math.isclose(ours[0], plain[0], rel_tol=noise_off) and math.isclose(
-            ours[1], plain[1], rel_tol=alignment_off, abs_tol=1e-6
+            ours[1], plain[1], rel_tol=subject_loss_off, abs_tol=1e-6
         )
         if not close:
             record.entry(
                 SEFI
-            ).problem = f"wrong: noise loss and alignment {ours}, the plain step has {plain}"
+            ).problem = f"wrong: noise loss and subject loss {ours}, the plain step has {plain}"
     if NO_LOSS in numbers and not math.isclose(
         numbers[NO_LOSS][0][0], numbers[PLAIN][0][0], rel_tol=noise_off
     ):

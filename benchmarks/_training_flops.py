@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sefi_fast.ops.registration import backward_op, forward_op
+from sefi_fast.ops.torch_library import backward_op, forward_op
 
 
 def _attention_flops(query: Sequence[int], keys: int, products: int) -> int:
@@ -29,8 +29,8 @@ def _forward_flops(
 
 def _backward_flops(
     grad_output: Any,
-    grad_alignment: Any,
-    grad_maps: Any,
+    grad_subject_loss: Any,
+    grad_attn_probs: Any,
     query: Sequence[int],
     key: Sequence[int],
     value: Sequence[int],

@@ -62,7 +62,7 @@ class Bench:
         self.scale = tensors.scale
         query, key, value = (tensor.detach() for tensor in tensors[:3])
         self.inputs = Inputs(query, key, value, tensors.reference_key, None, None, None)
-        self.gradients = Gradients(tensors.grad_output, tensors.grad_alignment, None)
+        self.gradients = Gradients(tensors.grad_output, tensors.grad_subject_loss, None)
         self.statistics = empty_statistics(query)
         if kernel == "backward_key_value":
             self._query_launch(None, self.statistics, None).run()
@@ -94,7 +94,7 @@ class Bench:
             )
             assert partials is not None
             partials.fill_(math.nan)
-            return Planned([launch], {"output": output, "alignment": partials})
+            return Planned([launch], {"output": output, "subject_loss": partials})
         if self.kernel == "backward_query":
             grad_query = self._rows_like(query)
             # The others belong to a gradient of the reference key, which is not asked for.
@@ -164,13 +164,13 @@ def compile_all(
 def difference(found: Planned, wanted: Planned, dtype: torch.dtype) -> str | None:
     """None where the results agree within the dtype's rounding, else what is off and by how much.
 
-    Eight units in the last place of the largest element; partial alignments are summed first.
+    Eight units in the last place of the largest element; partial subject_losses are summed first.
     """
     limit = 8.0 * torch.finfo(dtype).eps
     for name, got in found.results.items():
         true = wanted.results[name].double()
         got = got.double()
-        if name == "alignment":
+        if name == "subject_loss":
             got, true = got.sum((1, 2)), true.sum((1, 2))
         error = ((got - true).abs().max() / true.abs().max().clamp_min(1e-30)).item()
         if not error <= limit:

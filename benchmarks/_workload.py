@@ -21,12 +21,12 @@ class Workload:
         self._kept: tuple[Tensor, ...] | None = None
 
     def forward(self) -> tuple[Tensor, ...]:
-        """(output, alignment) or (output,), recorded for a backward as in training."""
-        output, alignment = self.contender.run(self.inputs)
-        return (output,) if alignment is None else (output, alignment)
+        """(output, subject loss) or (output,), recorded for a backward as in training."""
+        output, subject_loss = self.contender.run(self.inputs)
+        return (output,) if subject_loss is None else (output, subject_loss)
 
     def _gradients(self, outputs: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, ...]:
-        upstream = (self.inputs.grad_output, self.inputs.grad_alignment)[: len(outputs)]
+        upstream = (self.inputs.grad_output, self.inputs.grad_subject_loss)[: len(outputs)]
         return torch.autograd.grad(outputs, self._leaves, upstream, retain_graph=keep)
 
     def backward(self) -> tuple[Tensor, ...]:
@@ -36,15 +36,15 @@ class Workload:
         return self._gradients(self._kept, keep=True)
 
     def both(self) -> tuple[Tensor, ...]:
-        """Forward, then backward: (output, [alignment,] grad_query, grad_key, grad_value)."""
+        """Forward, then backward: (output, [subject loss,] grad_query, grad_key, grad_value)."""
         outputs = self.forward()
         return outputs + self._gradients(outputs, keep=False)
 
     def results(self) -> Results:
         """What `both` gives, named."""
         *outputs, grad_query, grad_key, grad_value = self.both()
-        alignment = outputs[1].detach() if len(outputs) == 2 else None
-        return Results(outputs[0].detach(), alignment, grad_query, grad_key, grad_value)
+        subject_loss = outputs[1].detach() if len(outputs) == 2 else None
+        return Results(outputs[0].detach(), subject_loss, grad_query, grad_key, grad_value)
 
     def release(self) -> None:
         """Drop the kept forward pass and what it saved."""

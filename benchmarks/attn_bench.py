@@ -33,7 +33,7 @@ from _run import STEPS_PER_CONTENDER, measure  # noqa: E402
 from _shapes import BATCHES, MODELS, QUICK_SHAPES, TEXT_TOKENS, Problem, problems  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
+from sefi_fast.utils.malloc import keep_freed_memory  # noqa: E402
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 

@@ -47,7 +47,7 @@ def _idle_calls(inputs: Inputs) -> dict[str, Callable[[], object]]:
     backend._device = lambda _: Device(90, 132, False)  # type: ignore[assignment]
     query, key, value, reference = (tensor.detach() for tensor in inputs[:4])
     rest = (query, key, value, reference, None, None, None)
-    options = {"map_all_heads": False, "scale": inputs.scale}
+    options = {"probs_all_heads": False, "scale": inputs.scale}
     needs = (True, True, True, False)
 
     def forward() -> object:
@@ -55,7 +55,7 @@ def _idle_calls(inputs: Inputs) -> dict[str, Callable[[], object]]:
 
     def backward() -> object:
         return backend.backward(
-            inputs.grad_output, inputs.grad_alignment, None, *rest,
+            inputs.grad_output, inputs.grad_subject_loss, None, *rest,
             reference_grad=False, needs=needs, **options,
         )  # fmt: skip
 

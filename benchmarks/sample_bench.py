@@ -28,7 +28,7 @@ from _record import Target  # noqa: E402
 from _report import environment, table, targets_table, time_text, write_json  # noqa: E402
 
 from sefi_fast import Subject, attach, detach, generate, load_pipeline, trace  # noqa: E402
-from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
+from sefi_fast.utils.malloc import keep_freed_memory  # noqa: E402
 
 COUNTS = (1, 10, 100)
 STAGES = 5
@@ -83,7 +83,7 @@ def sampling(
     def traced() -> Any:
         with trace(attached, ["<me>", "photo"]) as found:
             images = draw(attached, "<me>")()
-        found.maps  # noqa: B018
+        found.attn_probs  # noqa: B018
         return images
 
     calls = {

@@ -33,7 +33,7 @@ from _step_run import CONTENDERS, StepEntry, StepRecord, measure_steps  # noqa: 
 from attn_bench import DTYPES, choose_device  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
+from sefi_fast.utils.malloc import keep_freed_memory  # noqa: E402
 
 FULL = Effort(20.0, 0.0, 9)
 QUICK = Effort(2.0, 0.0, 3)

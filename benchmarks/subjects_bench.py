@@ -34,12 +34,12 @@ from _training_flops import flop_counter  # noqa: E402
 from attn_bench import DTYPES, choose_device  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from sefi_fast.host_memory import keep_freed_memory  # noqa: E402
 from sefi_fast.tiny_world import CLASS_WORD  # noqa: E402
 from sefi_fast.training import TrainConfig  # noqa: E402
-from sefi_fast.training.job import Job  # noqa: E402
-from sefi_fast.training.run import Run, running  # noqa: E402
-from sefi_fast.training.source import Source  # noqa: E402
+from sefi_fast.training.base_model import Source  # noqa: E402
+from sefi_fast.training.subject_state import Job  # noqa: E402
+from sefi_fast.training.trainer import Run, running  # noqa: E402
+from sefi_fast.utils.malloc import keep_freed_memory  # noqa: E402
 
 LANES = (1, 2, 4, 8, 16, 32)
 BUNDLED = "bundled"

@@ -97,7 +97,7 @@ def tune_device(options: argparse.Namespace) -> tuple[list[Trial], list[Winner]]
     from _tuning_device import compile_all, measure_place
     from sefi_fast.kernels import Device
 
-    from sefi_fast.ops.devices import cuda_device
+    from sefi_fast.ops.dispatch import cuda_device
 
     found = cuda_device(torch.cuda.current_device())
     device = Device(found.capability, found.multiprocessors, False)

@@ -11,7 +11,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Native core of sefi_fast: fused cross-attention on the CPU.";
 
     module.def("forward", sefi::python::of_forward_call(&sefi::forward),
-               "Writes output, alignment and maps; returns the bytes of scratch memory it used.");
+               "Writes output, subject loss and attn_probs; returns the bytes of scratch memory it used.");
     module.def("backward", sefi::python::of_backward_call(&sefi::backward),
                "Writes the gradients whose address is not 0; returns the bytes of scratch memory it used.");
 

@@ -34,26 +34,26 @@ struct Problem {
     int64_t token_weights_batch = 0;
     const uint8_t* key_mask = nullptr;
     int64_t key_mask_batch = 0;
-    const int64_t* map_tokens = nullptr;
-    int64_t map_tokens_batch = 0, map_count = 0;
-    bool map_all_heads = false;
+    const int64_t* probs_positions = nullptr;
+    int64_t probs_positions_batch = 0, probs_count = 0;
+    bool probs_all_heads = false;
 };
 
 struct ForwardCall : Problem {
     View output;
-    float* alignment = nullptr;  // [batch]
-    float* maps = nullptr;       // [batch, map_count, queries], or [batch, heads, map_count, queries]
+    float* subject_loss = nullptr;  // [batch]
+    float* attn_probs = nullptr;       // [batch, probs_count, queries], or [batch, heads, probs_count, queries]
 };
 
 struct BackwardCall : Problem {
     View grad_output;
-    const float* grad_alignment = nullptr;
-    const float* grad_maps = nullptr;
+    const float* grad_subject_loss = nullptr;
+    const float* grad_attn_probs = nullptr;
     bool reference_grad = false;
     // Absent where the gradient is not wanted.
     View grad_query, grad_key, grad_value, grad_reference_key;
 
-    bool with_reference() const { return reference_key.data && grad_alignment; }
+    bool with_reference() const { return reference_key.data && grad_subject_loss; }
 };
 
 // Where a unit of backward work leaves its share of a key-side gradient: rows of the result itself,

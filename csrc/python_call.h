@@ -23,7 +23,7 @@ using PyRows = std::array<int64_t, 3>;
 using PySizes = std::array<int64_t, 5>;
 // query, key, value, reference_key, or their gradients.
 using PyViews = std::array<PyView, 4>;
-// token_weights, key_mask, map_tokens.
+// token_weights, key_mask, probs_positions.
 using PyExtras = std::array<PyRows, 3>;
 
 // More elements than any memory holds; products of two such numbers stay within 64 bits.
@@ -79,7 +79,7 @@ inline int64_t batch_stride(const Problem& p, const PyRows& rows, int64_t length
 }
 
 inline void fill(Problem& p, const PySizes& sizes, int dtype, double scale, const PyViews& inputs,
-                 const PyExtras& extras, bool map_all_heads) {
+                 const PyExtras& extras, bool probs_all_heads) {
     if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype code must be 0, 1 or 2");
     for (int64_t size : sizes) {
         if (size < 1) throw std::invalid_argument("all sizes must be positive");
@@ -105,28 +105,28 @@ inline void fill(Problem& p, const PySizes& sizes, int dtype, double scale, cons
     p.token_weights_batch = batch_stride(p, extras[0], p.keys, "token_weights");
     p.key_mask = pointer<const uint8_t>(extras[1][0]);
     p.key_mask_batch = batch_stride(p, extras[1], p.keys, "key_mask");
-    p.map_tokens = pointer<const int64_t>(extras[2][0]);
-    p.map_count = p.map_tokens ? extras[2][2] : 0;
-    refuse(p.map_count < 0, "map_tokens", " has a negative length");
-    p.map_tokens_batch = batch_stride(p, extras[2], p.map_count, "map_tokens");
-    check_product("maps", {p.batch, p.heads, p.queries, std::max<int64_t>(p.map_count, 1)});
-    p.map_all_heads = map_all_heads;
+    p.probs_positions = pointer<const int64_t>(extras[2][0]);
+    p.probs_count = p.probs_positions ? extras[2][2] : 0;
+    refuse(p.probs_count < 0, "probs_positions", " has a negative length");
+    p.probs_positions_batch = batch_stride(p, extras[2], p.probs_count, "probs_positions");
+    check_product("attn_probs", {p.batch, p.heads, p.queries, std::max<int64_t>(p.probs_count, 1)});
+    p.probs_all_heads = probs_all_heads;
 }
 
 // A Python function: the arguments of a forward call, then `Rest`, which is what `run` adds to it.
 template <class Result, class... Rest>
 auto of_forward_call(Result (*run)(const ForwardCall&, Rest...)) {
     return [run](const PySizes& sizes, int dtype, double scale, const PyViews& inputs,
-                 const PyExtras& extras, bool map_all_heads, const PyView& output,
-                 int64_t alignment, int64_t maps, Rest... rest) {
+                 const PyExtras& extras, bool probs_all_heads, const PyView& output,
+                 int64_t subject_loss, int64_t attn_probs, Rest... rest) {
         ForwardCall call;
-        fill(call, sizes, dtype, scale, inputs, extras, map_all_heads);
+        fill(call, sizes, dtype, scale, inputs, extras, probs_all_heads);
         refuse(output[0] == 0, "output", " has no address");
         call.output = result(call, output, call.queries, false, "output");
-        refuse(alignment == 0, "alignment", " has no address");
-        call.alignment = pointer<float>(alignment);
-        refuse(call.map_count && maps == 0, "maps", " has no address");
-        call.maps = pointer<float>(maps);
+        refuse(subject_loss == 0, "subject_loss", " has no address");
+        call.subject_loss = pointer<float>(subject_loss);
+        refuse(call.probs_count && attn_probs == 0, "attn_probs", " has no address");
+        call.attn_probs = pointer<float>(attn_probs);
         const pybind11::gil_scoped_release release;
         return run(call, rest...);
     };
@@ -136,14 +136,14 @@ auto of_forward_call(Result (*run)(const ForwardCall&, Rest...)) {
 template <class Result, class... Rest>
 auto of_backward_call(Result (*run)(const BackwardCall&, Rest...)) {
     return [run](const PySizes& sizes, int dtype, double scale, const PyViews& inputs,
-                 const PyExtras& extras, bool map_all_heads, const PyView& grad_output,
-                 int64_t grad_alignment, int64_t grad_maps, bool reference_grad,
+                 const PyExtras& extras, bool probs_all_heads, const PyView& grad_output,
+                 int64_t grad_subject_loss, int64_t grad_attn_probs, bool reference_grad,
                  const PyViews& gradients, Rest... rest) {
         BackwardCall call;
-        fill(call, sizes, dtype, scale, inputs, extras, map_all_heads);
+        fill(call, sizes, dtype, scale, inputs, extras, probs_all_heads);
         call.grad_output = result(call, grad_output, call.queries, false, "grad_output");
-        call.grad_alignment = pointer<const float>(grad_alignment);
-        call.grad_maps = pointer<const float>(grad_maps);
+        call.grad_subject_loss = pointer<const float>(grad_subject_loss);
+        call.grad_attn_probs = pointer<const float>(grad_attn_probs);
         call.reference_grad = reference_grad;
         call.grad_query = result(call, gradients[0], call.queries, false, "grad_query");
         call.grad_key = result(call, gradients[1], call.keys, call.key.shared, "grad_key");

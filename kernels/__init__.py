@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from .backward_plan import (
+from .configs import KernelConfig, shared_bytes, split_tile
+from .launch import Device, Launch
+from .plan import (
+    MAX_ROW_STRIDE,
+    Gradients,
+    Inputs,
     empty_statistics,
     plan_backward,
     plan_backward_key_value,
     plan_backward_query,
     plan_backward_sums,
+    plan_forward,
 )
-from .configs import KernelConfig, shared_bytes, split_tile
-from .forward_plan import plan_forward
-from .launch import Device, Launch
-from .layouts import MAX_ROW_STRIDE, Gradients, Inputs
 
 __all__ = [
     "MAX_ROW_STRIDE",

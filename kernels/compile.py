@@ -15,20 +15,22 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .assembler import assembling
-from .backward_plan import (
+from .configs import KernelConfig
+from .launch import Device, Launch
+from .plan import (
     KEY_GRADIENTS,
+    Gradients,
+    InputLayouts,
+    Inputs,
     empty_statistics,
     plan_backward,
     plan_backward_key_value,
     plan_backward_query,
     plan_backward_sums,
+    plan_forward,
+    sums_config,
 )
-from .configs import KernelConfig
-from .forward_plan import plan_forward
-from .launch import Device, Launch
-from .layouts import Gradients, InputLayouts, Inputs
-from .tiling import sums_config
+from .ptxas import assembling
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -154,7 +156,7 @@ class _Example(NamedTuple):
 
     inputs: Inputs
     gradients: Gradients
-    maps: Tensor | None
+    attn_probs: Tensor | None
     scale: float
     device: Device
 
@@ -179,11 +181,15 @@ class _Example(NamedTuple):
             None,
             empty(1, tokens, of=torch.int64) if tokens else None,
         )
-        maps = empty(batch, heads, tokens, rows) if tokens else None
-        gradients = Gradients(query, empty(batch) if reference else None, maps)
+        attn_probs = empty(batch, heads, tokens, rows) if tokens else None
+        gradients = Gradients(query, empty(batch) if reference else None, attn_probs)
         multiprocessors = MULTIPROCESSORS.get(capability, 132)
         return cls(
-            inputs, gradients, maps, head_dim**-0.5, Device(capability, multiprocessors, False)
+            inputs,
+            gradients,
+            attn_probs,
+            head_dim**-0.5,
+            Device(capability, multiprocessors, False),
         )
 
     def rows_like(self, like: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ def call_launches(
     capability: int, dtype: torch.dtype, head_dim: int, rows: int, batch: int, heads: int,
     keys: int = 77,
 ) -> list[Launch]:  # fmt: skip
-    """The launches of one training call with the alignment, in order, without memory."""
+    """The launches of one training call with the subject loss, in order, without memory."""
     call = _Example.of(
         capability, dtype, head_dim, rows, batch, heads, keys, reference=True, weights=False,
         tokens=0,
@@ -225,7 +231,7 @@ def example_launches(
 ) -> dict[str, Launch]:
     """The launches of one call and its backward, planned on tensors without memory.
 
-    With reference, the alignment and its gradient take part; with tokens, so many columns of the
+    With reference, the subject loss and its gradient take part; with tokens, so many columns of the
     maps; configs, by kernel, stand in for the table's. Keys of the result are the kernels' names;
     where each gradient has a launch of its own, the second is "backward_key_value (grad_value)".
     "backward", or "backward (grad_key)", is the kernel of the queries where it sums up both or
@@ -235,9 +241,9 @@ def example_launches(
     call = _Example.of(
         capability, dtype, head_dim, rows, batch, heads, keys, reference, weights, tokens
     )
-    inputs, gradients, maps, scale, device = call
+    inputs, gradients, attn_probs, scale, device = call
     query, key = call.rows_like(inputs.query), call.rows_like(inputs.key)
-    forward, _ = plan_forward(inputs, query, maps, scale, device, configs.get("forward"))
+    forward, _ = plan_forward(inputs, query, attn_probs, scale, device, configs.get("forward"))
     statistics = empty_statistics(inputs.query)
     backward_query = plan_backward_query(
         inputs, gradients, query, statistics, scale, reference_grad, device,

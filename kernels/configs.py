@@ -63,7 +63,7 @@ a thread, so that a thread has all partial sums of its elements and shares none.
 
 # Lines as benchmarks/tune_kernels.py prints them. Those of "forward", and of "backward" up to 64
 # columns, on 9.0 were chosen on an H200 (docs/performance-gpu.md). The others were never measured:
-# they were chosen by spills, then by an estimate from the machine code of 77 keys with alignment.
+# they were chosen by spills, then by an estimate from the machine code of 77 keys with the loss.
 # benchmarks/kernel_report.py shows registers; tests/kernels/test_compile.py checks spills and what
 # is resident.
 TABLE: dict[tuple[str, int, str], dict[int, KernelConfig]] = {

@@ -10,8 +10,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 
-from .assembler import assembling
 from .configs import KernelConfig
+from .ptxas import assembling
 
 
 class Device(NamedTuple):

@@ -229,7 +229,7 @@ def load_weights(
     token_weights, batch, stride_b, keys, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """The keys' weights in the alignment, main and tail; ones when none are given."""
+    """The keys' weights in the subject loss, main and tail; ones when none are given."""
     if HAS_WEIGHTS:
         token_weights += batch.to(tl.int64) * stride_b
         columns = tl.arange(0, KEY_MAIN)

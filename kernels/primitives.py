@@ -138,7 +138,7 @@ def softmax(
 def pull(
     main, tail, other_main, other_tail, weight_main, weight_tail, factor, KEY_TAIL: tl.constexpr
 ):
-    """What the alignment adds to the gradient of the probabilities (equation 10), main and tail."""
+    """Return the subject loss's part of the gradient of the probabilities (equation 10)."""
     pull_main = (main - other_main) * (weight_main * factor)[None, :]
     if KEY_TAIL > 0:
         return pull_main, (tail - other_tail) * (weight_tail * factor)[None, :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sefi_fast.lazy import lazy_names
+from sefi_fast.utils.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -13,14 +13,14 @@ _HOME = {
     "fused_cross_attention": "sefi_fast.ops",
     "CrossAttentionOutput": "sefi_fast.ops",
     "available_backends": "sefi_fast.ops",
-    "SeFiAttnProcessor": "sefi_fast.processor",
+    "SeFiAttnProcessor": "sefi_fast.attention.processor",
     "Subject": "sefi_fast.subject",
     "export_embedding": "sefi_fast.subject",
     "import_embedding": "sefi_fast.subject",
-    "encode": "sefi_fast.conditioning",
+    "encode": "sefi_fast.prompts",
     "attach": "sefi_fast.pipelines",
     "detach": "sefi_fast.pipelines",
-    "keep_freed_memory": "sefi_fast.host_memory",
+    "keep_freed_memory": "sefi_fast.utils.malloc",
     "regions": "sefi_fast.pipelines",
     "swap": "sefi_fast.pipelines",
     "trace": "sefi_fast.pipelines",
@@ -33,11 +33,12 @@ _HOME = {
     "bundled_subject_image": "sefi_fast.tiny_world",
 }
 _MODULES = (
-    "conditioning",
+    "attention",
     "errors",
     "evaluation",
     "ops",
     "pipelines",
+    "prompts",
     "subject",
     "tiny_world",
     "training",
@@ -74,14 +75,14 @@ if not (_root / "sefi_fast" / "kernels").is_dir() and (_root / "csrc").is_dir():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from sefi_fast.conditioning import encode
-    from sefi_fast.host_memory import keep_freed_memory
+    from sefi_fast.attention.processor import SeFiAttnProcessor
     from sefi_fast.ops import CrossAttentionOutput, available_backends, fused_cross_attention
     from sefi_fast.pipelines import attach, detach, generate, load_pipeline, regions, swap, trace
-    from sefi_fast.processor import SeFiAttnProcessor
+    from sefi_fast.prompts import encode
     from sefi_fast.subject import Subject, export_embedding, import_embedding
     from sefi_fast.tiny_world import bundled_model_path, bundled_subject_image
     from sefi_fast.training import TrainConfig, train, train_many
+    from sefi_fast.utils.malloc import keep_freed_memory
 
 
 __getattr__ = lazy_names(__name__, _HOME, _MODULES)

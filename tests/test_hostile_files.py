@@ -16,16 +16,15 @@ import torch
 from PIL import Image
 from subject.making import make_subject
 
+from evals.studies.tasks import Protocol, Task
 from sefi_fast import import_embedding
 from sefi_fast.errors import ConfigError, SefiError, SubjectFileError
-from sefi_fast.evaluation.prompt_classes import read_prompts
-from sefi_fast.evaluation.tasks import Protocol, Task
+from sefi_fast.evaluation.prompts import read_prompts
 from sefi_fast.subject import Subject
 from sefi_fast.training import CheckpointError, TrainConfig
 from sefi_fast.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
-from sefi_fast.training.history import History
-from sefi_fast.training.manifest import ManifestError, read_subjects
-from sefi_fast.training.shard import Shard
+from sefi_fast.training.manifest import ManifestError, Shard, read_subjects
+from sefi_fast.training.monitor import History
 from sefi_fast.training.summary import Summary
 from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
 

@@ -45,7 +45,7 @@ def test_the_kernels_folder_is_not_taken_for_the_hub_package():
         "import sefi_fast",
         "command('train', '--help')",
         "command('generate', 'a <it>', '--number', '0')",
-        "command('evaluate', 'me.safetensors', '--study', 'lambda')",
+        "command('evaluate', '--help')",
         "command('train', 'me.png', '--steps', '0')",
     ],
 )
@@ -63,7 +63,7 @@ def test_neither_the_import_nor_help_nor_wrong_options_wait_for_pytorch(code):
 
 def test_info_names_versions_machine_and_backends():
     run = subprocess.run(
-        [sys.executable, "-m", "sefi_fast.info"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "sefi_fast.cli.info"], cwd=ROOT, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

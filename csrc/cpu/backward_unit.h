@@ -24,8 +24,8 @@ public:
             reference_ = key_rows(call.reference_key, call.dtype, b, h, keys_, call,
                                   scratch_.reference);
         }
-        // The factor of A_t - A_r in the gradient of the alignment: 2 g w, mean over heads.
-        const float factor = 2.0f * call.grad_alignment[b] / float(call.heads);
+        // The factor of A_t - A_r in the gradient of the subject loss: 2 g w, mean over heads.
+        const float factor = 2.0f * call.grad_subject_loss[b] / float(call.heads);
         for (int64_t m = 0; m < keys_.count; ++m) {
             const float* weights = call.token_weights;
             const float weight = weights ? weights[b * call.token_weights_batch + keys_.index[m]] : 1.0f;
@@ -150,7 +150,7 @@ private:
     void slopes(int64_t n, int64_t count, const Vec (&inverse)[J], const Vec (&inverse_anchor)[J],
                 Vec (&row_sum)[J], Ahead& ahead) {
         constexpr int64_t kRows = J * kLanes;
-        const bool with_maps = call_.map_count && call_.grad_maps;
+        const bool with_maps = call_.probs_count && call_.grad_attn_probs;
         if (with_maps) gather_map_gradients<J>(n, count);
         struct State {
             Vec row_sum[J], inverse[J], inverse_anchor[J];
@@ -193,13 +193,13 @@ private:
     void gather_map_gradients(int64_t n, int64_t count) {
         constexpr int64_t kRows = J * kLanes;
         __builtin_memset(scratch_.slope, 0, size_t(4 * keys_.count * kRows));
-        const float share = call_.map_all_heads ? 1.0f : 1.0f / float(call_.heads);
-        const int64_t head = call_.map_all_heads ? b_ * call_.heads + h_ : b_;
-        for (int64_t t = 0; t < call_.map_count; ++t) {
-            const int64_t token = call_.map_tokens[b_ * call_.map_tokens_batch + t];
+        const float share = call_.probs_all_heads ? 1.0f : 1.0f / float(call_.heads);
+        const int64_t head = call_.probs_all_heads ? b_ * call_.heads + h_ : b_;
+        for (int64_t t = 0; t < call_.probs_count; ++t) {
+            const int64_t token = call_.probs_positions[b_ * call_.probs_positions_batch + t];
             const int64_t m = keys_.find(token, call_.keys);
             if (m < 0) continue;
-            const float* from = call_.grad_maps + (head * call_.map_count + t) * call_.queries + n;
+            const float* from = call_.grad_attn_probs + (head * call_.probs_count + t) * call_.queries + n;
             float* to = scratch_.slope + m * kRows;
             for (int64_t i = 0; i < count; ++i) to[i] += share * from[i];
         }

@@ -27,8 +27,8 @@ public:
             pack(call.reference_key, rows);
             transpose_rows<kParts>(rows, scratch_.reference, sign);
             if (through_reference()) interleave_all<kParts>(rows);
-            // The factor of A_t - A_r in the gradient of the alignment: 2 g w, mean over heads.
-            const float factor = 2.0f * call.grad_alignment[b] / float(call.heads);
+            // The factor of A_t - A_r in the gradient of the subject loss: 2 g w, mean over heads.
+            const float factor = 2.0f * call.grad_subject_loss[b] / float(call.heads);
             __builtin_memset(pull_, 0, sizeof pull_);
             for (int64_t m = 0; m < keys_.count; ++m) {
                 const float* weights = call.token_weights;
@@ -148,7 +148,7 @@ private:
         } else {
             __builtin_memset(scratch_.slope, 0, size_t(4 * kPairRows * shape_.key_stride()));
         }
-        if (call_.map_count && call_.grad_maps) add_map_gradients(n, count);
+        if (call_.probs_count && call_.grad_attn_probs) add_map_gradients(n, count);
         for (int64_t i = 0; i < row_tiles; ++i) {
             const int64_t first = i * kTileSide;
             if (call_.with_reference()) {
@@ -249,13 +249,13 @@ private:
     }
 
     void add_map_gradients(int64_t n, int64_t count) {
-        const float share = call_.map_all_heads ? 1.0f : 1.0f / float(call_.heads);
-        const int64_t head = call_.map_all_heads ? b_ * call_.heads + h_ : b_;
-        for (int64_t t = 0; t < call_.map_count; ++t) {
-            const int64_t token = call_.map_tokens[b_ * call_.map_tokens_batch + t];
+        const float share = call_.probs_all_heads ? 1.0f : 1.0f / float(call_.heads);
+        const int64_t head = call_.probs_all_heads ? b_ * call_.heads + h_ : b_;
+        for (int64_t t = 0; t < call_.probs_count; ++t) {
+            const int64_t token = call_.probs_positions[b_ * call_.probs_positions_batch + t];
             const int64_t m = keys_.find(token, call_.keys);
             if (m < 0) continue;
-            const float* from = call_.grad_maps + (head * call_.map_count + t) * call_.queries + n;
+            const float* from = call_.grad_attn_probs + (head * call_.probs_count + t) * call_.queries + n;
             for (int64_t i = 0; i < count; ++i) {
                 scratch_.slope[i * shape_.key_stride() + m] += share * from[i];
             }

@@ -69,11 +69,11 @@ public:
             fill_zeros(begin, end);
             return 0.0;
         }
-        double alignment = 0.0;
+        double subject_loss = 0.0;
         for (int64_t n = begin; n < end; n += kPairRows) {
-            alignment += rows(n, end);
+            subject_loss += rows(n, end);
         }
-        return alignment;
+        return subject_loss;
     }
 
     static size_t scratch_bytes(const Problem& p) {
@@ -131,7 +131,7 @@ private:
             store_row(scratch_.output + i * shape_.row_stride(), call_.head_dim, inverse[i],
                       call_.output.at(call_.dtype, b_, h_, n + i), call_.dtype);
         }
-        if (call_.map_count) write_maps(n, count, inverse);
+        if (call_.probs_count) write_maps(n, count, inverse);
         if (!call_.reference_key.data) return 0.0;
         probabilities(scratch_.reference, row_tiles, factor, scratch_.anchor, inverse_anchor, ahead);
         return align(count, inverse, inverse_anchor);
@@ -166,10 +166,10 @@ private:
     }
 
     void write_maps(int64_t n, int64_t count, const float* inverse) const {
-        const float share = call_.map_all_heads ? 1.0f : 1.0f / float(call_.heads);
-        const bool add = !call_.map_all_heads && h_ > 0;
-        for (int64_t t = 0; t < call_.map_count; ++t) {
-            const int64_t token = call_.map_tokens[b_ * call_.map_tokens_batch + t];
+        const float share = call_.probs_all_heads ? 1.0f : 1.0f / float(call_.heads);
+        const bool add = !call_.probs_all_heads && h_ > 0;
+        for (int64_t t = 0; t < call_.probs_count; ++t) {
+            const int64_t token = call_.probs_positions[b_ * call_.probs_positions_batch + t];
             const int64_t m = keys_.find(token, call_.keys);
             float* to = map_row(t) + n;
             for (int64_t i = 0; i < count; ++i) {
@@ -181,8 +181,8 @@ private:
     }
 
     float* map_row(int64_t t) const {
-        const int64_t head = call_.map_all_heads ? b_ * call_.heads + h_ : b_;
-        return call_.maps + (head * call_.map_count + t) * call_.queries;
+        const int64_t head = call_.probs_all_heads ? b_ * call_.heads + h_ : b_;
+        return call_.attn_probs + (head * call_.probs_count + t) * call_.queries;
     }
 
     void fill_zeros(int64_t begin, int64_t end) const {
@@ -190,7 +190,7 @@ private:
             char* row = call_.output.at(call_.dtype, b_, h_, n);
             __builtin_memset(row, 0, size_t(call_.head_dim * item_size(call_.dtype)));
         }
-        for (int64_t t = 0; t < call_.map_count; ++t) {
+        for (int64_t t = 0; t < call_.probs_count; ++t) {
             __builtin_memset(map_row(t) + begin, 0, size_t(4 * (end - begin)));
         }
     }

@@ -1,4 +1,4 @@
-// Forward of whole tensors: units of query rows, and the alignment's sum in a fixed order.
+// Forward of whole tensors: units of query rows, and the subject loss's sum in a fixed order.
 #include <algorithm>
 #include <vector>
 
@@ -12,7 +12,7 @@ namespace sefi {
 size_t forward(const ForwardCall& call, int threads) {
     const Kernels& isa = kernels();
     // Maps averaged over the heads are summed in place: one unit takes all heads of its rows.
-    const int64_t heads = call.map_count && !call.map_all_heads ? call.heads : 1;
+    const int64_t heads = call.probs_count && !call.probs_all_heads ? call.heads : 1;
     // Long enough that packing the keys costs little, short enough to keep many threads busy.
     const int64_t rows = heads == 1 ? 512 : 256;
     const int64_t chunks = (call.queries + rows - 1) / rows;
@@ -40,7 +40,7 @@ size_t forward(const ForwardCall& call, int threads) {
     for (int64_t b = 0; b < call.batch; ++b) {
         double total = 0.0;
         for (size_t i = 0; i < each; ++i) total += shares[size_t(b) * each + i];
-        call.alignment[b] = float(total / double(std::max<int64_t>(call.heads, 1)));
+        call.subject_loss[b] = float(total / double(std::max<int64_t>(call.heads, 1)));
     }
     return scratch * size_t(threads) + shares.size() * sizeof(double);
 }

@@ -1,4 +1,4 @@
-// Forward of one head for a range of query rows: output, alignment and chosen columns in one pass.
+// Forward of one head for a range of query rows: output, subject loss and chosen columns in one pass.
 #pragma once
 
 #include "cpu/scratch.h"
@@ -27,18 +27,18 @@ public:
             fill_zeros(begin, end);
             return 0.0;
         }
-        double alignment = 0.0;
+        double subject_loss = 0.0;
         for (int64_t n = begin; n < end;) {
             // Narrow tiles for a short rest; a wide one as soon as it is cheaper.
             if (end - n > kTileVectors / 2 * kLanes) {
-                alignment += tile<kTileVectors>(n, end);
+                subject_loss += tile<kTileVectors>(n, end);
                 n += kTileVectors * kLanes;
             } else {
-                alignment += tile<1>(n, end);
+                subject_loss += tile<1>(n, end);
                 n += kLanes;
             }
         }
-        return alignment;
+        return subject_loss;
     }
 
     static size_t scratch_bytes(const Problem& problem) { return Scratch(problem, nullptr).bytes; }
@@ -92,10 +92,10 @@ private:
         Vec inverse[J];
         softmax_tile<J>(key_, keys_.count, call_.head_dim, scratch_.columns, scale.factor,
                         scratch_.target, inverse, ahead);
-        const double alignment = call_.reference_key.data ? align<J>(count, inverse, ahead) : 0.0;
-        if (call_.map_count) write_maps<J>(n, count, inverse);
+        const double subject_loss = call_.reference_key.data ? align<J>(count, inverse, ahead) : 0.0;
+        if (call_.probs_count) write_maps<J>(n, count, inverse);
         write_output<J>(n, count, inverse, ahead);
-        return alignment;
+        return subject_loss;
     }
 
     template <int J>
@@ -113,19 +113,19 @@ private:
                 total[j] = fma(weights_[m] * difference, difference, total[j]);
             }
         }
-        double alignment = 0.0;
+        double subject_loss = 0.0;
         // Not the lanes behind the rows: an infinite key has made NaN of the zeros there.
         float rows[kRows];
         for (int j = 0; j < J; ++j) store(rows + j * kLanes, total[j]);
         for (int64_t i = count; i < kRows; ++i) rows[i] = 0.0f;
-        for (int j = 0; j < J; ++j) alignment += double(sum(load(rows + j * kLanes)));
-        return alignment;
+        for (int j = 0; j < J; ++j) subject_loss += double(sum(load(rows + j * kLanes)));
+        return subject_loss;
     }
 
     template <int J>
     void write_maps(int64_t n, int64_t count, const Vec (&inverse)[J]) {
-        const float share = call_.map_all_heads ? 1.0f : 1.0f / float(call_.heads);
-        for (int64_t t = 0; t < call_.map_count; ++t) {
+        const float share = call_.probs_all_heads ? 1.0f : 1.0f / float(call_.heads);
+        for (int64_t t = 0; t < call_.probs_count; ++t) {
             const int64_t m = keys_.find(map_token(t), call_.keys);
             float column[J * kLanes] = {};
             for (int j = 0; m >= 0 && j < J; ++j) {
@@ -133,7 +133,7 @@ private:
                 store(column + j * kLanes, share * (load(p) * inverse[j]));
             }
             float* to = map_row(t) + n;
-            const bool add = !call_.map_all_heads && h_ > 0;
+            const bool add = !call_.probs_all_heads && h_ > 0;
             for (int64_t i = 0; i < count; ++i) to[i] = add ? to[i] + column[i] : column[i];
         }
     }
@@ -165,12 +165,12 @@ private:
     }
 
     int64_t map_token(int64_t t) const {
-        return call_.map_tokens[b_ * call_.map_tokens_batch + t];
+        return call_.probs_positions[b_ * call_.probs_positions_batch + t];
     }
 
     float* map_row(int64_t t) const {
-        const int64_t head = call_.map_all_heads ? b_ * call_.heads + h_ : b_;
-        return call_.maps + (head * call_.map_count + t) * call_.queries;
+        const int64_t head = call_.probs_all_heads ? b_ * call_.heads + h_ : b_;
+        return call_.attn_probs + (head * call_.probs_count + t) * call_.queries;
     }
 
     void fill_zeros(int64_t begin, int64_t end) {
@@ -178,7 +178,7 @@ private:
             char* row = call_.output.at(call_.dtype, b_, h_, n);
             __builtin_memset(row, 0, size_t(call_.head_dim * item_size(call_.dtype)));
         }
-        for (int64_t t = 0; t < call_.map_count; ++t) {
+        for (int64_t t = 0; t < call_.probs_count; ++t) {
             __builtin_memset(map_row(t) + begin, 0, size_t(4 * (end - begin)));
         }
     }

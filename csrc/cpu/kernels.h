@@ -12,7 +12,7 @@ struct Kernels {
     // Bytes of scratch memory that one thread needs.
     size_t (*forward_scratch)(const Problem&);
     size_t (*backward_scratch)(const BackwardCall&);
-    // One head of one sample for the query rows [begin, end). Returns the head's unscaled alignment.
+    // One head of one sample for the query rows [begin, end). Returns the head's unscaled subject loss.
     double (*forward)(const ForwardCall&, int64_t b, int64_t h, int64_t begin, int64_t end,
                       char* scratch);
     void (*backward)(const BackwardCall&, int64_t b, int64_t h, int64_t begin, int64_t end,

@@ -43,7 +43,7 @@ struct KeyList {
         }
     }
 
-    // Place in the list of the key that map_tokens names, or -1 for a column of zeros.
+    // Place in the list of the key that probs_positions names, or -1 for a column of zeros.
     int64_t find(int64_t key, int64_t keys) const {
         return key >= 0 && key < keys ? position[key] : -1;
     }

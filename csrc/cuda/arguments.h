@@ -25,8 +25,8 @@ struct Cut {
 struct ForwardArguments {
     ForwardCall call;
     Cut cut;
-    float* partials = nullptr;  // alignment of [batch, heads, splits], or null
-    float* maps = nullptr;      // [batch, heads, map_count, queries], or null
+    float* partials = nullptr;  // subject loss of [batch, heads, splits], or null
+    float* attn_probs = nullptr;      // [batch, heads, probs_count, queries], or null
 };
 
 // Float32 numbers that every query row has, [batch, heads, kStatistics, padded_rows]. A probability
@@ -46,7 +46,7 @@ enum Statistic : int {
 struct BackwardArguments {
     BackwardCall call;
     Cut cut;
-    bool with_reference = false;  // the alignment's gradient came
+    bool with_reference = false;  // the subject loss's gradient came
     bool reference_grad = false;  // and runs through A_r too
     float* statistics = nullptr;
     int64_t padded_rows = 0;
@@ -69,16 +69,16 @@ struct TotalArguments {
     DType dtype = DType::float32;
 };
 
-struct AlignmentArguments {
+struct SubjectLossArguments {
     const float* partials = nullptr;
-    float* alignment = nullptr;
+    float* subject_loss = nullptr;
     int64_t batch = 0, heads = 0, splits = 0;
 };
 
 struct MapArguments {
     const float* all = nullptr;  // [batch, heads, entries]
     float* mean = nullptr;       // [batch, entries]
-    int64_t heads = 0, entries = 0;  // entries = map_count * queries
+    int64_t heads = 0, entries = 0;  // entries = probs_count * queries
     int64_t count = 0;               // of all means
 };
 

@@ -44,7 +44,7 @@ PYBIND11_MODULE(_cuda, module) {
     module.doc() = "CUDA kernels of sefi_fast: fused cross-attention on NVIDIA devices.";
 
     module.def("forward", of_forward_call(&forward),
-               "Enqueues the kernels that write output, alignment and maps.");
+               "Enqueues the kernels that write output, subject loss and attn_probs.");
     module.def("backward", of_backward_call(&backward),
                "Enqueues the kernels that write the gradients whose address is not 0.");
     module.def("forward_scratch", of_forward_call(&sefi::cuda::forward_scratch),

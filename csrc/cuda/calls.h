@@ -10,7 +10,7 @@ namespace sefi::cuda {
 // The newest CUDA that the driver knows, major * 1000 + minor * 10; 0 where there is no driver.
 int driver_version();
 
-// Bytes of device memory that a call needs beside its results (partial sums of the alignment and of
+// Bytes of device memory that a call needs beside its results (partial sums of the subject loss and of
 // the maps; row statistics and partial sums of the key-side gradients). The caller hands them over
 // uninitialised and 256-byte aligned; 0 means that `scratch` may be null. The device that is current
 // here must be so when the call is made: how its rows are cut depends on its shared memory.

@@ -12,7 +12,7 @@ cudaError_t backward_query(const BackwardArguments&, cudaStream_t);
 cudaError_t backward_key_value(const BackwardArguments&, cudaStream_t);
 }  // namespace simple
 
-cudaError_t sum_alignment(const AlignmentArguments&, cudaStream_t);
+cudaError_t sum_subject_loss(const SubjectLossArguments&, cudaStream_t);
 cudaError_t mean_maps(const MapArguments&, cudaStream_t);
 cudaError_t sum_totals(const TotalArguments&, cudaStream_t);
 

@@ -60,7 +60,7 @@ struct KeyTile {
     }
 };
 
-// What a lane needs of its keys g and g + 8: 0 or -inf, and the alignment's factor.
+// What a lane needs of its keys g and g + 8: 0 or -inf, and the subject loss's factor.
 struct KeyNumbers {
     float bias[2], pull[2];
 
@@ -134,11 +134,11 @@ SEFI_DEVICE void add_rows(float (&sums)[kEights][4], const uint32_t (&map)[4], u
 SEFI_DEVICE void add_map_gradients(const BackwardArguments& a, int64_t first, int tile,
                                    float (&slope)[2][4]) {
     const int64_t b = blockIdx.x / unsigned(a.call.heads);
-    const int64_t map = a.call.map_all_heads ? int64_t(blockIdx.x) : b;
-    for (int64_t t = 0; t < a.call.map_count; ++t) {
-        const int64_t place = a.call.map_tokens[b * a.call.map_tokens_batch + t] - 16 * tile;
+    const int64_t map = a.call.probs_all_heads ? int64_t(blockIdx.x) : b;
+    for (int64_t t = 0; t < a.call.probs_count; ++t) {
+        const int64_t place = a.call.probs_positions[b * a.call.probs_positions_batch + t] - 16 * tile;
         const float* const gradient =
-            a.call.grad_maps + (map * a.call.map_count + t) * a.call.queries;
+            a.call.grad_attn_probs + (map * a.call.probs_count + t) * a.call.queries;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int64_t row = first + 8 * (i / 4) + 2 * (lane() % 4) + i % 2;
@@ -156,7 +156,7 @@ template <int D, class E, int kRows, int kMaps, class Tile>
 SEFI_DEVICE void key_maps(const BackwardArguments& a, const Tile& key, const Tile& value,
                           const Tile& reference, const KeyNumbers& numbers, uint32_t rows,
                           const float* of_rows, int chunk, int64_t first, int tile,
-                          uint32_t (&maps)[kMaps][4]) {
+                          uint32_t (&attn_probs)[kMaps][4]) {
     constexpr bool kReferenceOnly = kMaps == 1;
     const uint32_t at = rows + uint32_t(16 * chunk * Layout<D>::kStride) + score_offset<D>();
     float target[2][4], slope[2][4] = {}, anchor[2][4];
@@ -173,7 +173,7 @@ SEFI_DEVICE void key_maps(const BackwardArguments& a, const Tile& key, const Til
         const uint32_t below = uint32_t(kRows * Layout<D>::kStride);
         multiply_rows<D, E>(at + below, Factor{value, slope});
     }
-    if (!kReferenceOnly && a.call.grad_maps) {
+    if (!kReferenceOnly && a.call.grad_attn_probs) {
         add_map_gradients(a, first + 16 * chunk, tile, slope);
     }
 #pragma unroll
@@ -203,8 +203,8 @@ SEFI_DEVICE void key_maps(const BackwardArguments& a, const Tile& key, const Til
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int n = i / 2, from = i % 2 * 2;
-        maps[0][i] = pack<E>(slope[n][from], slope[n][from + 1]);
-        if (!kReferenceOnly) maps[kMaps - 1][i] = pack<E>(target[n][from], target[n][from + 1]);
+        attn_probs[0][i] = pack<E>(slope[n][from], slope[n][from + 1]);
+        if (!kReferenceOnly) attn_probs[kMaps - 1][i] = pack<E>(target[n][from], target[n][from + 1]);
     }
 }
 

@@ -79,10 +79,10 @@ struct ForwardPlan {
         if (call.reference_key.data) {
             arguments.partials = arena.floats(heads * arguments.cut.splits);
         }
-        if (call.map_count) {
-            arguments.maps = call.map_all_heads
-                                 ? call.maps
-                                 : arena.floats(heads * call.map_count * call.queries);
+        if (call.probs_count) {
+            arguments.attn_probs = call.probs_all_heads
+                                 ? call.attn_probs
+                                 : arena.floats(heads * call.probs_count * call.queries);
         }
         bytes = arena.used();
     }
@@ -99,7 +99,7 @@ struct BackwardPlan {
         query.call = call;
         query.with_reference = call.with_reference();
         query.reference_grad = call.reference_grad && call.with_reference();
-        query.map_share = call.map_all_heads ? 1.0f : 1.0f / float(call.heads);
+        query.map_share = call.probs_all_heads ? 1.0f : 1.0f / float(call.heads);
         // Whole tiles, so that a tile's statistics are read without a look at the end.
         query.padded_rows = (call.queries + tensor::kBlockRows - 1) / tensor::kBlockRows;
         query.padded_rows *= tensor::kBlockRows;
@@ -176,23 +176,23 @@ const char* forward(const ForwardCall& call, void* scratch, int multiprocessors,
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
     const ForwardArguments& a = plan.arguments;
     cudaError_t error = plan.tensor ? tensor::forward(a, on) : simple::forward(a, on);
-    if (error == cudaSuccess && call.alignment) {
-        AlignmentArguments sums;
+    if (error == cudaSuccess && call.subject_loss) {
+        SubjectLossArguments sums;
         sums.partials = a.partials;
-        sums.alignment = call.alignment;
+        sums.subject_loss = call.subject_loss;
         sums.heads = call.heads;
         sums.batch = call.batch;
         sums.splits = a.cut.splits;
-        error = sum_alignment(sums, on);
+        error = sum_subject_loss(sums, on);
     }
-    if (error == cudaSuccess && call.map_count && !call.map_all_heads) {
-        MapArguments maps;
-        maps.all = a.maps;
-        maps.mean = call.maps;
-        maps.heads = call.heads;
-        maps.entries = call.map_count * call.queries;
-        maps.count = call.batch * maps.entries;
-        error = mean_maps(maps, on);
+    if (error == cudaSuccess && call.probs_count && !call.probs_all_heads) {
+        MapArguments attn_probs;
+        attn_probs.all = a.attn_probs;
+        attn_probs.mean = call.attn_probs;
+        attn_probs.heads = call.heads;
+        attn_probs.entries = call.probs_count * call.queries;
+        attn_probs.count = call.batch * attn_probs.entries;
+        error = mean_maps(attn_probs, on);
     }
     return sentence(error);
 }

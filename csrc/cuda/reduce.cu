@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 unsigned blocks(int64_t entries) { return unsigned((entries + kThreads - 1) / kThreads); }
 
 // One block a sample.
-__global__ void __launch_bounds__(kThreads) alignment_kernel(const AlignmentArguments a) {
+__global__ void __launch_bounds__(kThreads) subject_loss_kernel(const SubjectLossArguments a) {
     double* const sums = reinterpret_cast<double*>(shared_memory());
     wait_for_previous();
     const int64_t count = a.heads * a.splits;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) alignment_kernel(const AlignmentArgu
         __syncthreads();
         if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
-    if (threadIdx.x == 0) a.alignment[blockIdx.x] = float(sums[0] / double(a.heads));
+    if (threadIdx.x == 0) a.subject_loss[blockIdx.x] = float(sums[0] / double(a.heads));
 }
 
 __global__ void __launch_bounds__(kThreads) mean_kernel(const MapArguments a) {
@@ -120,8 +120,8 @@ cudaError_t run_totals(const TotalArguments& a, unsigned count, cudaStream_t str
 
 }  // namespace
 
-cudaError_t sum_alignment(const AlignmentArguments& a, cudaStream_t stream) {
-    return start_early(alignment_kernel, dim3(unsigned(a.batch)), kThreads,
+cudaError_t sum_subject_loss(const SubjectLossArguments& a, cudaStream_t stream) {
+    return start_early(subject_loss_kernel, dim3(unsigned(a.batch)), kThreads,
                        kThreads * sizeof(double), stream, a);
 }
 

@@ -10,13 +10,13 @@ constexpr int kKeys = 16, kMaxWidth = 256;
 // A thread of the keys' kernel has one key and every kKeyThreads-th column of it.
 constexpr int kKeyThreads = kThreads / kKeys, kColumns = kMaxWidth / kKeyThreads;
 
-// 2 g w / H, what an alignment's gradient makes of A_t - A_r.
+// 2 g w / H, what a subject loss's gradient makes of A_t - A_r.
 struct Pull {
     float factor;
     const float* weights;
 
     SEFI_DEVICE Pull(const BackwardArguments& a, int64_t b)
-        : factor(a.with_reference ? 2.0f * a.call.grad_alignment[b] / float(a.call.heads) : 0.0f),
+        : factor(a.with_reference ? 2.0f * a.call.grad_subject_loss[b] / float(a.call.heads) : 0.0f),
           weights(a.call.token_weights
                       ? a.call.token_weights + b * a.call.token_weights_batch
                       : nullptr) {}
@@ -79,14 +79,14 @@ __global__ void __launch_bounds__(kThreads) query_kernel(const BackwardArguments
         } else {
             for (int k = mine; k < keys; k += kRowThreads) s[k] = 0.0f;
         }
-        if (call.grad_maps && call.map_count) {
+        if (call.grad_attn_probs && call.probs_count) {
             __syncwarp();
-            const int64_t* tokens = call.map_tokens + b * call.map_tokens_batch;
-            const int64_t map = call.map_all_heads ? int64_t(blockIdx.x) : b;
-            for (int64_t t = 0; mine == 0 && inside && t < call.map_count; ++t) {
+            const int64_t* tokens = call.probs_positions + b * call.probs_positions_batch;
+            const int64_t map = call.probs_all_heads ? int64_t(blockIdx.x) : b;
+            for (int64_t t = 0; mine == 0 && inside && t < call.probs_count; ++t) {
                 if (tokens[t] < 0 || tokens[t] >= keys) continue;
-                const int64_t at = (map * call.map_count + t) * call.queries + first + row;
-                s[tokens[t]] += a.map_share * call.grad_maps[at];
+                const int64_t at = (map * call.probs_count + t) * call.queries + first + row;
+                s[tokens[t]] += a.map_share * call.grad_attn_probs[at];
             }
             __syncwarp();
         }
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) key_value_kernel(const BackwardArgum
     const int keys = int(call.keys), width = int(call.head_dim), stride = padded(width);
     const int first_key = int(blockIdx.z) * kKeys;
     const bool with_reference = a.with_reference && (a.key || a.reference);
-    const bool with_maps = a.key && call.grad_maps && call.map_count;
+    const bool with_maps = a.key && call.grad_attn_probs && call.probs_count;
     float* const key = reinterpret_cast<float*>(shared_memory());
     float* const value = key + kKeys * stride;
     float* const reference = value + kKeys * stride;
@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(kThreads) key_value_kernel(const BackwardArgum
     const Visible visible(call, b);
     const Pull pull(a, b);
     const float* const statistics = a.statistics + blockIdx.x * kStatistics * a.padded_rows;
-    const int64_t* tokens = call.map_tokens + b * call.map_tokens_batch;
-    const int64_t map = call.map_all_heads ? int64_t(blockIdx.x) : b;
+    const int64_t* tokens = call.probs_positions + b * call.probs_positions_batch;
+    const int64_t map = call.probs_all_heads ? int64_t(blockIdx.x) : b;
 
     stage<kKeys>(Rows<E>(call.key, b, h), first_key, keys, width, key);
     if (call.grad_output.data) {
@@ -207,10 +207,10 @@ __global__ void __launch_bounds__(kThreads) key_value_kernel(const BackwardArgum
                     s += toward;
                     other *= -toward - statistics[(kAnchor + kMean) * a.padded_rows + row];
                 }
-                for (int64_t t = 0; with_maps && t < call.map_count; ++t) {
+                for (int64_t t = 0; with_maps && t < call.probs_count; ++t) {
                     if (tokens[t] != first_key + k) continue;
-                    const int64_t at = (map * call.map_count + t) * call.queries + row;
-                    s += a.map_share * call.grad_maps[at];
+                    const int64_t at = (map * call.probs_count + t) * call.queries + row;
+                    s += a.map_share * call.grad_attn_probs[at];
                 }
                 s = p * (s - statistics[kMean * a.padded_rows + row]);
             }

@@ -7,8 +7,8 @@ namespace sefi::cuda::simple {
 namespace {
 
 size_t shared_bytes(const Problem& p) {
-    const size_t row = size_t(p.head_dim | 1), maps = p.reference_key.data ? 2 : 1;
-    return 4 * (kRows * (row + maps * size_t(p.keys | 1)) + kPiece + kThreads / 32);
+    const size_t row = size_t(p.head_dim | 1), attn_probs = p.reference_key.data ? 2 : 1;
+    return 4 * (kRows * (row + attn_probs * size_t(p.keys | 1)) + kPiece + kThreads / 32);
 }
 
 template <class E>
@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardArgument
             }
         }
         __syncthreads();
-        if (a.maps && first + row < end) {
-            const int64_t* tokens = call.map_tokens + b * call.map_tokens_batch;
-            for (int64_t t = mine; t < call.map_count; t += kRowThreads) {
+        if (a.attn_probs && first + row < end) {
+            const int64_t* tokens = call.probs_positions + b * call.probs_positions_batch;
+            for (int64_t t = mine; t < call.probs_count; t += kRowThreads) {
                 const bool inside = tokens[t] >= 0 && tokens[t] < keys;
-                a.maps[(blockIdx.x * call.map_count + t) * call.queries + first + row] =
+                a.attn_probs[(blockIdx.x * call.probs_count + t) * call.queries + first + row] =
                     inside ? probabilities[tokens[t]] : 0.0f;
             }
         }

@@ -5,7 +5,7 @@
 
 namespace sefi::cuda::tensor {
 
-// What the alignment adds to the gradients of A_t's probabilities, in the place of A_r's.
+// What the subject loss adds to the gradients of A_t's probabilities, in the place of A_r's.
 template <int kEights>
 SEFI_DEVICE void pull_to_reference(const float (&target)[kEights][4], const float* pull,
                                    float (&anchor)[kEights][4]) {
@@ -43,11 +43,11 @@ template <int kEights>
 SEFI_DEVICE void add_maps(const BackwardArguments& a, int64_t b, int first, int end,
                           int first_key, float (&slope)[kEights][4]) {
     const BackwardCall& call = a.call;
-    const int64_t map = call.map_all_heads ? int64_t(blockIdx.x) : b;
-    for (int64_t t = 0; call.grad_maps && t < call.map_count; ++t) {
-        const int64_t token = call.map_tokens[b * call.map_tokens_batch + t] - first_key;
+    const int64_t map = call.probs_all_heads ? int64_t(blockIdx.x) : b;
+    for (int64_t t = 0; call.grad_attn_probs && t < call.probs_count; ++t) {
+        const int64_t token = call.probs_positions[b * call.probs_positions_batch + t] - first_key;
         add_map(slope, token, a.map_share, first, end,
-                call.grad_maps + (map * call.map_count + t) * call.queries);
+                call.grad_attn_probs + (map * call.probs_count + t) * call.queries);
     }
 }
 

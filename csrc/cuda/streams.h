@@ -16,7 +16,7 @@ SEFI_DEVICE void load_bias(const Problem& p, int64_t b, float* bias) {
     if (key < kKeys) bias[key] = visible(p, b, key) ? 0.0f : -INFINITY;
 }
 
-// A key's weight in the alignment; 0 where it does not exist.
+// A key's weight in the subject loss; 0 where it does not exist.
 SEFI_DEVICE float weight_of(const Problem& p, int64_t b, int key) {
     if (key >= p.keys) return 0.0f;
     return p.token_weights ? p.token_weights[b * p.token_weights_batch + key] : 1.0f;
@@ -27,12 +27,12 @@ SEFI_DEVICE void load_weights(const Problem& p, int64_t b, float* weights) {
     if (key < kKeys) weights[key] = weight_of(p, b, key);
 }
 
-// 2 g w / H: what the alignment's gradient g makes of a difference of probabilities.
+// 2 g w / H: what the subject loss's gradient g makes of a difference of probabilities.
 SEFI_DEVICE void load_pull(const BackwardCall& call, int64_t b, float* pull) {
     const int key = int(threadIdx.x);
     if (key >= kKeys) return;
     const float weight = weight_of(call, b, key);
-    pull[key] = 2.0f * call.grad_alignment[b] / float(call.heads) * weight;
+    pull[key] = 2.0f * call.grad_subject_loss[b] / float(call.heads) * weight;
 }
 
 // A key's 16 bytes from column 8 * eight on, into its row of a tile in the fragments' order of

@@ -121,10 +121,10 @@ __global__ void __launch_bounds__(32 * kWarps<D>, kBlocks<D>)
         if constexpr (kReference) {
             add_distances(of_target, of_anchor, inverses, weights, distance);
         }
-        for (int64_t t = 0; a.maps && t < call.map_count; ++t) {
-            const int64_t token = call.map_tokens[b * call.map_tokens_batch + t];
+        for (int64_t t = 0; a.attn_probs && t < call.probs_count; ++t) {
+            const int64_t token = call.probs_positions[b * call.probs_positions_batch + t];
             write_map(target, inverses, token < call.keys ? token : -1, first, end,
-                      a.maps + (blockIdx.x * call.map_count + t) * call.queries);
+                      a.attn_probs + (blockIdx.x * call.probs_count + t) * call.queries);
         }
         uint32_t packed[kKeySteps][4];
         pack_weights<E>(target, packed);

@@ -110,21 +110,21 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
             load(first + S::kRows, stages_at + uint32_t((1 - now) * S::kStage));
         }
         const float* const of_rows = reinterpret_cast<const float*>(stage + 2 * S::kTile);
-        const auto add = [&](int chunk, const uint32_t(&maps)[S::kMaps][4]) {
+        const auto add = [&](int chunk, const uint32_t(&attn_probs)[S::kMaps][4]) {
             const uint32_t at = rows + uint32_t(16 * chunk * kStride + 16 * part * S::kEights) +
                                 sum_offset<D>();
-            add_rows<D, E>(sums[0], maps[0], at);
+            add_rows<D, E>(sums[0], attn_probs[0], at);
             if constexpr (!kReference) {
-                if (with_output) add_rows<D, E>(sums[1], maps[1], at + uint32_t(S::kTile));
+                if (with_output) add_rows<D, E>(sums[1], attn_probs[1], at + uint32_t(S::kTile));
             }
         };
         if constexpr (S::kParts == 1) {
 #pragma unroll 1
             for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-                uint32_t maps[S::kMaps][4];
+                uint32_t attn_probs[S::kMaps][4];
                 key_maps<D, E, S::kRows>(a, key, value, reference, numbers, rows, of_rows, chunk,
-                                         first, tile, maps);
-                add(chunk, maps);
+                                         first, tile, attn_probs);
+                add(chunk, attn_probs);
             }
         } else {
             uint4* const shared_maps = reinterpret_cast<uint4*>(exchange) + lane();
@@ -133,27 +133,27 @@ __global__ void __launch_bounds__(Shape<D, kReference, kSmall>::kThreads,
             };
 #pragma unroll 1
             for (int chunk = part; chunk < S::kChunks; chunk += S::kParts) {
-                uint32_t maps[S::kMaps][4];
+                uint32_t attn_probs[S::kMaps][4];
                 // Read anew in each turn: wide sums leave no register to keep them in.
                 const KeyNumbers read_anew(bias, pull, tile);
                 key_maps<D, E, S::kRows>(a, key, value, reference, read_anew, rows, of_rows, chunk,
-                                         first, tile, maps);
+                                         first, tile, attn_probs);
                 for (int m = 0; m < S::kMaps; ++m) {
-                    *place(chunk, m) = make_uint4(maps[m][0], maps[m][1], maps[m][2], maps[m][3]);
+                    *place(chunk, m) = make_uint4(attn_probs[m][0], attn_probs[m][1], attn_probs[m][2], attn_probs[m][3]);
                 }
             }
             __syncthreads();
 #pragma unroll 1
             for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-                uint32_t maps[S::kMaps][4];
+                uint32_t attn_probs[S::kMaps][4];
                 for (int m = 0; m < S::kMaps; ++m) {
                     const uint4 four = *place(chunk, m);
-                    maps[m][0] = four.x;
-                    maps[m][1] = four.y;
-                    maps[m][2] = four.z;
-                    maps[m][3] = four.w;
+                    attn_probs[m][0] = four.x;
+                    attn_probs[m][1] = four.y;
+                    attn_probs[m][2] = four.z;
+                    attn_probs[m][3] = four.w;
                 }
-                add(chunk, maps);
+                add(chunk, attn_probs);
             }
         }
         if (S::kStages == 1 && first + S::kRows < end) {

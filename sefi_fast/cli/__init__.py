@@ -1,4 +1,4 @@
-"""The command `sefi-fast`, a module for each subcommand; `interchange` has export and import."""
+"""The command `sefi-fast`, with its subcommands in a module for each topic."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from sefi_fast.utils.text import printable
 
 _COMMANDS = (
     "train",
-    "train-many",
     "generate",
-    "maps",
-    "swap",
-    "interchange",
+    "convert",
     "evaluate",
     "info",
     "demo",
@@ -96,5 +93,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sefi_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in _COMMANDS:
-        importlib.import_module(f"sefi_fast.cli.{name.replace('-', '_')}").add(commands)
+        importlib.import_module(f"sefi_fast.cli.{name}").add(commands)
     return parser

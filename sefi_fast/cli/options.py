@@ -1,24 +1,234 @@
-"""Options that several subcommands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
+import io
+import logging
 import os
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sefi_fast.cli.pictures import add_pictures, check_pictures, check_steps, with_pictures
-from sefi_fast.host_memory import keep_freed_memory_on_cpu
-from sefi_fast.utils.files import expanded, user_path
+from sefi_fast.utils.files import atomic_write, expanded, remove_partials, user_path
+from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
+from sefi_fast.utils.outputs import check_folder, check_output, is_one_of
+from sefi_fast.utils.text import printable
 from sefi_fast.utils.words import mentions
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from sefi_fast.subject import Subject
+
+
+logger = logging.getLogger(__name__)
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def report(text: object) -> None:
+    """Print a line on standard output, whatever a file or an argument put into it."""
+    print(printable(str(text)))
+
+
+def check_kept(outputs: Iterable[Path], inputs: Sequence[str | Path | None]) -> None:
+    """Raise ValueError if one of the outputs is a file that the command reads."""
+    for path in outputs:
+        if is_one_of(path, inputs):
+            raise ValueError(
+                f"{path} would be overwritten, and this command reads it: give the output another "
+                "name"
+            )
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise ValueError or OSError if no safetensors file can be written there."""
+    _check_suffix(path, (".safetensors",))
+    check_output(path)
+
+
+def check_sheet(options: argparse.Namespace, path: Path) -> None:
+    """Raise ValueError or OSError if a command that draws cannot leave its picture there."""
+    _check_suffix(path, tuple(_FORMATS))
+    check_output(path)
+    check_kept([path], _read_by(options))
+
+
+def check_pictures_folder(options: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError or OSError if a command that draws cannot leave its pictures there."""
+    check_folder(folder, make=False)
+    paths = [_numbered(folder, options.seed + number) for number in range(options.number)]
+    check_kept(paths, _read_by(options))
+    for path in paths:
+        check_output(path)
+
+
+def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> None:
+    """Write each picture under the number of its seed, and print where."""
+    for number, picture in enumerate(pictures, seed):
+        path = _numbered(folder, number)
+        write_picture(path, picture)
+        report(path)
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture in the format of its name, whole or not at all, missing folders too."""
+    remove_partials(path)
+    stream = io.BytesIO()
+    picture.save(stream, format=_FORMATS[path.suffix.lower()])
+    atomic_write(path, stream.getvalue())
+
+
+def leave_picture(path: Path, what: str, draw: Callable[[], Image.Image]) -> bool:
+    """Leave a picture of a run, or warn: the subject is there, whatever becomes of a picture."""
+    try:
+        write_picture(path, draw())
+    except Exception as error:
+        logger.warning("%s could not be drawn to %s: %s", what, path, error)
+        return False
+    return True
+
+
+def _numbered(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:05d}.png"
+
+
+def _read_by(options: argparse.Namespace) -> list[Path | None]:
+    """The pictures that steer a command that draws (`pictures.add_pictures`)."""
+    return [options.image, options.mask, *options.control_image]
+
+
+def _check_suffix(path: Path, known: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in known:
+        raise ValueError(f"output {str(path)!r} must end in {' or '.join(known)}")
+
+
+STRENGTH = 0.8
+
+
+def add_pictures(parser: argparse.ArgumentParser) -> None:
+    """--width, --height, --controlnet, --control-image, --image, --strength and --mask."""
+    parser.add_argument("--width", type=int, help="in pixels (default: the model's, or --image's)")
+    parser.add_argument("--height", type=int, help="in pixels (default: the model's, or --image's)")
+    parser.add_argument(
+        "--controlnet", action="append", default=[], metavar="MODEL",
+        help="folder, hub id or .safetensors file of a ControlNet; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--control-image", type=user_path, action="append", default=[], metavar="FILE",
+        help="the hint (pose, edges, depth) for each --controlnet, in the same order",
+    )  # fmt: skip
+    parser.add_argument("--image", type=user_path, metavar="FILE", help="a picture to change")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help=f"how much of --image to change, 0 to 1 (default: {STRENGTH})",
+    )
+    parser.add_argument(
+        "--mask",
+        type=user_path,
+        metavar="FILE",
+        help="white where --image is to change, black or transparent elsewhere",
+    )
+
+
+def check_pictures(options: argparse.Namespace) -> None:
+    """Raise ValueError where the options do not go together, before anything is loaded."""
+    nets, hints = len(options.controlnet), len(options.control_image)
+    if nets != hints:
+        raise ValueError(
+            f"--controlnet was given {nets} times and --control-image {hints} times: give one "
+            "picture for each ControlNet"
+        )
+    if options.image is None:
+        for name in ("mask", "strength"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} is for changing a picture: give --image too")
+    for name in ("width", "height"):
+        value = getattr(options, name)
+        if value is not None and (value < 8 or value % 8):
+            raise ValueError(f"--{name} is {value} pixels: give a multiple of 8, and at least 8")
+    if options.strength is not None and not 0 < options.strength <= 1:
+        raise ValueError(f"--strength is {options.strength}: give more than 0 and at most 1")
+
+
+def with_pictures(options: argparse.Namespace, pipe: Any) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that takes the pictures named, and the arguments to call it with."""
+    nets: list[Any] = []
+    masked = options.mask is not None
+    if options.controlnet or options.image is not None:
+        # It imports all of diffusers' pipelines.
+        from sefi_fast.pipelines.controlnet import load_controlnet, steered
+
+        nets = [load_controlnet(source, pipe) for source in options.controlnet]
+        pipe = steered(pipe, controlnets=nets, image=options.image is not None, mask=masked)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    size = (options.width, options.height)
+    if options.image is None and not nets:
+        size = _whole_size(size, pipe)
+    arguments: dict[str, Any] = {}
+    if options.image is not None:
+        picture = _load(options.image, size, pipe.vae_scale_factor)
+        size = picture.size
+        arguments["image"] = picture
+        if masked:
+            from sefi_fast.training.latents import check_selection, open_mask
+
+            mask = open_mask(options.mask).resize(size).convert("L")
+            lowest, highest = mask.getextrema()
+            check_selection(lowest / 255, highest / 255, "the image to change")
+            arguments["mask_image"] = mask
+        arguments["strength"] = STRENGTH if options.strength is None else options.strength
+    if nets:
+        hints = [_load(path, size, pipe.vae_scale_factor) for path in options.control_image]
+        name = "control_image" if options.image is not None else "image"
+        arguments[name] = hints[0] if len(hints) == 1 else hints
+    for name, value in zip(("width", "height"), size, strict=True):
+        if value is not None and name in takes:
+            arguments[name] = value
+    return pipe, arguments
+
+
+def check_steps(sampling: dict[str, Any]) -> None:
+    """Raise ValueError where so weak a change of a picture leaves no step to do."""
+    steps, strength = sampling.get("steps", 30), sampling.get("strength", 1.0)
+    if int(steps * strength) < 1:
+        raise ValueError(
+            f"{steps} steps at strength {strength} are less than one: give more --steps or more "
+            "--strength"
+        )
+
+
+def _whole_size(size: tuple[int | None, int | None], pipe: Any) -> tuple[int | None, int | None]:
+    """Width and height, of which the model gives what is missing; none where both are.
+
+    diffusers' pipelines of Stable Diffusion take the model's own for both where one is missing.
+    """
+    if size.count(None) != 1:
+        return size
+    from sefi_fast.pipelines.support import unwrap
+
+    own = unwrap(pipe.unet).config.sample_size
+    height, width = (own, own) if isinstance(own, int) else own
+    return size[0] or width * pipe.vae_scale_factor, size[1] or height * pipe.vae_scale_factor
+
+
+def _load(path: Path, size: tuple[int | None, int | None], multiple: int) -> Image.Image:
+    """The picture at the size wanted; where none is, at its own, cut to whole latent places."""
+    from sefi_fast.training import load_image
+
+    picture = load_image(path)
+    width, height = (
+        wanted or max(multiple, own // multiple * multiple)
+        for wanted, own in zip(size, picture.size, strict=True)
+    )
+    return picture if picture.size == (width, height) else picture.resize((width, height))
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +249,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
     """The option --preset."""
-    from sefi_fast.training.presets import PRESETS
+    from sefi_fast.training.config import PRESETS
 
     parser.add_argument("--preset", help=f"settings by name: {', '.join(PRESETS)}")
 
@@ -156,7 +366,7 @@ def attached_pipeline(
 def _check_placeholders(pipe: Any, texts: Sequence[str], subjects: Sequence[Subject]) -> None:
     """Raise PromptError for a placeholder whose subject was not given."""
     from sefi_fast.errors import PromptError
-    from sefi_fast.pipelines.unknown_placeholders import names_of, unknown_placeholders
+    from sefi_fast.pipelines.placeholders import names_of, unknown_placeholders
 
     if unknown := unknown_placeholders(pipe, texts, subjects):
         words = " and ".join(unknown)

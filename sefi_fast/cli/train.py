@@ -1,18 +1,24 @@
-"""`sefi-fast train`: learn a subject from one picture."""
+"""`sefi-fast train` and `sefi-fast train-many`."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sefi_fast.cli.options import add_config_fields, add_model, add_preset, config_overrides
-from sefi_fast.cli.outputs import check_kept, check_safetensors, leave_picture, report
-from sefi_fast.host_memory import keep_freed_memory_on_cpu
-from sefi_fast.training.output import check_output
+from sefi_fast.cli.options import (
+    add_config_fields,
+    add_model,
+    add_preset,
+    check_kept,
+    check_safetensors,
+    config_overrides,
+    leave_picture,
+    report,
+)
 from sefi_fast.utils.files import (
     LONGEST_NAME,
     expanded,
@@ -20,18 +26,26 @@ from sefi_fast.utils.files import (
     remove_partials,
     user_path,
 )
+from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
+from sefi_fast.utils.outputs import check_folder, check_output
 from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sefi_fast.training import Callbacks, History, TrainConfig
+    from sefi_fast.training import Callbacks, History, ManyResult, TrainConfig
+
 
 logger = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
-    """Adds the subcommand."""
+    """Add the subcommands."""
+    _add_train(commands)
+    _add_train_many(commands)
+
+
+def _add_train(commands: Any) -> None:
     parser = commands.add_parser("train", help="learn a subject from one picture")
     parser.add_argument(
         "image", type=user_path, nargs="?", help="the picture; may stand in the config file instead"
@@ -119,7 +133,7 @@ def _train(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> tuple[TrainConfig, dict[str, str | None]]:
     """The run's settings, and what it is given: the command line before the file."""
     from sefi_fast.training import TrainConfig
-    from sefi_fast.training.config_file import RUN_KEYS, RunFile, read_settings
+    from sefi_fast.training.config import RUN_KEYS, RunFile, read_settings
 
     names = tuple(name for name in RUN_KEYS if name != "preset")
     file = RunFile({}, {}) if options.config is None else read_settings(options.config)
@@ -146,7 +160,7 @@ def _run_file_writer(
 ) -> Callbacks:
     """Leaves the run's options in a file once training works."""
     from sefi_fast.training import Callbacks
-    from sefi_fast.training.config_file import write_settings
+    from sefi_fast.training.config import write_settings
 
     class WriteOnce(Callbacks):
         written = False
@@ -172,3 +186,101 @@ def _run_file_writer(
 def _leave(path: Path, what: str, draw: Callable[[], Image.Image]) -> None:
     if leave_picture(path, what, draw):
         report(f"{path}: {what}")
+
+
+def _add_train_many(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train-many", help="learn many subjects, from a folder of pictures or a manifest"
+    )
+    parser.add_argument(
+        "manifest", type=user_path,
+        help="a folder of pictures, or a .csv, .tsv or .jsonl file with the columns image, "
+        "class_word, name, placeholder, seed, scene, mask, model, model_config, vae (only image is "
+        "needed)",
+    )  # fmt: skip
+    add_model(parser)
+    parser.add_argument(
+        "-o", "--output", type=user_path, required=True, help="folder for the subject files"
+    )
+    parser.add_argument("--class-word", help="of the subjects that have none of their own")
+    parser.add_argument(
+        "-n", "--batch-subjects", type=int, help="how many train side by side (default: 8)"
+    )
+    add_preset(parser)
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="go on from checkpoints; --no-resume removes them and begins anew",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="learn those anew too whose file is there"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_config_fields(parser)
+    parser.set_defaults(run=_train_many)
+
+
+def _train_many(options: argparse.Namespace) -> int:
+    from sefi_fast.training import train_many
+
+    keep_freed_memory_on_cpu()
+    overrides = config_overrides(options)
+    prompts = overrides.get("validation_prompts", ())
+    pictures = options.output / "validation"
+    if prompts:
+        _check_pictures(options, pictures)
+    if options.batch_subjects is not None:
+        overrides["batch_subjects"] = options.batch_subjects
+    results = train_many(
+        options.manifest,
+        model=options.model,
+        model_config=options.model_config,
+        vae=options.vae,
+        output=options.output,
+        class_word=options.class_word,
+        preset=options.preset,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        progress=not options.quiet,
+        on_result=lambda result: _leave_validation(pictures, result, prompts),
+        **overrides,
+    )
+    failed = [result for result in results if result.error is not None]
+    before = sum(result.before for result in results)
+    learnt = len(results) - len(failed) - before
+    words = f"{learnt} subjects learnt"
+    words += f", {before} were there already" if before else ""
+    words += f", {len(failed)} failed: {', '.join(r.name for r in failed)}" if failed else ""
+    report(f"{options.output}: {words}")
+    if pictures.is_dir() and prompts:
+        report(f"{pictures}: the validation prompts as training went on")
+    return 1 if failed else 0
+
+
+def _leave_validation(folder: Path, result: ManyResult, prompts: Sequence[str]) -> None:
+    """A sheet of the pictures that were drawn while a subject trained, in a folder of their own.
+
+    Not beside the subject's file, where a folder that is its own manifest would have it learnt.
+    """
+    history = None if result.subject is None else result.subject.history
+    if result.subject is None or history is None or not history.validation:
+        return
+    from sefi_fast.evaluation import validation_sheet
+
+    captions = [text.replace("{}", result.subject.placeholder) for text in prompts]
+    what = f"the validation prompts of {result.name}"
+    leave_picture(_sheet(folder, result.name), what, lambda: validation_sheet(history, captions))
+
+
+def _check_pictures(options: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError or OSError if the sheets cannot be left, or lie where a picture is read."""
+    from sefi_fast.training.manifest import read_subjects
+
+    check_folder(folder, make=False)
+    entries = read_subjects(options.manifest, options.model, options.model_config, options.vae)
+    files = [Path(x) for e in entries for x in (e.image, e.mask) if isinstance(x, (str, Path))]
+    inside = [file for file in files if os.path.realpath(file.parent) == os.path.realpath(folder)]
+    check_kept((_sheet(folder, entry.name) for entry in entries), inside)
+
+
+def _sheet(folder: Path, name: str) -> Path:
+    return folder / f"{name}.png"

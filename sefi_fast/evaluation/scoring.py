@@ -1,11 +1,13 @@
-"""Scores of finished subjects on any model: pictures of prompts, judged by models of choice."""
+"""Score trained subjects: `sefi_fast.evaluation.evaluate`."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,28 +15,230 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sefi_fast.evaluation.evaluation_report import (
-    CONTROL,
-    Drawn,
-    Evaluation,
-    write_evaluation,
-)
-from sefi_fast.evaluation.prompt_classes import Prompts, filled, prompts_for, read_prompts
-from sefi_fast.evaluation.sheets import png
-from sefi_fast.evaluation.subject_scores import Scorers
+from sefi_fast.evaluation.prompts import Prompts, filled, prompts_for, read_prompts
+from sefi_fast.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, TinyScorer, asked_by
+from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
+from sefi_fast.evaluation.statistics import bootstrap
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
+from sefi_fast.pipelines.encode_prompt import PromptEncoder
 from sefi_fast.pipelines.loading import kept_model
-from sefi_fast.pipelines.prompt_encoder import PromptEncoder
 from sefi_fast.subject import Subject
-from sefi_fast.tiny_world import SAMPLING
+from sefi_fast.tiny_world import CLASS_WORD, SAMPLING
 from sefi_fast.training.image import load_image
-from sefi_fast.training.output import check_folder
 from sefi_fast.utils.files import atomic_write, user_path
+from sefi_fast.utils.outputs import check_folder
 
 if TYPE_CHECKING:
     import numpy as np
 
     Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+CONTROL = "class word"
+"""Name of the rows whose pictures have the class word in the subject's place."""
+_TEXT_COLUMNS = ("subject", "kind", "prompt", "seed")
+_PANELS_A_ROW = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        rows: one a picture: subject, kind, prompt, seed, and each score by name. "prompt score" and
+            "id" are of the bundled model's judge; "clip text", "clip image", "dino image" and
+            "face" are cosine similarities; "id(p)" is ID · Prompt, which is our reading, with the
+            judge's scores, or else the face's, DINO's or CLIP's image score times CLIP's text.
+        files: what was written.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    files: tuple[Path, ...]
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        return [name for name in names if name not in _TEXT_COLUMNS]
+
+    def mean(self, score: str, subject: str, kind: str | None = None) -> float | None:
+        """Mean over a subject's pictures, of one kind or all; None if it has none."""
+        values = [
+            row[score]
+            for row in self.rows
+            if row["subject"] == subject and kind in (None, row["kind"]) and score in row
+        ]
+        return sum(values) / len(values) if values else None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of one prompt with some subjects, or with their class words.
+
+    Attributes:
+        name: of the subjects together, or CONTROL.
+        kind: class of the prompt.
+        prompt: {} where a subject stands.
+        subjects: places of the subjects in the list given.
+        control: whether the class words stand in their place.
+    """
+
+    name: str
+    kind: str
+    prompt: str
+    subjects: tuple[int, ...]
+    control: bool
+
+
+def write_evaluation(
+    folder: Path,
+    found: Evaluation,
+    shown: Sequence[tuple[Drawn, Image.Image]],
+    names: Sequence[str],
+) -> list[Path]:
+    """Write scores (CSV), the means (Markdown) and a sheet with the first picture of each prompt.
+
+    Args:
+        folder: where to.
+        found: the scores.
+        shown: a picture of each job.
+        names: of the subjects, without those of pairs.
+
+    Returns:
+        The files.
+    """
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [*_TEXT_COLUMNS, *found.scores], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found.rows)
+    rows: dict[str, list[Panel]] = {}
+    for job, image in shown:
+        rows.setdefault(job.name, []).append(Panel(image, job.prompt))
+    cut = [
+        (name if start == 0 else "", panels[start : start + _PANELS_A_ROW])
+        for name, panels in rows.items()
+        for start in range(0, len(panels), _PANELS_A_ROW)
+    ]
+    sheet = contact_sheet(cut, title="first seed, nothing picked")
+    contents = {
+        "scores.csv": stream.getvalue().encode(),
+        "scores.md": _markdown(found, names).encode(),
+        "sheet.png": png(sheet),
+    }
+    for name, content in contents.items():
+        atomic_write(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def _markdown(found: Evaluation, names: Sequence[str]) -> str:
+    """The mean of each score: control, all subjects with an interval, each kind, each subject."""
+    scores, kinds = found.scores, list(dict.fromkeys(row["kind"] for row in found.rows))
+    lines = [f"| pictures of | {' | '.join(scores)} |", "|" + "---|" * (len(scores) + 1)]
+
+    def add(title: str, cells: Iterable[str]) -> None:
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    def number(value: float | None) -> str:
+        return "—" if value is None else f"{value:.3f}"
+
+    def over_subjects(score: str, kind: str | None = None) -> str:
+        means = {place: found.mean(score, name, kind) for place, name in enumerate(names)}
+        known = {place: mean for place, mean in means.items() if mean is not None}
+        return str(bootstrap(known)) if known else "—"
+
+    add(f"the {CONTROL}", (number(found.mean(score, CONTROL)) for score in scores))
+    add("all subjects", (over_subjects(score) for score in scores))
+    for kind in kinds:
+        add(f"all subjects, {kind}", (over_subjects(score, kind) for score in scores))
+    for name in dict.fromkeys(row["subject"] for row in found.rows if row["subject"] != CONTROL):
+        add(name, (number(found.mean(score, name)) for score in scores))
+    return "\n".join(lines) + "\n"
+
+
+class Scorers:
+    """Scores pictures by the models given; the arguments are those of `evaluate`.
+
+    Args:
+        clip, dino, face: models, or None for no such score.
+        bundled: whether the bundled model's judge scores too.
+        references: the picture that each subject was learnt from.
+    """
+
+    def __init__(
+        self,
+        clip: Any,
+        dino: Any,
+        face: Any,
+        bundled: bool,
+        references: Sequence[Image.Image] | None,
+    ) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._clip = ClipScorer(clip, device) if clip else None
+        self._dino = DinoScorer(dino, device) if dino else None
+        self._face = FaceScorer(face) if face else None
+        self._tiny = TinyScorer() if bundled else None
+        self._references = references
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raise PromptError if what a prompt, {} for the subject, asks for cannot be scored."""
+        for prompt in prompts if self._tiny is not None else ():
+            asked_by(_to_the_judge(prompt))
+
+    def __call__(
+        self, images: Sequence[Image.Image], job: Drawn, subjects: Sequence[Subject]
+    ) -> list[dict[str, float]]:
+        """Scores of each picture; with two subjects the mean of their image scores."""
+        columns: dict[str, list[float]] = {}
+        text = filled(job.prompt, [subjects[place].class_word for place in job.subjects])
+        if self._clip is not None:
+            columns["clip text"] = self._clip.text(images, [text] * len(images))
+        if self._references is not None:
+            scorers = (("clip image", self._clip), ("dino image", self._dino), ("face", self._face))
+            for name, scorer in scorers:
+                if scorer is not None:
+                    each = [scorer.image(images, self._references[p]) for p in job.subjects]
+                    columns[name] = [
+                        sum(values) / len(values) for values in zip(*each, strict=True)
+                    ]
+        if self._tiny is not None:
+            columns |= self._judged(images, job)
+        else:
+            columns |= _id_p(columns)
+        return [
+            {name: round(values[place], 5) for name, values in columns.items()}
+            for place in range(len(images))
+        ]
+
+    def _judged(self, images: Sequence[Image.Image], job: Drawn) -> dict[str, list[float]]:
+        assert self._tiny is not None
+        # The judge knows one creature a picture.
+        reference = self._references[job.subjects[0]] if self._references else None
+        texts = [_to_the_judge(job.prompt)] * len(images)
+        found = self._tiny(images, texts, reference or images[0])
+        columns = {
+            "prompt score": [score.prompt for score in found],
+            "attributes": [score.share for score in found],
+        }
+        if reference is not None and len(job.subjects) == 1:
+            columns["id"] = [score.id for score in found]
+            columns["id rank"] = [score.rank for score in found]
+            columns["id(p)"] = [score.id_p for score in found]
+            columns["leak"] = [score.leak for score in found]
+        return columns
+
+
+def _to_the_judge(prompt: str) -> str:
+    """The prompt as the judge reads it: whatever stands for the subject is a creature to it."""
+    return filled(prompt, [CLASS_WORD] * prompt.count("{}"))
+
+
+def _id_p(columns: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """ID · Prompt of the best identity score there is; neither counts below zero."""
+    identity = next((n for n in ("face", "dino image", "clip image") if n in columns), None)
+    if identity is None or "clip text" not in columns:
+        return {}
+    both = zip(columns[identity], columns["clip text"], strict=True)
+    return {"id(p)": [max(0.0, one) * max(0.0, text) for one, text in both]}
 
 
 def evaluate(

@@ -1,17 +1,20 @@
-"""Contact sheets and training curves as PIL pictures."""
+"""Images to look at: contact sheets, training curves and validation sheets."""
 
 from __future__ import annotations
 
 import io
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sefi_fast.pipelines import swap
+
 if TYPE_CHECKING:
     from sefi_fast.training import History
+
 
 _INK = (30, 30, 34)
 _MUTED = (110, 110, 118)
@@ -90,10 +93,10 @@ def png(image: Image.Image) -> bytes:
 
 
 def training_curves(history: History, *, title: str = "training") -> Image.Image:
-    """Plot the noise loss and the subject-wise alignment of a run over its steps.
+    """Plot the noise loss and the subject loss of a run over its steps.
 
     Each is drawn step by step (pale) and as a running mean over a tenth of the run (dark), the
-    alignment in its own panel since its unit differs (docs/method.md, equation 5).
+    subject loss in its own panel since its unit differs (docs/method.md, equation 5).
 
     Raises:
         ValueError: the history holds no step.
@@ -107,7 +110,10 @@ def training_curves(history: History, *, title: str = "training") -> Image.Image
     FigureCanvasAgg(figure)
     seconds = f"{history.seconds[-1]:.0f} s" if history.seconds else ""
     figure.suptitle(f"{title}: {len(history.loss)} steps, {seconds}")
-    panels = (("noise loss", history.loss, "#2563a8"), ("alignment", history.alignment, "#b3471d"))
+    panels = (
+        ("noise loss", history.loss, "#2563a8"),
+        ("subject_loss", history.subject_loss, "#b3471d"),
+    )
     for axes, (name, values, colour) in zip(figure.subplots(1, 2), panels, strict=True):
         series = np.asarray(values, dtype=np.float64)
         steps = np.arange(1, len(series) + 1)
@@ -153,3 +159,43 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
     target = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
     return image.resize(target, resample)
+
+
+def swap_sheet(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    panel_size: int = 144,
+    **sampling: Any,
+) -> Image.Image:
+    """Draw a square of pictures: row i has the keys of prompt i, column j the values of prompt j.
+
+    All start from the same noise. On the diagonal stand the pictures of the prompts themselves.
+    Along a row the attention stays and the content changes, along a column the other way round.
+
+    Args:
+        pipe: a pipeline, with subjects attached or without.
+        prompts: two or more sentences, best ones that differ in single words.
+        seed: of the noise.
+        panel_size: side of a picture in pixels.
+        sampling: `steps`, `guidance` and what else `sefi_fast.swap` takes.
+
+    Raises:
+        ValueError: there are fewer than two prompts.
+        ModelError, PromptError: as for `sefi_fast.swap`.
+    """
+    if isinstance(prompts, str) or len(prompts) < 2:
+        raise ValueError(f"swap_sheet wants at least two prompts, got {prompts!r}")
+    rows = []
+    for keys in prompts:
+        panels = []
+        for values in prompts:
+            (image,) = swap(pipe, key_prompt=keys, value_prompt=values, seed=seed, **sampling)
+            panels.append(
+                Panel(image, "values: the same" if values == keys else f"values: {values}")
+            )
+        rows.append((f"keys: {keys}", panels))
+    return contact_sheet(
+        rows, title="keys from one prompt, values from another", panel_size=panel_size
+    )

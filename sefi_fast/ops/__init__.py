@@ -1,7 +1,7 @@
 """The fused cross-attention operator and its backends."""
 
-from sefi_fast.ops.api import CrossAttentionOutput, fused_cross_attention
-from sefi_fast.ops.backends import available_backends, choose_backend
+from sefi_fast.ops.cross_attention import CrossAttentionOutput, fused_cross_attention
+from sefi_fast.ops.dispatch import available_backends, choose_backend
 
 __all__ = [
     "CrossAttentionOutput",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sefi_fast.ops import native
+from sefi_fast.ops import native_call
 
 try:
     from sefi_fast import _C
@@ -24,7 +24,7 @@ def why_not(
     key: Tensor,
     value: Tensor,
     reference_key: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
 ) -> str | None:
     """Why the native core cannot take these tensors, or None where it can."""
     if _C is None:
@@ -34,7 +34,7 @@ def why_not(
         )
     if not query.is_cpu:
         return f"it works on CPU tensors, these are on {query.device}"
-    return native.why_not(query)
+    return native_call.why_not(query)
 
 
 def forward(
@@ -44,15 +44,15 @@ def forward(
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     *,
-    map_all_heads: bool,
+    probs_all_heads: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equations 4 and 5 of docs/method.md in one pass over the query rows."""
-    call = native.forward_call(
-        query, key, value, reference_key, token_weights, key_mask, map_tokens,
-        map_all_heads=map_all_heads, scale=scale,
+    call = native_call.forward_call(
+        query, key, value, reference_key, token_weights, key_mask, probs_positions,
+        probs_all_heads=probs_all_heads, scale=scale,
     )  # fmt: skip
     if call.arguments is not None:
         _C.forward(*call.arguments, torch.get_num_threads())
@@ -61,21 +61,21 @@ def forward(
 
 def backward(
     grad_output: Tensor | None,
-    grad_alignment: Tensor | None,
-    grad_maps: Tensor | None,
+    grad_subject_loss: Tensor | None,
+    grad_attn_probs: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     *,
-    map_all_heads: bool,
+    probs_all_heads: bool,
     scale: float,
     reference_grad: bool,
     needs: tuple[bool, bool, bool, bool],
-) -> native.Gradients:
+) -> native_call.Gradients:
     """Equations 7 to 11 of docs/method.md; the probabilities are computed again, not stored.
 
     Args:
@@ -84,10 +84,10 @@ def backward(
     Returns:
         Those gradients, None where not wanted; each has its input's shape and dtype.
     """
-    call = native.backward_call(
-        grad_output, grad_alignment, grad_maps,
-        query, key, value, reference_key, token_weights, key_mask, map_tokens,
-        map_all_heads=map_all_heads, scale=scale, reference_grad=reference_grad, needs=needs,
+    call = native_call.backward_call(
+        grad_output, grad_subject_loss, grad_attn_probs,
+        query, key, value, reference_key, token_weights, key_mask, probs_positions,
+        probs_all_heads=probs_all_heads, scale=scale, reference_grad=reference_grad, needs=needs,
     )  # fmt: skip
     if call.arguments is not None:
         _C.backward(*call.arguments, torch.get_num_threads())

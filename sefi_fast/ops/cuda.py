@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from sefi_fast.ops import native
-from sefi_fast.ops.devices import cuda_device, on_device, why_not_cuda
+from sefi_fast.ops import native_call
+from sefi_fast.ops.dispatch import cuda_device, on_device, why_not_cuda
 
 try:
     from sefi_fast import _cuda
@@ -111,7 +111,7 @@ def why_not(
     key: Tensor,
     value: Tensor,
     reference_key: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
 ) -> str | None:
     """Why these kernels cannot take the tensors, or None where they can."""
     if _cuda is None:
@@ -119,7 +119,7 @@ def why_not(
             f"the module sefi_fast._cuda is not there ({_missing}): install sefi_fast with "
             "SEFI_CUDA=1 where a CUDA toolkit is to have it"
         )
-    return _why_not_device(query) or native.why_not(query)
+    return _why_not_device(query) or native_call.why_not(query)
 
 
 def forward(
@@ -129,18 +129,18 @@ def forward(
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     *,
-    map_all_heads: bool,
+    probs_all_heads: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equations 4 and 5 of docs/method.md in one pass over the query rows."""
     if scale < 0:
         query, scale = -query, -scale
     with on_device(query):
-        call = native.forward_call(
-            query, key, value, reference_key, token_weights, key_mask, map_tokens,
-            map_all_heads=map_all_heads, scale=scale,
+        call = native_call.forward_call(
+            query, key, value, reference_key, token_weights, key_mask, probs_positions,
+            probs_all_heads=probs_all_heads, scale=scale,
         )  # fmt: skip
         if call.arguments is not None:
             multiprocessors, stream = _place(query)
@@ -151,21 +151,21 @@ def forward(
 
 def backward(
     grad_output: Tensor | None,
-    grad_alignment: Tensor | None,
-    grad_maps: Tensor | None,
+    grad_subject_loss: Tensor | None,
+    grad_attn_probs: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     *,
-    map_all_heads: bool,
+    probs_all_heads: bool,
     scale: float,
     reference_grad: bool,
     needs: tuple[bool, bool, bool, bool],
-) -> native.Gradients:
+) -> native_call.Gradients:
     """Equations 7 to 11 of docs/method.md; the probabilities are computed again, not stored.
 
     Args:
@@ -178,10 +178,11 @@ def backward(
     if negative:
         query, scale = -query, -scale
     with on_device(query):
-        call = native.backward_call(
-            grad_output, grad_alignment, grad_maps,
-            query, key, value, reference_key, token_weights, key_mask, map_tokens,
-            map_all_heads=map_all_heads, scale=scale, reference_grad=reference_grad, needs=needs,
+        call = native_call.backward_call(
+            grad_output, grad_subject_loss, grad_attn_probs,
+            query, key, value, reference_key, token_weights, key_mask, probs_positions,
+            probs_all_heads=probs_all_heads, scale=scale, reference_grad=reference_grad,
+            needs=needs,
         )  # fmt: skip
         if call.arguments is not None:
             multiprocessors, stream = _place(query)

@@ -13,7 +13,7 @@ def why_not(
     key: Tensor,
     value: Tensor,
     reference_key: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
 ) -> str | None:
     """None: the plain path takes every input."""
     return None
@@ -26,9 +26,9 @@ def forward(
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     *,
-    map_all_heads: bool,
+    probs_all_heads: bool,
     scale: float,
     reference_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def forward(
         reference_grad: False detaches the reference map, as the operator's own default does.
 
     Returns:
-        output [B, H, N, D] in the query's dtype, a view of a contiguous [B, N, H, D]; alignment [B]
+        output [B, H, N, D] in the query's dtype, a view of a contiguous [B, N, H, D]; the loss [B]
         and maps [B, (H,) T, N] in float32 (float64 for float64 inputs).
     """
     batch, heads, queries, _ = query.shape
@@ -48,37 +48,37 @@ def forward(
     output = output.transpose(1, 2).contiguous().transpose(1, 2)
 
     if reference_key is None:
-        alignment = target.new_zeros(batch)
+        subject_loss = target.new_zeros(batch)
     else:
         reference = _probabilities(query, reference_key, key_mask, scale)
         squares = (target - (reference if reference_grad else reference.detach())).square()
         if token_weights is not None:
             squares = squares * token_weights[:, None, None, :]
-        alignment = squares.sum((1, 2, 3)) / max(heads, 1)
+        subject_loss = squares.sum((1, 2, 3)) / max(heads, 1)
 
-    if map_tokens is None:
-        shape = (batch, heads, 0, queries) if map_all_heads else (batch, 0, queries)
-        return output, alignment, target.new_zeros(shape)
-    columns, inside = _columns(map_tokens, target)
-    maps = (target.gather(3, columns) * inside).transpose(2, 3)
-    if not map_all_heads:
-        maps = maps.sum(1) / max(heads, 1)
-    return output, alignment, maps.contiguous()
+    if probs_positions is None:
+        shape = (batch, heads, 0, queries) if probs_all_heads else (batch, 0, queries)
+        return output, subject_loss, target.new_zeros(shape)
+    columns, inside = _columns(probs_positions, target)
+    attn_probs = (target.gather(3, columns) * inside).transpose(2, 3)
+    if not probs_all_heads:
+        attn_probs = attn_probs.sum(1) / max(heads, 1)
+    return output, subject_loss, attn_probs.contiguous()
 
 
 def backward(
     grad_output: Tensor | None,
-    grad_alignment: Tensor | None,
-    grad_maps: Tensor | None,
+    grad_subject_loss: Tensor | None,
+    grad_attn_probs: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     *,
-    map_all_heads: bool,
+    probs_all_heads: bool,
     scale: float,
     reference_grad: bool,
     needs: tuple[bool, bool, bool, bool],
@@ -101,17 +101,17 @@ def backward(
     if grad_output is not None:
         grad_target += grad_output @ value.transpose(2, 3)
     reference_scores = None
-    if grad_alignment is not None and reference_key is not None:
+    if grad_subject_loss is not None and reference_key is not None:
         reference = _probabilities(query, reference_key, key_mask, scale)
-        pull = (target - reference) * (grad_alignment * (2.0 / heads))[:, None, None, None]
+        pull = (target - reference) * (grad_subject_loss * (2.0 / heads))[:, None, None, None]
         if token_weights is not None:
             pull = pull * token_weights[:, None, None, :]
         grad_target += pull
         if reference_grad:
             reference_scores = _softmax_backward(reference, -pull).to(dtype)
-    if grad_maps is not None and map_tokens is not None:
-        columns, inside = _columns(map_tokens, target)
-        shares = grad_maps if map_all_heads else grad_maps[:, None] / heads
+    if grad_attn_probs is not None and probs_positions is not None:
+        columns, inside = _columns(probs_positions, target)
+        shares = grad_attn_probs if probs_all_heads else grad_attn_probs[:, None] / heads
         column_grad = shares.transpose(2, 3).to(target.dtype) * inside
         grad_target.scatter_add_(3, columns, column_grad.expand(columns.shape))
     scores = _softmax_backward(target, grad_target).to(dtype)
@@ -169,11 +169,11 @@ def _probabilities(query: Tensor, key: Tensor, key_mask: Tensor | None, scale: f
     return scores.masked_fill(hidden, lowest).softmax(-1, dtype=wide).masked_fill(hidden, 0.0)
 
 
-def _columns(map_tokens: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+def _columns(probs_positions: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
     """Gather indices [B, H, N, T] of the wanted columns, and which of them are columns at all."""
     batch, heads, queries, keys = probabilities.shape
-    inside = (map_tokens >= 0) & (map_tokens < keys)
-    columns = map_tokens.clamp(0, keys - 1)[:, None, None, :].expand(batch, heads, queries, -1)
+    inside = (probs_positions >= 0) & (probs_positions < keys)
+    columns = probs_positions.clamp(0, keys - 1)[:, None, None, :].expand(batch, heads, queries, -1)
     return columns, inside[:, None, None, :]
 
 

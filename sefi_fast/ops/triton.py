@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from sefi_fast.ops.devices import cuda_device, on_device, why_not_cuda
+from sefi_fast.ops.dispatch import cuda_device, on_device, why_not_cuda
 
 if TYPE_CHECKING:
     from sefi_fast.kernels import Device
@@ -59,7 +59,7 @@ def _why_not_assembler(capability: int) -> str | None:
         return None
     import triton
 
-    from sefi_fast.kernels.assembler import SOUND, assembler_version, is_sound
+    from sefi_fast.kernels.ptxas import SOUND, assembler_version, is_sound
 
     version = assembler_version(capability)
     if is_sound(version, capability):
@@ -103,7 +103,7 @@ def why_not(
     key: Tensor,
     value: Tensor,
     reference_key: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
 ) -> str | None:
     """One sentence saying why this backend cannot take the input, or None when it can."""
     if not _installed():
@@ -175,12 +175,12 @@ def forward(
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     *,
-    map_all_heads: bool,
+    probs_all_heads: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, alignment and maps of validated inputs (equations 4 and 5 of docs/method.md)."""
+    """Output, subject loss and maps of validated inputs (equations 4 and 5 of docs/method.md)."""
     from sefi_fast.kernels import Inputs, plan_forward
 
     if scale < 0:
@@ -189,11 +189,11 @@ def forward(
     device = _device_of(query)
     shape = (batch, rows, heads, head_dim)
     output = query.new_empty(shape, dtype=_work_dtype(query, device))
-    tokens = 0 if map_tokens is None else map_tokens.shape[1]
-    maps = None
+    tokens = 0 if probs_positions is None else probs_positions.shape[1]
+    attn_probs = None
     if tokens:
-        maps = query.new_empty((batch, heads, tokens, rows), dtype=torch.float32)
-    alignment = None
+        attn_probs = query.new_empty((batch, heads, tokens, rows), dtype=torch.float32)
+    subject_loss = None
     if output.numel() > 0:
         inputs = Inputs(
             _reachable(query),
@@ -202,36 +202,40 @@ def forward(
             _reachable(reference_key),
             None if reference_key is None else _dense(token_weights),
             _mask_bytes(key_mask),
-            _dense(map_tokens) if tokens else None,
+            _dense(probs_positions) if tokens else None,
         )
-        launch, partials = plan_forward(inputs, output, maps, scale, device)
+        launch, partials = plan_forward(inputs, output, attn_probs, scale, device)
         with on_device(query):
             launch.run()
         if partials is not None:
-            alignment = partials.sum((1, 2))
-    if alignment is None:
-        alignment = query.new_zeros(batch, dtype=torch.float32)
-    if maps is None:
-        kept = (heads,) if map_all_heads else ()
-        maps = query.new_empty((batch, *kept, 0, rows), dtype=torch.float32)
-    elif not map_all_heads:
-        maps = maps.mean(1) if maps.numel() else maps.new_zeros((batch, tokens, rows))
-    return output.to(query.dtype).transpose(1, 2), alignment, maps
+            subject_loss = partials.sum((1, 2))
+    if subject_loss is None:
+        subject_loss = query.new_zeros(batch, dtype=torch.float32)
+    if attn_probs is None:
+        kept = (heads,) if probs_all_heads else ()
+        attn_probs = query.new_empty((batch, *kept, 0, rows), dtype=torch.float32)
+    elif not probs_all_heads:
+        attn_probs = (
+            attn_probs.mean(1)
+            if attn_probs.numel()
+            else attn_probs.new_zeros((batch, tokens, rows))
+        )
+    return output.to(query.dtype).transpose(1, 2), subject_loss, attn_probs
 
 
 def backward(
     grad_output: Tensor | None,
-    grad_alignment: Tensor | None,
-    grad_maps: Tensor | None,
+    grad_subject_loss: Tensor | None,
+    grad_attn_probs: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     *,
-    map_all_heads: bool,
+    probs_all_heads: bool,
     scale: float,
     reference_grad: bool,
     needs: tuple[bool, bool, bool, bool],
@@ -245,20 +249,20 @@ def backward(
     device = _device_of(query)
     work_dtype = _work_dtype(query, device)
     if reference_key is None:
-        grad_alignment = None
-    if map_tokens is None or map_tokens.shape[1] == 0:
-        grad_maps = None
-    if grad_maps is not None:
-        grad_maps = grad_maps.to(torch.float32).contiguous()
-    gradients = Gradients(_reachable(grad_output), grad_alignment, grad_maps)
+        grad_subject_loss = None
+    if probs_positions is None or probs_positions.shape[1] == 0:
+        grad_attn_probs = None
+    if grad_attn_probs is not None:
+        grad_attn_probs = grad_attn_probs.to(torch.float32).contiguous()
+    gradients = Gradients(_reachable(grad_output), grad_subject_loss, grad_attn_probs)
     inputs = Inputs(
         _reachable(query),
         _reachable(key),
         None if grad_output is None else _reachable(value),
-        None if grad_alignment is None else _reachable(reference_key),
-        None if grad_alignment is None else _dense(token_weights),
+        None if grad_subject_loss is None else _reachable(reference_key),
+        None if grad_subject_loss is None else _dense(token_weights),
         _mask_bytes(key_mask),
-        None if grad_maps is None else _dense(map_tokens),
+        None if grad_attn_probs is None else _dense(probs_positions),
     )
     # The softmax over a single key is constant: nothing reaches its score, not even rounding.
     scores = query.numel() > 0 and key.shape[2] > 1
@@ -267,7 +271,7 @@ def backward(
         reaches_scores,
         reaches_scores,
         grad_output is not None and query.numel() > 0,
-        scores and reference_grad and grad_alignment is not None,
+        scores and reference_grad and grad_subject_loss is not None,
     )
 
     def make(like: Tensor | None, place: int) -> Tensor | None:

@@ -16,8 +16,8 @@ from torch import Tensor
 MAX_KEYS = 256
 MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_NAMES = ("query", "key", "value", "reference_key", "token_weights", "key_mask", "map_tokens")
-_ALL = ("grad_output", "grad_alignment", "grad_maps", *_NAMES)
+_NAMES = ("query", "key", "value", "reference_key", "token_weights", "key_mask", "probs_positions")
+_ALL = ("grad_output", "grad_subject_loss", "grad_attn_probs", *_NAMES)
 _WANTED = (
     "tensor [B, H, N, D]",
     *("tensor [B or 1, H, M, D]",) * 3,
@@ -35,10 +35,10 @@ def check_types(*tensors: Any) -> None:
             raise TypeError(f"{_NAMES[place]} is {_kind(tensor)}: give a {_WANTED[place]}")
 
 
-def check_options(map_heads: str, scale: float | None) -> None:
-    """Raise ValueError or TypeError unless map_heads is "mean" or "all" and scale is a number."""
-    if map_heads != "mean" and map_heads != "all":
-        raise ValueError(f"map_heads is {map_heads!r}: give 'mean' or 'all'")
+def check_options(probs_heads: str, scale: float | None) -> None:
+    """Raise ValueError or TypeError unless probs_heads is "mean" or "all" and scale is a number."""
+    if probs_heads != "mean" and probs_heads != "all":
+        raise ValueError(f"probs_heads is {probs_heads!r}: give 'mean' or 'all'")
     # A tensor would have to be read, which waits for a CUDA device.
     if isinstance(scale, (Tensor, str)):
         raise TypeError(f"scale is {_kind(scale)}: give a number")
@@ -61,7 +61,7 @@ def check_inputs(
     reference_key: Tensor | None,
     token_weights: Tensor | None,
     key_mask: Tensor | None,
-    map_tokens: Tensor | None,
+    probs_positions: Tensor | None,
     scale: float | None,
     *,
     stored: bool,
@@ -117,8 +117,8 @@ def check_inputs(
             )
     if key_mask is not None:
         _check_extra("key_mask", key_mask, torch.bool, query, keys, stored)
-    if map_tokens is not None:
-        _check_extra("map_tokens", map_tokens, torch.int64, query, None, stored)
+    if probs_positions is not None:
+        _check_extra("probs_positions", probs_positions, torch.int64, query, None, stored)
     # Comparisons, unlike math.isfinite, can be traced where the scale is a symbol.
     if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale}: give a finite number")
@@ -126,12 +126,12 @@ def check_inputs(
 
 def check_gradients(
     grad_output: Tensor | None,
-    grad_alignment: Tensor | None,
-    grad_maps: Tensor | None,
+    grad_subject_loss: Tensor | None,
+    grad_attn_probs: Tensor | None,
     query: Tensor,
     reference_key: Tensor | None,
-    map_tokens: Tensor | None,
-    map_all_heads: bool,
+    probs_positions: Tensor | None,
+    probs_all_heads: bool,
     needs: Sequence[bool],
     *,
     stored: bool,
@@ -151,12 +151,12 @@ def check_gradients(
     shape = query.shape
     batch, heads, queries, _ = shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    columns = 0 if map_tokens is None else map_tokens.shape[1]
-    maps = (batch, heads, columns, queries) if map_all_heads else (batch, columns, queries)
+    columns = 0 if probs_positions is None else probs_positions.shape[1]
+    maps = (batch, heads, columns, queries) if probs_all_heads else (batch, columns, queries)
     for name, tensor, wanted in (
         ("grad_output", grad_output, shape),
-        ("grad_alignment", grad_alignment, (batch,)),
-        ("grad_maps", grad_maps, maps),
+        ("grad_subject_loss", grad_subject_loss, (batch,)),
+        ("grad_attn_probs", grad_attn_probs, maps),
     ):
         if tensor is None:
             continue

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from sefi_fast.conditioning.parts import text_parts
-from sefi_fast.pipelines.families import check_pipeline
-from sefi_fast.pipelines.installation import LOCK
-from sefi_fast.pipelines.prompt_encoder import PromptEncoder
+from sefi_fast.pipelines.encode_prompt import PromptEncoder
+from sefi_fast.pipelines.model_patch import LOCK
+from sefi_fast.pipelines.support import check_pipeline
+from sefi_fast.prompts.text_encoder import text_parts
 from sefi_fast.subject import Subject
 
 Pipeline = TypeVar("Pipeline")

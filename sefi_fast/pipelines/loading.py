@@ -29,15 +29,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sefi_fast.errors import ModelError, SubjectFileError
-from sefi_fast.pipelines.checkpoint_marks import (
-    is_sdxl_checkpoint,
-    noise_settings,
-)
-from sefi_fast.pipelines.families import check_model_index, is_sdxl_index
+from sefi_fast.pipelines.support import check_model_index, is_sdxl_index
 from sefi_fast.pipelines.weight_files import (
     check_config,
     check_weights,
+    is_sdxl_checkpoint,
     listed,
+    noise_settings,
     read_header,
     read_json,
 )

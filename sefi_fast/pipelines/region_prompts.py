@@ -12,21 +12,20 @@ from diffusers import ControlNetModel, ControlNetUnionModel, UNetMotionModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sefi_fast.conditioning.stage_hook import StageHook
+from sefi_fast.attention.layers import call_argument, cross_attention_layers
+from sefi_fast.attention.processor import SeFiAttnProcessor
+from sefi_fast.attention.regions import Box, RegionPrompts, down_factors
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.layers import call_argument, cross_attention_layers
-from sefi_fast.pipelines.families import (
+from sefi_fast.pipelines.encode_prompt import PipelineCall, PromptEncoder, TextShape, watched
+from sefi_fast.pipelines.model_patch import processor_of
+from sefi_fast.pipelines.support import (
     check_not_compiled,
     check_pipeline,
     conditioned_models,
     given_models,
     unwrap,
 )
-from sefi_fast.pipelines.freed_text import TextShape
-from sefi_fast.pipelines.installation import processor_of
-from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder, watched
-from sefi_fast.processor import SeFiAttnProcessor
-from sefi_fast.region_attention import Box, RegionPrompts, down_factors
+from sefi_fast.prompts.stages import StageHook
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Attention maps of chosen words while a pipeline samples, never the full maps."""
+"""Record the attention of words while a pipeline generates, and draw it over the image."""
 
 from __future__ import annotations
 
@@ -7,25 +7,99 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.loaders import TextualInversionLoaderMixin
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from sefi_fast.attention_record import LayerRecord
-from sefi_fast.conditioning.prompt import word_positions
-from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.layers import (
+from sefi_fast.attention.layers import (
     call_argument,
     cross_attention_layers,
     layer_resolutions,
     reduced_size,
 )
-from sefi_fast.pipelines.families import check_not_compiled, check_pipeline, unwrap
-from sefi_fast.pipelines.overlay import draw_grid, draw_overlay
-from sefi_fast.pipelines.prompt_encoder import PipelineCall, PromptEncoder, watched
+from sefi_fast.attention.processor import LayerRecord
+from sefi_fast.errors import ModelError, PromptError
+from sefi_fast.pipelines.encode_prompt import PipelineCall, PromptEncoder, watched
+from sefi_fast.pipelines.support import check_not_compiled, check_pipeline, unwrap
+from sefi_fast.prompts.tokenization import word_positions
 from sefi_fast.utils.words import composed
+
+_INK = (30, 30, 34)
+_PAPER = (255, 255, 255)
+_GAP = 8
+_STRENGTH = 0.65
+_LEAST_WIDTH = 144
+
+
+def draw_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
+    """The picture, in its own size, with a heat map [h, w] over it.
+
+    Colours run from nothing to the strongest place of this map.
+    """
+    from matplotlib import colormaps
+
+    picture = image.convert("RGB")
+    values = attention.detach().float().cpu().numpy()
+    heat = Image.fromarray(values / max(float(values.max()), 1e-12))
+    heat = heat.resize(picture.size, Image.Resampling.BICUBIC)
+    strength = np.clip(np.asarray(heat), 0.0, 1.0)
+    colours = colormaps["inferno"](strength)[..., :3]
+    # Where nothing is attended the picture shows through, darkened, so that hot places stand out.
+    opacity = (_STRENGTH * (0.4 + 0.6 * strength))[..., None]
+    blended = np.asarray(picture) / 255.0 * (1 - opacity) + colours * opacity
+    return Image.fromarray(np.uint8(np.round(blended * 255)))
+
+
+def draw_grid(
+    rows: Sequence[tuple[Image.Image, Sequence[tuple[str, Tensor]]]],
+) -> Image.Image:
+    """One row a picture: itself, then each (word, map [h, w]) over it, with captions.
+
+    Raises:
+        ValueError: there is no picture.
+    """
+    if not rows:
+        raise ValueError("grid got no pictures: give the images of the traced call")
+    cells = []
+    for image, maps in rows:
+        picture = _enlarged(image.convert("RGB"))
+        overlays = [_captioned(draw_overlay(picture, m), word) for word, m in maps]
+        cells.append([_captioned(picture, "picture"), *overlays])
+    cell_width = max(cell.width for row in cells for cell in row)
+    heights = [max(cell.height for cell in row) for row in cells]
+    width = max(len(row) for row in cells) * (cell_width + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, sum(heights) + _GAP * (len(rows) + 1)), _PAPER)
+    top = _GAP
+    for row, height in zip(cells, heights, strict=True):
+        for column, cell in enumerate(row):
+            left = _GAP + column * (cell_width + _GAP) + (cell_width - cell.width) // 2
+            sheet.paste(cell, (left, top))
+        top += height + _GAP
+    return sheet
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """The picture in whole multiples of its size, large enough to read a caption under it."""
+    factor = -(-_LEAST_WIDTH // picture.width)
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def _captioned(picture: Image.Image, caption: str) -> Image.Image:
+    size = max(11, min(20, picture.width // 12))
+    font = ImageFont.load_default(size)
+    bar = size + 8
+    width = max(picture.width, int(font.getlength(caption)) + 8)
+    framed = Image.new("RGB", (width, picture.height + bar), _PAPER)
+    framed.paste(picture, ((width - picture.width) // 2, 0))
+    ImageDraw.Draw(framed).text(
+        (width // 2, picture.height + bar // 2), caption, _INK, font=font, anchor="mm"
+    )
+    return framed
+
 
 _PLAIN = "StableDiffusionPipeline.from_pipe(pipe) (StableDiffusionXLPipeline for SDXL)"
 
@@ -33,10 +107,10 @@ _PLAIN = "StableDiffusionPipeline.from_pipe(pipe) (StableDiffusionXLPipeline for
 class _Call:
     """Sums over the layers and steps of one call of the pipeline."""
 
-    def __init__(self, words: int, map_tokens: Tensor, guidance: bool) -> None:
+    def __init__(self, words: int, probs_positions: Tensor, guidance: bool) -> None:
         self.words = words
         self.guidance = guidance
-        self.map_tokens = map_tokens
+        self.probs_positions = probs_positions
         self.sums: dict[tuple[int, int], Tensor] = {}
         self.layer_calls = 0
         # Prompt and size of the input of the U-Net's call that runs.
@@ -44,22 +118,22 @@ class _Call:
 
     def tokens_for(self, batch: int, device: torch.device) -> Tensor:
         """[batch, words · positions] for the U-Net's batch: under guidance its second half."""
-        expected = len(self.map_tokens) * (2 if self.guidance else 1)
+        expected = len(self.probs_positions) * (2 if self.guidance else 1)
         if batch != expected:
             raise ModelError(
                 f"while tracing, the U-Net was called with a batch of {batch} where the prompts "
                 f"make {expected}: trace a pipeline that runs it on the prompts alone (SAG does "
                 f"not), such as {_PLAIN}, and run no other meanwhile"
             )
-        if self.map_tokens.device != device:
-            self.map_tokens = self.map_tokens.to(device)
+        if self.probs_positions.device != device:
+            self.probs_positions = self.probs_positions.to(device)
         if not self.guidance:
-            return self.map_tokens
-        return torch.cat([torch.full_like(self.map_tokens, -1), self.map_tokens])
+            return self.probs_positions
+        return torch.cat([torch.full_like(self.probs_positions, -1), self.probs_positions])
 
     def add(self, maps: Tensor, size: tuple[int, int]) -> None:
         """Add one layer's [batch, words · positions, N]."""
-        samples = len(self.map_tokens)
+        samples = len(self.probs_positions)
         maps = maps.detach()[-samples:].unflatten(1, (self.words, -1)).sum(2)
         maps = maps.unflatten(-1, size)
         self.sums[size] = maps if size not in self.sums else self.sums[size] + maps
@@ -177,8 +251,8 @@ class _Tracer:
             [column for where in found for column in where + [-1] * (longest - len(where))]
             for found in positions
         ]
-        map_tokens = torch.tensor(columns).repeat_interleave(call.images, dim=0)
-        sums = _Call(len(self._found.words), map_tokens, call.guidance)
+        probs_positions = torch.tensor(columns).repeat_interleave(call.images, dim=0)
+        sums = _Call(len(self._found.words), probs_positions, call.guidance)
         self._calls[threading.get_ident()] = self._found._latest = sums
 
     def end(self) -> None:
@@ -204,9 +278,9 @@ class _Tracer:
         height, width = call_argument(args, kwargs, 0, "sample").shape[-2:]
         prompt = call_argument(args, kwargs, 2, "encoder_hidden_states")
         call.running = prompt, (height, width)
-        map_tokens = call.tokens_for(len(prompt), prompt.device)
+        probs_positions = call.tokens_for(len(prompt), prompt.device)
         prompt.sefi_records = {
-            id(attn): LayerRecord(map_tokens=map_tokens) for attn in self._layers.values()
+            id(attn): LayerRecord(probs_positions=probs_positions) for attn in self._layers.values()
         }
 
     def after_unet(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -218,7 +292,7 @@ class _Tracer:
         call.running = None
         records = prompt.__dict__.pop("sefi_records")
         for name, attn in self._layers.items():
-            maps = records[id(attn)].maps
+            maps = records[id(attn)].attn_probs
             size = reduced_size(input_size, self._factors[name])
             if maps is None or maps.shape[-1] != size[0] * size[1]:
                 raise ModelError(

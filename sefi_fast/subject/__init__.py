@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sefi_fast.subject.interchange import export_embedding, import_embedding
 from sefi_fast.subject.subject import Subject
+from sefi_fast.subject.textual_inversion import export_embedding, import_embedding
 from sefi_fast.subject.tokens import SubjectTokens
 
 __all__ = ["Subject", "SubjectTokens", "export_embedding", "import_embedding"]

@@ -148,7 +148,7 @@ class Judge:
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"no judge at {path}: give a file written by "
-                "`python -m sefi_fast.tiny_world.judge_training`"
+                "`python -m evals.tiny_world.judge_training`"
             )
         network = JudgeNetwork()
         state = {name: value.float() for name, value in load_file(path).items()}

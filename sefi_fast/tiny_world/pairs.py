@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from PIL import Image, ImageDraw
 
 from sefi_fast.tiny_world.drawing import (
+    CANVAS,
     PICTURE_SIZE,
     PictureSpec,
     draw_creature,
+    draw_scene,
     random_identity,
     random_spec,
     reduction,
 )
-from sefi_fast.tiny_world.scenery import CANVAS, draw_scene
 
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 """The boxes of the left and the right half, for `sefi_fast.regions`."""

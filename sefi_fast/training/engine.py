@@ -1,29 +1,174 @@
-"""Trains the tokens of one or many subjects against frozen models, one step a call."""
+"""Train a batch of subjects step by step, as a CUDA graph where that is possible."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sefi_fast.attention_record import AttentionRecord
+from sefi_fast.attention.processor import AttentionRecord
 from sefi_fast.errors import is_out_of_memory
-from sefi_fast.pipelines.families import unwrap
-from sefi_fast.training.attention_term import AttentionTerm
-from sefi_fast.training.borrow import TrainingProcessors
-from sefi_fast.training.capture import Replay, is_lost, wants_capture
+from sefi_fast.pipelines.support import unwrap
+from sefi_fast.subject import SubjectTokens
+from sefi_fast.training.base_model import TrainingProcessors, autocast
 from sefi_fast.training.config import TrainConfig
-from sefi_fast.training.lane_state import LaneState
-from sefi_fast.training.lanes import Lane, check_lanes
 from sefi_fast.training.latents import LatentDistribution
+from sefi_fast.training.losses import AttentionTerm
 from sefi_fast.training.noise import LaneDraws, NoiseSchedule, empty_buffers
-from sefi_fast.training.precision import autocast
-from sefi_fast.training.prompts import LanePrompts
-from sefi_fast.training.schedule import rate_factor
+from sefi_fast.training.optimizer import LaneState, rate_factor
+from sefi_fast.training.prompts import LanePrompts, TrainingPrompts
 from sefi_fast.training.step import FrozenModels, TrainingStep
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """One subject in training; lanes of one engine share its settings and nothing else.
+
+    Attributes:
+        tokens: the start values for each text encoder; the modules themselves are not changed.
+        latents: of the picture.
+        prompts: the training sentences.
+        seed: of everything drawn at random for this lane.
+        mask: float32 [side, side] in [0, 1], 1 where the picture shows the subject;
+            `attention_loss="mask"` needs it, the other losses take none.
+        time_ids: float32 [6], the picture's size and crop (`image.time_ids`), which models with
+            two text encoders need and others do not take.
+    """
+
+    tokens: tuple[SubjectTokens, ...]
+    latents: LatentDistribution
+    prompts: TrainingPrompts
+    seed: int
+    mask: Tensor | None = None
+    time_ids: Tensor | None = None
+
+
+def check_lanes(lanes: Sequence[Lane], attention_loss: str, encoders: int) -> None:
+    """Raise ValueError unless these lanes make one batch for this loss and number of encoders."""
+    if not lanes:
+        raise ValueError("there is no lane to train: give at least one subject")
+    first = _shape(lanes[0])
+    for number, lane in enumerate(lanes):
+        for name, value in _shape(lane).items():
+            if value != first[name]:
+                raise ValueError(
+                    f"lanes 0 and {number} cannot train side by side: {name} is {first[name]} in "
+                    f"the first and {value} in the other; give them the same or an engine each"
+                )
+        if (lane.mask is not None) != (attention_loss == "mask"):
+            state = "no mask" if lane.mask is None else "a mask"
+            raise ValueError(
+                f"lane {number} has {state}, but attention_loss is {attention_loss!r}: give a mask "
+                "with attention_loss='mask', and with that only"
+            )
+        _check_encoders(number, lane, encoders)
+
+
+def _check_encoders(number: int, lane: Lane, encoders: int) -> None:
+    found = {len(lane.tokens), len(lane.prompts.input_ids)}
+    if found != {encoders}:
+        raise ValueError(
+            f"lane {number} has tokens for {len(lane.tokens)} text encoder(s) and sentences for "
+            f"{len(lane.prompts.input_ids)}, but the model has {encoders}: give both for each"
+        )
+    if (lane.time_ids is not None) != (encoders > 1):
+        state = "no time_ids" if lane.time_ids is None else "time_ids"
+        raise ValueError(
+            f"lane {number} has {state}, but the model has {encoders} text encoder(s): give the "
+            "picture's size and crop for SDXL, which is conditioned on them, and for SDXL only"
+        )
+
+
+def _shape(lane: Lane) -> dict[str, object]:
+    first = lane.tokens[0]
+    return {
+        "the number of stages": first.stages,
+        "split": first.split,
+        "the tokens' module": first.module,
+        "the number of vectors": first.vectors,
+        "the tokens' width": [tokens.width for tokens in lane.tokens],
+        "the trained parameters": [
+            [name for name, _ in tokens.named_parameters()] for tokens in lane.tokens
+        ],
+        "the number of attention heads": [tokens.heads for tokens in lane.tokens],
+        "the shape of the latents": tuple(lane.latents.mean.shape),
+        "the shape of the tokenised sentences": tuple(lane.prompts.input_ids.shape),
+        "the side of the mask": None if lane.mask is None else tuple(lane.mask.shape),
+    }
+
+
+# What libraries set up on first use, workspaces and compiled kernels, must not fall into a capture.
+_REHEARSALS = 3
+
+
+def wants_capture(capture: str, device: torch.device) -> bool:
+    """Whether a run with this setting captures its step.
+
+    Raises:
+        ValueError: "always" on a device that captures nothing.
+    """
+    if capture == "always" and device.type != "cuda":
+        raise ValueError(
+            f"capture='always' works on CUDA only, and this run is on {device.type}: give 'auto' "
+            "or 'never'"
+        )
+    return capture != "never" and device.type == "cuda"
+
+
+def rehearse(run: Callable[[], None], changed: Iterable[Tensor], times: int = _REHEARSALS) -> None:
+    """Run a few times and put back what it changed, whatever happens."""
+    before = [(tensor, tensor.clone()) for tensor in changed]
+    try:
+        for _ in range(times):
+            run()
+    finally:
+        for tensor, copy in before:
+            tensor.copy_(copy)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether an illegal access or the like has left this process nothing but errors there."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+class Replay:
+    """A captured step; a call does what `run()` did, on the same tensors.
+
+    Args:
+        run: reads and writes tensors that stay where they are, and does not wait for the device.
+        changed: every tensor that outlives `run` and is changed by it.
+        device: a CUDA device.
+
+    Raises:
+        RuntimeError: something in `run` cannot be captured; `changed` is as it was.
+    """
+
+    def __init__(
+        self, run: Callable[[], None], changed: Iterable[Tensor], device: torch.device
+    ) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                rehearse(run, changed)
+            torch.cuda.current_stream().wait_stream(aside)
+            with torch.cuda.graph(self._graph):
+                run()
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +177,7 @@ class StepResult(NamedTuple):
     """One lane's numbers of one step; `finite` is False when it changed nothing."""
 
     noise: float
-    alignment: float
+    subject_loss: float
     finite: bool
 
 
@@ -116,10 +261,10 @@ class Engine:
             # While the device computes, the host has time for the next step's numbers.
             self._draws.ahead()
         # One transfer, and so one wait for the device, a step.
-        noise, alignment, good = self._step.results.tolist()
+        noise, subject_loss, good = self._step.results.tolist()
         results: list[StepResult | None] = [None] * len(self._started)
         for row, lane in enumerate(self._rows):
-            results[lane] = StepResult(noise[row], alignment[row], bool(good[row]))
+            results[lane] = StepResult(noise[row], subject_loss[row], bool(good[row]))
         return results
 
     def drop(self, lane: int) -> None:

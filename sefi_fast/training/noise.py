@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sefi_fast.errors import ModelError
-from sefi_fast.pipelines.families import check_scheduler
+from sefi_fast.pipelines.support import check_scheduler
 
 
 class Draw(NamedTuple):

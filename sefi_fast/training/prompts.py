@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sefi_fast.conditioning import encode_texts, tokenize_prompts
-from sefi_fast.conditioning.text import token_table
 from sefi_fast.errors import PromptError
+from sefi_fast.prompts import encode_texts, tokenize_prompts
+from sefi_fast.prompts.text_encoder import token_table
 
 
 class Conditioning(NamedTuple):

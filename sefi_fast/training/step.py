@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sefi_fast.conditioning import stage_of
-from sefi_fast.training.attention_term import AttentionTerm
-from sefi_fast.training.lane_state import LaneState
+from sefi_fast.prompts import stage_of
+from sefi_fast.training.base_model import autocast
 from sefi_fast.training.latents import LatentDistribution
-from sefi_fast.training.losses import noise_loss
+from sefi_fast.training.losses import AttentionTerm, noise_loss
 from sefi_fast.training.noise import Draw, NoiseSchedule
-from sefi_fast.training.precision import autocast
+from sefi_fast.training.optimizer import LaneState
 from sefi_fast.training.prompts import LanePrompts, take
 
 

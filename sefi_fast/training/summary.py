@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sefi_fast.subject import Subject
-from sefi_fast.subject.file import summarise
-from sefi_fast.training.manifest import Entry
-from sefi_fast.training.shard import Shard
+from sefi_fast.subject.subject import summarise
+from sefi_fast.training.manifest import Entry, Shard
 from sefi_fast.utils.files import atomic_write, read_regular, remove_partials
 from sefi_fast.utils.strict_json import parse_json
 from sefi_fast.utils.text import printable

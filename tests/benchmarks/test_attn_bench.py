@@ -62,8 +62,8 @@ def test_a_run_writes_its_rows_environment_and_pictures(
 
 
 def _wrong_gradient(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    output, alignment = eager_maps(inputs)
-    return output, alignment.detach() + 0 * alignment
+    output, subject_loss = eager_maps(inputs)
+    return output, subject_loss.detach() + 0 * subject_loss
 
 
 def test_a_wrong_contender_is_reported_wrong_and_gets_no_speed() -> None:

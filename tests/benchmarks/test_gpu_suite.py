@@ -49,8 +49,8 @@ def test_a_red_check_is_told_and_fails(
     tmp_path: Path, no_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def off(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        output, alignment = eager_maps(inputs)
-        return output * 1.05, alignment
+        output, subject_loss = eager_maps(inputs)
+        return output * 1.05, subject_loss
 
     wrong = Contender("sefi-wrong", "sefi", True, off)
     monkeypatch.setattr(_gpu_checks, "sefi_contenders", lambda device: [wrong])
@@ -66,8 +66,8 @@ def test_results_that_change_between_repeats_are_a_race() -> None:
 
     def drifting(inputs: Inputs) -> tuple[Tensor, Tensor]:
         calls.append(None)
-        output, alignment = eager_maps(inputs)
-        return output + (1e-6 if len(calls) == 17 else 0.0), alignment
+        output, subject_loss = eager_maps(inputs)
+        return output + (1e-6 if len(calls) == 17 else 0.0), subject_loss
 
     check = _gpu_checks.races(
         Contender("drifting", "sefi", True, drifting), CPU, torch.float32, True

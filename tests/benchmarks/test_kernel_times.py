@@ -18,7 +18,10 @@ from _shapes import Problem
             "sefi::cuda::BFloat16>(sefi::cuda::BackwardArguments)",
             "query_kernel<40>",
         ),
-        ("sefi::cuda::alignment_kernel(sefi::cuda::AlignmentArguments)", "alignment_kernel"),
+        (
+            "sefi::cuda::subject_loss_kernel(sefi::cuda::SubjectLossArguments)",
+            "subject_loss_kernel",
+        ),
         (
             "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<64, 128>>"
             "(pytorch_flash::Flash_fwd_params)",

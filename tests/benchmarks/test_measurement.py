@@ -25,15 +25,15 @@ def test_the_hand_written_reference_is_autograd_of_the_plain_form() -> None:
     attention = torch.softmax(query @ key.mT * inputs.scale, -1)
     with torch.no_grad():
         reference = torch.softmax(query @ inputs.reference_key.double().mT * inputs.scale, -1)
-    alignment = (attention - reference).square().sum((2, 3)).mean(1)
+    subject_loss = (attention - reference).square().sum((2, 3)).mean(1)
     output = attention @ value
     gradients = torch.autograd.grad(
-        (output, alignment),
+        (output, subject_loss),
         (query, key, value),
-        (inputs.grad_output.double(), inputs.grad_alignment.double()),
+        (inputs.grad_output.double(), inputs.grad_subject_loss.double()),
     )
     found = float64_results(inputs)
-    for mine, theirs in zip(found, (output, alignment, *gradients), strict=True):
+    for mine, theirs in zip(found, (output, subject_loss, *gradients), strict=True):
         assert mine is not None
         torch.testing.assert_close(mine, theirs.detach(), rtol=1e-10, atol=1e-12)
 

@@ -133,8 +133,8 @@ def test_a_wrong_step_gets_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     step = _step_run.SefiStep.__call__
 
     def off(self: Any) -> tuple[float, float]:
-        noise, alignment = step(self)
-        return noise * 1.01, alignment
+        noise, subject_loss = step(self)
+        return noise * 1.01, subject_loss
 
     monkeypatch.setattr(_step_run.SefiStep, "__call__", off)
     found = measure_steps(SMALL, 1, CPU, torch.float32, SHORT, contenders=CONTENDERS[:2])

@@ -62,7 +62,7 @@ def test_flops_of_both_attentions_by_hand(reference: bool) -> None:
         result = sefi_fast.fused_cross_attention(
             query, *keys[:2], reference_key=keys[2] if reference else None
         )
-        (result.output.sum() + result.alignment.sum()).backward()
+        (result.output.sum() + result.subject_loss.sum()).backward()
     assert counter.get_total_flops() == (9 if reference else 7) * one
     with flop_counter() as counter:
         torch.nn.functional.scaled_dot_product_attention(query, *keys[:2]).sum().backward()

@@ -48,11 +48,11 @@ def test_the_default_comes_first_and_nothing_twice() -> None:
 def test_a_run_that_is_cut_short_keeps_what_it_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from sefi_fast.ops import devices
+    from sefi_fast.ops import dispatch
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(devices, "cuda_device", lambda index: devices.CudaDevice(90, 132))
+    monkeypatch.setattr(dispatch, "cuda_device", lambda index: dispatch.CudaDevice(90, 132))
     monkeypatch.setattr(tune_kernels, "environment", lambda device: {})
     seen: list[list[Trial]] = []
 

@@ -48,8 +48,8 @@ struct Numbers {
         p.reference_key = view();
         p.token_weights = rows<float>(p.token_weights_batch);
         p.key_mask = rows<uint8_t>(p.key_mask_batch);
-        p.map_tokens = rows<int64_t>(p.map_tokens_batch, &p.map_count);
-        p.map_all_heads = take() != 0;
+        p.probs_positions = rows<int64_t>(p.probs_positions_batch, &p.probs_count);
+        p.probs_all_heads = take() != 0;
     }
 };
 
@@ -84,8 +84,8 @@ const char* sefi_forward(const int64_t* numbers, double scale, int multiprocesso
     sefi::ForwardCall call;
     from.fill(call, scale);
     call.output = from.view();
-    call.alignment = from.pointer<float>();
-    call.maps = from.pointer<float>();
+    call.subject_loss = from.pointer<float>();
+    call.attn_probs = from.pointer<float>();
     return with_scratch(sefi::cuda::forward_scratch(call, multiprocessors), [&](void* scratch) {
         return sefi::cuda::forward(call, scratch, multiprocessors, nullptr);
     });
@@ -96,8 +96,8 @@ const char* sefi_backward(const int64_t* numbers, double scale, int multiprocess
     sefi::BackwardCall call;
     from.fill(call, scale);
     call.grad_output = from.view();
-    call.grad_alignment = from.pointer<const float>();
-    call.grad_maps = from.pointer<const float>();
+    call.grad_subject_loss = from.pointer<const float>();
+    call.grad_attn_probs = from.pointer<const float>();
     call.reference_grad = from.take() != 0;
     call.grad_query = from.view();
     call.grad_key = from.view();

@@ -96,15 +96,15 @@ class Emulated:
         scale: float,
         inputs: Any,
         rows: Any,
-        map_all_heads: bool,
+        probs_all_heads: bool,
         output: Any,
-        alignment: int,
+        subject_loss: int,
         maps: int,
         threads: int,
     ) -> None:
         """As sefi_fast._C.forward; `threads` means nothing here."""
-        numbers = [*sizes, code, *_flat(inputs), *_flat(rows), int(map_all_heads)]
-        self._run("sefi_forward", [*numbers, *output, alignment, maps], scale)
+        numbers = [*sizes, code, *_flat(inputs), *_flat(rows), int(probs_all_heads)]
+        self._run("sefi_forward", [*numbers, *output, subject_loss, maps], scale)
 
     def backward(
         self,
@@ -113,17 +113,17 @@ class Emulated:
         scale: float,
         inputs: Any,
         rows: Any,
-        map_all_heads: bool,
+        probs_all_heads: bool,
         grad_output: Any,
-        grad_alignment: int,
-        grad_maps: int,
+        grad_subject_loss: int,
+        grad_attn_probs: int,
         reference_grad: bool,
         gradients: Any,
         threads: int,
     ) -> None:
         """As sefi_fast._C.backward; `threads` means nothing here."""
-        numbers = [*sizes, code, *_flat(inputs), *_flat(rows), int(map_all_heads)]
-        numbers += [*grad_output, grad_alignment, grad_maps, int(reference_grad)]
+        numbers = [*sizes, code, *_flat(inputs), *_flat(rows), int(probs_all_heads)]
+        numbers += [*grad_output, grad_subject_loss, grad_attn_probs, int(reference_grad)]
         self._run("sefi_backward", [*numbers, *_flat(gradients)], scale)
 
     def _run(self, name: str, numbers: list[int], scale: float) -> None:

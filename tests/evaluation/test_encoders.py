@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPModel, Dinov2Model
 
 from sefi_fast.errors import ModelError
-from sefi_fast.evaluation.encoders import ClipScorer, DinoScorer, FaceScorer
+from sefi_fast.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer
 
 
 def pictures(count: int, side: int) -> list[Image.Image]:

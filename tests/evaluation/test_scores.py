@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sefi_fast.evaluation import score_picture
-from sefi_fast.evaluation.tiny_prompts import StudyPrompt
+from sefi_fast.evaluation.scorers import AskedAttributes
 from sefi_fast.tiny_world.drawing import Identity, PictureSpec, draw
 from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, Judgement, true_values
 
@@ -27,8 +27,8 @@ def certain(spec: PictureSpec) -> Judgement:
     )
 
 
-def prompt(**changed: str) -> StudyPrompt:
-    return StudyPrompt("together", "with a hat in the snow on the left", ASKED | changed, {})
+def prompt(**changed: str) -> AskedAttributes:
+    return AskedAttributes(ASKED | changed)
 
 
 def test_a_picture_that_shows_everything_has_every_score():
@@ -58,7 +58,7 @@ def test_rank_is_a_half_for_a_picture_of_nothing_in_particular():
 
 
 def test_an_attribute_that_the_prompt_changes_does_not_count_for_id():
-    changed = StudyPrompt("attribute", "", ASKED | {"ears": "long"}, {"ears": "long"})
+    changed = AskedAttributes(ASKED | {"ears": "long"}, {"ears": "long"})
     obeyed = certain(replace(SPEC, identity=replace(IDENTITY, ears="long")))
     assert score_picture(obeyed, changed, IDENTITY, "beach").id_p == 1
     ignored = score_picture(certain(SPEC), changed, IDENTITY, "beach")

@@ -10,10 +10,9 @@ from PIL import Image
 
 import sefi_fast
 from sefi_fast.cli import main
-from sefi_fast.conditioning.prompt import class_token_ids
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.evaluation import evaluate, scoring, subject_scores
-from sefi_fast.evaluation.prompt_classes import (
+from sefi_fast.evaluation import evaluate, scoring
+from sefi_fast.evaluation.prompts import (
     PERSON_PROMPTS,
     THING_PROMPTS,
     TINY_PROMPTS,
@@ -21,8 +20,9 @@ from sefi_fast.evaluation.prompt_classes import (
     prompts_for,
     read_prompts,
 )
-from sefi_fast.evaluation.tiny_scorer import TinyScorer, wanted_by
+from sefi_fast.evaluation.scorers import TinyScorer, wanted_by
 from sefi_fast.pipelines import generate, load_pipeline
+from sefi_fast.prompts.tokenization import class_token_ids
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD, SUBJECT_IDENTITY, SUBJECT_SCENE
 from sefi_fast.tiny_world.drawing import Identity, PictureSpec, draw
@@ -281,9 +281,7 @@ def test_other_braces_of_a_prompt_stand_as_they_are(files, tmp_path, monkeypatch
         return TinyScorer.__call__(scorer, images, texts, reference)
 
     monkeypatch.setattr(scoring, "generate", drawing)
-    monkeypatch.setattr(
-        subject_scores, "TinyScorer", type("J", (TinyScorer,), {"__call__": judging})
-    )
+    monkeypatch.setattr(scoring, "TinyScorer", type("J", (TinyScorer,), {"__call__": judging}))
     prompts = ["a {} with a {hat} and {{ball}", "{{}} in the snow"]
     evaluate(files[0], prompts=prompts, output=tmp_path / "out", **FAST)
     control = [f"a {CLASS_WORD} with a {{hat}} and {{{{ball}}", f"{{{CLASS_WORD}}} in the snow"]
@@ -304,32 +302,6 @@ def test_the_command_scores_files(files, tmp_path, capsys):
     assert status == 0
     assert str(out / "scores.md") in capsys.readouterr().out
     assert "| creature |" in (out / "scores.md").read_text(encoding="utf-8")
-
-
-def test_the_command_tells_training_settings_from_the_samplers(files, capsys):
-    assert main(["evaluate", str(files[0]), "--steps", "3"]) == 1
-    assert "--sampling-steps" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["me.safetensors", "--workers", "2"], "finished subjects has no --workers"),
-        (["me.safetensors", "--identities", "3"], "finished subjects has no --identities"),
-        (["me.safetensors", "--variants", "x"], "finished subjects has no --variants"),
-        (["me.safetensors", "--side-by-side", "2"], "finished subjects has no --side-by-side"),
-        (["--study", "lambda", "loss", "--clip", "x"], "--study lambda loss has no --clip"),
-        (["--study", "lambda", "--images", "x"], "--study lambda has no --images"),
-        (["--study", "lambda", "--guidance", "0"], "--study lambda has no --guidance"),
-        (["--study", "two", "--model", "x"], "--study two has no --model"),
-        (["--study", "two", "--face", "x"], "--study two has no --face"),
-    ],
-)
-def test_the_command_refuses_what_it_would_not_heed(arguments, words, monkeypatch, capsys):
-    for name in ("evaluate", "run_study", "compare_two_subjects"):
-        monkeypatch.setattr(f"sefi_fast.evaluation.{name}", None)
-    assert main(["evaluate", *arguments]) == 1
-    assert f"{words}: leave it out" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file_is_told_before_drawing(files, monkeypatch):

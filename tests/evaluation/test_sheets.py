@@ -42,13 +42,13 @@ def test_nothing_to_draw_is_refused():
     with pytest.raises(ValueError, match="no pictures"):
         contact_sheet([("empty", [])])
     with pytest.raises(ValueError, match="empty history"):
-        training_curves(SimpleNamespace(loss=[], alignment=[], seconds=[]))
+        training_curves(SimpleNamespace(loss=[], subject_loss=[], seconds=[]))
 
 
 def test_curves_show_both_series():
     rng = np.random.default_rng(0)
     history = SimpleNamespace(
-        loss=list(rng.random(40) + 0.1), alignment=list(rng.random(40)), seconds=list(range(40))
+        loss=list(rng.random(40) + 0.1), subject_loss=list(rng.random(40)), seconds=list(range(40))
     )
     picture = np.asarray(training_curves(history)).astype(int)
     reddish = (picture[..., 0] - picture[..., 2]) > 60

@@ -11,8 +11,7 @@ pytest.importorskip("triton")
 
 from sefi_fast.kernels import Device
 from sefi_fast.kernels.configs import TABLE, KernelConfig, choose_config, choose_sums, split_tile
-from sefi_fast.kernels.layouts import InputLayouts, Layout
-from sefi_fast.kernels.tiling import START, split_rows
+from sefi_fast.kernels.plan import START, InputLayouts, Layout, split_rows
 
 KERNELS = ("forward", "backward_query", "backward_key_value")
 

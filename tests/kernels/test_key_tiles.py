@@ -41,9 +41,9 @@ def gradients_of_keys(keys: int, config: KernelConfig, seed: int = 0) -> list[Te
     reference = normal(1, keys, heads, head_dim).transpose(1, 2)
     mask = torch.ones(batch, keys, dtype=torch.uint8)
     mask[0, keys // 2] = mask[1, keys - 1] = 0
-    map_tokens = torch.tensor([[keys - 2, keys + 5]])
+    probs_positions = torch.tensor([[keys - 2, keys + 5]])
     weights = torch.rand(1, keys, generator=generator)
-    inputs = Inputs(query, key, value, reference, weights, mask, map_tokens)
+    inputs = Inputs(query, key, value, reference, weights, mask, probs_positions)
     gradients = Gradients(grad_output, normal(batch), normal(batch, heads, 2, rows))
     statistics = empty_statistics(query).fill_(float("nan"))
     scale = head_dim**-0.5

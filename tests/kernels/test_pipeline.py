@@ -52,7 +52,7 @@ def nan_like(rows: Tensor) -> Tensor:
 
 
 def results(head_dim: int, masked: bool, config: KernelConfig, key_tile: int) -> list[Tensor]:
-    """Output, alignment, dQ, dK, dV, whose unwritten parts are NaN."""
+    """Output, subject loss, dQ, dK, dV, whose unwritten parts are NaN."""
     inputs, gradients = call(head_dim, masked)
     assert inputs.value is not None
     output = nan_like(inputs.query)

@@ -21,7 +21,7 @@ from sefi_fast.kernels import (
     plan_backward_query,
     plan_backward_sums,
 )
-from sefi_fast.kernels.totals import sum_partials
+from sefi_fast.kernels.reduce import sum_partials
 from torch import Tensor
 
 from sefi_fast.ops.triton import interpreted
@@ -65,12 +65,12 @@ def call(keys: int, head_dim: int, shared_keys: bool, plain: bool, dtype: torch.
     reference = normal(1, keys, heads, head_dim).transpose(1, 2)
     mask = torch.ones(batch, keys, dtype=torch.uint8)
     mask[0, keys // 2] = mask[1, keys - 1] = 0
-    map_tokens = torch.tensor([[keys - 2, keys + 5]])
+    probs_positions = torch.tensor([[keys - 2, keys + 5]])
     weights = torch.rand(1, keys, generator=generator)
-    inputs = Inputs(query, key, value, reference, weights, mask, map_tokens)
+    inputs = Inputs(query, key, value, reference, weights, mask, probs_positions)
     maps = torch.randn((batch, heads, 2, rows), generator=generator)
-    alignment = torch.randn(batch, generator=generator)
-    return Call(inputs, Gradients(grad_output, alignment, maps), shared_keys)
+    subject_loss = torch.randn(batch, generator=generator)
+    return Call(inputs, Gradients(grad_output, subject_loss, maps), shared_keys)
 
 
 def apart(case: Call) -> list[Tensor]:

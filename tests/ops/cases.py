@@ -47,7 +47,7 @@ class Case:
 def cases(draw: st.DrawFn, *, largest: int = 256, numbers: tuple[str, ...] = NUMBERS) -> Case:
     """Any call the operator takes, with at most `largest` queries, keys and columns of a head."""
     kind = draw(st.sampled_from(numbers))
-    flags = ("weights", "mask", "map_all_heads", "broadcast_kv", "broadcast_reference")
+    flags = ("weights", "mask", "probs_all_heads", "broadcast_kv", "broadcast_reference")
     options: dict[str, Any] = {name: draw(st.booleans()) for name in flags}
     options |= {
         "batch": draw(st.integers(1, 3)),

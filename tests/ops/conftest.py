@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from sefi_fast.ops import backends
+from sefi_fast.ops import dispatch
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def calls_of(monkeypatch) -> Callable[..., list[types.SimpleNamespace]]:
     def watch(*names: str) -> list[types.SimpleNamespace]:
         calls: list[types.SimpleNamespace] = []
         for name in names:
-            module = backends.load(name)
+            module = dispatch.load(name)
             for direction in ("forward", "backward"):
                 monkeypatch.setattr(module, direction, _recorder(module, name, direction, calls))
         return calls

@@ -19,13 +19,13 @@ class Inputs:
     reference_key: Tensor | None
     token_weights: Tensor | None
     key_mask: Tensor | None
-    map_tokens: Tensor | None
-    map_all_heads: bool
+    probs_positions: Tensor | None
+    probs_all_heads: bool
     scale: float
     reference_grad: bool
     grad_output: Tensor
-    grad_alignment: Tensor
-    grad_maps: Tensor
+    grad_subject_loss: Tensor
+    grad_attn_probs: Tensor
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -37,16 +37,16 @@ class Inputs:
             self.reference_key,
             self.token_weights,
             self.key_mask,
-            self.map_tokens,
+            self.probs_positions,
         )
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"map_all_heads": self.map_all_heads, "scale": self.scale}
+        return {"probs_all_heads": self.probs_all_heads, "scale": self.scale}
 
     @property
     def grads(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.grad_output, self.grad_alignment, self.grad_maps
+        return self.grad_output, self.grad_subject_loss, self.grad_attn_probs
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `fused_cross_attention` for this call."""
@@ -54,8 +54,8 @@ class Inputs:
             "reference_key": self.reference_key,
             "token_weights": self.token_weights,
             "key_mask": self.key_mask,
-            "map_tokens": self.map_tokens,
-            "map_heads": "all" if self.map_all_heads else "mean",
+            "probs_positions": self.probs_positions,
+            "probs_heads": "all" if self.probs_all_heads else "mean",
             "scale": self.scale,
             "reference_grad": self.reference_grad,
         }
@@ -92,7 +92,7 @@ def make_inputs(
     weights: bool = False,
     mask: bool = False,
     tokens: int = 0,
-    map_all_heads: bool = False,
+    probs_all_heads: bool = False,
     broadcast_kv: bool = False,
     broadcast_reference: bool = False,
     strided: bool = True,
@@ -138,14 +138,14 @@ def make_inputs(
     near = key if kv_batch == reference_batch else key[:1]
     reference_key = 0.8 * near + 0.6 * random(reference_batch, heads, keys, head_dim)
     grad_output = random(batch, heads, queries, head_dim)
-    grad_alignment = random(batch)
+    grad_subject_loss = random(batch)
     weight_values = 2 * torch.rand(extra_batch, keys, generator=generator)
     mask_values = torch.rand(extra_batch, keys, generator=generator) > 0.3
     if extra_batch > 1:
         mask_values[-1] = False
     token_values = torch.randint(0, keys, (extra_batch, tokens), generator=generator)
     token_values[:, 2::3] = -1
-    map_shape = (batch, heads, tokens, queries) if map_all_heads else (batch, tokens, queries)
+    map_shape = (batch, heads, tokens, queries) if probs_all_heads else (batch, tokens, queries)
     return Inputs(
         query=place(query),
         key=place(key),
@@ -153,11 +153,11 @@ def make_inputs(
         reference_key=place(reference_key) if reference else None,
         token_weights=weight_values.to(device) if weights else None,
         key_mask=mask_values.to(device) if mask else None,
-        map_tokens=token_values.to(device) if tokens else None,
-        map_all_heads=map_all_heads,
+        probs_positions=token_values.to(device) if tokens else None,
+        probs_all_heads=probs_all_heads,
         scale=head_dim**-0.5 if scale is None else scale,
         reference_grad=reference_grad,
         grad_output=place(grad_output),
-        grad_alignment=grad_alignment.to(device),
-        grad_maps=random(*map_shape).to(device),
+        grad_subject_loss=grad_subject_loss.to(device),
+        grad_attn_probs=random(*map_shape).to(device),
     )

@@ -14,7 +14,7 @@ from ops.inputs import Inputs, make_inputs
 from torch import Tensor
 
 from sefi_fast.ops import eager, fused_cross_attention
-from sefi_fast.ops.backends import load
+from sefi_fast.ops.dispatch import load
 
 __all__ = [
     "GRADIENTS",
@@ -27,14 +27,14 @@ __all__ = [
     "check_backend",
     "check_results",
     "has_layout",
-    "log_sum_exp_alignment",
+    "log_sum_exp_subject_loss",
     "make_inputs",
     "operator_results",
     "poisoned_empty",
     "reference64",
 ]
 
-OUTPUTS = ("output", "alignment", "maps")
+OUTPUTS = ("output", "subject_loss", "attn_probs")
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_reference_key")
 # Each output's gradient alone, then all three: an extra output's gradient is easily dropped.
 GRADIENTS_OF = (*OUTPUTS, "all")
@@ -51,7 +51,7 @@ class Results(NamedTuple):
 
 
 def chosen_grads(inputs: Inputs, which: str) -> list[Tensor | None]:
-    """Gradients of output, alignment and maps, None for all but `which` (one, or "all")."""
+    """Gradients of output, subject loss and maps, None for all but `which` (one, or "all")."""
     return [
         grad if which in (name, "all") else None
         for name, grad in zip(OUTPUTS, inputs.grads, strict=True)
@@ -173,8 +173,9 @@ def check_backend(backend: str | Any, inputs: Inputs, *, factor: float = 2.0) ->
 
         largest error ≤ factor · the eager path's in the same dtype + 4 ulps of the largest value,
 
-    for the alignment 16 ulps, errors taken against float64. The eager path's error is at least what
-    inputs that are rounded once more lead to. Shapes, dtypes and strides must be the promised ones.
+    for the subject loss 16 ulps, errors taken against float64. The eager path's error is at least
+    what inputs that are rounded once more lead to. Shapes, dtypes and strides must be the
+    promised ones.
 
     Raises:
         AssertionError: one line for each result that is wrong.
@@ -248,7 +249,7 @@ def _wrong(
     if dtype == torch.float64:
         # The truth itself is rounded.
         ulps *= 16
-    elif label == "alignment":
+    elif label == "subject_loss":
         # A sum over all queries and keys, in an order of the backend's own.
         ulps *= 4
     allowed += ulps * torch.finfo(dtype).eps * true.abs().max().item() + extra + NOTHING
@@ -264,7 +265,7 @@ def has_layout(tensor: Tensor, heads_inside: bool) -> bool:
     return (tensor.transpose(1, 2) if heads_inside else tensor).is_contiguous()
 
 
-def log_sum_exp_alignment(inputs: Inputs) -> Tensor:
+def log_sum_exp_subject_loss(inputs: Inputs) -> Tensor:
     """Equation 12 of docs/method.md summed as equation 5, float64 [B], without any map; w = 1."""
     inputs = inputs.double()
     assert inputs.reference_key is not None and inputs.token_weights is None

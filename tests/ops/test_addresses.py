@@ -100,7 +100,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Watched]:
             "keys": 130,
             "head_dim": 80,
             "tokens": 1,
-            "map_all_heads": True,
+            "probs_all_heads": True,
         },
         {"heads": 1, "queries": 17, "head_dim": 160, "broadcast_kv": True, "strided": False},
         {"heads": 1, "queries": 1, "keys": 1, "head_dim": 1, "broadcast_reference": True},
@@ -116,16 +116,16 @@ def test_nothing_outside_the_tensors_is_touched(watched: _Watched, options: dict
 def test_one_element_too_many_is_seen(
     watched: _Watched, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    from sefi_fast.kernels import forward_plan as planning
-    from sefi_fast.kernels import tiling
+    from sefi_fast.kernels import plan
+    from sefi_fast.kernels import plan as planning
 
-    common = tiling.common_numbers
+    common = plan.common_numbers
 
     def one_row_more(*arguments: Any) -> dict[str, Any]:
         found = common(*arguments)
         return found | {"rows": found["rows"] + 1}
 
-    monkeypatch.setattr(tiling, "common_numbers", one_row_more)
+    monkeypatch.setattr(plan, "common_numbers", one_row_more)
     planning._prepare_forward.cache_clear()
     request.addfinalizer(planning._prepare_forward.cache_clear)
     inputs = make_inputs(1, 1, 20, 9, 16, strided=False)

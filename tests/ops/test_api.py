@@ -25,17 +25,17 @@ def test_defaults():
     inputs = make_inputs(2, 3, 10, 7, 16, reference=False)
     result = fused_cross_attention(inputs.query, inputs.key, inputs.value)
     assert isinstance(result, CrossAttentionOutput)
-    output, alignment, maps = result
+    output, subject_loss, attn_probs = result
     expected = torch.nn.functional.scaled_dot_product_attention(
         inputs.query, inputs.key, inputs.value
     )
     torch.testing.assert_close(output, expected)
-    assert alignment.dtype == maps.dtype == torch.float32
-    assert alignment.tolist() == [0.0, 0.0]
-    assert maps.shape == (2, 0, 10)
+    assert subject_loss.dtype == attn_probs.dtype == torch.float32
+    assert subject_loss.tolist() == [0.0, 0.0]
+    assert attn_probs.shape == (2, 0, 10)
     assert fused_cross_attention(
-        inputs.query, inputs.key, inputs.value, map_heads="all"
-    ).maps.shape == (2, 3, 0, 10)
+        inputs.query, inputs.key, inputs.value, probs_heads="all"
+    ).attn_probs.shape == (2, 3, 0, 10)
 
 
 def test_heads_join_without_a_copy():
@@ -52,7 +52,7 @@ def _good():
 
 NAMES = (
     *("query", "key", "value", "reference_key"),
-    *("token_weights", "key_mask", "map_tokens"),
+    *("token_weights", "key_mask", "probs_positions"),
 )
 zeros = torch.zeros
 on_meta = functools.partial(zeros, device="meta")
@@ -83,13 +83,13 @@ VALUE_ERRORS = {
     ),
     "length of mask": ("key_mask", zeros(2, 6, dtype=torch.bool), "give [2 or 1, 7]"),
     "device of mask": ("key_mask", on_meta(2, 7, dtype=torch.bool), "key_mask is on meta"),
-    "batch of tokens": ("map_tokens", zeros(3, 1, dtype=torch.int64), "give [2 or 1, T]"),
+    "batch of tokens": ("probs_positions", zeros(3, 1, dtype=torch.int64), "give [2 or 1, T]"),
     "column past the end": (
-        "map_tokens",
+        "probs_positions",
         torch.tensor([[0, 7]]),
-        "map_tokens names column 7, but there are 7 keys: give 0 to 6",
+        "probs_positions names column 7, but there are 7 keys: give 0 to 6",
     ),
-    "map_heads": ("map_heads", "sum", "map_heads is 'sum': give 'mean' or 'all'"),
+    "probs_heads": ("probs_heads", "sum", "probs_heads is 'sum': give 'mean' or 'all'"),
     "scale": ("scale", float("nan"), "scale is nan: give a finite number"),
 }
 TYPE_ERRORS = {
@@ -112,11 +112,15 @@ TYPE_ERRORS = {
     ),
     "float mask": ("key_mask", zeros(2, 7), "key_mask is torch.float32: give torch.bool"),
     "short tokens": (
-        "map_tokens",
+        "probs_positions",
         zeros(2, 1, dtype=torch.int32),
-        "map_tokens is torch.int32: give torch.int64",
+        "probs_positions is torch.int32: give torch.int64",
     ),
-    "list of tokens": ("map_tokens", [[1]], "map_tokens is a list: give a torch.int64 tensor"),
+    "list of tokens": (
+        "probs_positions",
+        [[1]],
+        "probs_positions is a list: give a torch.int64 tensor",
+    ),
     "tensor for scale": ("scale", torch.ones(()), "scale is a Tensor: give a number"),
 }
 
@@ -134,7 +138,7 @@ def test_what_does_not_fit_is_a_value_error(case):
     [
         case
         for case, (name, given, _) in (VALUE_ERRORS | TYPE_ERRORS).items()
-        if name != "map_heads" and (isinstance(given, torch.Tensor) or given is None)
+        if name != "probs_heads" and (isinstance(given, torch.Tensor) or given is None)
         if name != "scale" and "device" not in case
     ],
 )
@@ -160,8 +164,12 @@ MISFITS = {
     "rows of the gradient": ("grad_output", zeros(2, 2, 4, 16), "give [2, 2, 5, 16]"),
     "dtype of the gradient": ("grad_output", zeros(2, 2, 5, 16).half(), "give torch.float32"),
     "device of the gradient": ("grad_output", on_meta(2, 2, 5, 16), "grad_output is on meta"),
-    "batch of the loss": ("grad_alignment", zeros(3), "grad_alignment has shape (3,): give [2]"),
-    "heads of the maps": ("grad_maps", zeros(2, 2, 2, 5), "give [2, 2, 5]"),
+    "batch of the loss": (
+        "grad_subject_loss",
+        zeros(3),
+        "grad_subject_loss has shape (3,): give [2]",
+    ),
+    "heads of the maps": ("grad_attn_probs", zeros(2, 2, 2, 5), "give [2, 2, 5]"),
     "too few needs": ("needs", [True] * 3, "needs has 3 entries: give 4"),
     "no reference": ("reference_key", None, "the gradient of a reference_key that is None"),
 }
@@ -171,9 +179,11 @@ MISFITS = {
 def test_the_backward_op_refuses_gradients_that_do_not_fit(case):
     name, given, message = MISFITS[case]
     inputs = _good()
-    call = dict(zip(("grad_output", "grad_alignment", "grad_maps"), inputs.grads, strict=True))
+    call = dict(
+        zip(("grad_output", "grad_subject_loss", "grad_attn_probs"), inputs.grads, strict=True)
+    )
     call |= dict(zip(NAMES, inputs.tensors, strict=True))
-    call |= {"map_all_heads": False, "scale": None, "reference_grad": True, "backend": None}
+    call |= {"probs_all_heads": False, "scale": None, "reference_grad": True, "backend": None}
     call |= {"needs": [True] * 4, name: given}
     with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         torch.ops.sefi_fast.fused_cross_attention_backward(*call.values())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ops.oracle import check_results, make_inputs, operator_results
 
 from sefi_fast.errors import BackendError
-from sefi_fast.ops import available_backends, backends, choose_backend, fused_cross_attention
+from sefi_fast.ops import available_backends, choose_backend, dispatch, fused_cross_attention
 
 AVAILABLE = [name for name, reason in available_backends().items() if reason is None]
 DEVICE = {"triton": "cuda" if torch.cuda.is_available() else "cpu", "cuda": "cuda"}
@@ -58,9 +58,9 @@ def test_float64_goes_to_eager(calls_of):
 
 def test_without_the_fastest_eager_runs(monkeypatch, calls_of):
     calls = calls_of("eager")
-    whole = backends._import
+    whole = dispatch._import
     monkeypatch.setattr(
-        backends, "_import", lambda name: "gone" if name != "eager" else whole(name)
+        dispatch, "_import", lambda name: "gone" if name != "eager" else whole(name)
     )
     inputs = make_inputs()
     assert choose_backend(*inputs.tensors[:4]) == "eager"
@@ -70,21 +70,21 @@ def test_without_the_fastest_eager_runs(monkeypatch, calls_of):
         "eager": None
     }
     with pytest.raises(BackendError, match="gone"):
-        backends.load("cpu")
+        dispatch.load("cpu")
 
 
 def test_module_that_cannot_be_imported_is_a_reason(monkeypatch):
     def fail(name):
         raise ImportError("libsomething.so is missing")
 
-    monkeypatch.setattr(backends.importlib, "import_module", fail)
-    backends._import.cache_clear()
+    monkeypatch.setattr(dispatch.importlib, "import_module", fail)
+    dispatch._import.cache_clear()
     try:
         assert choose_backend(*make_inputs().tensors[:4]) == "eager"
         with pytest.raises(BackendError, match="libsomething.so is missing"):
             choose_backend(*make_inputs().tensors[:4], backend="cpu")
     finally:
-        backends._import.cache_clear()
+        dispatch._import.cache_clear()
 
 
 def test_backend_asked_for_never_falls_back(calls_of):
@@ -113,7 +113,7 @@ SHAPES = st.fixed_dictionaries(
         "weights": st.booleans(),
         "mask": st.booleans(),
         "tokens": st.integers(0, 4),
-        "map_all_heads": st.booleans(),
+        "probs_all_heads": st.booleans(),
         "broadcast_kv": st.booleans(),
         "broadcast_reference": st.booleans(),
         "strided": st.booleans(),

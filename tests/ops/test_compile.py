@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "weights": True,
         "mask": True,
         "tokens": 2,
-        "map_all_heads": True,
+        "probs_all_heads": True,
         "broadcast_kv": True,
         "broadcast_reference": True,
         "reference_grad": True,
@@ -48,14 +48,14 @@ def _under_autocast(inputs, backend):
 
 def _among_others(inputs, backend):
     """A layer's worth of operations that a compiler fuses and lays out as it likes."""
-    output, alignment, maps = fused_cross_attention(
+    output, subject_loss, attn_probs = fused_cross_attention(
         (inputs.query * 2).sin(),
         inputs.key + 1,
         inputs.value.exp(),
         **inputs.keywords(),
         backend=backend,
     )
-    return output.transpose(1, 2).flatten(2) * 2, alignment.sqrt(), maps
+    return output.transpose(1, 2).flatten(2) * 2, subject_loss.sqrt(), attn_probs
 
 
 def _compile(function, **options):
@@ -122,6 +122,6 @@ def test_column_past_the_end_says_so_in_the_graph_too(backend):
     if DEVICE.get(backend, "cpu") != "cpu":
         pytest.skip("values on a CUDA device are not read")
     inputs = _inputs(backend, tokens=1)
-    inputs.map_tokens.fill_(7)
-    with pytest.raises(ValueError, match="map_tokens names column 7, but there are 7 keys"):
+    inputs.probs_positions.fill_(7)
+    with pytest.raises(ValueError, match="probs_positions names column 7, but there are 7 keys"):
         _compile(_call, backend="aot_eager")(inputs, backend)

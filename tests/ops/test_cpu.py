@@ -52,7 +52,7 @@ def test_numbers_of_keys_and_queries(instruction_set, queries, keys, dtype):
     (
         {"reference": False},
         {"strided": False},
-        {"mask": True, "tokens": 3, "map_all_heads": True, "reference_grad": True},
+        {"mask": True, "tokens": 3, "probs_all_heads": True, "reference_grad": True},
         {"broadcast_kv": True, "broadcast_reference": True, "mask": True, **ALL},
         {"broadcast_reference": True, "reference_grad": True},
         {"broadcast_kv": True, "tokens": 2},
@@ -90,7 +90,7 @@ def test_equal_reference_gives_exactly_zero():
     result = fused_cross_attention(
         inputs.query, inputs.key, inputs.value, reference_key=inputs.key, backend="cpu"
     )
-    assert result.alignment.tolist() == [0.0, 0.0]
+    assert result.subject_loss.tolist() == [0.0, 0.0]
 
 
 def test_one_key_is_attended_fully(instruction_set):
@@ -136,8 +136,8 @@ def test_nan_in_one_row_stays_in_that_row(instruction_set, dtype):
         ("reference_key", (0, 1, 4, 5)),
         ("grad_output", (0, 1, 3, 5)),
         ("token_weights", (0, 4)),
-        ("grad_alignment", (0,)),
-        ("grad_maps", (0, 0, 3)),
+        ("grad_subject_loss", (0,)),
+        ("grad_attn_probs", (0, 0, 3)),
     ),
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -113,7 +113,7 @@ def test_scratch_is_a_tenth_of_the_plain_path(queries, head_dim, heads, batch):
     with mock.patch.object(cpu, "_C", Core()):
         cpu.forward(*inputs.tensors, **inputs.options)
         cpu.backward(
-            inputs.grad_output, inputs.grad_alignment, None, *inputs.tensors, **inputs.options,
+            inputs.grad_output, inputs.grad_subject_loss, None, *inputs.tensors, **inputs.options,
             reference_grad=False, needs=(True, True, True, False),
         )  # fmt: skip
     assert len(used) == 2
@@ -125,9 +125,9 @@ def _plain_memory(inputs: Any) -> int:
     leaves = inputs.trainable()
     wanted = (leaves.query, leaves.key, leaves.value)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        output, alignment, _ = eager.forward(*leaves.tensors, **leaves.options)
+        output, subject_loss, _ = eager.forward(*leaves.tensors, **leaves.options)
         grads = torch.autograd.grad(
-            (output, alignment), wanted, (inputs.grad_output, inputs.grad_alignment)
+            (output, subject_loss), wanted, (inputs.grad_output, inputs.grad_subject_loss)
         )
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = most = 0
@@ -143,7 +143,7 @@ torch.set_num_threads(2)
 from sefi_fast.ops import cpu
 query = torch.randn(1, 4, 600, 40); key = torch.randn(1, 4, 77, 40)
 narrow, narrow_key = query.bfloat16(), key.bfloat16()
-absent, options = (None,) * 4, {"map_all_heads": False, "scale": 0.2}
+absent, options = (None,) * 4, {"probs_all_heads": False, "scale": 0.2}
 def run():  # and no operator of PyTorch's, whose own threads are gone in the child
     wide = cpu.forward(query, key, key, *absent, **options)[0]
     half = cpu.forward(narrow, narrow_key, narrow_key, *absent, **options)[0]

@@ -78,8 +78,8 @@ def test_graph_replays_on_changed_inputs(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_column_past_the_end_is_a_map_of_zeros(backend):
     inputs = _inputs()
-    inputs.map_tokens.fill_(77)
+    inputs.probs_positions.fill_(77)
     found = fused_cross_attention(
         inputs.query, inputs.key, inputs.value, **inputs.keywords(), backend=backend
     )
-    assert not found.maps.any()
+    assert not found.attn_probs.any()

@@ -14,8 +14,8 @@ from cuda_emulation.module import TARGETS, VERSION
 from ops.oracle import check_backend, check_results, make_inputs, operator_results
 
 from sefi_fast.errors import BackendError
-from sefi_fast.ops import backends, choose_backend, cuda, fused_cross_attention
-from sefi_fast.ops.devices import CudaDevice
+from sefi_fast.ops import choose_backend, cuda, dispatch, fused_cross_attention
+from sefi_fast.ops.dispatch import CudaDevice
 
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 ALL = {"weights": True, "mask": True, "tokens": 3, "reference_grad": True}
@@ -25,9 +25,9 @@ ALL = {"weights": True, "mask": True, "tokens": 3, "reference_grad": True}
     "options",
     [
         {"head_dim": 40, "dtype": BFLOAT16, **ALL},
-        {"head_dim": 64, "dtype": FLOAT16, **ALL, "map_all_heads": True},
+        {"head_dim": 64, "dtype": FLOAT16, **ALL, "probs_all_heads": True},
         {"head_dim": 80, "dtype": BFLOAT16, "reference": False, "tokens": 2},
-        {"head_dim": 17, **ALL, "strided": False, "map_all_heads": True},
+        {"head_dim": 17, **ALL, "strided": False, "probs_all_heads": True},
         {"head_dim": 40, **ALL, "broadcast_kv": True, "broadcast_reference": True},
         {"head_dim": 40, "dtype": FLOAT16, "broadcast_reference": True, "scale": -0.2},
         {"head_dim": 24, "keys": 100, "queries": 19, "scale": 0.0, **ALL},
@@ -52,11 +52,11 @@ def test_the_operator_and_autograd_reach_the_kernels(emulated_cuda: ModuleType, 
 def test_only_the_wanted_gradients_are_made(emulated_cuda: ModuleType) -> None:
     inputs = make_inputs(head_dim=40, dtype=BFLOAT16)
     grads = cuda.backward(
-        None, inputs.grad_alignment, None, *inputs.tensors, **inputs.options,
+        None, inputs.grad_subject_loss, None, *inputs.tensors, **inputs.options,
         reference_grad=False, needs=(False, True, True, True),
     )  # fmt: skip
     assert grads[0] is None and grads[1] is not None and grads[1].any()
-    # Nothing reaches the value through the alignment, nor the reference key without asking.
+    # Nothing reaches the value through the subject loss, nor the reference key without asking.
     assert not grads[2].any() and not grads[3].any()
 
 
@@ -208,7 +208,7 @@ def test_cuda_tensors_go_to_the_kernels_measured_faster_then_to_the_others(
 ) -> None:
     _pretend(monkeypatch, capability, 13000)
     monkeypatch.setattr(
-        backends, "_why_not", lambda name, tensors: "not here" if name in refusing else None
+        dispatch, "_why_not", lambda name, tensors: "not here" if name in refusing else None
     )
     query = _OnCuda(80)
     assert choose_backend(query, query, query) == chosen
@@ -216,7 +216,7 @@ def test_cuda_tensors_go_to_the_kernels_measured_faster_then_to_the_others(
 
 def test_rows_that_begin_between_16_bytes_go_to_triton(monkeypatch) -> None:
     _pretend(monkeypatch, 90, 13000)
-    monkeypatch.setattr(backends, "_why_not", lambda name, tensors: None)
+    monkeypatch.setattr(dispatch, "_why_not", lambda name, tensors: None)
     query, value = _OnCuda(80), _OnCuda(80)
     value.address += 8
     assert choose_backend(query, query, query) == "cuda"
@@ -234,7 +234,7 @@ def test_rows_that_begin_between_16_bytes_go_to_triton(monkeypatch) -> None:
 )
 def test_calls_not_measured_faster_go_to_triton(monkeypatch, query: _OnCuda, key: _OnCuda) -> None:
     _pretend(monkeypatch, 90, 13000)
-    monkeypatch.setattr(backends, "_why_not", lambda name, tensors: None)
+    monkeypatch.setattr(dispatch, "_why_not", lambda name, tensors: None)
     assert choose_backend(query, key, key) == "triton"
 
 
@@ -242,11 +242,11 @@ def test_a_gpu_without_kernels_is_told_of_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _pretend(monkeypatch, 80, 13000)
-    monkeypatch.setattr(backends, "_why_not", lambda name, tensors: f"{name} is not here")
-    backends._warn_of_eager.cache_clear()
+    monkeypatch.setattr(dispatch, "_why_not", lambda name, tensors: f"{name} is not here")
+    dispatch._warn_of_eager.cache_clear()
     for _ in range(2):
         assert choose_backend(_OnCuda(), _OnCuda(), None) == "eager"
     (record,) = caplog.records
     assert "plain PyTorch path" in record.message
     assert "triton: triton is not here; cuda: cuda is not here" in record.message
-    backends._warn_of_eager.cache_clear()
+    dispatch._warn_of_eager.cache_clear()

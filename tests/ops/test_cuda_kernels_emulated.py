@@ -67,7 +67,7 @@ def test_usual_widths_in_every_dtype(emulated: Emulated, head_dim: int, dtype: t
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_everything_at_once(emulated: Emulated, head_dim: int) -> None:
     dtype, all_heads = (FLOAT16, True) if head_dim in (40, 160) else (BFLOAT16, False)
-    options = {"head_dim": head_dim, "dtype": dtype, "map_all_heads": all_heads, "queries": 70}
+    options = {"head_dim": head_dim, "dtype": dtype, "probs_all_heads": all_heads, "queries": 70}
     check_backend("cpu", make_inputs(**options, **EVERYTHING))
 
 
@@ -76,7 +76,7 @@ def test_everything_at_once(emulated: Emulated, head_dim: int) -> None:
 def test_backward_in_one_pass(emulated: Emulated, head_dim: int, queries: int) -> None:
     dtype, all_heads = (FLOAT16, True) if queries % 2 else (BFLOAT16, False)
     emulated.multiprocessors = 1
-    options = {"head_dim": head_dim, "dtype": dtype, "map_all_heads": all_heads}
+    options = {"head_dim": head_dim, "dtype": dtype, "probs_all_heads": all_heads}
     check_backend("cpu", make_inputs(1, 3, queries, **options, **ONE_PASS, seed=queries))
 
 
@@ -117,8 +117,8 @@ def test_not_a_number_shows_in_the_alignment_of_a_single_key(emulated: Emulated)
     inputs.key_mask[:, 5] = True
     query = inputs.query.clone()
     query[0, 0, 3] = float("nan")
-    _, alignment, _ = cpu.forward(query, *inputs.tensors[1:], **inputs.options)
-    assert alignment.isnan().all()
+    _, subject_loss, _ = cpu.forward(query, *inputs.tensors[1:], **inputs.options)
+    assert subject_loss.isnan().all()
 
 
 @pytest.mark.parametrize("size", [6000.0, 7500.0, 12000.0])
@@ -263,8 +263,8 @@ def test_identical_streams_have_no_alignment_and_no_gradient(
     options = {"head_dim": head_dim, "dtype": dtype, "reference_grad": reference_grad}
     inputs = make_inputs(**options, weights=True)
     found = backend_results("cpu", dataclasses.replace(inputs, reference_key=inputs.key.clone()))
-    assert not found.outputs["alignment"].any()
-    gradients = (found.gradients["alignment"][name] for name in GRADIENTS)
+    assert not found.outputs["subject_loss"].any()
+    gradients = (found.gradients["subject_loss"][name] for name in GRADIENTS)
     assert not any(gradient.any() for gradient in gradients if gradient is not None)
 
 
@@ -336,7 +336,7 @@ def test_every_width_with_every_count_of_keys(
 @pytest.mark.long
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_every_combination_of_options(emulated: Emulated, head_dim: int) -> None:
-    names = ("weights", "mask", "reference", "reference_grad", "broadcast_kv", "map_all_heads")
+    names = ("weights", "mask", "reference", "reference_grad", "broadcast_kv", "probs_all_heads")
     for seed, flags in enumerate(itertools.product((False, True), repeat=len(names))):
         chosen: dict[str, Any] = dict(zip(names, flags, strict=True))
         dtype = BFLOAT16 if seed % 2 else FLOAT16

@@ -23,9 +23,9 @@ from sefi_fast.ops import available_backends
 
 FORWARD = torch.ops.sefi_fast.fused_cross_attention.default
 BACKWARD = torch.ops.sefi_fast.fused_cross_attention_backward.default
-INPUTS = ("query", "key", "value", "reference_key", "token_weights", "key_mask", "map_tokens")
-GRADS = ("grad_output", "grad_alignment", "grad_maps")
-OPTIONS = ("map_all_heads", "scale", "reference_grad", "backend")
+INPUTS = ("query", "key", "value", "reference_key", "token_weights", "key_mask", "probs_positions")
+GRADS = ("grad_output", "grad_subject_loss", "grad_attn_probs")
+OPTIONS = ("probs_all_heads", "scale", "reference_grad", "backend")
 # Triton's interpreter is slow, and its addresses have their own tests.
 BACKENDS = [name for name in ("cpu", "eager") if available_backends()[name] is None]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -34,7 +34,7 @@ Arguments = dict[str, Any]
 
 
 def _good(rng: random.Random) -> Arguments:
-    flags = ("reference", "weights", "mask", "map_all_heads", "broadcast_kv", "reference_grad")
+    flags = ("reference", "weights", "mask", "probs_all_heads", "broadcast_kv", "reference_grad")
     options: dict[str, Any] = {name: rng.random() < 0.5 for name in flags}
     sizes = {"batch": 3, "heads": 2, "queries": 24, "keys": 64, "head_dim": 64}
     inputs = make_inputs(
@@ -49,7 +49,7 @@ def _good(rng: random.Random) -> Arguments:
     given = {name: None if rng.random() < 0.1 else x for name, x in given.items()}
     for name in INPUTS[:3]:
         given[name] = getattr(inputs, name)
-    values = (inputs.map_all_heads, rng.choice([None, inputs.scale, -0.5, 0.0]))
+    values = (inputs.probs_all_heads, rng.choice([None, inputs.scale, -0.5, 0.0]))
     values += (inputs.reference_grad, rng.choice([None, *BACKENDS]))
     needs = [rng.random() < 0.7 for _ in range(3)] + [given["reference_key"] is not None]
     return given | dict(zip(OPTIONS, values, strict=True)) | {"needs": needs}
@@ -130,7 +130,7 @@ CHANGES: tuple[Callable[[Tensor, random.Random], Any], ...] = (
     lambda x, rng: None,
 )
 OTHER = {
-    "map_all_heads": [True, False],
+    "probs_all_heads": [True, False],
     "scale": [float("nan"), float("inf"), -1.0, 2.0],
     "reference_grad": [True, False],
     "backend": ["cutlass", *BACKENDS],

@@ -11,7 +11,7 @@ from ops.oracle import (
     autograd_results,
     backend_results,
     check_backend,
-    log_sum_exp_alignment,
+    log_sum_exp_subject_loss,
     make_inputs,
 )
 
@@ -24,7 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "weights": {"weights": True, "reference_grad": True},
     "mask": {"mask": True, "tokens": 2, "reference_grad": True},
     "mean maps": {"tokens": 5, "reference": False},
-    "all maps": {"tokens": 5, "map_all_heads": True},
+    "all maps": {"tokens": 5, "probs_all_heads": True},
     "broadcast": {"broadcast_kv": True, "broadcast_reference": True, "reference_grad": True},
     "everything": {
         "weights": True,
@@ -49,13 +49,13 @@ def test_worked_example():
         value,
         reference_key=torch.zeros_like(key),
         token_weights=torch.tensor([[3.0, 1.0]]),
-        map_tokens=torch.tensor([[1, -1, 0]]),
+        probs_positions=torch.tensor([[1, -1, 0]]),
         scale=1.0,
         backend="eager",
     )
     assert result.output.item() == pytest.approx(0.75 * 4 + 0.25 * 8)
-    assert result.alignment.item() == pytest.approx(3 * 0.25**2 + 1 * 0.25**2)
-    assert result.maps.flatten().tolist() == pytest.approx([0.25, 0.0, 0.75])
+    assert result.subject_loss.item() == pytest.approx(3 * 0.25**2 + 1 * 0.25**2)
+    assert result.attn_probs.flatten().tolist() == pytest.approx([0.25, 0.0, 0.75])
     result.output.sum().backward()
     assert value.grad is not None
     assert value.grad.flatten().tolist() == pytest.approx([0.75, 0.25])
@@ -74,12 +74,12 @@ def test_closed_form_backward_keeps_the_accuracy_rule(kind, dtype):
     check_backend("eager", make_inputs(dtype=dtype, **KINDS[kind]))
 
 
-@pytest.mark.parametrize("map_all_heads", [False, True])
+@pytest.mark.parametrize("probs_all_heads", [False, True])
 @pytest.mark.parametrize("reference_grad", [False, True])
-def test_gradcheck(reference_grad, map_all_heads):
+def test_gradcheck(reference_grad, probs_all_heads):
     inputs = make_inputs(
         queries=3, keys=4, head_dim=3, dtype=torch.float64, weights=True, mask=True, tokens=3,
-        broadcast_reference=True, map_all_heads=map_all_heads, reference_grad=reference_grad,
+        broadcast_reference=True, probs_all_heads=probs_all_heads, reference_grad=reference_grad,
     ).trainable()  # fmt: skip
     options = inputs.keywords()
     if reference_grad:
@@ -101,45 +101,47 @@ def test_gradcheck(reference_grad, map_all_heads):
 
 
 def test_detached_reference_is_gradient_at_a_fixed_map():
-    """The query's gradient equals finite differences of the alignment to a map held fixed."""
+    """The query's gradient equals finite differences of the subject loss to a map held fixed."""
     inputs = make_inputs(1, 2, 3, 4, 3, torch.float64)
-    found = autograd_results(inputs).gradients["alignment"]["grad_query"]
+    found = autograd_results(inputs).gradients["subject_loss"]["grad_query"]
     fixed = (inputs.query @ inputs.reference_key.transpose(2, 3) * inputs.scale).softmax(-1)
 
-    def alignment(query):
+    def subject_loss(query):
         target = (query @ inputs.key.transpose(2, 3) * inputs.scale).softmax(-1)
-        return ((target - fixed) ** 2).sum((1, 2, 3)) / 2 @ inputs.grad_alignment.double()
+        return ((target - fixed) ** 2).sum((1, 2, 3)) / 2 @ inputs.grad_subject_loss.double()
 
     step = 1e-6
     for place in [(0, 0, 0, 0), (0, 1, 2, 1), (0, 1, 1, 2)]:
         nudge = torch.zeros_like(inputs.query)
         nudge[place] = step
-        slope = (alignment(inputs.query + nudge) - alignment(inputs.query - nudge)) / (2 * step)
+        slope = (subject_loss(inputs.query + nudge) - subject_loss(inputs.query - nudge)) / (
+            2 * step
+        )
         assert found[place].item() == pytest.approx(slope.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_alignment_is_the_log_sum_exp_identity(seed):
     inputs = make_inputs(3, 2, 50, 77, 40, torch.float64, seed=seed)
-    found = backend_results("eager", inputs).outputs["alignment"]
-    torch.testing.assert_close(found, log_sum_exp_alignment(inputs), rtol=1e-12, atol=0)
+    found = backend_results("eager", inputs).outputs["subject_loss"]
+    torch.testing.assert_close(found, log_sum_exp_subject_loss(inputs), rtol=1e-12, atol=0)
 
 
 def test_alignment_is_the_log_sum_exp_identity_under_a_mask():
     inputs = make_inputs(1, 2, 50, 77, 40, torch.float64, mask=True)
-    found = backend_results("eager", inputs).outputs["alignment"]
-    torch.testing.assert_close(found, log_sum_exp_alignment(inputs), rtol=1e-12, atol=0)
+    found = backend_results("eager", inputs).outputs["subject_loss"]
+    torch.testing.assert_close(found, log_sum_exp_subject_loss(inputs), rtol=1e-12, atol=0)
 
 
 def test_equal_keys_have_no_distance_and_no_pull():
     inputs = make_inputs(dtype=torch.float16)
     call = (inputs.query, inputs.key, inputs.value, inputs.key, None, None, None)
-    _, alignment, _ = eager.forward(*call, map_all_heads=False, scale=0.2)
+    _, subject_loss, _ = eager.forward(*call, probs_all_heads=False, scale=0.2)
     grads = eager.backward(
-        None, torch.ones(2), None, *call, map_all_heads=False, scale=0.2, reference_grad=True,
+        None, torch.ones(2), None, *call, probs_all_heads=False, scale=0.2, reference_grad=True,
         needs=(True, True, True, True),
     )  # fmt: skip
-    assert alignment.tolist() == [0.0, 0.0]
+    assert subject_loss.tolist() == [0.0, 0.0]
     assert all(grad is not None and not grad.any() for grad in grads)
 
 
@@ -147,20 +149,27 @@ def test_map_of_every_token_is_the_whole_row():
     """All columns add up to one for each query, and a negative token's map is zero."""
     inputs = make_inputs(keys=6)
     tokens = torch.tensor([[0, 1, 2, 3, 4, 5, -1]])
-    maps = fused_cross_attention(
-        inputs.query, inputs.key, inputs.value, map_tokens=tokens, map_heads="all", backend="eager"
-    ).maps
-    torch.testing.assert_close(maps.sum(2), torch.ones(2, 2, 33))
-    assert not maps[:, :, 6].any()
+    attn_probs = fused_cross_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        probs_positions=tokens,
+        probs_heads="all",
+        backend="eager",
+    ).attn_probs
+    torch.testing.assert_close(attn_probs.sum(2), torch.ones(2, 2, 33))
+    assert not attn_probs[:, :, 6].any()
 
 
-def test_repeated_map_tokens_add_their_gradients():
+def test_repeated_probs_positions_add_their_gradients():
     inputs = make_inputs(dtype=torch.float64, tokens=1, reference=False)
-    twice = torch.cat([inputs.map_tokens, inputs.map_tokens], dim=1)
-    both = torch.cat([inputs.grad_maps, 2 * inputs.grad_maps], dim=1)
-    options = {"map_all_heads": False, "scale": 0.2, "reference_grad": False}
+    twice = torch.cat([inputs.probs_positions, inputs.probs_positions], dim=1)
+    both = torch.cat([inputs.grad_attn_probs, 2 * inputs.grad_attn_probs], dim=1)
+    options = {"probs_all_heads": False, "scale": 0.2, "reference_grad": False}
     needs = (True, True, False, False)
-    once = eager.backward(None, None, 3 * inputs.grad_maps, *inputs.tensors, **options, needs=needs)
+    once = eager.backward(
+        None, None, 3 * inputs.grad_attn_probs, *inputs.tensors, **options, needs=needs
+    )
     tensors = (*inputs.tensors[:6], twice)
     repeated = eager.backward(None, None, both, *tensors, **options, needs=needs)
     torch.testing.assert_close(repeated[0], once[0])

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sefi_fast.ops import available_backends
-from sefi_fast.ops.backends import load
+from sefi_fast.ops.dispatch import load
 
 try:
     from sefi_fast import _C
@@ -99,7 +99,9 @@ def _check(found: Results, inputs: Inputs) -> None:
         return {name: share * x.abs().max().item() for name, x in present.items()}
 
     allowed = {"outputs": beside(truth.outputs)}
-    allowed["outputs"]["alignment"] = allowed["outputs"].get("alignment", 0.0) + _squared(inputs)
+    allowed["outputs"]["subject_loss"] = allowed["outputs"].get("subject_loss", 0.0) + _squared(
+        inputs
+    )
     for which in GRADIENTS_OF:
         allowed[which] = beside(truth.gradients[which])
         for name, cancelled in _cancelled(inputs, which).items():
@@ -124,14 +126,14 @@ def _cancelled(inputs: Inputs, which: str) -> dict[str, float]:
     largest = 0.0
     if which in ("output", "all"):
         largest += (wide.grad_output @ wide.value.transpose(2, 3)).abs().max().item()
-    if which in ("alignment", "all") and wide.reference_key is not None:
+    if which in ("subject_loss", "all") and wide.reference_key is not None:
         weight = 1.0 if wide.token_weights is None else wide.token_weights.abs().max().item()
         maps = [_probabilities(wide, key) for key in (wide.key, wide.reference_key)]
         sharpest = max(probabilities.max().item() for probabilities in maps)
-        pull = 2 * weight * wide.grad_alignment.abs().max().item() / wide.query.shape[1]
+        pull = 2 * weight * wide.grad_subject_loss.abs().max().item() / wide.query.shape[1]
         largest += pull * sharpest
-    if which in ("maps", "all") and wide.grad_maps.numel():
-        largest += wide.grad_maps.abs().max().item()
+    if which in ("attn_probs", "all") and wide.grad_attn_probs.numel():
+        largest += wide.grad_attn_probs.abs().max().item()
     share = 16 * torch.finfo(torch.float32).eps + _of_large_scores(inputs)
     unit = share * abs(wide.scale) * largest
     streams = [x for x in (wide.key, wide.reference_key) if x is not None]
@@ -183,8 +185,8 @@ def test_identical_streams_have_no_loss_and_no_gradient_of_it(backend: str) -> N
         assert inputs.reference_key is not None
         inputs = dataclasses.replace(inputs, key=inputs.reference_key)
         found = backend_results(backend, inputs)
-        assert not found.outputs["alignment"].any()
-        for name, gradient in found.gradients["alignment"].items():
+        assert not found.outputs["subject_loss"].any()
+        for name, gradient in found.gradients["subject_loss"].items():
             assert gradient is None or not gradient.any(), name
 
     _fuzz(backend, CALLS[backend], 80, check, numbers=("identical",))
@@ -229,13 +231,13 @@ def _reordered(inputs: Inputs, order: Tensor) -> Inputs:
     def move(tensor: Tensor | None, axis: int) -> Tensor | None:
         return None if tensor is None else tensor.index_select(axis, order)
 
-    tokens = inputs.map_tokens
+    tokens = inputs.probs_positions
     if tokens is not None:
         back = order.argsort()
         tokens = torch.where(tokens < 0, tokens, back[tokens.clamp_min(0)])
     moved = {name: move(getattr(inputs, name), 2) for name in ("key", "value", "reference_key")}
     rows = {name: move(getattr(inputs, name), 1) for name in ("token_weights", "key_mask")}
-    return dataclasses.replace(inputs, **moved, **rows, map_tokens=tokens)
+    return dataclasses.replace(inputs, **moved, **rows, probs_positions=tokens)
 
 
 @pytest.mark.parametrize("name", [*OUTPUTS, *GRADIENTS])
@@ -244,7 +246,7 @@ def test_a_result_wrong_by_a_hundredth_is_caught(name: str) -> None:
     inputs = make_inputs(weights=True, tokens=2, reference_grad=True, seed=len(name))
     found = backend_results("eager", inputs)
     _check(found, inputs)
-    wrong = found.outputs[name] if name in OUTPUTS else found.gradients["alignment"][name]
+    wrong = found.outputs[name] if name in OUTPUTS else found.gradients["subject_loss"][name]
     if name == "grad_value":
         wrong = found.gradients["output"][name]
     assert wrong is not None

@@ -7,13 +7,20 @@ from typing import Any
 import pytest
 from ops.inputs import make_inputs
 
-from sefi_fast.ops import native
+from sefi_fast.ops import native_call
 
 _C = pytest.importorskip("sefi_fast._C")
 
-FORWARD = ("sizes", "dtype", "scale", "inputs", "rows", "map_all_heads")
-BACKWARD = (*FORWARD, "grad_output", "grad_alignment", "grad_maps", "reference_grad", "gradients")
-FORWARD = (*FORWARD, "output", "alignment", "maps")
+FORWARD = ("sizes", "dtype", "scale", "inputs", "rows", "probs_all_heads")
+BACKWARD = (
+    *FORWARD,
+    "grad_output",
+    "grad_subject_loss",
+    "grad_attn_probs",
+    "reference_grad",
+    "gradients",
+)
+FORWARD = (*FORWARD, "output", "subject_loss", "attn_probs")
 INPUTS = make_inputs(
     2, 2, 5, 7, 8, weights=True, mask=True, tokens=2, strided=False, reference_grad=True
 )
@@ -33,14 +40,14 @@ BOTH: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "many heads": (("sizes", 1), 2**45, "has too many elements"),
     "length of the weights": (("rows", 0, 2), 6, "token_weights has a length"),
     "batch of the mask": (("rows", 1, 1), 3, "key_mask has a batch"),
-    "negative columns": (("rows", 2, 2), -1, "map_tokens has a negative length"),
+    "negative columns": (("rows", 2, 2), -1, "probs_positions has a negative length"),
     "dtype": (("dtype",), 3, "dtype code"),
 }
 ONLY_FORWARD: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no output": (("output", 0), 0, "output has no address"),
     "one output for all": (("output", 1), 1, "output has a batch"),
-    "no loss": (("alignment",), 0, "alignment has no address"),
-    "no maps": (("maps",), 0, "maps has no address"),
+    "no loss": (("subject_loss",), 0, "subject loss has no address"),
+    "no probabilities": (("attn_probs",), 0, "attn_probs has no address"),
 }
 ONLY_BACKWARD: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "one gradient for all": (("gradients", 1, 1), 1, "grad_key has a batch"),
@@ -66,13 +73,13 @@ def _refused(call: Any, names: tuple[str, ...], run: Any, case: tuple[Any, Any, 
 
 @pytest.mark.parametrize("case", BOTH | ONLY_FORWARD)
 def test_forward_refuses(case):
-    call = native.forward_call(*INPUTS.tensors, **INPUTS.options)
+    call = native_call.forward_call(*INPUTS.tensors, **INPUTS.options)
     _refused(call, FORWARD, _C.forward, (BOTH | ONLY_FORWARD)[case])
 
 
 @pytest.mark.parametrize("case", BOTH | ONLY_BACKWARD)
 def test_backward_refuses(case):
-    call = native.backward_call(
+    call = native_call.backward_call(
         *INPUTS.grads, *INPUTS.tensors, **INPUTS.options, reference_grad=True, needs=(True,) * 4
     )
     _refused(call, BACKWARD, _C.backward, (BOTH | ONLY_BACKWARD)[case])

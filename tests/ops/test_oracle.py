@@ -22,8 +22,8 @@ def test_right_backend_passes():
 
 
 def test_dropped_gradient_of_one_output_is_noticed():
-    def backward(grad_output, grad_alignment, grad_maps, *tensors, **options):
-        return eager.backward(grad_output, grad_alignment, None, *tensors, **options)
+    def backward(grad_output, grad_subject_loss, grad_attn_probs, *tensors, **options):
+        return eager.backward(grad_output, grad_subject_loss, None, *tensors, **options)
 
     with pytest.raises(AssertionError, match="grad_query of maps"):
         check_backend(_faulty(backward=backward), make_inputs(tokens=2))
@@ -31,19 +31,19 @@ def test_dropped_gradient_of_one_output_is_noticed():
 
 def test_small_error_is_noticed():
     def forward(*tensors, **options):
-        output, alignment, maps = eager.forward(*tensors, **options)
-        return output, alignment * (1 + 1e-4), maps
+        output, subject_loss, attn_probs = eager.forward(*tensors, **options)
+        return output, subject_loss * (1 + 1e-4), attn_probs
 
-    with pytest.raises(AssertionError, match="alignment: error"):
+    with pytest.raises(AssertionError, match="subject loss: error"):
         check_backend(_faulty(forward), make_inputs())
 
 
 def test_unwritten_results_are_noticed():
     def forward(query, *tensors, **options):
-        output, alignment, maps = eager.forward(query, *tensors, **options)
+        output, subject_loss, attn_probs = eager.forward(query, *tensors, **options)
         unwritten = torch.empty_like(output)
         unwritten[:, :, :-1] = output[:, :, :-1]
-        return unwritten, alignment, maps
+        return unwritten, subject_loss, attn_probs
 
     with pytest.raises(AssertionError, match="output: error nan"):
         check_backend(_faulty(forward), make_inputs())
@@ -61,8 +61,8 @@ def test_read_outside_the_views_is_noticed():
 
 def test_wrong_layout_is_noticed():
     def forward(*tensors, **options):
-        output, alignment, maps = eager.forward(*tensors, **options)
-        return output.contiguous(), alignment, maps
+        output, subject_loss, attn_probs = eager.forward(*tensors, **options)
+        return output.contiguous(), subject_loss, attn_probs
 
     with pytest.raises(AssertionError, match="output .* has strides"):
         check_backend(_faulty(forward), make_inputs())

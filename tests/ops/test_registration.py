@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "weights": True,
         "mask": True,
         "tokens": 2,
-        "map_all_heads": True,
+        "probs_all_heads": True,
         "broadcast_kv": True,
         "broadcast_reference": True,
         "reference_grad": True,
@@ -60,14 +60,14 @@ def _loss(inputs, result):
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck_forward(backend, kind):
     inputs = _inputs(backend, 2, 2, 5, 7, 8, **KINDS[kind]).trainable()
-    options = (inputs.map_all_heads, inputs.scale, inputs.reference_grad, backend)
+    options = (inputs.probs_all_heads, inputs.scale, inputs.reference_grad, backend)
     torch.library.opcheck(FORWARD, (*inputs.tensors, *options))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck_backward(backend, kind):
     inputs = _inputs(backend, 2, 2, 5, 7, 8, **KINDS[kind])
-    options = (inputs.map_all_heads, inputs.scale, inputs.reference_grad, backend)
+    options = (inputs.probs_all_heads, inputs.scale, inputs.reference_grad, backend)
     for needs in (
         [True, True, True, inputs.reference_key is not None],
         [False, True, False, False],
@@ -75,7 +75,7 @@ def test_opcheck_backward(backend, kind):
         torch.library.opcheck(BACKWARD, (*inputs.grads, *inputs.tensors, *options, needs))
     torch.library.opcheck(
         BACKWARD,
-        (None, inputs.grad_alignment, None, *inputs.tensors, *options, [True] * 2 + [False] * 2),
+        (None, inputs.grad_subject_loss, None, *inputs.tensors, *options, [True] * 2 + [False] * 2),
     )
 
 
@@ -95,7 +95,7 @@ def test_only_wanted_gradients_are_computed(backend, calls_of):
         result = fused_cross_attention(
             **(arguments | inputs.keywords() | {name: leaf}), backend=backend
         )
-        (result.output.sum() + result.alignment.sum()).backward()
+        (result.output.sum() + result.subject_loss.sum()).backward()
         assert leaf.grad is not None
         assert calls[-1].options["needs"] == tuple(index == place for index in range(4))
 
@@ -111,7 +111,7 @@ def test_gradients_not_given_arrive_as_none(backend, calls_of):
 
 def test_reference_key_is_a_constant_without_reference_grad(backend):
     inputs = _inputs(backend, 1, 1, 4, 5, 8).trainable()
-    _call(inputs, backend).alignment.sum().backward()
+    _call(inputs, backend).subject_loss.sum().backward()
     assert inputs.reference_key.grad is None
     assert inputs.query.grad.any() and inputs.key.grad.any()
 
@@ -223,7 +223,7 @@ def test_masked_keys_have_no_say(backend):
         backend=backend,
     )
     torch.testing.assert_close(result.output, fewer.output)
-    torch.testing.assert_close(result.alignment, fewer.alignment)
+    torch.testing.assert_close(result.subject_loss, fewer.subject_loss)
     _loss(inputs, result).backward()
     for leaf in (inputs.key, inputs.value, inputs.reference_key):
         assert not leaf.grad[:, :, ~seen].any()
@@ -245,7 +245,7 @@ def test_batch_of_one_equals_its_copies(backend):
         reference_key=copies[2],
         token_weights=inputs.token_weights.repeat(3, 1),
         key_mask=inputs.key_mask.repeat(3, 1),
-        map_tokens=inputs.map_tokens.repeat(3, 1),
+        probs_positions=inputs.probs_positions.repeat(3, 1),
     )
     other = _call(copied, backend)
     for one, many in zip(result, other, strict=True):
@@ -265,7 +265,7 @@ def test_autocast_casts_the_four_and_nothing_inside(backend):
     plain = _call(low, backend)
     _loss(inputs, plain).backward()
     assert cast.output.dtype == torch.bfloat16
-    assert cast.alignment.dtype == cast.maps.dtype == torch.float32
+    assert cast.subject_loss.dtype == cast.attn_probs.dtype == torch.float32
     for one, other in zip(cast, plain, strict=True):
         assert torch.equal(one, other)
     for name in ("query", "key", "value", "reference_key"):
@@ -317,7 +317,7 @@ def test_gradients_in_a_batch_are_refused_in_words(backend):
 def test_gradients_that_are_zero_without_memory_are_zero(backend):
     """As the derivative of sgn is."""
     inputs = _inputs(backend, 1, 2, 4, 5, 8, reference_grad=True).trainable()
-    for name in ("output", "alignment"):
+    for name in ("output", "subject_loss"):
         torch.sgn(getattr(_call(inputs, backend), name)).sum().backward()
         for leaf in (inputs.query, inputs.key, inputs.value, inputs.reference_key):
             assert leaf.grad is None or not leaf.grad.any()
@@ -331,7 +331,7 @@ def test_the_function_takes_meta_tensors(backend):
 
 
 def test_meta_tensors_tell_shapes(backend):
-    inputs = _inputs(backend, 2, 3, 9, 7, 16, tokens=2, map_all_heads=True)
+    inputs = _inputs(backend, 2, 3, 9, 7, 16, tokens=2, probs_all_heads=True)
     real = _call(inputs, backend)
     meta = FORWARD(
         *(None if t is None else t.to("meta") for t in inputs.tensors), True, 0.1, False, backend

@@ -28,8 +28,8 @@ def result():
         return output.detach(), query.grad
 
 wanted = result()
-import sefi_fast.ops.registration
-for name in ("sefi_fast", "sefi_fast.ops", "sefi_fast.ops.registration"):
+import sefi_fast.ops.torch_library
+for name in ("sefi_fast", "sefi_fast.ops", "sefi_fast.ops.torch_library"):
     importlib.reload(sys.modules[name])
 found = [result()]
 for path in sys.argv[1:]:
@@ -43,11 +43,11 @@ for path in sys.argv[1:]:
     found.append(result())
 for each in found:
     assert all(torch.equal(one, other) for one, other in zip(each, wanted))
-del sys.modules["sefi_fast.ops.registration"]
+del sys.modules["sefi_fast.ops.torch_library"]
 other = torch._C.parse_schema("sefi_fast::another() -> ()")
 torch._C.parse_schema = lambda text: other
 try:
-    import sefi_fast.ops.registration
+    import sefi_fast.ops.torch_library
 except ImportError as error:
     print(error)
 """

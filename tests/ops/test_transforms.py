@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from sefi_fast import fused_cross_attention
 from sefi_fast.errors import BackendError
-from sefi_fast.ops import registration
+from sefi_fast.ops import torch_library
 
 KINDS = {
     "plain": {"reference": False},
@@ -131,8 +131,10 @@ def test_the_advice_about_dual_tensors_works(inputs):
 
 def test_the_backward_op_has_no_derivative_inside_a_transform(inputs):
     def loss(grad_output):
-        options = (inputs.map_all_heads, None, False, None, [True, False, False, False])
-        return registration.backward_op(grad_output, None, None, *inputs.tensors, *options)[0].sum()
+        options = (inputs.probs_all_heads, None, False, None, [True, False, False, False])
+        return torch_library.backward_op(grad_output, None, None, *inputs.tensors, *options)[
+            0
+        ].sum()
 
     with pytest.raises(RuntimeError, match="fused_cross_attention has no second derivative"):
         grad(loss)(inputs.grad_output)

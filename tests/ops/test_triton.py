@@ -98,10 +98,12 @@ def test_the_configurations_of_every_architecture(
 
 
 @pytest.mark.parametrize(
-    ("mask", "reference_grad", "map_all_heads"),
+    ("mask", "reference_grad", "probs_all_heads"),
     [(False, False, False), (False, True, True), (True, False, True), (True, True, False)],
 )
-def test_every_two_options_together(mask: bool, reference_grad: bool, map_all_heads: bool) -> None:
+def test_every_two_options_together(
+    mask: bool, reference_grad: bool, probs_all_heads: bool
+) -> None:
     check_backend(
         "triton",
         inputs_for(
@@ -112,7 +114,7 @@ def test_every_two_options_together(mask: bool, reference_grad: bool, map_all_he
             mask=mask,
             tokens=4,
             reference_grad=reference_grad,
-            map_all_heads=map_all_heads,
+            probs_all_heads=probs_all_heads,
         ),
     )
 
@@ -157,8 +159,8 @@ def test_empty_batch_heads_or_queries(shape: tuple[int, int, int]) -> None:
     inputs = inputs_for(batch=batch, heads=heads, queries=queries, keys=9, head_dim=8, tokens=1)
     found = backend_results("triton", inputs)
     assert found.outputs["output"].shape == inputs.query.shape
-    assert found.outputs["alignment"].tolist() == [0.0] * batch
-    assert found.outputs["maps"].shape == (batch, 1, queries)
+    assert found.outputs["subject_loss"].tolist() == [0.0] * batch
+    assert found.outputs["attn_probs"].shape == (batch, 1, queries)
     for name in GRADIENTS[1:3]:
         gradient = found.gradients["all"][name]
         assert gradient is not None and not gradient.any()
@@ -167,7 +169,7 @@ def test_empty_batch_heads_or_queries(shape: tuple[int, int, int]) -> None:
 def test_rows_without_any_key_are_zero_and_get_no_gradient() -> None:
     inputs = inputs_for(queries=9, keys=70, mask=True, tokens=1, reference_grad=True)
     found = backend_results("triton", inputs)
-    for name in ("output", "alignment", "maps"):
+    for name in ("output", "subject_loss", "attn_probs"):
         assert not found.outputs[name][-1].any()
     for name in GRADIENTS:
         gradient = found.gradients["all"][name]
@@ -255,12 +257,12 @@ def test_an_assembler_that_miscompiles_for_hopper_is_refused_in_words(
     monkeypatch: pytest.MonkeyPatch, capability: int, version: str, refused: bool
 ) -> None:
     compiler = pytest.importorskip("triton.backends.nvidia.compiler")
-    from sefi_fast.kernels import assembler
+    from sefi_fast.kernels import ptxas
 
     tool = SimpleNamespace(version=version)
     monkeypatch.setattr(compiler, "get_ptxas", lambda arch: tool)
-    monkeypatch.setattr(assembler, "_candidates", lambda: iter([]))
-    kept = (backend._why_not_assembler, assembler.replacement)
+    monkeypatch.setattr(ptxas, "_candidates", lambda: iter([]))
+    kept = (backend._why_not_assembler, ptxas.replacement)
     for one in kept:
         one.cache_clear()
     reason = backend._why_not_assembler(capability)

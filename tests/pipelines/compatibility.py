@@ -149,7 +149,7 @@ diffusers has no such pipeline or feature.
 | regions | `sefi_fast.regions`, a sentence with the subject for a part of the picture |
 | model offload, sequential offload | accelerate's hooks, onto the CPU itself |
 
-Prompts made with `sefi_fast.encode` (SDXL: `sefi_fast.conditioning.encode_with_pooled`), negative
+Prompts made with `sefi_fast.encode` (SDXL: `sefi_fast.prompts.encode_with_pooled`), negative
 ones among them, are drawn after the text encoders were freed too (`pipe.text_encoder = None`).
 Negative embeddings of another library go with a prompt in words, `pipe("… <me>",
 negative_prompt_embeds=…)`: next to `prompt_embeds` diffusers wants both of one shape.

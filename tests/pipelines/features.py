@@ -27,9 +27,9 @@ from models import make_controlnet
 from PIL import Image
 from torch import Tensor
 
-from sefi_fast.conditioning import encode_with_pooled
 from sefi_fast.pipelines import regions
-from sefi_fast.pipelines.prompt_encoder import PromptEncoder
+from sefi_fast.pipelines.encode_prompt import PromptEncoder
+from sefi_fast.prompts import encode_with_pooled
 
 FAMILIES = {"SD 1.5": "sd15_pipeline", "SD 2.1": "sd21_pipeline", "SDXL": "sdxl_pipeline"}
 IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(9))

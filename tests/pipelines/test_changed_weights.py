@@ -14,7 +14,7 @@ from pipelines.sampling import draw, subject_for
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sefi_fast.layers import cross_attention_layers
+from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.pipelines import attach
 
 SHORT = {"num_inference_steps": 3, "height": 64, "width": 64}

@@ -12,7 +12,7 @@ from pipelines.sampling import draw
 import sefi_fast
 from sefi_fast.errors import PromptError
 from sefi_fast.subject import Subject
-from sefi_fast.subject.file import _content
+from sefi_fast.subject.subject import _content
 from sefi_fast.utils.files import atomic_write
 
 NAME = "<café>"

@@ -13,11 +13,11 @@ from models import make_controlnet
 from pipelines.sampling import draw, state_of
 from torch import nn
 
-from sefi_fast.conditioning import encode, unpack
-from sefi_fast.conditioning.stages import stage_of
+from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.errors import ModelError
-from sefi_fast.layers import cross_attention_layers
 from sefi_fast.pipelines import attach, detach
+from sefi_fast.prompts import encode, unpack
+from sefi_fast.prompts.stages import stage_of
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
 HINT = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(9))

@@ -11,8 +11,8 @@ import torch
 from pipelines.sampling import draw, subject_for
 
 from sefi_fast import attach, detach, regions, trace
-from sefi_fast.conditioning import encode, encode_with_pooled
 from sefi_fast.errors import ModelError
+from sefi_fast.prompts import encode, encode_with_pooled
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 PIPELINES = ["sd15_pipeline", "sdxl_pipeline"]

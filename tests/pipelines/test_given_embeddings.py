@@ -9,8 +9,8 @@ import torch
 from pipelines.sampling import draw, subject_for
 
 from sefi_fast import attach
-from sefi_fast.conditioning import encode, encode_with_pooled, pack, unpack
 from sefi_fast.errors import PromptError
+from sefi_fast.prompts import encode, encode_with_pooled, pack, unpack
 
 CLOSE = {"rtol": 0, "atol": 1e-3}
 PIPELINES = ["sd15_pipeline", "sdxl_pipeline"]

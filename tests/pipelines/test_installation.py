@@ -21,10 +21,10 @@ from diffusers.models.attention_processor import (
 from pipelines.features import load_lora
 from pipelines.sampling import draw, state_of
 
+from sefi_fast.attention.layers import cross_attention_layers
+from sefi_fast.attention.processor import SeFiAttnProcessor
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.layers import cross_attention_layers
 from sefi_fast.pipelines import attach, detach, regions, trace
-from sefi_fast.processor import SeFiAttnProcessor
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
 

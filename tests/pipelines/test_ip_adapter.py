@@ -10,8 +10,8 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from pipelines.features import load_ip_adapter
 from pipelines.sampling import draw, state_of, subject_for
 
+from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.errors import ModelError
-from sefi_fast.layers import cross_attention_layers
 from sefi_fast.pipelines import attach, detach, trace
 
 CLOSE = {"rtol": 0, "atol": 1e-3}

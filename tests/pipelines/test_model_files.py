@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sefi_fast.errors import ModelError, PathError
 from sefi_fast.pipelines import load_pipeline
-from sefi_fast.pipelines.steering import load_controlnet
+from sefi_fast.pipelines.controlnet import load_controlnet
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pipelines.sampling import draw
 
-from sefi_fast.conditioning import encode, pack, packed_stages, unpack
 from sefi_fast.errors import PromptError
 from sefi_fast.pipelines import attach
+from sefi_fast.prompts import encode, pack, packed_stages, unpack
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 0, "atol": 1e-5}
@@ -140,15 +140,15 @@ def test_clip_skip_is_for_the_prompt_alone(attached):
 
 
 def test_a_lora_scale_reaches_the_text_encoder(attached, monkeypatch):
-    from sefi_fast.pipelines import text_lora
+    from sefi_fast.pipelines import encode_prompt
 
     scales = []
-    monkeypatch.setattr(text_lora, "USE_PEFT_BACKEND", True)
+    monkeypatch.setattr(encode_prompt, "USE_PEFT_BACKEND", True)
     monkeypatch.setattr(
-        text_lora, "scale_lora_layers", lambda model, scale: scales.append(("on", scale))
+        encode_prompt, "scale_lora_layers", lambda model, scale: scales.append(("on", scale))
     )
     monkeypatch.setattr(
-        text_lora, "unscale_lora_layers", lambda model, scale: scales.append(("off", scale))
+        encode_prompt, "unscale_lora_layers", lambda model, scale: scales.append(("off", scale))
     )
     run(attached, "a <it>", lora_scale=0.5, guidance=False)
     assert scales == [("on", 0.5), ("off", 0.5)]

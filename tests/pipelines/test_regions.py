@@ -12,9 +12,9 @@ from PIL import Image
 from pipelines.sampling import draw, state_of, subject_for, unet_in_another_thread
 
 import sefi_fast
-from sefi_fast.conditioning import encode_with_pooled
 from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.pipelines import attach, detach, regions, trace
+from sefi_fast.prompts import encode_with_pooled
 
 WHOLE = (0, 0, 1, 1)
 PICTURE = "a dog on the beach"

@@ -11,15 +11,9 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from pipelines.sampling import draw, state_of, subject_for
 from pipelines.sampling_xl import encode_by_hand, sample_xl_by_hand
 
-from sefi_fast.conditioning import (
-    encode,
-    encode_with_pooled,
-    install_stage_hook,
-    packed_stages,
-    unpack,
-)
 from sefi_fast.errors import ModelError, SubjectFileError
 from sefi_fast.pipelines import attach, detach, generate, trace
+from sefi_fast.prompts import encode, encode_with_pooled, install_stage_hook, packed_stages, unpack
 from sefi_fast.subject import Subject
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import torch
 from pipelines.sampling import draw, sample_by_hand, state_of
 
 from sefi_fast import attach, detach, encode, swap
-from sefi_fast.conditioning import encode_with_pooled, pack, unpack
 from sefi_fast.errors import PromptError
+from sefi_fast.prompts import encode_with_pooled, pack, unpack
 
 SHORT = {"steps": 4, "guidance": 5.0, "output_type": "latent"}
 

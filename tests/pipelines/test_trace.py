@@ -12,10 +12,10 @@ from PIL import Image
 from pipelines.sampling import draw, state_of, unet_in_another_thread
 
 import sefi_fast
+from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.layers import cross_attention_layers
 from sefi_fast.pipelines import attach, detach, trace
-from sefi_fast.pipelines.overlay import draw_overlay
+from sefi_fast.pipelines.tracing import draw_overlay
 
 
 class FullMaps:
@@ -135,13 +135,13 @@ def test_memory_does_not_grow_with_steps(sd15_pipeline):
 
 
 def test_only_the_columns_asked_for_are_ever_made(sd15_pipeline, monkeypatch):
-    from sefi_fast import processor
+    from sefi_fast.attention import processor
 
     columns, fused = set(), processor.fused_cross_attention
 
     def watched(*args, **kwargs):
         result = fused(*args, **kwargs)
-        columns.add(result.maps.shape[1])
+        columns.add(result.attn_probs.shape[1])
         return result
 
     monkeypatch.setattr(processor, "fused_cross_attention", watched)

@@ -10,7 +10,7 @@ import torch
 from pipelines.sampling import draw, subject_for
 
 from sefi_fast import attach, regions
-from sefi_fast.pipelines.unknown_placeholders import unknown_placeholders
+from sefi_fast.pipelines.placeholders import unknown_placeholders
 
 QUICK = {"num_inference_steps": 1}
 

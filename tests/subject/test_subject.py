@@ -6,8 +6,8 @@ import pytest
 import torch
 from subject.making import make_subject
 
-from sefi_fast.conditioning import class_token_ids
 from sefi_fast.errors import SubjectFileError
+from sefi_fast.prompts import class_token_ids
 from sefi_fast.subject import Subject
 
 

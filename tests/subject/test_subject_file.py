@@ -94,7 +94,7 @@ def test_tokens_beyond_float16_are_not_saved_as_infinity(tmp_path):
 
 def test_the_history_is_kept_as_a_summary(tmp_path):
     history = SimpleNamespace(
-        loss=[1.0] * 18 + [0.2, 0.4], alignment=[4.0] * 20, seconds=[float(i) for i in range(20)]
+        loss=[1.0] * 18 + [0.2, 0.4], subject_loss=[4.0] * 20, seconds=[float(i) for i in range(20)]
     )
     make_subject(history=history).save(tmp_path / "s.safetensors")
     loaded = Subject.load(tmp_path / "s.safetensors")
@@ -102,7 +102,7 @@ def test_the_history_is_kept_as_a_summary(tmp_path):
     assert loaded.summary == {
         "steps": 20,
         "final_loss": 0.3,
-        "final_alignment": 4.0,
+        "final_subject_loss": 4.0,
         "seconds": 19.0,
     }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from evals.tiny_world.judge_training import accuracy, spoil, train_judge
 from sefi_fast.tiny_world.drawing import (
     ACCESSORIES,
     PictureSpec,
@@ -17,7 +18,6 @@ from sefi_fast.tiny_world.drawing import (
     random_spec,
 )
 from sefi_fast.tiny_world.judge import ATTRIBUTES, JUDGE_PATH, Judge, true_values
-from sefi_fast.tiny_world.judge_training import accuracy, spoil, train_judge
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import sys
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from evals.tiny_world.rates import Asked, draw_prompts, obeyed, prompt_sets
 from sefi_fast.tiny_world import CLASS_WORD, bundled_model_path
 from sefi_fast.tiny_world.drawing import COLOURS, SCENES
 from sefi_fast.tiny_world.judge import Judge, Judgement
-from sefi_fast.tiny_world.rates import Asked, draw_prompts, obeyed, prompt_sets
 
 
 @pytest.fixture(scope="module")

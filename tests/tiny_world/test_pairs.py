@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from evals.studies.prompts import identity_words
+from evals.tiny_world.pair_rates import main as rates
+from evals.tiny_world.two_creatures import main, train_two_creatures
 from sefi_fast import regions
-from sefi_fast.evaluation.tiny_prompts import identity_words
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.tiny_world import SAMPLING, two_creatures_lora
 from sefi_fast.tiny_world.captions import VOCABULARY, pair_caption
 from sefi_fast.tiny_world.drawing import Identity, PictureSpec, held_out_identities
 from sefi_fast.tiny_world.judge import Judge
-from sefi_fast.tiny_world.pair_rates import main as rates
 from sefi_fast.tiny_world.pairs import PairSpec, draw_pair, halves_of, random_pair
-from sefi_fast.tiny_world.recipe.two_creatures import main, train_two_creatures
 
 RED = PictureSpec(Identity("red", "white", "striped", "big", "round"), "snow")
 BLUE = PictureSpec(Identity("blue", None, "plain", "long", "tall"), "snow", ("hat",))

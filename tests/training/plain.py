@@ -80,7 +80,7 @@ class PlainTraining:
         return torch.func.functional_call(text_encoder, {name: changed}, (ids,))[0]
 
     def terms(self) -> tuple[Tensor, Tensor]:
-        """Noise loss and alignment of the next draw."""
+        """Noise loss and subject loss of the next draw."""
         config, step = self.config, self.step_data
         drawn = draw(
             self.generator,

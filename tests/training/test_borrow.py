@@ -11,8 +11,8 @@ from training.pipeline_state import state_of
 import sefi_fast
 from sefi_fast.errors import ModelError
 from sefi_fast.tiny_world import CLASS_WORD
-from sefi_fast.training import TrainConfig, borrow, engine, learner, source, train
-from sefi_fast.training.run import running
+from sefi_fast.training import TrainConfig, base_model, engine, subject_state, train
+from sefi_fast.training.trainer import running
 
 IMAGE = sefi_fast.bundled_subject_image()
 FAST = {"class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "steps": 1, "progress": False}
@@ -40,14 +40,14 @@ class Unforeseen(BaseException):
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (source, "model_checksum"),
-        (source, "checkpointed"),
-        (learner, "encode_picture"),
-        (learner, "TrainingPrompts"),
+        (base_model, "model_checksum"),
+        (base_model, "checkpointed"),
+        (subject_state, "encode_picture"),
+        (subject_state, "TrainingPrompts"),
         (engine, "TrainingProcessors"),
         (engine, "TrainingStep"),
         (engine.Engine, "step"),
-        (borrow, "_is_channels_last"),
+        (base_model, "_is_channels_last"),
     ],
 )
 def test_whatever_ends_it(pipe, monkeypatch, module, name):
@@ -73,7 +73,7 @@ def test_whatever_ends_it(pipe, monkeypatch, module, name):
 def test_an_interrupt_at_any_line(pipe):
     """Ctrl-C in the middle of the set-up: at lines spread over all of it."""
     before = state_of(pipe)
-    files = {borrow.__file__, source.__file__}
+    files = {base_model.__file__, base_model.__file__}
     config = TrainConfig(gradient_checkpointing=True)
 
     def run_until(stop):
@@ -109,14 +109,14 @@ def test_an_interrupt_at_any_line(pipe):
 def test_a_tensor_that_cannot_be_put_back_costs_no_other_one(pipe, monkeypatch):
     flags = [parameter.requires_grad for parameter in pipe.unet.parameters()]
     modes = [part.training for part in pipe.unet.modules()]
-    honest, fails = borrow._move, []
+    honest, fails = base_model._move, []
 
     def move(*arguments):
         if fails:
             raise fails.pop()
         honest(*arguments)
 
-    monkeypatch.setattr(borrow, "_move", move)
+    monkeypatch.setattr(base_model, "_move", move)
     with pytest.raises(MemoryError), running(pipe, TrainConfig()):
         fails.append(MemoryError())
     assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == flags

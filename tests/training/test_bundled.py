@@ -16,9 +16,9 @@ def test_a_picture_alone_is_enough(tmp_path):
     )
     assert (subject.placeholder, subject.class_word) == ("<it>", CLASS_WORD)
     assert subject.settings["model"] is None
-    assert len(subject.history.loss) == len(subject.history.alignment) == 3
-    assert subject.history.alignment[0] == pytest.approx(0, abs=1e-9)
-    assert subject.history.alignment[-1] > 0
+    assert len(subject.history.loss) == len(subject.history.subject_loss) == 3
+    assert subject.history.subject_loss[0] == pytest.approx(0, abs=1e-9)
+    assert subject.history.subject_loss[-1] > 0
     assert path.stat().st_size < 100_000
     pipe = sefi_fast.attach(sefi_fast.load_pipeline(None), Subject.load(path))
     pipe.set_progress_bar_config(disable=True)
@@ -37,5 +37,5 @@ def test_a_larger_weight_holds_the_alignment():
         ).history
         for weight in (0.003, 0.1)
     }
-    ends = {weight: sum(history.alignment[-20:]) for weight, history in runs.items()}
+    ends = {weight: sum(history.subject_loss[-20:]) for weight, history in runs.items()}
     assert ends[0.1] < 0.5 * ends[0.003]

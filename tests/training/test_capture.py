@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sefi_fast.training.capture import is_lost, wants_capture
+from sefi_fast.training.engine import is_lost, wants_capture
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sefi_fast.errors import ConfigError
 from sefi_fast.training import TrainConfig
-from sefi_fast.training.config_file import read_settings, write_settings
+from sefi_fast.training.config import read_settings, write_settings
 
 UNUSUAL = TrainConfig(
     steps=7,

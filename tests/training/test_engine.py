@@ -11,15 +11,14 @@ from training.plain import PlainTraining
 
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
-from sefi_fast.training.engine import Engine
+from sefi_fast.training.engine import Engine, Lane
 from sefi_fast.training.image import load_image, prepare
-from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import encode_picture
 from sefi_fast.training.noise import Draw
 from sefi_fast.training.prompts import TrainingPrompts
 
 CPU = torch.device("cpu")
-# The random model's alignment is minute: without a large weight it would not be tested.
+# The random model's subject loss is minute: without a large weight it would not be tested.
 BASE = {"batch_size": 4, "weight_lambda": 200.0, "schedule": "constant", "resolution": 64}
 SENTENCES = ("a photo of a {}", "{} in the snow", "the {} and a {}")
 """Each case differs from BASE in what it names."""
@@ -70,7 +69,7 @@ def class_ids(pipe, config):
 
 
 def make_tokens(pipe, config, disturb=0.2):
-    """The module, moved away from the class word, where the alignment and its gradient vanish."""
+    """The module, moved away from the class word, where subject loss and gradient vanish."""
     rows = pipe.text_encoder.get_input_embeddings().weight[class_ids(pipe, config)].detach()
     generator = torch.Generator().manual_seed(9)
     tokens = SubjectTokens(
@@ -143,12 +142,12 @@ def test_loss_and_gradient_are_those_of_the_plain_step(sd15_pipeline, picture, c
         part.double()
     mask = None if make_mask(config) is None else make_mask(config).double()
     plain = PlainTraining(plain_pipe, picture, config, class_word(config), plain_tokens, mask)
-    noise, alignment = plain.terms()
-    (noise + config.weight_lambda * alignment).backward()
+    noise, subject_loss = plain.terms()
+    (noise + config.weight_lambda * subject_loss).backward()
 
-    assert alignment > 1e-7
+    assert subject_loss > 1e-7
     torch.testing.assert_close(terms.noise[0].double(), noise, rtol=1e-4, atol=0)
-    torch.testing.assert_close(terms.attention[0].double(), alignment, rtol=1e-3, atol=0)
+    torch.testing.assert_close(terms.attention[0].double(), subject_loss, rtol=1e-3, atol=0)
     wanted = dict(plain_tokens.named_parameters())
     assert set(found) == set(wanted)
     for name, gradient in found.items():
@@ -164,8 +163,8 @@ def test_the_alignment_carries_weight_in_these_tests(sd15_pipeline, picture):
     engine = make_engine(sd15_pipeline, picture, config, tokens)
     terms = terms_of(engine)
     noise = gradients(engine, terms.noise, tokens)["rows"]
-    alignment = gradients(engine, config.weight_lambda * terms.attention, tokens)["rows"]
-    assert 0.05 < alignment.norm() / noise.norm() < 20
+    subject_loss = gradients(engine, config.weight_lambda * terms.attention, tokens)["rows"]
+    assert 0.05 < subject_loss.norm() / noise.norm() < 20
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -185,12 +184,12 @@ def test_three_updates_are_those_of_the_plain_step(sd15_pipeline, picture, predi
     groups = plain_tokens.parameter_groups(config.learning_rate)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for result in results:
-        noise, alignment = plain.terms()
+        noise, subject_loss = plain.terms()
         assert result.noise == pytest.approx(noise.item(), rel=1e-4)
-        assert result.alignment == pytest.approx(alignment.item(), rel=1e-2)
+        assert result.subject_loss == pytest.approx(subject_loss.item(), rel=1e-2)
         assert result.finite
         optimizer.zero_grad()
-        (noise + config.weight_lambda * alignment).backward()
+        (noise + config.weight_lambda * subject_loss).backward()
         optimizer.step()
     moved = (plain_tokens().detach() - start).abs().max()
     assert moved > 1e-3
@@ -201,11 +200,11 @@ def test_three_updates_are_those_of_the_plain_step(sd15_pipeline, picture, predi
 def test_without_attention_loss_no_reference_is_projected_and_nothing_asked(
     sd15_pipeline, picture, monkeypatch, off
 ):
-    monkeypatch.setattr("sefi_fast.processor.fused_cross_attention", None)
+    monkeypatch.setattr("sefi_fast.attention.processor.fused_cross_attention", None)
     config = TrainConfig(**{**BASE, **off})
     engine = make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
     (result,) = engine.step()
-    assert result.alignment == 0.0
+    assert result.subject_loss == 0.0
     assert result.finite
 
 
@@ -246,8 +245,8 @@ def test_nothing_of_a_step_stays_in_memory(sd15_pipeline, picture):
     engine = make_engine(sd15_pipeline, picture, config, make_tokens(sd15_pipeline, config))
     engine.step()
     for _, layer in engine._record.items():
-        assert layer.alignment is None
-        assert layer.maps is None
+        assert layer.subject_loss is None
+        assert layer.attn_probs is None
 
 
 def test_the_rate_follows_the_schedule_unless_one_is_given(sd15_pipeline, picture):
@@ -272,7 +271,7 @@ def test_accumulated_draws_are_averaged(sd15_pipeline, picture):
     (result,) = engine.step()
     assert result.noise == pytest.approx(sum(each.noise.item() for each in terms) / 3, rel=1e-6)
     mean = sum(each.attention.item() for each in terms) / 3
-    assert result.alignment == pytest.approx(mean, rel=1e-5)
+    assert result.subject_loss == pytest.approx(mean, rel=1e-5)
     state = engine.state_dict()
     for name, gradient in wanted.items():
         # Adam's first moment after one step is a tenth of the gradient.

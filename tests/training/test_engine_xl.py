@@ -12,17 +12,16 @@ from training.watch import FORBIDDEN, Watch
 from sefi_fast.errors import PromptError
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
-from sefi_fast.training.engine import Engine
+from sefi_fast.training.base_model import checkpointed
+from sefi_fast.training.engine import Engine, Lane
 from sefi_fast.training.image import load_image, prepare, time_ids
-from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import LatentDistribution, encode_picture
 from sefi_fast.training.noise import Draw
 from sefi_fast.training.prompts import TrainingPrompts
-from sefi_fast.training.source import checkpointed
 
 CPU = torch.device("cpu")
 WORDS = ("cat", "dog", "bear")
-# The random model's alignment is minute: without a large weight it would not be tested.
+# The random model's subject loss is minute: without a large weight it would not be tested.
 BASE = {"batch_size": 3, "weight_lambda": 100.0, "schedule": "constant", "resolution": 64}
 SENTENCES = ("a photo of a {}", "{} in the snow")
 """Each case differs from BASE in what it names."""
@@ -52,7 +51,7 @@ def class_ids(tokenizer, word):
 
 
 def make_tokens(pipe, config, word="cat", seed=9):
-    """A module an encoder, away from the class word, where alignment and gradient vanish."""
+    """A module an encoder, away from the class word, where subject loss and gradient vanish."""
     generator = torch.Generator().manual_seed(seed)
     modules = []
     for tokenizer, encoder in encoders(pipe):
@@ -147,12 +146,12 @@ def test_loss_and_gradient_are_those_of_the_plain_step(sdxl_pipeline, case):
     engine = make_engine(sdxl_pipeline, [lane], config)
     terms = terms_of(engine)
     found = gradients(engine, terms.noise + config.weight_lambda * terms.attention, tokens)
-    noise, alignment = plain.terms()
-    (noise + config.weight_lambda * alignment).backward()
+    noise, subject_loss = plain.terms()
+    (noise + config.weight_lambda * subject_loss).backward()
 
-    assert alignment > 1e-7
+    assert subject_loss > 1e-7
     torch.testing.assert_close(terms.noise[0].double(), noise, rtol=1e-4, atol=0)
-    torch.testing.assert_close(terms.attention[0].double(), alignment, rtol=1e-3, atol=0)
+    torch.testing.assert_close(terms.attention[0].double(), subject_loss, rtol=1e-3, atol=0)
     wanted = named(plain_tokens)
     assert set(found) == set(wanted)
     for name, gradient in found.items():
@@ -192,11 +191,11 @@ def test_three_updates_are_those_of_the_plain_step(sdxl_pipeline):
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     for _ in range(3):
         (result,) = engine.step()
-        noise, alignment = plain.terms()
+        noise, subject_loss = plain.terms()
         assert result.noise == pytest.approx(noise.item(), rel=1e-4)
-        assert result.alignment == pytest.approx(alignment.item(), rel=1e-2)
+        assert result.subject_loss == pytest.approx(subject_loss.item(), rel=1e-2)
         optimizer.zero_grad()
-        (noise + config.weight_lambda * alignment).backward()
+        (noise + config.weight_lambda * subject_loss).backward()
         optimizer.step()
     wanted = torch.cat([module().detach() for module in plain_tokens], -1)
     moved = (wanted - start).abs().amax((0, 1, 2))
@@ -219,7 +218,7 @@ def test_lanes_are_runs_of_their_own_when_one_drops_and_goes_on_bit_for_bit(sdxl
         single = [alone.step()[0] for _ in range(3)]
         for together, by_itself in zip(results, single, strict=True):
             assert together[number].noise == pytest.approx(by_itself.noise, rel=1e-4)
-            assert together[number].alignment == pytest.approx(by_itself.alignment, rel=1e-2)
+            assert together[number].subject_loss == pytest.approx(by_itself.subject_loss, rel=1e-2)
         start = torch.cat([module().detach() for module in lanes[number].tokens], -1)
         moved = float((alone.current() - start).abs().max())
         torch.testing.assert_close(
@@ -250,7 +249,7 @@ def test_a_refilled_engine_takes_over_sizes_and_both_prompts(sdxl_pipeline):
 @pytest.mark.parametrize("loss", ["subject", "mask", "none"])
 def test_nothing_in_a_step_is_read_back_to_the_host(sdxl_pipeline, loss, monkeypatch):
     # On CUDA this one reads no value; on a CPU it does.
-    monkeypatch.setattr("sefi_fast.conditioning.text._check", lambda *arguments: None)
+    monkeypatch.setattr("sefi_fast.prompts.text_encoder._check", lambda *arguments: None)
     config = TrainConfig(**{**BASE, "attention_loss": loss, "templates": SENTENCES})
     lanes = [make_lane(sdxl_pipeline, config, number) for number in range(2)]
     engine = make_engine(sdxl_pipeline, lanes, config)

@@ -16,10 +16,10 @@ from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from sefi_fast.errors import ImageError, PathError
 from sefi_fast.training import load_image
-from sefi_fast.training.history import History
 from sefi_fast.training.image import LARGEST_FILE
-from sefi_fast.training.job import Job, seen_files
-from sefi_fast.training.masks import load_mask
+from sefi_fast.training.latents import load_mask
+from sefi_fast.training.monitor import History
+from sefi_fast.training.subject_state import Job, seen_files
 
 PNG = b"\x89PNG\r\n\x1a\n"
 Image.init()

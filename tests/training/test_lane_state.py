@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sefi_fast.subject import SubjectTokens
-from sefi_fast.training.lane_state import LaneState
+from sefi_fast.training.optimizer import LaneState
 
 CPU = torch.device("cpu")
 

@@ -12,13 +12,11 @@ from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
 from sefi_fast.training import engine as engine_module
 from sefi_fast.training import step as step_module
-from sefi_fast.training.capture import Replay, rehearse
-from sefi_fast.training.engine import Engine
+from sefi_fast.training.base_model import checkpointed
+from sefi_fast.training.engine import Engine, Lane, Replay, rehearse
 from sefi_fast.training.image import load_image, prepare
-from sefi_fast.training.lanes import Lane
 from sefi_fast.training.latents import LatentDistribution, encode_picture
 from sefi_fast.training.prompts import TrainingPrompts
-from sefi_fast.training.source import checkpointed
 
 CPU = torch.device("cpu")
 WORDS = ("cat", "dog", "bear")
@@ -77,7 +75,7 @@ def assert_like(engine, lane, alone, results, single, moved_from):
     """Lane `lane` of a batch against lane 0 of an engine of its own: numbers and tokens."""
     for together, by_itself in zip(results, single, strict=True):
         assert together[lane].noise == pytest.approx(by_itself[0].noise, rel=1e-4)
-        assert together[lane].alignment == pytest.approx(by_itself[0].alignment, rel=1e-2)
+        assert together[lane].subject_loss == pytest.approx(by_itself[0].subject_loss, rel=1e-2)
         assert together[lane].finite == by_itself[0].finite
     wanted = alone.current()
     moved = (wanted - moved_from).abs().max()
@@ -106,7 +104,7 @@ def test_lanes_of_the_other_losses_are_runs_too(pipe, loss):
     results = steps(make_engine(pipe, lanes, config), 1)
     for number, lane in enumerate(lanes):
         single = steps(make_engine(pipe, [lane], config), 1)
-        assert results[0][number].alignment > 0
+        assert results[0][number].subject_loss > 0
         assert results[0][number] == pytest.approx(single[0][0], rel=1e-4)
 
 
@@ -265,7 +263,7 @@ def test_a_failed_capture_ends_the_run_only_where_the_device_is_lost(pipe, monke
 @pytest.mark.parametrize("loss", ["subject", "class", "mask", "none"])
 def test_nothing_in_a_step_is_read_back_to_the_host(pipe, loss, monkeypatch):
     # On CUDA this one reads no value; on a CPU it does.
-    monkeypatch.setattr("sefi_fast.conditioning.text._check", lambda *arguments: None)
+    monkeypatch.setattr("sefi_fast.prompts.text_encoder._check", lambda *arguments: None)
     config = TrainConfig.from_overrides(CONFIG, {"attention_loss": loss})
     engine = make_engine(pipe, [make_lane(pipe, number, config) for number in range(2)], config)
     engine.step()

@@ -24,13 +24,11 @@ from sefi_fast.training import (
     UnsavedSubjectError,
 )
 from sefi_fast.training import many as many_module
+from sefi_fast.training.base_model import Source
 from sefi_fast.training.checkpoint import folder_of
 from sefi_fast.training.engine import Engine
-from sefi_fast.training.job import Job
-from sefi_fast.training.learner import Learner
-from sefi_fast.training.manifest import Entry
-from sefi_fast.training.shard import Shard
-from sefi_fast.training.source import Source
+from sefi_fast.training.manifest import Entry, Shard
+from sefi_fast.training.subject_state import Job, Learner
 from sefi_fast.training.summary import FILE as SUMMARY
 from sefi_fast.training.summary import ManyResult, Summary, row_of
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sefi_fast.errors import ImageError
 from sefi_fast.training.image import prepare
-from sefi_fast.training.masks import check_selection, load_mask, open_mask
+from sefi_fast.training.latents import check_selection, load_mask, open_mask
 
 
 @pytest.fixture

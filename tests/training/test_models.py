@@ -20,8 +20,8 @@ from transformers import BertTokenizer, CLIPTokenizer, CLIPTokenizerFast, PreTra
 
 import sefi_fast
 from sefi_fast.cli import main
-from sefi_fast.conditioning import text_parts
 from sefi_fast.errors import ModelError
+from sefi_fast.prompts import text_parts
 from sefi_fast.subject import Subject
 from sefi_fast.training import ManifestError
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from sefi_fast.training.precision import choose_device, choose_dtype
+from sefi_fast.training.base_model import choose_device, choose_dtype
 
 CUDA = torch.device("cuda", 1)
 

@@ -7,7 +7,7 @@ import pytest
 import sefi_fast
 from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import TrainConfig, train
-from sefi_fast.training.presets import PRESETS
+from sefi_fast.training.config import PRESETS
 
 
 def test_sefi_is_the_default():
@@ -52,5 +52,5 @@ def test_train_takes_a_preset(name, shape):
         batch_size=2, progress=False,
     )  # fmt: skip
     assert subject.tokens[0].shape[:2] == (shape, 1)
-    assert subject.history.alignment == [0.0, 0.0]
+    assert subject.history.subject_loss == [0.0, 0.0]
     assert (subject.tokens[0] - subject.class_embeddings[0]).abs().max() > 1e-3

@@ -8,7 +8,7 @@ import re
 from PIL import Image
 
 from sefi_fast.training import History
-from sefi_fast.training.progress import Progress, shows_colours, thumbnails
+from sefi_fast.training.monitor import Progress, shows_colours, thumbnails
 
 
 class Terminal(io.StringIO):
@@ -44,7 +44,7 @@ def test_the_bar_shows_pictures_and_means(monkeypatch):
         bar.pictures([Image.new("RGB", (8, 8), (1, 2, 3))])
     text = stream.getvalue()
     assert "two of three" in text and "2/4" in text
-    assert "loss=2" in text and "alignment=1" in text and "subjects=2" in text
+    assert "loss=2" in text and "subject_loss=1" in text and "subjects=2" in text
     assert "38;2;1;2;3" in text
     silent = Terminal()
     monkeypatch.setattr("sys.stderr", silent)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sefi_fast.conditioning import encode_text
 from sefi_fast.errors import PromptError
+from sefi_fast.prompts import encode_text
 from sefi_fast.training.latents import encode_picture
 from sefi_fast.training.prompts import LanePrompts, TrainingPrompts, take
 

@@ -19,16 +19,18 @@ from sefi_fast.training import (
     CheckpointError,
     TrainConfig,
     TrainingInterrupted,
-    plateau,
+    subject_state,
     train,
 )
-from sefi_fast.training.borrow import borrowed
-from sefi_fast.training.checkpoint import CheckpointFolder, folder_of
-from sefi_fast.training.job import Job
-from sefi_fast.training.learner import Learner
-from sefi_fast.training.resume import checkpoints_to_resume, newest_step
-from sefi_fast.training.run import running
-from sefi_fast.training.source import model_checksum
+from sefi_fast.training.base_model import borrowed, model_checksum
+from sefi_fast.training.checkpoint import (
+    CheckpointFolder,
+    checkpoints_to_resume,
+    folder_of,
+    newest_step,
+)
+from sefi_fast.training.subject_state import Job, Learner
+from sefi_fast.training.trainer import running
 from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
 
 PICTURE = sefi_fast.bundled_subject_image()
@@ -70,7 +72,7 @@ def checkpoints(output):
 
 def assert_same(first, second):
     assert torch.equal(first.tokens[0], second.tokens[0])
-    for name in ("loss", "alignment", "skipped"):
+    for name in ("loss", "subject_loss", "skipped"):
         assert getattr(first.history, name) == getattr(second.history, name)
     assert len(first.history.validation) == len(second.history.validation)
 
@@ -109,7 +111,7 @@ def test_whatever_the_settings_a_resumed_run_is_the_same(pipe, output, settings)
 
 
 def test_a_plateau_is_reached_at_the_same_step(pipe, output, monkeypatch):
-    monkeypatch.setattr(plateau, "_WINDOW", 2)
+    monkeypatch.setattr(subject_state, "_WINDOW", 2)
     settings = {"steps": 40, "patience": 4}
     straight = train(PICTURE, model=pipe, **settings, **FAST)
     ended = len(straight.history.loss)

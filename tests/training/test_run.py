@@ -13,10 +13,9 @@ from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import NonFiniteLossError, TrainConfig, TrainingInterrupted, train
 from sefi_fast.training import step as step_module
-from sefi_fast.training.checkpoint import CheckpointError
-from sefi_fast.training.job import Job
-from sefi_fast.training.resume import newest_step
-from sefi_fast.training.run import Run, running
+from sefi_fast.training.checkpoint import CheckpointError, newest_step
+from sefi_fast.training.subject_state import Job
+from sefi_fast.training.trainer import Run, running
 
 PICTURE = sefi_fast.bundled_subject_image()
 CONFIG = TrainConfig(steps=4, batch_size=1, stages=2, schedule="constant")

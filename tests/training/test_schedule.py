@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sefi_fast.training import TrainConfig
-from sefi_fast.training.plateau import Plateau
-from sefi_fast.training.schedule import MovingAverage, rate_factor
+from sefi_fast.training.optimizer import MovingAverage, rate_factor
+from sefi_fast.training.subject_state import Plateau
 
 
 def rates(**settings):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from sefi_fast.subject import Subject
-from sefi_fast.training.shard import Shard, current_shard
+from sefi_fast.training.manifest import Shard, current_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ["--steps", "2", "--batch-size", "2", "--resolution", "32", "--batch-subjects", "2"]

@@ -12,8 +12,8 @@ from PIL import Image
 from pipelines.sampling import draw, subject_for
 
 import sefi_fast
+from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.errors import ModelError
-from sefi_fast.layers import cross_attention_layers
 
 PICTURE = Image.linear_gradient("L").convert("RGB")
 FAST = {"class_word": "cat", "steps": 2, "batch_size": 2, "resolution": 64, "progress": False}

@@ -13,7 +13,7 @@ import sefi_fast
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import TrainingInterrupted, train
-from sefi_fast.training.resume import newest_step
+from sefi_fast.training.checkpoint import newest_step
 from sefi_fast.training.signals import graceful
 
 PICTURE = sefi_fast.bundled_subject_image()

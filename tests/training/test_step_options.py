@@ -12,7 +12,7 @@ import skimage
 import torch
 
 from sefi_fast.training import TrainConfig, train
-from sefi_fast.training.source import Source, checkpointed, frozen
+from sefi_fast.training.base_model import Source, checkpointed, frozen
 
 PHOTO = Path(skimage.__file__).parent / "data" / "chelsea.png"
 FAST = {"steps": 3, "batch_size": 2, "resolution": 64, "progress": False, "weight_lambda": 50.0}
@@ -68,7 +68,9 @@ def test_a_compiled_unet_trains_alike(sd15_pipeline):
     plain = train(PHOTO, model=sd15_pipeline, class_word="cat", **FAST)
     compiled = train(PHOTO, model=sd15_pipeline, class_word="cat", compile=True, **FAST)
     assert compiled.history.loss == pytest.approx(plain.history.loss, rel=1e-4)
-    assert compiled.history.alignment == pytest.approx(plain.history.alignment, rel=0.02, abs=1e-9)
+    assert compiled.history.subject_loss == pytest.approx(
+        plain.history.subject_loss, rel=0.02, abs=1e-9
+    )
 
 
 def test_the_compiler_sees_the_whole_unet(sd15_pipeline, monkeypatch):

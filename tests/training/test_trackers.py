@@ -14,7 +14,7 @@ import sefi_fast
 from sefi_fast.errors import TrainingError
 from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import train
-from sefi_fast.training.trackers import Trackers, check_trackers
+from sefi_fast.training.monitor import Trackers, check_trackers
 
 PICTURE = sefi_fast.bundled_subject_image()
 FAST = {"class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "steps": 3, "progress": False}

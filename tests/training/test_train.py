@@ -75,8 +75,8 @@ def test_a_class_word_of_two_words_and_more_vectors(sd15_pipeline, photo, tmp_pa
     assert moved.max() < 0.05
     assert not torch.equal(subject.tokens[0][:, :, 1], subject.tokens[0][:, :, 2])
     # The untrained tokens are the reference itself, and the first step is taken from there.
-    assert subject.history.alignment[0] == pytest.approx(0, abs=1e-9)
-    assert subject.history.alignment[-1] > 0
+    assert subject.history.subject_loss[0] == pytest.approx(0, abs=1e-9)
+    assert subject.history.subject_loss[-1] > 0
     sefi_fast.attach(sd15_pipeline, path)
     with sefi_fast.trace(sd15_pipeline, ["<it>", "snow"]) as found:
         sefi_fast.generate(sd15_pipeline, "a photo of a <it> in the snow", steps=1)
@@ -93,10 +93,10 @@ def test_history_and_callback(sd15_pipeline, photo):
     subject = train(photo, model=sd15_pipeline, class_word="cat", callback=callback, **FAST)
     history = subject.history
     assert seen == [(1, 1), (2, 2)]
-    assert len(history.loss) == len(history.alignment) == len(history.seconds) == 2
+    assert len(history.loss) == len(history.subject_loss) == len(history.seconds) == 2
     assert all(0 < loss < 10 for loss in history.loss)
-    assert history.alignment[0] == pytest.approx(0, abs=1e-9)
-    assert history.alignment[1] > history.alignment[0]
+    assert history.subject_loss[0] == pytest.approx(0, abs=1e-9)
+    assert history.subject_loss[1] > history.subject_loss[0]
     assert history.seconds == sorted(history.seconds)
     assert history.skipped == []
 
@@ -168,7 +168,7 @@ def test_one_tied_stage_without_weight_is_textual_inversion(sd15_pipeline, photo
         optimizer.step()
         losses.append(loss.item())
     assert subject.history.loss == pytest.approx(losses, rel=1e-4)
-    assert subject.history.alignment == [0.0] * 3
+    assert subject.history.subject_loss == [0.0] * 3
     assert subject.tokens[0].shape == (1, 1, 1, 48)
     # Adam's first steps follow the gradient's sign, so where that is near zero they may differ.
     torch.testing.assert_close(subject.tokens[0][0, 0, 0], row.detach(), rtol=0, atol=2e-3)
@@ -252,4 +252,4 @@ def test_progress_goes_to_the_error_stream_only_when_wanted(sd15_pipeline, photo
     if not progress:
         assert err == ""
     else:
-        assert all(word in err for word in ("<it>", "3/3", "loss=", "alignment="))
+        assert all(word in err for word in ("<it>", "3/3", "loss=", "subject_loss="))

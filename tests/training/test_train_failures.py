@@ -16,8 +16,8 @@ import sefi_fast
 from sefi_fast.errors import ImageError, ModelError, PromptError, TrainingError
 from sefi_fast.subject import Subject
 from sefi_fast.training import NonFiniteLossError, train
-from sefi_fast.training import run as run_module
 from sefi_fast.training import step as step_module
+from sefi_fast.training import trainer as run_module
 from sefi_fast.training.image import load_image
 
 # It ships inside the scikit-image package.

@@ -18,11 +18,11 @@ import sefi_fast
 from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.subject import Subject, export_embedding
 from sefi_fast.training import TrainConfig, train, train_many
+from sefi_fast.training.base_model import resolution_of
 from sefi_fast.training.image import load_image
-from sefi_fast.training.job import Job
-from sefi_fast.training.run import Run, running
-from sefi_fast.training.source import resolution_of
-from sefi_fast.training.validation import guidance_for
+from sefi_fast.training.monitor import guidance_for
+from sefi_fast.training.subject_state import Job
+from sefi_fast.training.trainer import Run, running
 
 # It ships inside the scikit-image package: 451×300 pixels.
 PHOTO = Path(skimage.__file__).parent / "data" / "chelsea.png"
@@ -55,8 +55,8 @@ def test_a_photo_becomes_a_subject_that_draws(sdxl_pipeline, photo, tmp_path):
     ):
         assert torch.equal(own, row[None])
         assert (tokens - row).abs().max() > 1e-2
-    assert subject.history.alignment[0] == pytest.approx(0, abs=1e-9)
-    assert subject.history.alignment[-1] > 0
+    assert subject.history.subject_loss[0] == pytest.approx(0, abs=1e-9)
+    assert subject.history.subject_loss[-1] > 0
     assert os.listdir(tmp_path) == ["cat.safetensors"]
     loaded = Subject.load(path)
     assert all(map(torch.equal, loaded.tokens, subject.tokens))
@@ -142,7 +142,7 @@ def test_textual_inversion_goes_to_diffusers_and_draws_the_same(sdxl_pipeline, p
     settings = {**FAST, "preset": "textual-inversion", "learning_rate": 0.1}
     subject = train(photo, model=pipe, class_word="cat", **settings)
     assert [tokens.shape for tokens in subject.tokens] == [(1, 1, 1, 48), (1, 1, 1, 64)]
-    assert subject.history.alignment == [0.0] * 3
+    assert subject.history.subject_loss == [0.0] * 3
     draw = {"steps": 2, "guidance": 5.0, "negative_prompt": "a car"}
     sefi_fast.attach(pipe, subject)
     wanted = sefi_fast.generate(pipe, "a photo of a <it>", **draw)[0]

@@ -1,0 +1,7 @@
+"""Cross-attention layers of a U-Net, and the processors that run them."""
+
+from __future__ import annotations
+
+from sefi_fast.attention.processor import SeFiAttnProcessor
+
+__all__ = ["SeFiAttnProcessor"]

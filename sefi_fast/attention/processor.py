@@ -1,0 +1,350 @@
+"""Attention processors of diffusers that run the fused cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from sefi_fast.attention.layers import cross_attention_layers, layer_resolutions
+from sefi_fast.attention.regions import RegionPrompts
+from sefi_fast.errors import BackendError
+from sefi_fast.ops import fused_cross_attention
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """The wishes for one cross-attention layer and the results of its latest call.
+
+    A processor writes each result by assignment, so that a layer that runs twice (gradient
+    checkpointing) leaves one result, not two.
+
+    Attributes:
+        reference_key: projected reference keys, [1 or B, M, heads · head_dim]; asks for the loss.
+        token_weights: float32 weights of the text tokens in the subject loss, [1 or B, M].
+        reference_grad: whether a gradient runs through the reference map.
+        probs_positions: int64 columns asked for, [1 or B, T]; negative entries give zero maps.
+        subject_loss: [B] float32, equation 5 of docs/method.md; None when no reference was given.
+        attn_probs: [B, T, N] float32 head-mean probabilities; None when no columns were asked for.
+    """
+
+    reference_key: Tensor | None = None
+    token_weights: Tensor | None = None
+    reference_grad: bool = False
+    probs_positions: Tensor | None = None
+    subject_loss: Tensor | None = None
+    attn_probs: Tensor | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything beyond the attention output is wanted."""
+        return self.reference_key is not None or self.probs_positions is not None
+
+
+class AttentionRecord:
+    """The layer records of one run, by the layers' names; it holds no other state."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, LayerRecord] = {}
+
+    def layer(self, name: str) -> LayerRecord:
+        """The record of the named layer, made on first use."""
+        return self._layers.setdefault(name, LayerRecord())
+
+    def items(self) -> Iterator[tuple[str, LayerRecord]]:
+        """(name, record) of every layer asked for so far, in that order."""
+        return iter(self._layers.items())
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+__all__ = [
+    "AttentionRecord",
+    "LayerRecord",
+    "SeFiAttnProcessor",
+    "cross_attention_layers",
+    "layer_resolutions",
+]
+
+# diffusers writes a masked key as a bias of -10000; anything between this and 0 is a soft bias,
+# which no boolean mask can say.
+_MASKED_BELOW = -1000.0
+
+
+class SeFiAttnProcessor:
+    """Attention of diffusers' `Attention` modules, for self- and cross-attention.
+
+    For plain prompts it computes what AttnProcessor2_0 computes. Cross-attention goes through the
+    fused operator when its record asks for the subject loss or for columns, or when a backend is
+    named, and through torch's scaled_dot_product_attention otherwise.
+
+    Args:
+        split_streams: cross-attention gets [B, 2·M, C]: first the M rows that keys are projected
+            from, then the M rows for values (equation 3 of docs/method.md). A mask for it has M
+            entries a sample.
+        record: what is wanted of this layer's cross-attention, and where the results go.
+        backend: backend of the fused operator, by name. It takes up to 256 keys and key masks only.
+        self_attention: "sdpa" or "xformers".
+
+    Raises:
+        ValueError: `self_attention` is neither of the two.
+        BackendError: xformers was asked for and cannot be imported.
+    """
+
+    def __init__(
+        self,
+        *,
+        split_streams: bool = False,
+        record: LayerRecord | None = None,
+        backend: str | None = None,
+        self_attention: Literal["sdpa", "xformers"] = "sdpa",
+    ) -> None:
+        if self_attention not in ("sdpa", "xformers"):
+            raise ValueError(
+                f"self_attention must be 'sdpa' or 'xformers', but it is {self_attention!r}"
+            )
+        self.split_streams = split_streams
+        self.record = record
+        self.backend = backend
+        self.self_attention = self_attention
+        self._efficient_attention = _import_xformers() if self_attention == "xformers" else None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` [B, N, C] or [B, C, h, w] to itself or to a prompt.
+
+        Raises:
+            ValueError: the prompt cannot be split into two streams, or subject loss or columns were
+                asked for under a mask that differs from query to query or between heads.
+            ModelError: there are regions, and image tokens are missing.
+            TypeError: the prompt is IP-Adapter's tuple of text and picture.
+        """
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+        if image_shape is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        query = attn.to_q(hidden_states)
+        if encoder_hidden_states is None:
+            key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
+        else:
+            key, value = self._project_prompt(attn, encoder_hidden_states)
+        query = _split_heads(query, attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        key, value = _heads_of(attn, key, value)
+
+        mask = self._prepare_mask(attn, attention_mask, key)
+        scale = None if attn.scale == query.shape[-1] ** -0.5 else attn.scale
+        record = self._record_of(attn, encoder_hidden_states)
+        if encoder_hidden_states is None:
+            output = self._attend_to_self(query, key, value, mask, scale)
+        elif self.backend is not None or (record is not None and record.asks):
+            record = record or LayerRecord()
+            output = self._attend_fused(attn, query, key, value, mask, scale, record)
+        else:
+            output = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+            if record is not None:
+                record.subject_loss = record.attn_probs = None
+        if encoder_hidden_states is not None and not torch.compiler.is_compiling():
+            regions = getattr(encoder_hidden_states, "sefi_regions", None)
+            if regions is not None:
+                output = self._attend_in_regions(attn, query, output, regions, scale)
+
+        hidden_states = output.transpose(1, 2).flatten(2).to(query.dtype)
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if image_shape is not None:
+            hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _project_prompt(self, attn: Attention, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(prompt, Tensor):
+            raise TypeError(
+                "SeFiAttnProcessor got encoder_hidden_states of type "
+                f"{type(prompt).__name__}, as IP-Adapter makes them, and wants one tensor: "
+                "call pipe.unload_ip_adapter() first"
+            )
+        if not self.split_streams:
+            normed = _norm_prompt(attn, prompt)
+            return attn.to_k(normed), attn.to_v(normed)
+        if prompt.shape[1] % 2:
+            raise ValueError(
+                f"a prompt of odd length {prompt.shape[1]} reached cross-attention that wants a "
+                "key and a value stream of equal length: the stage hook of this model is missing, "
+                "call sefi_fast.attach(pipe, ...) again"
+            )
+        key_stream, value_stream = prompt.chunk(2, dim=1)
+        return (
+            attn.to_k(_norm_prompt(attn, key_stream)),
+            attn.to_v(_norm_prompt(attn, value_stream)),
+        )
+
+    def _prepare_mask(self, attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | None:
+        """[B, heads, 1 or N, keys] from diffusers' [B, 1 or N, keys], or None."""
+        if mask is None:
+            return None
+        batch, heads, length, _ = key.shape
+        if self.split_streams and mask.shape[-1] != length:
+            raise ValueError(
+                f"the attention mask has {mask.shape[-1]} entries a sample, but each of the key "
+                f"and value streams has {length} tokens: give one entry a token of the prompt"
+            )
+        mask = attn.prepare_attention_mask(mask, length, batch)
+        return mask.view(batch, heads, -1, mask.shape[-1])
+
+    def _record_of(self, attn: Attention, prompt: Tensor | None) -> LayerRecord | None:
+        # A traced call brings its own records along with its prompt, so that other threads and
+        # other pipelines that share the layer go on undisturbed.
+        if prompt is not None and not torch.compiler.is_compiling():
+            traced = getattr(prompt, "sefi_records", None)
+            if traced is not None:
+                return traced.get(id(attn), self.record)
+        return self.record
+
+    def _attend_to_self(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        if self._efficient_attention is None:
+            return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        bias = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
+        tokens_first = (x.transpose(1, 2) for x in (query, key, value))
+        return self._efficient_attention(*tokens_first, attn_bias=bias, scale=scale).transpose(1, 2)
+
+    def _attend_in_regions(
+        self,
+        attn: Attention,
+        query: Tensor,
+        output: Tensor,
+        regions: RegionPrompts,
+        scale: float | None,
+    ) -> Tensor:
+        """`output` [B, heads, N, head_dim], with the regions' own where their image tokens lie."""
+        output = output.clone()
+        samples = regions.samples
+        for prompt, places in regions.of(attn, query):
+            key, value = _heads_of(attn, *self._project_prompt(attn, prompt))
+            output[-samples:, :, places] = F.scaled_dot_product_attention(
+                query[-samples:, :, places],
+                key.expand(samples, -1, -1, -1),
+                value.expand(samples, -1, -1, -1),
+                scale=scale,
+            ).to(output.dtype)
+        return output
+
+    def _attend_fused(
+        self,
+        attn: Attention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        record: LayerRecord,
+    ) -> Tensor:
+        reference_key = record.reference_key
+        if reference_key is not None:
+            reference_key = _split_heads(reference_key.to(key.dtype), attn.heads)
+            if attn.norm_k is not None:
+                reference_key = attn.norm_k(reference_key)
+        result = fused_cross_attention(
+            query,
+            key,
+            value,
+            reference_key=reference_key,
+            token_weights=record.token_weights,
+            key_mask=None if mask is None else _key_mask(mask),
+            probs_positions=record.probs_positions,
+            scale=scale,
+            reference_grad=record.reference_grad,
+            backend=self.backend,
+        )
+        record.subject_loss = None if reference_key is None else result.subject_loss
+        record.attn_probs = None if record.probs_positions is None else result.attn_probs
+        return result.output
+
+
+class TrainingProcessor(SeFiAttnProcessor):
+    """Split streams for the training's own prompts, which bear `sefi_training`.
+
+    Prompts of pipelines that other threads run on the U-Net go to `replaced`, the processor that
+    the layer has without the training.
+    """
+
+    replaced: Any = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        own = torch.compiler.is_compiling() or hasattr(encoder_hidden_states, "sefi_training")
+        attend: Any = super().__call__ if own else self.replaced
+        output: Tensor = attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return output
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, L, heads · head_dim] → [B, heads, L, head_dim], a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _heads_of(attn: Attention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Projected keys and values [B, L, heads · head_dim] as the attention takes them."""
+    key, value = _split_heads(key, attn.heads), _split_heads(value, attn.heads)
+    return key if attn.norm_k is None else attn.norm_k(key), value
+
+
+def _norm_prompt(attn: Attention, prompt: Tensor) -> Tensor:
+    return prompt if attn.norm_cross is None else attn.norm_encoder_hidden_states(prompt)
+
+
+def _key_mask(mask: Tensor) -> Tensor:
+    """The boolean [B, keys] that a [B, heads, 1, keys] mask or bias says."""
+    first = mask[:, 0, 0]
+    if mask.shape[2] != 1 or not torch.equal(mask, mask[:, :1].expand_as(mask)):
+        raise ValueError(
+            f"the attention mask, {tuple(mask.shape)} as [B, heads, queries, keys], differs "
+            "between queries or heads, but the fused operator takes one entry a key: give "
+            "encoder_attention_mask as [B, tokens], or ask for no subject loss, maps or backend"
+        )
+    if mask.dtype == torch.bool:
+        return first
+    keep = first > _MASKED_BELOW
+    if not bool(torch.all(~keep | (first == 0))):
+        raise ValueError(
+            "the attention mask holds biases between masked and free, but the fused operator takes "
+            "only key masks: use 0 and -10000, or ask for no subject loss, maps or backend"
+        )
+    return keep
+
+
+def _import_xformers() -> Any:
+    try:
+        from xformers.ops import memory_efficient_attention
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"self_attention='xformers' was asked for, but xformers cannot be imported ({error}): "
+            "install a build that fits this torch, or use self_attention='sdpa'"
+        ) from error
+    return memory_efficient_attention

@@ -1,0 +1,228 @@
+"""Tell the pipelines the method fits from those it does not, and say why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    UNet2DConditionModel,
+    UNetControlNetXSModel,
+    UNetMotionModel,
+)
+from torch import nn
+
+from sefi_fast.errors import ModelError
+from sefi_fast.prompts.text_encoder import text_parts
+
+WORKS_WITH = (
+    "sefi_fast works with pipelines of diffusers for Stable Diffusion 1.x, 2.x and SDXL: CLIP text "
+    "encoders and a UNet2DConditionModel, in whose cross-attention the subject lives"
+)
+
+_SD_ARGUMENTS = (
+    "prompt",
+    "device",
+    "num_images_per_prompt",
+    "do_classifier_free_guidance",
+    "negative_prompt",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "lora_scale",
+    "clip_skip",
+)
+_SDXL_ARGUMENTS = (
+    "prompt",
+    "prompt_2",
+    "device",
+    "num_images_per_prompt",
+    "do_classifier_free_guidance",
+    "negative_prompt",
+    "negative_prompt_2",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+    "lora_scale",
+    "clip_skip",
+)
+
+
+# What a pipeline has that uses its prompt outside of encode_prompt too.
+_OTHER_USES = {
+    "prior_text_encoder": "encodes its prompt a second time, for a prior",
+    "construct_direction": "moves its prompt by the difference of two plain ones",
+}
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Raise ModelError unless `pipe` is a Stable Diffusion 1.x, 2.x or SDXL pipeline."""
+    name = type(pipe).__name__
+    if getattr(pipe, "transformer", None) is not None:
+        raise ModelError(
+            f"{name} denoises with a transformer ({type(pipe.transformer).__name__}), which has no "
+            f"U-Net with cross-attention layers; {WORKS_WITH}"
+        )
+    unet = unwrap(getattr(pipe, "unet", None))
+    if not isinstance(unet, (UNet2DConditionModel, UNetMotionModel, UNetControlNetXSModel)):
+        raise ModelError(f"{name} has a U-Net of type {type(unet).__name__}; {WORKS_WITH}")
+    own = getattr(type(pipe), "encode_prompt", None)
+    if own is None:
+        raise ModelError(
+            f"{name} has no encode_prompt, in which prompts with subjects are encoded. Write the "
+            f"class word in place of the subject there, or take another pipeline; {WORKS_WITH}"
+        )
+    wanted = _SDXL_ARGUMENTS if len(text_parts(pipe)) == 2 else _SD_ARGUMENTS
+    arguments = [arg.replace("videos", "images") for arg in inspect.signature(own).parameters][1:]
+    missing = [arg for arg in wanted if arg not in (*arguments, "clip_skip")]
+    further = [arg for arg in arguments if arg not in wanted]
+    if missing or further:
+        differs = [
+            f"{word} {', '.join(some)}"
+            for word, some in (("without", missing), ("with", further))
+            if some
+        ]
+        raise ModelError(
+            f"{name}.encode_prompt is another function than that of its family "
+            f"({' and '.join(differs)}). Write the class word in place of the subject there, or "
+            f"take another pipeline; {WORKS_WITH}"
+        )
+    for attribute, use in _OTHER_USES.items():
+        if getattr(pipe, attribute, None) is not None:
+            raise ModelError(
+                f"{name} {use}, where a subject would be missing. Write the class word in place of "
+                "the subject there, or take another pipeline."
+            )
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise ModelError for times that are no steps of the training's noise schedule.
+
+    EDM's schedulers, and Euler's with continuous times, hand the U-Net a quarter of log σ, -2 to 1:
+    there every step would be the subject's cleanest stage.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    continuous = getattr(config, "timestep_type", None) == "continuous"
+    if name.startswith("EDM") or (continuous and config.prediction_type == "v_prediction"):
+        raise ModelError(
+            f"the pipeline's {name} counts time by the logarithm of the noise, but a subject's "
+            "stages are parts of the training's steps: set pipe.scheduler to one of DDIM, "
+            "DPM-Solver++, Euler …; a model that was trained with such times (Playground 2.5, "
+            "CosXL) takes no subject"
+        )
+
+
+def check_not_compiled(models: Iterable[nn.Module], what: str) -> None:
+    """Raise ModelError when torch.compile would hide the calls of a model's layers.
+
+    Args:
+        models: U-Net and ControlNets as the pipeline has them.
+        what: that needs to see the layers, as a request ("trace the pipeline").
+    """
+    for model in models:
+        inside = unwrap(model)
+        parts = inside.modules()
+        if inside is not model or any(part._compiled_call_impl is not None for part in parts):
+            raise ModelError(
+                f"the {type(inside).__name__} is compiled, which hides the calls of its layers: "
+                f"{what} before torch.compile"
+            )
+
+
+def is_sdxl(pipe: Any) -> bool:
+    """Whether a pipeline is conditioned by two text encoders and a pooled embedding."""
+    # Not whether it is there: packed prompts are drawn without it too.
+    return hasattr(pipe, "text_encoder_2")
+
+
+def check_model_index(index: Mapping[str, Any], source: str) -> None:
+    """Raise ModelError unless a model_index.json describes a family that the method fits."""
+    name = index.get("_class_name", "no pipeline class")
+    if not isinstance(name, str):
+        raise ModelError(
+            f"{source} names its pipeline's class as {name!r}, which is code of its own, and such "
+            "code is not run. Load a model that the pipelines of diffusers fit"
+        )
+    if "transformer" in index:
+        part = _component(index, "transformer") or "transformer"
+        raise ModelError(
+            f"{source} holds a {name}, which denoises with a {part}, not with a U-Net; {WORKS_WITH}"
+        )
+    wanted = {
+        "unet": "UNet2DConditionModel",
+        "text_encoder": "CLIPTextModel",
+        "vae": "AutoencoderKL",
+    }
+    if is_sdxl_index(index):
+        wanted["text_encoder_2"] = "CLIPTextModelWithProjection"
+        if _component(index, "text_encoder") is None:
+            raise ModelError(
+                f"{source} holds a {name} with the second text encoder alone, as SDXL's refiner "
+                "has; load the base model, and run the refiner on its pictures without subjects"
+            )
+    for part, kind in wanted.items():
+        found = _component(index, part)
+        if found != kind:
+            raise ModelError(
+                f"{source} holds a {name} whose {part} is {found or 'missing'} instead of "
+                f"{kind}; {WORKS_WITH}"
+            )
+    for part in ("tokenizer", "tokenizer_2")[: 2 if is_sdxl_index(index) else 1]:
+        found = _component(index, part)
+        if found not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+            raise ModelError(
+                f"{source} holds a {name} whose {part} is {found or 'missing'} instead of "
+                f"CLIPTokenizer; {WORKS_WITH}"
+            )
+        wanted[part] = found
+    # diffusers imports the module that an entry names.
+    for part in (*wanted, "scheduler"):
+        library = "transformers" if part.startswith("t") else "diffusers"
+        if _component(index, part) is None or index[part][0] != library:
+            raise ModelError(
+                f"{source} takes its {part} from {index.get(part)!r} instead of {library}, and "
+                "code of a model's own is not run. Get the model from its publisher again"
+            )
+
+
+def is_sdxl_index(index: Mapping[str, Any]) -> bool:
+    """Whether a model_index.json describes a pipeline with a second text encoder."""
+    return _component(index, "text_encoder_2") is not None
+
+
+def given_models(pipe: Any) -> Iterator[nn.Module]:
+    """The U-Net and every ControlNet as the pipeline has them, compiled or not."""
+    yield pipe.unet
+    if isinstance(unwrap(pipe.unet), UNetControlNetXSModel):
+        # The U-Net has the ControlNet's layers among its own.
+        return
+    controlnet = getattr(pipe, "controlnet", None)
+    for model in getattr(unwrap(controlnet), "nets", [controlnet]):
+        if model is not None:
+            yield model
+
+
+def conditioned_models(pipe: Any) -> Iterator[nn.Module]:
+    """The models of a pipeline that are called with the prompt: the U-Net and every ControlNet."""
+    yield unwrap(pipe.unet)
+    for model in map(unwrap, islice(given_models(pipe), 1, None)):
+        if not isinstance(model, (ControlNetModel, ControlNetUnionModel)):
+            raise ModelError(
+                f"{type(pipe).__name__} has a ControlNet of type {type(model).__name__}; wanted a "
+                "ControlNetModel, a ControlNetUnionModel or several of them"
+            )
+        yield model
+
+
+def unwrap(model: Any) -> Any:
+    """The module that torch.compile wrapped, or the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _component(index: Mapping[str, Any], part: str) -> str | None:
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, (list, tuple)) and len(entry) == 2 else None

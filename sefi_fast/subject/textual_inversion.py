@@ -1,0 +1,219 @@
+"""Textual Inversion files: subjects for other programs, and other programs' embeddings as subjects.
+
+A Textual Inversion file of one text encoder holds one tensor [W, C] under the word's name, which
+diffusers' `load_textual_inversion`, A1111 and ComfyUI all read; one of SDXL holds `clip_l` and
+`clip_g`. W is the number of vectors that stand for the word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sefi_fast.errors import SubjectFileError
+from sefi_fast.prompts.text_encoder import token_table
+from sefi_fast.prompts.tokenization import class_token_ids, padded
+from sefi_fast.subject.subject import Subject
+from sefi_fast.utils.files import atomic_write, read_regular, user_path
+from sefi_fast.utils.limits import MOST_VECTORS
+from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
+from sefi_fast.utils.words import placeholder_for
+
+# Of A1111, ComfyUI, kohya and diffusers' advanced scripts; of the latter's older versions.
+_SDXL_NAMES = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
+_READ_LIMIT = 64 * 2**20
+
+
+def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False) -> Path:
+    """Write the subject as a Textual Inversion embedding in a safetensors file.
+
+    Such a file has one row a vector for all stages and for keys and values alike. A tied subject of
+    one stage is kept exactly; of any other only the mean of its rows is left, which is another,
+    weaker subject, so it must be asked for.
+
+    Args:
+        subject: what to export.
+        path: the file to write, replaced whole or not at all. A1111 and ComfyUI take its name for
+            the word of the prompt.
+        lossy: allow the mean over stages and over keys and values.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: the subject has several stages or split tokens and `lossy` is False, the path
+            does not end in .safetensors, or there are more than two text encoders.
+        OSError: the file cannot be written.
+    """
+    path = user_path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"the embedding's file must end in .safetensors, got {path.name!r}")
+    exact = subject.stages == 1 and not subject.split
+    if not exact and not lossy:
+        raise ValueError(
+            f"{subject.placeholder!r} has {subject.stages} stage(s) with "
+            f"{'separate K and V tokens' if subject.split else 'tied tokens'}, and an embedding "
+            "file holds one row a vector: pass lossy=True to write their mean, or train with "
+            "preset='textual-inversion'"
+        )
+    rows = [tokens.mean((0, 1)) for tokens in subject.tokens]
+    if len(rows) > 2:
+        raise ValueError(f"no format is known for embeddings of {len(rows)} text encoders")
+    names = (subject.placeholder,) if len(rows) == 1 else _SDXL_NAMES[0]
+    metadata = {
+        "format": "pt",
+        "placeholder": subject.placeholder,
+        "class_word": subject.class_word,
+        "base_model": subject.base_model,
+        "lossy": str(not exact).lower(),
+    }
+    atomic_write(path, pack_tensors(dict(zip(names, rows, strict=True)), metadata))
+    return path
+
+
+def import_embedding(
+    path: str | Path | Sequence[str | Path],
+    pipe: Any,
+    *,
+    class_word: str,
+    placeholder: str | None = None,
+) -> Subject:
+    """A Textual Inversion embedding as a tied subject of one stage.
+
+    Args:
+        path: a safetensors file with rows [W, C], or [C], for each text encoder of `pipe`; or a
+            file for each. Of diffusers' `learned_embeds.safetensors` and
+            `learned_embeds_2.safetensors` one is enough where the other lies next to it.
+        pipe: the pipeline it was made for.
+        class_word: the general word for it, of at most W tokens: what the subject-wise loss and
+            `attach` compare with.
+        placeholder: its word in prompts; default: the name in the file where that is a word of its
+            own, else the file's name in angle brackets.
+
+    Raises:
+        SubjectFileError: a file is missing, of another format (.pt and .bin are never opened: they
+            can run code), damaged, or of another width than the pipeline.
+        PromptError: the tokenizer does not know the class word, or it is of more than W tokens.
+    """
+    paths = [user_path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
+    if not paths:
+        raise SubjectFileError("no file was given: give the .safetensors file of an embedding")
+    parts: list[tuple[Any, Any]] = [
+        (getattr(pipe, "tokenizer" + end, None), getattr(pipe, "text_encoder" + end, None))
+        for end in ("", "_2")
+    ]
+    parts = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
+    tables: list[Any] = [token_table(encoder) for _, encoder in parts]
+    if len(paths) == 1 and len(parts) == 2:
+        paths = _with_twin(paths[0])
+    named = [(name, tensor) for one in paths for name, tensor in _read(one).items()]
+    files = " and ".join(map(str, paths))
+    named = _in_order(files, named, [table.embedding_dim for table in tables], len(paths))
+    vectors, class_rows = [], []
+    for (name, tensor), (tokenizer, encoder), table in zip(named, parts, tables, strict=True):
+        rows = _rows(files, name, tensor, table.embedding_dim)
+        class_ids = class_token_ids(tokenizer, class_word)
+        padded(class_ids, len(rows), class_word)
+        with torch.no_grad():
+            class_rows.append(table(torch.tensor(class_ids, device=encoder.device)).float().cpu())
+        vectors.append(rows)
+    if len({len(rows) for rows in vectors}) > 1:
+        raise SubjectFileError(
+            f"{files} holds {' and '.join(str(len(rows)) for rows in vectors)} rows for the text "
+            "encoders: wanted as many for each"
+        )
+    return Subject(
+        placeholder=placeholder or _word(paths[0], named[0][0]),
+        class_word=class_word,
+        tokens=[rows[None, None] for rows in vectors],
+        class_embeddings=class_rows,
+        base_model=str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__),
+        settings={"imported": ", ".join(one.name for one in paths)},
+    )
+
+
+def _with_twin(path: Path) -> list[Path]:
+    """The file, or both files of diffusers' script in the order of the text encoders."""
+    found = re.fullmatch(r"learned_embeds(_2)?(.*)", path.name)
+    if found is None:
+        return [path]
+    pair = [path.with_name(f"learned_embeds{number}{found[2]}") for number in ("", "_2")]
+    return pair if all(one.is_file() for one in pair) else [path]
+
+
+def _in_order(
+    files: str, named: list[tuple[str, Tensor]], widths: list[int], count: int
+) -> list[tuple[str, Tensor]]:
+    """Tensors in the order of the text encoders: by their names, their files or their widths."""
+    names = [name for name, _ in named]
+    if len(named) != len(widths):
+        raise SubjectFileError(
+            f"{files} holds {len(named)} tensors ({', '.join(sorted(names))}), and this pipeline "
+            f"has {len(widths)} text encoders: wanted one tensor for each. Where each has a file, "
+            "give both files"
+        )
+    for known in _SDXL_NAMES:
+        if sorted(names) == sorted(known):
+            return sorted(named, key=lambda pair: known.index(pair[0]))
+    fitting = [
+        order
+        for order in (named, named[::-1])
+        if [tensor.shape[-1:] for _, tensor in order] == [(width,) for width in widths]
+    ]
+    # Files are in the order given; the tensors of one file are in none.
+    if count == 1 and len(widths) == len(fitting) == 2:
+        raise SubjectFileError(
+            f"{files} holds {' and '.join(sorted(names))}, and either fits both text encoders: "
+            f"name them {' and '.join(_SDXL_NAMES[0])}"
+        )
+    return fitting[0] if fitting else named
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix in (".pt", ".bin", ".ckpt", ".pth"):
+        raise SubjectFileError(
+            f"{path} is a pickle, which can run code when it is opened: convert it to "
+            ".safetensors where you trust it, and give that file"
+        )
+    try:
+        return unpack_tensors(read_regular(path, _READ_LIMIT))[1]
+    except FileNotFoundError as error:
+        raise SubjectFileError(
+            f"{path} is not there: give the .safetensors file of an embedding"
+        ) from error
+    except OSError as error:
+        raise SubjectFileError(
+            f"{path} cannot be read: {error.strerror or error}; give the .safetensors file of an "
+            "embedding"
+        ) from error
+    except ValueError as error:
+        raise SubjectFileError(f"{path} is no readable safetensors file ({error})") from error
+
+
+def _rows(path: str, name: str, tensor: Tensor, width: int) -> Tensor:
+    if not tensor.is_floating_point() or tensor.dim() not in (1, 2) or tensor.shape[-1] != width:
+        raise SubjectFileError(
+            f"{path}: {name!r} is {tensor.dtype} {list(tensor.shape)}, and this pipeline's text "
+            f"encoder wants rows [W, {width}]: it was made for another base model"
+        )
+    rows = tensor.reshape(-1, width).float()
+    if not 1 <= len(rows) <= MOST_VECTORS:
+        raise SubjectFileError(
+            f"{path}: {name!r} holds {len(rows) or 'no'} rows: wanted 1 to {MOST_VECTORS}"
+        )
+    if not bool(torch.isfinite(rows).all()):
+        raise SubjectFileError(f"{path}: {name!r} holds NaN or infinity")
+    return rows
+
+
+def _word(path: Path, name: str) -> str:
+    # The names that programs write where they know no word.
+    unknown = ("emb_params", "*", "string_to_param.*", *sum(_SDXL_NAMES, ()))
+    if name in unknown or name.split() != [name]:
+        return placeholder_for(path.stem)
+    return name

@@ -1,0 +1,531 @@
+"""The model that is trained on: load it, freeze it, and restore it afterwards."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sefi_fast.attention.layers import cross_attention_layers
+from sefi_fast.attention.processor import AttentionRecord, SeFiAttnProcessor, TrainingProcessor
+from sefi_fast.errors import ModelError
+from sefi_fast.pipelines import load_pipeline
+from sefi_fast.pipelines.model_patch import LOCK, check_replaceable
+from sefi_fast.pipelines.support import WORKS_WITH, check_pipeline, is_sdxl, unwrap
+from sefi_fast.prompts import text_parts
+from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.image import TIME_IDS
+from sefi_fast.training.noise import NoiseSchedule
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(wanted: str | None, current: torch.device | None = None) -> torch.device:
+    """The device of a run: the one asked for, the pipeline's own, or CUDA where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if wanted is None:
+        chosen = current or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _checked(chosen)
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"device {wanted!r} cannot be used here ({reason}); give 'cpu' or None"
+        ) from error
+    return _checked(device)
+
+
+def _checked(device: torch.device) -> torch.device:
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"training runs on the CPU and on CUDA, not on {str(device)!r}")
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
+    """The compute dtype. "auto": float32 on a CPU; on CUDA a half-precision model's own, else
+    bfloat16 where the device has it and float16 where it lacks it.
+
+    On a CPU with bfloat16 matrix units "bf16" was measured to gain nothing on the bundled model and
+    on U-Nets up to 320 channels, and 1.6 times the speed at 640: worth asking for on large models,
+    no default, since the numbers would change from one processor to the next.
+
+    Raises:
+        ValueError: float16 was asked for on a CPU, which has no gradient scaler for it.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision 'fp16' works on CUDA only; on a CPU use 'fp32' or 'bf16'")
+    if precision != "auto":
+        return _DTYPES[precision]
+    if device.type != "cuda":
+        return torch.float32
+    if model_dtype in (torch.float16, torch.bfloat16):
+        return model_dtype
+    with torch.cuda.device(device):
+        # Emulated, as before compute capability 8.0, it is slower than float32.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Autocast to `dtype`; off for float32."""
+    enabled = dtype != torch.float32
+    # Frozen weights are never cached by autocast, so its cache would only hold memory.
+    cast_to = dtype if enabled else torch.bfloat16
+    return torch.autocast(device.type, dtype=cast_to, enabled=enabled, cache_enabled=False)
+
+
+@contextmanager
+def borrowed(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, channels_last: bool = False
+) -> Iterator[None]:
+    """Freeze `module`, put it on `device` in eval mode, and undo all of it on the way out.
+
+    Only conversions that lose nothing are made: weights of fewer bytes than `dtype` become `dtype`,
+    so float8 weights become float16 and half-precision ones float32. Others keep their type.
+
+    Args:
+        module: U-Net, VAE or text encoder.
+        device: where to compute.
+        dtype: of the computation, to widen narrower weights; None to leave all types alone.
+        channels_last: lay convolution weights out channels-last.
+
+    Raises:
+        ModelError: the weights are offloaded, on the meta device, quantised, or made in inference
+            mode.
+    """
+    registries: list[Any] = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
+    hooks = [registry for registry in registries if registry is not None]
+    _check_not_offloaded(module, hooks)
+    _check_not_quantised(module)
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ModelError(
+            f"the {type(module).__name__} has no weights in memory (CPU offload or the meta "
+            "device): load the pipeline without offloading"
+        )
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ModelError(
+            f"the weights of the {type(module).__name__} were made in torch.inference_mode(), "
+            "where no gradient can be taken. Training needs weights made outside of it. Load the "
+            "pipeline again outside of inference mode, or under torch.no_grad()"
+        )
+    casts = [cast for one in hooks if (cast := one.get_hook("layerwise_casting")) is not None]
+    # A stack puts back the rest when one of them fails or is interrupted.
+    with ExitStack() as stack:
+        for cast in casts if dtype is not None else ():
+            # The backward pass needs the weights of the forward pass: no cast around each call.
+            for name in ("storage_dtype", "compute_dtype"):
+                stack.callback(setattr, cast, name, getattr(cast, name))
+                setattr(cast, name, dtype)
+        for part in module.modules():
+            stack.callback(setattr, part, "training", part.training)
+            part.training = False
+        for tensor in tensors:
+            own_dtype, own_layout = tensor.dtype, _is_channels_last(tensor)
+            stack.callback(tensor.requires_grad_, tensor.requires_grad)
+            stack.callback(_move, tensor, tensor.device, own_dtype, own_layout)
+            tensor.requires_grad_(False)
+            wanted = own_dtype
+            if dtype and own_dtype.is_floating_point and own_dtype.itemsize < dtype.itemsize:
+                wanted = dtype
+            _move(tensor, device, wanted, own_layout or channels_last)
+        yield
+
+
+def _check_not_offloaded(module: nn.Module, registries: list[Any]) -> None:
+    """Raise ModelError where hooks of accelerate or diffusers move the weights at each call."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))
+    moved = any(type(one).__name__ == "CpuOffload" for one in hooks) or any(
+        registry.get_hook("group_offloading") is not None for registry in registries
+    )
+    if moved:
+        raise ModelError(
+            f"the {type(module).__name__}'s weights are moved to the device for each call alone "
+            "(CPU offload): call pipe.remove_all_hooks() or load the pipeline without offloading, "
+            "and train with low_memory=True where memory is short"
+        )
+
+
+def _check_not_quantised(module: nn.Module) -> None:
+    """Raise ModelError for weights that are not plain floating-point tensors."""
+    for name, tensor in module.named_parameters():
+        plain = type(tensor) is nn.Parameter and type(tensor.data) is Tensor
+        if not plain or not tensor.is_floating_point():
+            kind = type(tensor if type(tensor) is not nn.Parameter else tensor.data).__name__
+            raise _quantised(module, f"{name} is a {kind} of {tensor.dtype}")
+    for name, part in module.named_modules():
+        # torch.ao keeps packed weights that are not parameters.
+        if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic")):
+            raise _quantised(module, f"{name} is a quantised {type(part).__name__}")
+
+
+def _quantised(module: nn.Module, what: str) -> ModelError:
+    return ModelError(
+        f"the {type(module).__name__} is quantised: {what}. Training needs weights in floating "
+        "point. Load the model without quantisation; the subject can be attached to this pipeline"
+    )
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return (
+        tensor.ndim == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
+    data = tensor.data.to(device, dtype)
+    if data.ndim == 4 and _is_channels_last(data) != channels_last:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        data = data.contiguous(memory_format=layout)
+    tensor.data = data
+
+
+def _check_no_training(attn: Attention) -> None:
+    if isinstance(attn.processor, TrainingProcessor):
+        raise ModelError(
+            "another thread trains on this U-Net. One training at a time can have it. Train one "
+            "after the other, several at once with sefi_fast.train_many, or give each thread a "
+            "copy of the pipeline."
+        )
+
+
+class TrainingProcessors:
+    """Split-stream processors with records on a U-Net's cross-attention layers.
+
+    Args:
+        unet: a UNet2DConditionModel.
+        record: where the layers leave their subject loss.
+        backend: of the fused operator, by name.
+        self_attention: "sdpa" leaves the self-attention's processors alone, "xformers" replaces
+            them too.
+
+    Raises:
+        ModelError: a layer's processor does more than plain attention (IP-Adapter).
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        record: AttentionRecord,
+        backend: str | None = None,
+        self_attention: str = "sdpa",
+    ) -> None:
+        self._ours: list[tuple[Attention, SeFiAttnProcessor]] = []
+        crossing = cross_attention_layers(unwrap(unet))
+        for name, attn in crossing.items():
+            _check_no_training(attn)
+            check_replaceable(unet, name, attn.processor)
+            processor = TrainingProcessor(
+                split_streams=True, record=record.layer(name), backend=backend
+            )
+            self._ours.append((attn, processor))
+        if self_attention == "xformers":
+            shared = SeFiAttnProcessor(self_attention="xformers")
+            for name, attn in unwrap(unet).named_modules():
+                if isinstance(attn, Attention) and name not in crossing:
+                    check_replaceable(unet, name, attn.processor)
+                    self._ours.append((attn, shared))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The processors on their layers; the ones before come back on the way out.
+
+        Raises:
+            ModelError: another training is at a step on this U-Net.
+        """
+        before: list[tuple[Attention, Any, Any]] = []
+        try:
+            with LOCK:
+                for attn, processor in self._ours:
+                    _check_no_training(attn)
+                    found = attn.processor
+                    if isinstance(processor, TrainingProcessor):
+                        processor.replaced = found
+                    before.append((attn, processor, found))
+                    attn.set_processor(processor)
+            yield
+        finally:
+            with LOCK:
+                for attn, processor, found in before:
+                    if attn.processor is processor:
+                        ours = isinstance(processor, TrainingProcessor)
+                        attn.set_processor(processor.replaced if ours else found)
+
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = "the bundled tiny model"
+_VAE_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+class Source(NamedTuple):
+    """A base model and how to compute with it.
+
+    pipe: the pipeline. name: for the subject's `base_model`. model: what `load_pipeline` takes to
+    get it again, None for the bundled one. device, dtype: of the computation. owned: whether the
+    pipeline was loaded for this run. model_config, vae: what it was loaded with. checksum: of the
+    weights and the noise schedule.
+    """
+
+    pipe: Any
+    name: str
+    model: str | None
+    device: torch.device
+    dtype: torch.dtype
+    owned: bool
+    checksum: str
+    model_config: str | None = None
+    vae: str | None = None
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoders in the order of their joined outputs: two for SDXL."""
+        return [unwrap(part.text_encoder) for part in text_parts(self.pipe)]
+
+
+MODEL_KEYS = ("model", "model_config", "vae")
+"""How the settings of a subject, a run's file and a manifest name what a model is loaded from."""
+
+ModelPath = str | os.PathLike[str] | None
+
+
+def model_settings(
+    model: Any, model_config: ModelPath = None, vae: ModelPath = None
+) -> dict[str, str | None]:
+    """Return what the settings of a subject keep of its base model, to load it again."""
+    if not (model is None or isinstance(model, (str, os.PathLike))):
+        model = getattr(model.config, "_name_or_path", None) or None
+    given = {"model_config": model_config, "vae": vae}
+    return {
+        "model": None if model is None else os.fspath(model),
+        **{name: os.fspath(value) for name, value in given.items() if value is not None},
+    }
+
+
+def find_source(
+    model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
+) -> Source:
+    """Load the model, or look at the pipeline given, and choose device and dtype.
+
+    Raises:
+        ModelError: there is no such model, or it is of a family the method does not fit.
+        ValueError: the device or the precision asked for cannot be had, or `model_config` or `vae`
+            were given with a ready pipeline.
+    """
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        if model_config is not None or vae is not None:
+            raise ValueError(
+                "model_config and vae are for a model that is loaded, and a ready pipeline was "
+                "given: leave them out, and set pipe.vae instead"
+            )
+        check_pipeline(model)
+        check_latent_channels(model)
+        check_added_conditioning(model)
+        device = choose_device(config.device, unwrap(model.unet).device)
+        if config.device is None and device.type == "cpu" and torch.cuda.is_available():
+            logger.warning(
+                "the pipeline is on the CPU, and so training is: give device='cuda', or call "
+                "pipe.to('cuda') first"
+            )
+        dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
+        given = model_settings(model)["model"]
+        checksum = model_checksum(model)
+        return Source(model, given or type(model).__name__, given, device, dtype, False, checksum)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.precision, device, torch.float32)
+    settings = model_settings(model, model_config, vae)
+    name = settings["model"]
+    # In float32 first: the text encoders keep it, since the learned rows enter there, and so does
+    # the VAE, which is small and, SDXL's, overflows in float16.
+    pipe = load_pipeline(name, dtype=torch.float32, device="cpu", config=model_config, vae=vae)
+    check_added_conditioning(pipe)
+    # Before the weights are cast, so that a run may go on on another device.
+    checksum = model_checksum(pipe)
+    source = Source(
+        pipe, name or BUNDLED, device=device, dtype=dtype, owned=True, checksum=checksum, **settings
+    )
+    if device.type != "cpu":
+        pipe.unet.to(device, dtype)
+        for text_encoder in source.text_encoders:
+            text_encoder.to(device)
+    return source
+
+
+def model_checksum(pipe: Any) -> str:
+    """Return 8 hexadecimal digits that change with any weight, the noise schedule and the scaling.
+
+    They do not change with the place of the weights, in memory or on disk. The bytes of each tensor
+    are added up as integers, as fast as the memory is read.
+
+    Raises:
+        ModelError: the scheduler's noise schedule is not one to train with.
+    """
+    modules = [pipe.unet, pipe.vae, *(part.text_encoder for part in text_parts(pipe))]
+    schedule = NoiseSchedule(pipe.scheduler, torch.device("cpu"))
+    scaling = {key: value for key, value in pipe.vae.config.items() if key in _VAE_SCALING}
+    value = zlib.crc32(repr((schedule.settings, scaling)).encode())
+    for module in map(unwrap, modules):
+        for tensor in (*module.parameters(), *module.buffers()):
+            # Borrowing refuses offloaded weights.
+            if tensor.is_meta:
+                continue
+            content = tensor.detach().contiguous().flatten().view(torch.uint8)
+            if content.storage_offset() % 8:
+                content = content.clone()
+            whole = len(content) // 8 * 8
+            total = int(content[:whole].view(torch.int64).sum())
+            summed = (tensor.shape, tensor.dtype, total, content[whole:].tolist())
+            value = zlib.crc32(repr(summed).encode(), value)
+    return f"{value:08x}"
+
+
+@contextmanager
+def frozen(source: Source, config: TrainConfig) -> Iterator[None]:
+    """U-Net and text encoders frozen and ready on the device; as they were on the way out."""
+    unet = unwrap(source.pipe.unet)
+    with ExitStack() as stack:
+        # Channels-last pays on CUDA's tensor cores; on CPUs it was measured to gain nothing.
+        channels_last = source.device.type == "cuda"
+        stack.enter_context(borrowed(unet, source.device, source.dtype, channels_last))
+        for text_encoder in source.text_encoders:
+            stack.enter_context(borrowed(text_encoder, source.device, source.dtype))
+        stack.enter_context(checkpointed(unet, config.gradient_checkpointing or config.low_memory))
+        if config.low_memory and source.pipe.vae is not None:
+            # Whoever needs it borrows it. The text encoders stay: every step needs them.
+            stack.enter_context(borrowed(source.pipe.vae, torch.device("cpu"), None))
+        yield
+
+
+@contextmanager
+def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing on if `wanted`, in a form that a CUDA graph can capture.
+
+    One that the U-Net has already stays on, in that form as well.
+    """
+    function = "_gradient_checkpointing_func"
+    before = [
+        (part, part.gradient_checkpointing, {k: v for k, v in vars(part).items() if k == function})
+        for part in unet.modules()
+        if hasattr(part, "gradient_checkpointing")
+    ]
+    try:
+        if wanted or unet.is_gradient_checkpointing:
+            unet.enable_gradient_checkpointing(_recompute)
+        yield
+    finally:
+        for part, checkpointing, own in before:
+            part.gradient_checkpointing = checkpointing
+            vars(part).pop(function, None)
+            vars(part).update(own)
+
+
+def _recompute(module: torch.nn.Module, *inputs: Any) -> Any:
+    # A frozen model in eval mode draws nothing at random, and the state of CUDA's generator cannot
+    # be read in a capture.
+    return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def check_added_conditioning(pipe: Any) -> None:
+    """Raise ModelError unless the U-Net takes, beside the words, what its family's training gives.
+
+    For SDXL that is the second encoder's pooled embedding and six numbers of size and crop; nothing
+    for Stable Diffusion 1.x and 2.x.
+    """
+    unet = unwrap(pipe.unet).config
+    name = type(pipe).__name__
+    if getattr(unet, "time_cond_proj_dim", None) is not None:
+        raise ModelError(
+            f"the U-Net of this {name} takes the guidance scale as an input, as models distilled "
+            "for few steps do (LCM). What it predicts is guided already, and training needs the "
+            "plain noise. Train on the model it was distilled from, and attach the subject here"
+        )
+    for key in ("class_embed_type", "num_class_embeds"):
+        if (value := getattr(unet, key, None)) is not None:
+            raise ModelError(
+                f"the U-Net of this {name} takes class labels ({key} is {value!r}), which no "
+                "prompt gives. Train on a text-to-image model"
+            )
+    kind = getattr(unet, "encoder_hid_dim_type", None)
+    if kind not in (None, "ip_image_proj"):
+        raise ModelError(
+            f"the U-Net of this {name} changes the text embeddings first (encoder_hid_dim_type is "
+            f"{kind!r}), as models of other families do. {WORKS_WITH}"
+        )
+    if kind is not None:
+        raise ModelError(
+            f"the U-Net of this {name} takes a picture beside the words (an "
+            "IP-Adapter): call pipe.unload_ip_adapter() before training, and load it again behind"
+        )
+    kind, wanted = getattr(unet, "addition_embed_type", None), None
+    if is_sdxl(pipe):
+        wanted = "text_time"
+    if kind != wanted:
+        raise ModelError(
+            f"the U-Net of this {type(pipe).__name__} takes added conditioning of type {kind!r}, "
+            f"where {wanted!r} goes with its text encoders: are its parts of different models?"
+        )
+    taken = unet.cross_attention_dim
+    made = sum(unwrap(part.text_encoder).config.hidden_size for part in text_parts(pipe))
+    if taken != made and set(taken if isinstance(taken, (list, tuple)) else ()) != {made}:
+        raise ModelError(
+            f"the U-Net of this {name} takes text embeddings of width {taken}, but its text "
+            f"encoders make {made}: are its parts of different models?"
+        )
+    if wanted is None:
+        return
+    pooled = unwrap(pipe.text_encoder_2).config.projection_dim
+    made = pooled + len(TIME_IDS) * unet.addition_time_embed_dim
+    taken = unet.projection_class_embeddings_input_dim
+    if made != taken:
+        raise ModelError(
+            f"the U-Net of this {type(pipe).__name__} takes {taken} numbers beside the words, but "
+            f"the pooled embedding of its second text encoder ({pooled}) and {', '.join(TIME_IDS)} "
+            f"make {made}, as with SDXL's refiner: train on the base model"
+        )
+
+
+def check_latent_channels(pipe: Any) -> None:
+    """Raise ModelError for U-Nets that take more than a latent (inpainting, depth)."""
+    taken, made = unwrap(pipe.unet).config.in_channels, pipe.vae.config.latent_channels
+    if taken != made:
+        raise ModelError(
+            f"the U-Net of this {type(pipe).__name__} takes {taken} channels, but the latents of "
+            f"its VAE have {made}, as in inpainting and depth models: train on the text-to-image "
+            "model and attach the subject here"
+        )
+
+
+def resolution_of(pipe: Any, wanted: int | None) -> int:
+    """Side length in pixels to train at: the model's own, or a smaller one asked for.
+
+    Raises:
+        ValueError: the one asked for is larger than the model's or no multiple of its grid.
+    """
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    sample_size = unwrap(pipe.unet).config.sample_size
+    side = sample_size if isinstance(sample_size, int) else min(sample_size or (64,))
+    own = side * factor
+    if wanted is None:
+        return own
+    if wanted > own or wanted % factor:
+        raise ValueError(
+            f"resolution {wanted} does not fit this model: give a multiple of {factor}, at most "
+            f"{own}"
+        )
+    return wanted
