@@ -17,7 +17,7 @@ from sefi_fast.prompts import encode_texts, placeholder_ids, stage_of, text_part
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.base_model import autocast
-from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.latents import encode_image
 from sefi_fast.training.noise import NoiseSchedule, draw
 from sefi_fast.training.prompts import TrainingPrompts
 
@@ -55,7 +55,7 @@ def training_prompts(pipe: Any, config: TrainConfig) -> TrainingPrompts:
 
 
 def size_and_crop(pipe: Any, pixels: Tensor) -> Tensor | None:
-    """SDXL's time ids of a picture [3, h, w] kept whole, float32 [6]; None for other models."""
+    """SDXL's time ids of an image [3, h, w] kept whole, float32 [6]; None for other models."""
     if not is_sdxl(pipe):
         return None
     height, width = pixels.shape[1:]
@@ -103,7 +103,7 @@ class _MapsProcessor:
 class PlainStep:
     """The method on diffusers' own parts: maps in memory, the reference encoded every step.
 
-    The picture is encoded once, only the stages drawn are encoded, and self-attention is
+    The image is encoded once, only the stages drawn are encoded, and self-attention is
     diffusers' own SDPA: nothing is slower than it need be, except for not being fused.
     """
 
@@ -111,7 +111,7 @@ class PlainStep:
         self.pipe, self.config, self.dtype = pipe, config, dtype
         self.device = pipe.unet.device
         with torch.no_grad():
-            self.latents = encode_picture(pipe.vae, pixels, config.flip)
+            self.latents = encode_image(pipe.vae, pixels, config.flip)
         pipe.vae = None
         self._step: dict[str, Any] = {}
         for attn in cross_attention_layers(pipe.unet).values():
@@ -190,7 +190,7 @@ class PlainStep:
 class TextualInversionStep:
     """A step as diffusers' Textual Inversion examples take it, without an attention loss.
 
-    The picture and the prompt are encoded every step, the whole token table of each text encoder
+    The image and the prompt are encoded every step, the whole token table of each text encoder
     is in AdamW with weight decay, and all rows but the placeholder's are put back after the update.
     """
 

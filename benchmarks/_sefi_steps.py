@@ -12,15 +12,15 @@ from torch import Tensor
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.base_model import Source, frozen
 from sefi_fast.training.engine import Engine, Lane
-from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.latents import encode_image
 
 
 class SefiStep:
-    """One step of the engine; the picture's encoder is released once its latents are known."""
+    """One step of the engine; the image's encoder is released once its latents are known."""
 
     def __init__(self, pipe: Any, config: TrainConfig, pixels: Tensor, dtype: torch.dtype) -> None:
         device = pipe.unet.device
-        latents = encode_picture(pipe.vae, pixels, config.flip)
+        latents = encode_image(pipe.vae, pixels, config.flip)
         pipe.vae = None
         # Entered for good: the models are this step's own.
         self._models = ExitStack()

@@ -79,7 +79,7 @@ def profile_step(step: Step, pipe: Any, device: torch.device, repeats: int) -> d
     """Seconds of each of PARTS, the fastest of some steps in each.
 
     What lies between the calls belongs to the part it leads to or follows: all before the U-Net
-    but the text and the picture is "draw", all between the U-Net and the backward is "loss", all
+    but the text and the image is "draw", all between the U-Net and the backward is "loss", all
     after the backward is "optimiser". A step that replays a CUDA graph has no parts to see.
     """
     found: list[dict[str, float]] = []

@@ -53,7 +53,7 @@ CONTENDERS = (
     ),
     StepContender(
         INVERSION, "c",
-        "Textual Inversion as in diffusers' examples: picture and prompt encoded each step, whole "
+        "Textual Inversion as in diffusers' examples: image and prompt encoded each step, whole "
         "token tables in AdamW", False, TextualInversionStep,
     ),
     StepContender(NO_LOSS, "d", "sefi_fast without the loss", False, SefiStep),
@@ -138,7 +138,7 @@ class StepRecord:
 
 
 def picture(size: int) -> Tensor:
-    """A picture [3, size, size] in [-1, 1] that every contender learns."""
+    """An image [3, size, size] in [-1, 1] that every contender learns."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     return prepare(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC), size)
 

@@ -43,8 +43,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder, hub id or file; default: the bundled tiny model")
     parser.add_argument("--class-word", help="what the subject is; default: the bundled model's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps a picture")
-    parser.add_argument("--pictures", type=int, default=4, help="pictures at once")
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps an image")
+    parser.add_argument("--images", type=int, default=4, help="images at once")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     return parser.parse_args(arguments)
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         [name, time_text(timing.median), f"{bare / timing.median:.3f}", f"{timing.spread:.0%}"]
         for name, timing in timings.items()
     ]
-    print(f"{options.pictures} picture(s), {options.steps} steps, guidance 3")
+    print(f"{options.pictures} image(s), {options.steps} steps, guidance 3")
     print(table(["call", "seconds", "xbare", "spread"], rows))
     rows = [
         [f"{count} subject(s)", *(time_text(seconds) for seconds in parts.values())]

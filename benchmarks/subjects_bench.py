@@ -54,7 +54,7 @@ class Row:
 
     Attributes:
         seconds_a_step: of all lanes together, the median in turns with the other rows.
-        seconds_to_prepare: a subject, from its picture to the engine.
+        seconds_to_prepare: a subject, from its image to the engine.
         subjects_an_hour: with all steps and the preparation.
         efficiency: subjects an hour over those of one lane.
         flops_a_step: of all products, counted by PyTorch and, in cross-attention, by their shapes.
@@ -117,7 +117,7 @@ def model_of(name: str, device: torch.device, dtype: str) -> Any:
 
 
 def jobs_of(count: int, class_word: str) -> list[Job]:
-    """Subjects that differ in their pictures and seeds."""
+    """Subjects that differ in their images and seeds."""
     pixels = (picture(64).permute(1, 2, 0).numpy() + 1) * 127.5
     shades = [pixels * (1 - 0.5 * number / count) for number in range(count)]
     return [

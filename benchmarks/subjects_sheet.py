@@ -3,7 +3,7 @@
 python benchmarks/subjects_sheet.py --subjects 32 -o subjects_sheet
 
 Interrupted, the same command goes on. The creatures are identities that the bundled model has never
-seen; a judge that knows them by sight says for each how many of its five marks the pictures show.
+seen; a judge that knows them by sight says for each how many of its five marks the images show.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sefi_fast.tiny_world.captions import SCENE_PHRASES  # noqa: E402
 from sefi_fast.tiny_world.drawing import (  # noqa: E402
     SCENES,
     Identity,
-    PictureSpec,
+    ImageSpec,
     draw,
     held_out_identities,
 )
@@ -52,9 +52,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-subjects", type=int, default=8, help="side by side")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--pictures", type=int, default=2, help="drawn of each subject")
+    parser.add_argument("--images", type=int, default=2, help="drawn of each subject")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--panel", type=int, default=80, help="side of a picture on the sheet")
+    parser.add_argument("--panel", type=int, default=80, help="side of an image on the sheet")
     parser.add_argument("-o", "--output", type=Path, default=Path("subjects_sheet"), help="folder")
     options = parser.parse_args(arguments)
     most = len(held_out_identities())
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_creatures(count: int, seed: int) -> list[tuple[Identity, str]]:
-    """Unseen identities, each with the scene of its one picture."""
+    """Unseen identities, each with the scene of its one image."""
     rng = random.Random(seed)
     held_out = held_out_identities()
     rng.shuffle(held_out)
@@ -72,14 +72,14 @@ def chosen_creatures(count: int, seed: int) -> list[tuple[Identity, str]]:
 
 
 def write_manifest(creatures: Sequence[tuple[Identity, str]], folder: Path) -> Path:
-    """One picture a creature and the CSV manifest that names them."""
+    """One image a creature and the CSV manifest that names them."""
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "class_word", "placeholder", "seed", "scene"])
     for number, (identity, scene) in enumerate(creatures):
         name = f"creature-{number:02d}.png"
-        picture, _ = draw(PictureSpec(identity, scene), 192)
+        picture, _ = draw(ImageSpec(identity, scene), 192)
         write_whole(folder / name, lambda beside, picture=picture: picture.save(beside))
         writer.writerow([name, CLASS_WORD, f"<c{number}>", number, SCENE_PHRASES[scene]])
     path = folder / "manifest.csv"
@@ -88,13 +88,13 @@ def write_manifest(creatures: Sequence[tuple[Identity, str]], folder: Path) -> P
 
 
 def scenes_for(seen: str, count: int) -> list[str]:
-    """Scenes that the creature's own picture does not show."""
+    """Scenes that the creature's own image does not show."""
     others = [scene for scene in SCENES if scene != seen]
     return [others[number % len(others)] for number in range(count)]
 
 
 def pictures_of(pipe: Any, subject: Subject, scenes: Sequence[str], seed: int) -> list[Image.Image]:
-    """One picture of the subject a scene."""
+    """One image of the subject a scene."""
     attach(pipe, subject)
     try:
         return [
@@ -112,7 +112,7 @@ def pictures_of(pipe: Any, subject: Subject, scenes: Sequence[str], seed: int) -
 
 
 def marks_shown(identity: Identity, judgements: Sequence[Judgement]) -> float:
-    """Mean over pictures of how many of the five marks the judge sees rightly."""
+    """Mean over images of how many of the five marks the judge sees rightly."""
     right = [
         judgement.labels[mark] == (getattr(identity, mark) or "none")
         for judgement in judgements
@@ -151,7 +151,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for start in range(0, len(panels), SUBJECTS_A_ROW)
     ]
     mean = sum(one["marks"] for one in found) / len(found)
-    title = f"{len(found)} creatures from one picture each, in other scenes: {mean:.1f} of 5 marks"
+    title = f"{len(found)} creatures from one image each, in other scenes: {mean:.1f} of 5 marks"
     sheet = contact_sheet(rows, title=title, panel_size=options.panel)
     # A palette is a third of the size, and drawings have few colours.
     small = sheet.quantize(256, dither=Image.Dither.NONE)

@@ -1,4 +1,4 @@
-"""sefi_fast: personalise diffusion models from one picture (SeFi-IDE), fast."""
+"""sefi_fast: personalise diffusion models from one image (SeFi-IDE), fast."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class PromptError(SefiError, ValueError):
 
 
 class ImageError(SefiError, ValueError):
-    """A picture is missing, unreadable or of a kind that cannot be used."""
+    """An image is missing, unreadable or of a kind that cannot be used."""
 
 
 class ModelError(SefiError, ValueError):

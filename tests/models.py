@@ -25,7 +25,7 @@ from transformers import (
 )
 
 WORDS = (
-    "a an the photo picture painting of in on at with and person people cat dog bear car chair "
+    "a an the photo image painting of in on at with and person people cat dog bear car chair "
     "plushie creature face man woman holding wearing hat red blue green old young snow forest "
     "beach night city tower cup basketball eyes closed standing front left right side"
 )
@@ -128,7 +128,7 @@ def make_vae(seed: int = 0, **options: Any) -> AutoencoderKL:
 
 
 def make_sd15(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
-    """A StableDiffusionPipeline of SD 1.5's architecture: 128×128 pictures, 77 tokens, width 48."""
+    """A StableDiffusionPipeline of SD 1.5's architecture: 128×128 images, 77 tokens, width 48."""
     tokenizer = make_tokenizer(folder / "tokenizer")
     return _assemble(
         tokenizer,
@@ -180,7 +180,7 @@ def _assemble(
 
 
 def make_sdxl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
-    """SDXL base's architecture: text encoders of width 48 and 64, 128×128 pictures, 77 tokens.
+    """SDXL base's architecture: text encoders of width 48 and 64, 128×128 images, 77 tokens.
 
     Three levels, attention on the lower two with one, two and three transformer blocks, heads by
     level, linear projections, pooled embedding of width 32 and six time ids of width 8.
@@ -217,7 +217,7 @@ def make_sdxl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
         norm_num_groups=8,
     ).eval()
     with torch.no_grad():
-        # Random weights hardly let the pooled embedding through to the picture.
+        # Random weights hardly let the pooled embedding through to the image.
         unet.add_embedding.linear_1.weight.mul_(4)
         unet.add_embedding.linear_2.weight.mul_(4)
     pipe = StableDiffusionXLPipeline(

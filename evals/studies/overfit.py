@@ -30,7 +30,7 @@ class AttentionOverfit:
     Attributes:
         inside: share of the placeholder's map that lies inside the subject's mask.
         class_inside: the same of the class word's map in the reference sentence.
-        mask: share of the picture that the mask covers: what a map without any preference has.
+        mask: share of the image that the mask covers: what a map without any preference has.
         correlation: mean over all other words of the correlation of their map with the one they
             have in the reference sentence.
         taken: the placeholder's share of the attention of all words of the sentence, over that of
@@ -60,12 +60,12 @@ def attention_overfit(
     draws: int = 2,
     seed: int = 0,
 ) -> AttentionOverfit:
-    """Measure on the noised latents of a picture of the subject, best the one it was learnt from.
+    """Measure on the noised latents of an image of the subject, best the one it was learnt from.
 
     Args:
         pipe: a pipeline with the subject attached.
-        subject: whose placeholder is looked at; a picture shows it at `mask`.
-        pixels: the picture, float32 [3, h, w] in -1..1, of the pipeline's size.
+        subject: whose placeholder is looked at; an image shows it at `mask`.
+        pixels: the image, float32 [3, h, w] in -1..1, of the pipeline's size.
         mask: float32 [h, w] in 0..1, 1 on the subject.
         sentence: {} where the subject stands, other words around it.
         levels: timesteps, in the middle of so many equal parts of the noise schedule.
@@ -80,7 +80,7 @@ def attention_overfit(
             f"the sentence {sentence!r} has no {{}}: write it where the subject stands"
         )
     if not bool(mask.max() > 0):
-        raise ValueError("the mask is empty: it must be 1 where the picture shows the subject")
+        raise ValueError("the mask is empty: it must be 1 where the image shows the subject")
     unet = unwrap(pipe.unet)
     schedule = NoiseSchedule(pipe.scheduler, unet.device)
     parts = torch.arange(levels) + 0.5

@@ -23,7 +23,7 @@ from sefi_fast.tiny_world.drawing import (
     SCENES,
     SHAPES,
     Identity,
-    PictureSpec,
+    ImageSpec,
     held_out_identities,
 )
 
@@ -98,7 +98,7 @@ class StudySubject:
     """
 
     number: int
-    picture: PictureSpec
+    picture: ImageSpec
     prompts: tuple[StudyPrompt, ...]
 
     @property
@@ -165,7 +165,7 @@ def study_subjects(count: int, prompts: int, seed: int = 0) -> list[StudySubject
     subjects = []
     for number, identity in enumerate(held_out[:count]):
         rng = random.Random(f"{seed}/{number}")
-        picture = PictureSpec(
+        picture = ImageSpec(
             identity,
             SCENES[number % len(SCENES)],
             position=rng.choice(POSITIONS),
@@ -177,7 +177,7 @@ def study_subjects(count: int, prompts: int, seed: int = 0) -> list[StudySubject
     return subjects
 
 
-def _prompts(picture: PictureSpec, count: int, rng: random.Random) -> list[StudyPrompt]:
+def _prompts(picture: ImageSpec, count: int, rng: random.Random) -> list[StudyPrompt]:
     others = [scene for scene in SCENES if scene != picture.scene]
     rng.shuffle(others)
     scenes = cycle(others)
@@ -189,7 +189,7 @@ def _prompts(picture: PictureSpec, count: int, rng: random.Random) -> list[Study
     return prompts
 
 
-def _prompt(kind: str, turn: int, scene: str, picture: PictureSpec) -> StudyPrompt:
+def _prompt(kind: str, turn: int, scene: str, picture: ImageSpec) -> StudyPrompt:
     assert picture.identity is not None
     accessories: tuple[str, ...] = ()
     if kind in _ACCESSORIES:

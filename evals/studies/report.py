@@ -28,14 +28,14 @@ _COLUMNS = 8
 
 
 def judge_sheet(results: Results, count: int = 48, seed: int = 0) -> Image.Image | None:
-    """Draw random pictures of all variants, each over the judge's verdict; None if there are none.
+    """Draw random images of all variants, each over the judge's verdict; None if there are none.
 
-    Whether the judge reads generated pictures as a person would is to be seen here; its accuracy on
+    Whether the judge reads generated images as a person would is to be seen here; its accuracy on
     drawings is in docs/tiny-world.md.
 
     Args:
         results: of the study.
-        count: most pictures.
+        count: most images.
         seed: of the choice.
     """
     folder = results.folder / "pictures"
@@ -51,7 +51,7 @@ def judge_sheet(results: Results, count: int = 48, seed: int = 0) -> Image.Image
         for image, judgement in zip(images, Judge.load()(images), strict=True)
     ]
     rows = [("", panels[start : start + _COLUMNS]) for start in range(0, len(panels), _COLUMNS)]
-    title = f"what the judge says of {len(panels)} random pictures of the study"
+    title = f"what the judge says of {len(panels)} random images of the study"
     return contact_sheet(rows, title=title, panel_size=120)
 
 
@@ -174,8 +174,8 @@ def _markdown(
         "",
         f"{protocol.prompts} prompts × {protocol.seeds} seeds for each identity, "
         f"{protocol.sampling_steps} sampling steps, guidance {protocol.guidance:g}. In brackets: "
-        "95 % bootstrap interval over identities. Leak: share of pictures that show the training "
-        "picture's scene though another was asked for; open leak: though none was asked for.",
+        "95 % bootstrap interval over identities. Leak: share of images that show the training "
+        "image's scene though another was asked for; open leak: though none was asked for.",
         "",
     ]
     table = _table(
@@ -259,7 +259,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _sheet(folder: Path, study: Study, results: Results) -> Image.Image | None:
-    """The first identities, the variants below one another, the first picture of some prompts."""
+    """The first identities, the variants below one another, the first image of some prompts."""
     from sefi_fast.tiny_world.drawing import draw
 
     shown = [v for v in (*_controls(), *study.variants) if results.numbers(v)]
@@ -270,7 +270,7 @@ def _sheet(folder: Path, study: Study, results: Results) -> Image.Image | None:
     for one in results.protocol.subjects(max(shared) + 1):
         if one.number not in shared[:_SHEET_IDENTITIES]:
             continue
-        rows.append((f"identity {one.number}: its one picture", [Panel(draw(one.picture)[0])]))
+        rows.append((f"identity {one.number}: its one image", [Panel(draw(one.picture)[0])]))
         for variant in shown:
             path = Task(folder, variant, (one.number,), results.protocol).pictures(one.number)
             if not path.exists():

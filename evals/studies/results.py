@@ -12,7 +12,7 @@ from evals.studies.variants import Variant
 from sefi_fast.evaluation.scorers import SCORES
 
 OPEN = {"open_leak": "leak", "open_id": "id"}
-"""Scores over the prompts that leave the scene open, and the pictures' scores they are means of."""
+"""Scores over the prompts that leave the scene open, and the images' scores they are means of."""
 OVERFIT = ("inside", "class_inside", "correlation", "taken")
 
 
@@ -49,7 +49,7 @@ class Results:
     def values(
         self, variant: Variant, score: str, kinds: Sequence[str] | None = None
     ) -> dict[int, float]:
-        """Identity → mean of a score over its pictures, or one of the numbers of its attention.
+        """Identity → mean of a score over its images, or one of the numbers of its attention.
 
         Args:
             variant: whose.

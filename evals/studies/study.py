@@ -179,7 +179,7 @@ def run_study(
 ) -> StudyResult:
     """Compare settings on the bundled model, where the judge can score identity and prompt.
 
-    Each identity is one that the model has never seen; it is learnt from one drawn picture whose
+    Each identity is one that the model has never seen; it is learnt from one drawn image whose
     scene the training sentence names, and tried on prompts in other scenes. Settings that several
     studies share are trained once. What the folder already holds is not done again, so a run that
     was ended goes on with the same call; identity after identity is finished in all variants.
@@ -189,18 +189,18 @@ def run_study(
         output: folder for subjects, scores, tables (Markdown, CSV, JSON), plots and sheets.
         identities: how many, at most 66.
         prompts: for each identity.
-        seeds: pictures of each prompt.
+        seeds: images of each prompt.
         workers: processes, each with its share of PyTorch's threads; 1 stays in this process. With
             more a script must call this under ``if __name__ == "__main__":``, as always with
             processes of Python.
         side_by_side: identities that one engine trains in one batch.
         sampling_steps: default: the bundled model's usual ones.
-        seed: of identities, pictures and prompts.
+        seed: of identities, images and prompts.
         config: settings that all variants share; default: TrainConfig().
         variants: only those of these names, and the baseline; default: all of the studies.
         progress: show a progress bar.
         **overrides: fields of TrainConfig, by name; they win over `config`. With precision="bf16"
-            pictures are drawn in it too.
+            images are drawn in it too.
 
     Returns:
         Scores and files.

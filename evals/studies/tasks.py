@@ -17,7 +17,7 @@ from evals.studies.overfit import attention_overfit
 from evals.studies.prompts import StudyPrompt, StudySubject, study_subjects
 from evals.studies.variants import SPELLED_OUT, Variant
 from sefi_fast.errors import TrainingError
-from sefi_fast.evaluation.scorers import score_picture
+from sefi_fast.evaluation.scorers import score_image
 from sefi_fast.evaluation.sheets import png
 from sefi_fast.pipelines import attach, detach, load_pipeline
 from sefi_fast.subject import Subject
@@ -33,8 +33,8 @@ from sefi_fast.utils.files import atomic_write, read_regular
 from sefi_fast.utils.strict_json import parse_json
 
 PLACEHOLDER = "<it>"
-PICTURE_SIZE = 192
-"""Side in pixels of the pictures that subjects are learnt from."""
+IMAGE_SIZE = 192
+"""Side in pixels of the images that subjects are learnt from."""
 _BATCH = 16
 _RESULT_LIMIT = 64 * 2**20
 _PARTS = {"pictures", "overfit", "open", "training"}
@@ -46,10 +46,10 @@ class Protocol:
 
     Attributes:
         prompts: for each identity.
-        seeds: pictures of each prompt.
+        seeds: images of each prompt.
         sampling_steps, guidance: of the sampler.
-        precision: that pictures are drawn in, "fp32" or "bf16".
-        seed: of the identities, their pictures and prompts.
+        precision: that images are drawn in, "fp32" or "bf16".
+        seed: of the identities, their images and prompts.
         model: checksum of the bundled model and the judge.
     """
 
@@ -73,7 +73,7 @@ class Protocol:
     ) -> Protocol:
         """How subjects trained with these settings are tried; sampling as suits the bundled model.
 
-        With precision="bf16" pictures are drawn in it too.
+        With precision="bf16" images are drawn in it too.
         """
         steps = SAMPLING["steps"] if sampling_steps is None else sampling_steps
         precision = "bf16" if config.precision == "bf16" else "fp32"
@@ -82,11 +82,11 @@ class Protocol:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That pictures are drawn in."""
+        """That images are drawn in."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def subjects(self, count: int) -> list[StudySubject]:
-        """The first `count` identities with their pictures and prompts."""
+        """The first `count` identities with their images and prompts."""
         return study_subjects(count, self.prompts, self.seed)
 
 
@@ -115,7 +115,7 @@ class Task:
         return self._file("subjects", number, "safetensors")
 
     def pictures(self, number: int) -> Path:
-        """File with the first picture of each prompt, side by side."""
+        """File with the first image of each prompt, side by side."""
         return self._file("pictures", number, "png")
 
     def name(self, number: int) -> str:
@@ -229,7 +229,7 @@ class Worker:
         rows = []
         repeated = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
         for judgement, (prompt, seed) in zip(self._judge(images), repeated, strict=True):
-            score = score_picture(judgement, prompt, one.identity, one.picture.scene)
+            score = score_image(judgement, prompt, one.identity, one.picture.scene)
             rounded = {name: round(value, 4) for name, value in score.as_dict().items()}
             rows.append({"kind": prompt.kind, "text": prompt.text, "seed": seed, **rounded})
         return rows
@@ -241,7 +241,7 @@ def train(task: Task, subjects: Sequence[StudySubject]) -> list[ManyResult]:
     assert config is not None
     entries = []
     for one in subjects:
-        picture, mask = draw(one.picture, PICTURE_SIZE)
+        picture, mask = draw(one.picture, IMAGE_SIZE)
         entries.append(
             {
                 "image": picture,
@@ -292,7 +292,7 @@ def _draw(pipe: Any, texts: Sequence[str], protocol: Protocol) -> list[Image.Ima
 
 
 def _overfit(pipe: Any, subject: Subject, one: StudySubject) -> dict[str, float]:
-    picture, mask = draw(one.picture, PICTURE_SIZE)
+    picture, mask = draw(one.picture, IMAGE_SIZE)
     size = pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     pixels, shown = prepare(picture, size), load_mask(mask, picture, size)
     found = attention_overfit(pipe, subject, pixels, shown, f"a photo of a {{}} {one.scene}")

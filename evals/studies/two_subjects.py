@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from evals.studies.prompts import StudySubject, identity_words
-from evals.studies.tasks import PICTURE_SIZE as PANEL_SIZE
+from evals.studies.tasks import IMAGE_SIZE as PANEL_SIZE
 from evals.studies.tasks import Protocol, Task, train
 from evals.studies.variants import BASELINE, Variant
 from sefi_fast.errors import ModelError
@@ -28,7 +28,7 @@ from sefi_fast.pipelines import attach, detach, load_pipeline, regions
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD, two_creatures_lora
 from sefi_fast.tiny_world.captions import SCENE_PHRASES
-from sefi_fast.tiny_world.drawing import PICTURE_SIZE, SCENES, Identity, draw
+from sefi_fast.tiny_world.drawing import IMAGE_SIZE, SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
 from sefi_fast.tiny_world.pairs import HALVES, halves_of
 from sefi_fast.training import TrainConfig
@@ -44,7 +44,7 @@ def pair_pipeline(dtype: torch.dtype) -> Any:
     """
     if find_spec("peft") is None:
         raise ModelError(
-            "two creatures in a picture take a LoRA, which diffusers loads through peft: "
+            "two creatures in an image take a LoRA, which diffusers loads through peft: "
             "pip install peft"
         )
     unet = load_pipeline(None, dtype=torch.float32).unet
@@ -68,7 +68,7 @@ def generate_pair(
     steps: int,
     guidance: float,
 ) -> list[Image.Image]:
-    """Draw two creatures, one picture a seed, 96×48 pixels.
+    """Draw two creatures, one image a seed, 96×48 pixels.
 
     Args:
         pipe: of `pair_pipeline`; subjects may be attached.
@@ -86,8 +86,8 @@ def generate_pair(
     with halves if by_halves else nullcontext():
         images: list[Image.Image] = pipe(
             [f"a photo of {words[0]} and {words[1]} {where}"] * len(noise),
-            width=2 * PICTURE_SIZE,
-            height=PICTURE_SIZE,
+            width=2 * IMAGE_SIZE,
+            height=IMAGE_SIZE,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=noise,
@@ -103,11 +103,11 @@ _SIDE_BY_SIDE = 4
 
 @dataclass(frozen=True)
 class TwoScore:
-    """What the judge says of the halves of one picture.
+    """What the judge says of the halves of one image.
 
     Attributes:
         both: 1 if each half shows a creature.
-        id: mean over the halves of the likeness to its own subject (`scores.PictureScore.id`).
+        id: mean over the halves of the likeness to its own subject (`scores.ImageScore.id`).
         own: share of the attributes in which the two subjects differ that each half shows as its
             own subject has them; an empty half shows none.
         confused: share of those that it shows as the *other* subject has them.
@@ -148,9 +148,9 @@ def compare_two_subjects(
     progress: bool = True,
     **overrides: Any,
 ) -> list[Path]:
-    """Draw pairs of learnt subjects in double-wide pictures, and judge how far they mix.
+    """Draw pairs of learnt subjects in double-wide images, and judge how far they mix.
 
-    The subjects are learnt from the bundled model as it is; for the pictures it has its LoRA for
+    The subjects are learnt from the bundled model as it is; for the images it has its LoRA for
     two creatures (`sefi_fast.tiny_world.two_creatures_lora`), which never saw the subjects.
     Subject i stands beside subject i + 1, the last one beside the first. Each is in two pairs, and
     the intervals, which resample pairs, are a little too narrow for that. What an earlier study in
@@ -160,7 +160,7 @@ def compare_two_subjects(
     Args:
         output: folder; `two.md`, `two.csv` and `two-sheet.png` come there.
         identities: subjects, and pairs of them; 2 to 66.
-        seeds: pictures of each pair, scene and way of asking.
+        seeds: images of each pair, scene and way of asking.
         seed, config, progress, **overrides: as for `run_study`.
 
     Returns:
@@ -187,7 +187,7 @@ def compare_two_subjects(
         pair = chosen[place], chosen[(place + 1) % identities]
         names = zip((learnt[one.number] for one in pair), ("<a>", "<b>"), strict=True)
         attach(pipe, [replace(subject, placeholder=name) for subject, name in names])
-        panels = [Panel(draw(one.picture, PICTURE_SIZE)[0], "learnt from") for one in pair]
+        panels = [Panel(draw(one.picture, IMAGE_SIZE)[0], "learnt from") for one in pair]
         for way in _WAYS:
             pictures = _draw_pair(pipe, way, pair, protocol)
             scores[way.name][place] = _judge(judge, pictures, pair, way.by_halves)
@@ -197,7 +197,7 @@ def compare_two_subjects(
         detach(pipe)
     about = (
         f"{identities} pairs of {identities} learnt subjects, {_SCENES_A_PAIR} scenes, {seeds} "
-        f"pictures each of {2 * PICTURE_SIZE}×{PICTURE_SIZE} pixels, {settings.steps} training and "
+        f"images each of {2 * IMAGE_SIZE}×{IMAGE_SIZE} pixels, {settings.steps} training and "
         f"{protocol.sampling_steps} sampling steps, {protocol.precision}. "
         "95 % intervals over pairs."
     )
@@ -207,7 +207,7 @@ def compare_two_subjects(
 def score_halves(
     halves: tuple[Judgement, Judgement], pair: tuple[Identity, Identity], *, ordered: bool
 ) -> TwoScore:
-    """Score a picture by what the judge says of its left and its right half.
+    """Score an image by what the judge says of its left and its right half.
 
     Args:
         halves: left and right.
@@ -326,7 +326,7 @@ def _report(
             for number, score in enumerate(found):
                 values = [round(value, 4) for value in asdict(score).values()]
                 writer.writerow([way, pair, number, *values])
-    sheet = contact_sheet(rows, title="two subjects in one picture", panel_size=PANEL_SIZE)
+    sheet = contact_sheet(rows, title="two subjects in one image", panel_size=PANEL_SIZE)
     files = {
         "two.md": ("\n".join(lines) + "\n").encode(),
         "two.csv": table.getvalue().encode(),

@@ -26,8 +26,8 @@ class Variant:
         name: as the tables show it.
         config: the settings; None for a control.
         value: where it stands on the axis of its study's plot; None where that has no scale.
-        scene_named: whether the training sentence names the picture's scene.
-        place_named: whether it names the creature's place too. A mirrored picture would have it
+        scene_named: whether the training sentence names the image's scene.
+        place_named: whether it names the creature's place too. A mirrored image would have it
             wrong.
     """
 
@@ -237,8 +237,8 @@ def _better(base: TrainConfig) -> Study:
         _variant(base, "timesteps weigh alike", snr_gamma=None),
         _variant(base, "timesteps weigh alike, rate 0.002", snr_gamma=None, learning_rate=2e-3),
         _variant(base, "Min-SNR, γ = 1", snr_gamma=1.0),
-        Variant("no mirrored picture", unmirrored),
-        Variant("no mirrored picture, place named", unmirrored, place_named=True),
+        Variant("no mirrored image", unmirrored),
+        Variant("no mirrored image, place named", unmirrored, place_named=True),
     )
     return Study("better", "attempts to do better than the seed", variants)
 

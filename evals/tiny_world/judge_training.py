@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evals.tiny_world.progress import Budget
-from sefi_fast.tiny_world.drawing import PictureSpec, draw, held_out_identities, random_spec
+from sefi_fast.tiny_world.drawing import ImageSpec, draw, held_out_identities, random_spec
 from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, JudgeNetwork, right_answers, true_values
 
 _UNSEEN = -100
 
 
-def judge_specs(count: int, seed: int, held_out_share: float = 0.1) -> list[PictureSpec]:
+def judge_specs(count: int, seed: int, held_out_share: float = 0.1) -> list[ImageSpec]:
     """Random pictures for the judge, which unlike the generator sees held-out identities too."""
     rng, held_out = random.Random(seed), held_out_identities()
     return [
@@ -126,7 +126,7 @@ def spoil(pictures: Tensor) -> Tensor:
     return (tinted + grain + patches * each(0, 0.12)).clamp(-1, 1)
 
 
-def _classes(spec: PictureSpec) -> list[int]:
+def _classes(spec: ImageSpec) -> list[int]:
     values = true_values(spec).items()
     return [_UNSEEN if value is None else ATTRIBUTES[name].index(value) for name, value in values]
 

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from sefi_fast.tiny_world.drawing import PICTURE_SIZE, PictureSpec, draw, random_specs
+from sefi_fast.tiny_world.drawing import IMAGE_SIZE, ImageSpec, draw, random_specs
 
 _CHUNK = 500
 
 
-def _draw_chunk(specs: list[PictureSpec]) -> np.ndarray:
+def _draw_chunk(specs: list[ImageSpec]) -> np.ndarray:
     return np.stack([np.asarray(draw(spec)[0]) for spec in specs])
 
 
-def drawn_pictures(
+def drawn_images(
     count: int, seed: int, work: Path, processes: int = 1
-) -> tuple[np.ndarray, list[PictureSpec]]:
+) -> tuple[np.ndarray, list[ImageSpec]]:
     """Random pictures without held-out identities, and what each shows.
 
     Args:
@@ -42,7 +42,7 @@ def drawn_pictures(
     else:
         parts = [_draw_chunk(chunk) for chunk in chunks]
     pictures = np.concatenate(parts)
-    assert pictures.shape == (count, PICTURE_SIZE, PICTURE_SIZE, 3)
+    assert pictures.shape == (count, IMAGE_SIZE, IMAGE_SIZE, 3)
     work.mkdir(parents=True, exist_ok=True)
     # np.save adds .npy to any other ending.
     part = path.with_name(f"part-{os.getpid()}-{path.name}")

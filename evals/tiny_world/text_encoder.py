@@ -20,7 +20,7 @@ from sefi_fast.tiny_world.drawing import (
     POSITIONS,
     SCENES,
     SHAPES,
-    PictureSpec,
+    ImageSpec,
     random_spec,
 )
 
@@ -56,7 +56,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def named_attributes(text: str, spec: PictureSpec) -> list[int]:
+def named_attributes(text: str, spec: ImageSpec) -> list[int]:
     """What a caption of ``spec`` names, one class a head; 0 where it says nothing."""
     words = text.split()
     found = dict.fromkeys(_HEADS, 0)

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from evals.tiny_world.pictures import drawn_pictures
+from evals.tiny_world.pictures import drawn_images
 from evals.tiny_world.text_encoder import pretrain_text_encoder
 from evals.tiny_world.tokenizer import train_tokenizer
 from evals.tiny_world.unet import train_unet
@@ -79,7 +79,7 @@ def make_model(
         train_tokenizer(_part(work, "tokenizer"))
         _done(work, "tokenizer")
     if wanted("vae"):
-        drawn, _ = drawn_pictures(pictures, seed, work, threads)
+        drawn, _ = drawn_images(pictures, seed, work, threads)
         quality = train_vae(drawn, _part(work, "vae"), seconds=budget["vae"], **common)
         print(f"vae: {quality:.1f} dB on pictures kept apart", flush=True)
         _done(work, "vae")
@@ -98,7 +98,7 @@ def make_model(
             _load_in_float32(folder)
             replace_folder(folder, out)
 
-        drawn, specs = drawn_pictures(pictures, seed, work, threads)
+        drawn, specs = drawn_images(pictures, seed, work, threads)
         loss = train_unet(
             drawn,
             specs,

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from evals.tiny_world.noising import Noising
 from evals.tiny_world.progress import Budget
 from evals.tiny_world.tokenizer import CaptionCodes
-from evals.tiny_world.vae import encode_pictures
+from evals.tiny_world.vae import encode_images
 from sefi_fast.attention.processor import SeFiAttnProcessor
 from sefi_fast.attention.regions import RegionPrompts, down_factors
 from sefi_fast.pipelines import load_pipeline
@@ -120,7 +120,7 @@ def train_two_creatures(
     pipe = load_pipeline(dtype=torch.float32, device=device)
     channels_last = torch.channels_last
     vae = pipe.vae.to(memory_format=channels_last).eval().requires_grad_(False)
-    latents = encode_pictures(vae, drawn, torch.device(device))
+    latents = encode_images(vae, drawn, torch.device(device))
     unet = pipe.unet.to(memory_format=channels_last).requires_grad_(False)
     text_encoder = pipe.text_encoder.eval().requires_grad_(False)
     sentences = _Sentences(CaptionCodes(pipe.tokenizer), rng)

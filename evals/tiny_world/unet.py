@@ -21,9 +21,9 @@ from evals.tiny_world.noising import Noising, make_scheduler
 from evals.tiny_world.progress import Budget
 from evals.tiny_world.text_encoder import WIDTH
 from evals.tiny_world.tokenizer import CaptionCodes
-from evals.tiny_world.vae import DOWNSCALING, LATENT_CHANNELS, encode_pictures
+from evals.tiny_world.vae import DOWNSCALING, LATENT_CHANNELS, encode_images
 from sefi_fast.tiny_world.captions import caption
-from sefi_fast.tiny_world.drawing import PICTURE_SIZE, PictureSpec
+from sefi_fast.tiny_world.drawing import IMAGE_SIZE, ImageSpec
 
 _CAPTION_DROPOUT = 0.1
 _TEXT_RATE = 0.3
@@ -34,7 +34,7 @@ _SNAPSHOT_SECONDS = 240
 def make_unet() -> UNet2DConditionModel:
     """An untrained U-Net: cross-attention at 12×12 and 6×6, and in the middle at 3×3."""
     return UNet2DConditionModel(
-        sample_size=PICTURE_SIZE // DOWNSCALING,
+        sample_size=IMAGE_SIZE // DOWNSCALING,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -49,7 +49,7 @@ def make_unet() -> UNet2DConditionModel:
 
 def train_unet(
     pictures: np.ndarray,
-    specs: Sequence[PictureSpec],
+    specs: Sequence[ImageSpec],
     tokenizer: CLIPTokenizer,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
@@ -88,7 +88,7 @@ def train_unet(
     codes = CaptionCodes(tokenizer)
     channels_last = torch.channels_last
     vae = vae.to(device, memory_format=channels_last).eval().requires_grad_(False)
-    latents = encode_pictures(vae, pictures, device)
+    latents = encode_images(vae, pictures, device)
     unet = make_unet().to(device, memory_format=channels_last).train()
     unet.set_attn_processor(AttnProcessor())
     text_encoder = text_encoder.to(device).train()

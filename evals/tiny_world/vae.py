@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from evals.tiny_world.progress import Budget
-from sefi_fast.tiny_world.drawing import PICTURE_SIZE
+from sefi_fast.tiny_world.drawing import IMAGE_SIZE
 
 LATENT_CHANNELS = 8
 DOWNSCALING = 4
@@ -30,7 +30,7 @@ def make_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
-        sample_size=PICTURE_SIZE,
+        sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
@@ -116,7 +116,7 @@ def train_vae(
     return _decibel((output - kept).pow(2).mean().item())
 
 
-def encode_pictures(
+def encode_images(
     model: AutoencoderKL, pictures: np.ndarray, device: torch.device, batch_size: int = 200
 ) -> Tensor:
     """Means of the latents, float32 [N, 8, 12, 12] on the CPU."""
@@ -130,7 +130,7 @@ def encode_pictures(
 
 def _crop(batch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One window for the whole batch; every second one at the bottom, where the creatures are."""
-    places = (PICTURE_SIZE - _CROP) // DOWNSCALING
+    places = (IMAGE_SIZE - _CROP) // DOWNSCALING
     left = int(rng.integers(places + 1)) * DOWNSCALING
     top = int(rng.integers(places + 1) if rng.random() < 0.5 else places) * DOWNSCALING
     return batch[:, top : top + _CROP, left : left + _CROP]

@@ -129,7 +129,7 @@ class SeFiAttnProcessor:
             ValueError: the prompt cannot be split into two streams, or subject loss or columns were
                 asked for under a mask that differs from query to query or between heads.
             ModelError: there are regions, and image tokens are missing.
-            TypeError: the prompt is IP-Adapter's tuple of text and picture.
+            TypeError: the prompt is IP-Adapter's tuple of text and image.
         """
         residual = hidden_states
         if attn.spatial_norm is not None:

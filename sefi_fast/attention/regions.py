@@ -15,7 +15,7 @@ from sefi_fast.attention.layers import cross_attention_layers, layer_resolutions
 from sefi_fast.errors import ModelError
 
 Box: TypeAlias = "tuple[float, float, float, float]"
-"""(left, top, right, bottom) in fractions of the picture."""
+"""(left, top, right, bottom) in fractions of the image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class RegionPrompts:
         """The prompt of each region, and int64 [n] places of its image tokens in this layer.
 
         An image token belongs to a box that holds its centre. A region too small to hold one is
-        left out: there the picture's own prompt rules.
+        left out: there the image's own prompt rules.
 
         Args:
             attn: the cross-attention layer.

@@ -88,7 +88,7 @@ def _make_printable() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="sefi-fast", description="Personalise a diffusion model from one picture (SeFi-IDE)."
+        prog="sefi-fast", description="Personalise a diffusion model from one image (SeFi-IDE)."
     )
     parser.add_argument("--version", action="version", version=f"sefi_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -61,17 +61,17 @@ def run_demo(
     progress: bool = True,
     **overrides: Any,
 ) -> DemoResult:
-    """Personalise the bundled tiny model on one picture, generate, and draw three PNG sheets.
+    """Personalise the bundled tiny model on one image, generate, and draw three PNG sheets.
 
     Args:
-        output: folder for the subject file and the pictures; made when missing.
-        image: a picture to learn; default: the bundled one, a creature no model has seen.
-        seed: of the training run and of the generated pictures.
+        output: folder for the subject file and the images; made when missing.
+        image: an image to learn; default: the bundled one, a creature no model has seen.
+        seed: of the training run and of the generated images.
         progress: show progress bars.
         **overrides: fields of `TrainConfig`, for example ``steps=100``.
 
     Raises:
-        ImageError: the picture cannot be read.
+        ImageError: the image cannot be read.
         OSError: the folder cannot be written.
     """
     from sefi_fast.evaluation import Panel, contact_sheet, training_curves
@@ -100,7 +100,7 @@ def run_demo(
         **overrides,
     )
     if subject.history is not None:
-        curves = training_curves(subject.history, title="one picture, bundled model")
+        curves = training_curves(subject.history, title="one image, bundled model")
         atomic_write(paths["curves"], png(curves))
 
     pipe = load_pipeline(None)
@@ -117,7 +117,7 @@ def run_demo(
     attach(pipe, subject)
     try:
         rows = [
-            ("the one picture given", [Panel(picture)]),
+            ("the one image given", [Panel(picture)]),
             (f"the plain class word, '{CLASS_WORD}': some other one each time", plain),
             (
                 f"the subject, '{PLACEHOLDER}', in scenes it was not seen in",
@@ -125,7 +125,7 @@ def run_demo(
             ),
             ("the subject with accessories", panels(ACCESSORY_PROMPTS, PLACEHOLDER)),
         ]
-        sheet = contact_sheet(rows, title="sefi_fast: one picture in, the subject anywhere")
+        sheet = contact_sheet(rows, title="sefi_fast: one image in, the subject anywhere")
         atomic_write(paths["sheet"], png(sheet))
         _draw_maps(pipe, seed, paths["maps"])
     finally:
@@ -137,7 +137,7 @@ def run_demo(
 
 
 def _draw_maps(pipe: StableDiffusionPipeline, seed: int, path: Path) -> None:
-    """Draw where the placeholder and the accessory's word looked, over the pictures they made."""
+    """Draw where the placeholder and the accessory's word looked, over the images they made."""
     from sefi_fast.evaluation import Panel, contact_sheet
     from sefi_fast.evaluation.sheets import png
     from sefi_fast.pipelines import generate, trace
@@ -161,15 +161,15 @@ def _draw_maps(pipe: StableDiffusionPipeline, seed: int, path: Path) -> None:
 def add(commands: Any) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
-        "demo", help="personalise the bundled model on a bundled picture; no download, no GPU"
+        "demo", help="personalise the bundled model on a bundled image; no download, no GPU"
     )
-    parser.add_argument("--image", type=user_path, help="another picture than the bundled one")
+    parser.add_argument("--image", type=user_path, help="another image than the bundled one")
     parser.add_argument(
         "-o",
         "--output",
         type=user_path,
         default=Path("sefi_fast_demo"),
-        help="folder for the pictures",
+        help="folder for the images",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="training steps (default: the library's)")

@@ -11,11 +11,11 @@ from sefi_fast.cli.options import (
     add_prompt,
     add_sampling,
     attached_pipeline,
-    check_pictures_folder,
+    check_images_folder,
     check_sheet,
     report,
-    save_pictures,
-    write_picture,
+    save_images,
+    write_image,
 )
 from sefi_fast.utils.files import user_path
 
@@ -28,12 +28,12 @@ def add(commands: Any) -> None:
 
 
 def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="make pictures from a prompt")
+    parser = commands.add_parser("generate", help="make images from a prompt")
     add_prompt(parser)
     add_sampling(parser)
     parser.add_argument(
         "-r", "--region", nargs=2, action="append", default=[], metavar=("PROMPT", "BOX"),
-        help="a prompt of its own for a part of the picture: left,top,right,bottom from 0 to 1; "
+        help="a prompt of its own for a part of the image: left,top,right,bottom from 0 to 1; "
         "may be given several times, where two overlap the later one counts",
     )  # fmt: skip
     parser.add_argument("-n", "--number", type=int, default=4, help="how many (default: 4)")
@@ -46,13 +46,13 @@ def _add_generate(commands: Any) -> None:
 def _generate(options: argparse.Namespace) -> int:
     boxes = [(prompt, _box(box)) for prompt, box in options.region]
     prompts = [options.prompt, *(prompt for prompt, _ in boxes)]
-    check_pictures_folder(options, options.output)
+    check_images_folder(options, options.output)
     pipe, sampling = attached_pipeline(options, prompts)
     from sefi_fast.pipelines import generate, regions
 
     with regions(pipe, boxes) if boxes else nullcontext():
         pictures = generate(pipe, options.prompt, n=options.number, **sampling)
-    save_pictures(pictures, options.output, options.seed)
+    save_images(pictures, options.output, options.seed)
     return 0
 
 
@@ -86,7 +86,7 @@ def _maps(options: argparse.Namespace) -> int:
     from sefi_fast.pipelines import generate, trace
 
     with trace(pipe, words=options.words) as traced:
-        # The trace holds one call of the pipeline, so all pictures are drawn in one.
+        # The trace holds one call of the pipeline, so all images are drawn in one.
         count = options.number
         pictures = generate(pipe, options.prompt, n=count, batch_size=count, **sampling)
     rows = []
@@ -94,7 +94,7 @@ def _maps(options: argparse.Namespace) -> int:
         panels = [Panel(picture, options.prompt)]
         panels += [Panel(traced.overlay(picture, word, index), word) for word in options.words]
         rows.append(("", panels))
-    write_picture(options.output, contact_sheet(rows, panel_size=256))
+    write_image(options.output, contact_sheet(rows, panel_size=256))
     report(options.output)
     return 0
 
@@ -103,19 +103,17 @@ def _add_swap(commands: Any) -> None:
     parser = commands.add_parser(
         "swap", help="draw with the attention of one prompt and the content of another"
     )
-    parser.add_argument("--key-prompt", help="gives the keys: where the picture looks")
+    parser.add_argument("--key-prompt", help="gives the keys: where the image looks")
     parser.add_argument("--value-prompt", help="gives the values: what it finds there")
     parser.add_argument(
         "--sheet", nargs="+", metavar="PROMPT",
         help="one sheet of every prompt's keys with every prompt's values",
     )  # fmt: skip
     add_sampling(parser)
-    parser.add_argument(
-        "-n", "--number", type=int, default=1, help="how many pictures (default: 1)"
-    )
+    parser.add_argument("-n", "--number", type=int, default=1, help="how many images (default: 1)")
     parser.add_argument(
         "-o", "--output", type=user_path,
-        help="folder for the PNG files (default: pictures); with --sheet the PNG file (swap.png)",
+        help="folder for the PNG files (default: images); with --sheet the PNG file (swap.png)",
     )  # fmt: skip
     parser.set_defaults(run=_swap)
 
@@ -131,12 +129,12 @@ def _swap(options: argparse.Namespace) -> int:
 
 def _draw_pictures(options: argparse.Namespace, pair: list[str]) -> int:
     folder = Path("pictures") if options.output is None else options.output
-    check_pictures_folder(options, folder)
+    check_images_folder(options, folder)
     pipe, sampling = attached_pipeline(options, pair)
     from sefi_fast.pipelines import swap
 
     drawn = swap(pipe, key_prompt=pair[0], value_prompt=pair[1], n=options.number, **sampling)
-    save_pictures(drawn, folder, options.seed)
+    save_images(drawn, folder, options.seed)
     return 0
 
 
@@ -144,12 +142,12 @@ def _draw_sheet(options: argparse.Namespace) -> int:
     if len(options.sheet) < 2:
         raise ValueError("--sheet compares prompts: give two or more")
     if options.number != 1:
-        raise ValueError("--sheet draws one picture a pair of prompts: leave --number out")
+        raise ValueError("--sheet draws one image a pair of prompts: leave --number out")
     path = Path("swap.png") if options.output is None else options.output
     check_sheet(options, path)
     pipe, sampling = attached_pipeline(options, options.sheet)
     from sefi_fast.evaluation import swap_sheet
 
-    write_picture(path, swap_sheet(pipe, options.sheet, **sampling))
+    write_image(path, swap_sheet(pipe, options.sheet, **sampling))
     report(path)
     return 0

@@ -54,14 +54,14 @@ def check_safetensors(path: Path) -> None:
 
 
 def check_sheet(options: argparse.Namespace, path: Path) -> None:
-    """Raise ValueError or OSError if a command that draws cannot leave its picture there."""
+    """Raise ValueError or OSError if a command that draws cannot leave its image there."""
     _check_suffix(path, tuple(_FORMATS))
     check_output(path)
     check_kept([path], _read_by(options))
 
 
-def check_pictures_folder(options: argparse.Namespace, folder: Path) -> None:
-    """Raise ValueError or OSError if a command that draws cannot leave its pictures there."""
+def check_images_folder(options: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError or OSError if a command that draws cannot leave its images there."""
     check_folder(folder, make=False)
     paths = [_numbered(folder, options.seed + number) for number in range(options.number)]
     check_kept(paths, _read_by(options))
@@ -69,26 +69,26 @@ def check_pictures_folder(options: argparse.Namespace, folder: Path) -> None:
         check_output(path)
 
 
-def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> None:
-    """Write each picture under the number of its seed, and print where."""
+def save_images(pictures: Sequence[Image.Image], folder: Path, seed: int) -> None:
+    """Write each image under the number of its seed, and print where."""
     for number, picture in enumerate(pictures, seed):
         path = _numbered(folder, number)
-        write_picture(path, picture)
+        write_image(path, picture)
         report(path)
 
 
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture in the format of its name, whole or not at all, missing folders too."""
+def write_image(path: Path, picture: Image.Image) -> None:
+    """Write an image in the format of its name, whole or not at all, missing folders too."""
     remove_partials(path)
     stream = io.BytesIO()
     picture.save(stream, format=_FORMATS[path.suffix.lower()])
     atomic_write(path, stream.getvalue())
 
 
-def leave_picture(path: Path, what: str, draw: Callable[[], Image.Image]) -> bool:
-    """Leave a picture of a run, or warn: the subject is there, whatever becomes of a picture."""
+def leave_image(path: Path, what: str, draw: Callable[[], Image.Image]) -> bool:
+    """Leave an image of a run, or warn: the subject is there, whatever becomes of an image."""
     try:
-        write_picture(path, draw())
+        write_image(path, draw())
     except Exception as error:
         logger.warning("%s could not be drawn to %s: %s", what, path, error)
         return False
@@ -100,7 +100,7 @@ def _numbered(folder: Path, seed: int) -> Path:
 
 
 def _read_by(options: argparse.Namespace) -> list[Path | None]:
-    """The pictures that steer a command that draws (`pictures.add_pictures`)."""
+    """The images that steer a command that draws (`pictures.add_images`)."""
     return [options.image, options.mask, *options.control_image]
 
 
@@ -112,7 +112,7 @@ def _check_suffix(path: Path, known: tuple[str, ...]) -> None:
 STRENGTH = 0.8
 
 
-def add_pictures(parser: argparse.ArgumentParser) -> None:
+def add_images(parser: argparse.ArgumentParser) -> None:
     """--width, --height, --controlnet, --control-image, --image, --strength and --mask."""
     parser.add_argument("--width", type=int, help="in pixels (default: the model's, or --image's)")
     parser.add_argument("--height", type=int, help="in pixels (default: the model's, or --image's)")
@@ -124,7 +124,7 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
         "--control-image", type=user_path, action="append", default=[], metavar="FILE",
         help="the hint (pose, edges, depth) for each --controlnet, in the same order",
     )  # fmt: skip
-    parser.add_argument("--image", type=user_path, metavar="FILE", help="a picture to change")
+    parser.add_argument("--image", type=user_path, metavar="FILE", help="an image to change")
     parser.add_argument(
         "--strength",
         type=float,
@@ -144,12 +144,12 @@ def check_pictures(options: argparse.Namespace) -> None:
     if nets != hints:
         raise ValueError(
             f"--controlnet was given {nets} times and --control-image {hints} times: give one "
-            "picture for each ControlNet"
+            "image for each ControlNet"
         )
     if options.image is None:
         for name in ("mask", "strength"):
             if getattr(options, name) is not None:
-                raise ValueError(f"--{name} is for changing a picture: give --image too")
+                raise ValueError(f"--{name} is for changing an image: give --image too")
     for name in ("width", "height"):
         value = getattr(options, name)
         if value is not None and (value < 8 or value % 8):
@@ -159,7 +159,7 @@ def check_pictures(options: argparse.Namespace) -> None:
 
 
 def with_pictures(options: argparse.Namespace, pipe: Any) -> tuple[Any, dict[str, Any]]:
-    """The pipeline that takes the pictures named, and the arguments to call it with."""
+    """The pipeline that takes the images named, and the arguments to call it with."""
     nets: list[Any] = []
     masked = options.mask is not None
     if options.controlnet or options.image is not None:
@@ -196,7 +196,7 @@ def with_pictures(options: argparse.Namespace, pipe: Any) -> tuple[Any, dict[str
 
 
 def check_steps(sampling: dict[str, Any]) -> None:
-    """Raise ValueError where so weak a change of a picture leaves no step to do."""
+    """Raise ValueError where so weak a change of an image leaves no step to do."""
     steps, strength = sampling.get("steps", 30), sampling.get("strength", 1.0)
     if int(steps * strength) < 1:
         raise ValueError(
@@ -220,7 +220,7 @@ def _whole_size(size: tuple[int | None, int | None], pipe: Any) -> tuple[int | N
 
 
 def _load(path: Path, size: tuple[int | None, int | None], multiple: int) -> Image.Image:
-    """The picture at the size wanted; where none is, at its own, cut to whole latent places."""
+    """The image at the size wanted; where none is, at its own, cut to whole latent places."""
     from sefi_fast.training import load_image
 
     picture = load_image(path)
@@ -270,7 +270,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--seed", type=int, default=0)
-    add_pictures(parser)
+    add_images(parser)
 
 
 def add_config_fields(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from sefi_fast.cli.options import (
     check_kept,
     check_safetensors,
     config_overrides,
-    leave_picture,
+    leave_image,
     report,
 )
 from sefi_fast.utils.files import (
@@ -46,9 +46,9 @@ def add(commands: Any) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    parser = commands.add_parser("train", help="learn a subject from one picture")
+    parser = commands.add_parser("train", help="learn a subject from one image")
     parser.add_argument(
-        "image", type=user_path, nargs="?", help="the picture; may stand in the config file instead"
+        "image", type=user_path, nargs="?", help="the image; may stand in the config file instead"
     )
     add_model(parser)
     parser.add_argument("--class-word", help="what the subject is: person, cat, golden retriever …")
@@ -56,7 +56,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--mask",
         type=user_path,
-        help="picture, white where the subject is, for --attention-loss mask",
+        help="image, white where the subject is, for --attention-loss mask",
     )
     parser.add_argument(
         "-o", "--output", type=user_path, help="the subject file (default: subject.safetensors)"
@@ -86,7 +86,7 @@ def _add_train(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> int:
     config, given = _settings(options)
     if given["image"] is None:
-        raise ValueError("the picture is missing: name its file, here or as image in the config")
+        raise ValueError("the image is missing: name its file, here or as image in the config")
     if options.resume is not None and options.resume_from is not None:
         raise ValueError("--resume-from says all that --resume does: give one of them")
     output = Path("subject.safetensors" if given["output"] is None else given["output"])
@@ -184,17 +184,17 @@ def _run_file_writer(
 
 
 def _leave(path: Path, what: str, draw: Callable[[], Image.Image]) -> None:
-    if leave_picture(path, what, draw):
+    if leave_image(path, what, draw):
         report(f"{path}: {what}")
 
 
 def _add_train_many(commands: Any) -> None:
     parser = commands.add_parser(
-        "train-many", help="learn many subjects, from a folder of pictures or a manifest"
+        "train-many", help="learn many subjects, from a folder of images or a manifest"
     )
     parser.add_argument(
         "manifest", type=user_path,
-        help="a folder of pictures, or a .csv, .tsv or .jsonl file with the columns image, "
+        help="a folder of images, or a .csv, .tsv or .jsonl file with the columns image, "
         "class_word, name, placeholder, seed, scene, mask, model, model_config, vae (only image is "
         "needed)",
     )  # fmt: skip
@@ -257,7 +257,7 @@ def _train_many(options: argparse.Namespace) -> int:
 
 
 def _leave_validation(folder: Path, result: ManyResult, prompts: Sequence[str]) -> None:
-    """A sheet of the pictures that were drawn while a subject trained, in a folder of their own.
+    """A sheet of the images that were drawn while a subject trained, in a folder of their own.
 
     Not beside the subject's file, where a folder that is its own manifest would have it learnt.
     """
@@ -268,11 +268,11 @@ def _leave_validation(folder: Path, result: ManyResult, prompts: Sequence[str]) 
 
     captions = [text.replace("{}", result.subject.placeholder) for text in prompts]
     what = f"the validation prompts of {result.name}"
-    leave_picture(_sheet(folder, result.name), what, lambda: validation_sheet(history, captions))
+    leave_image(_sheet(folder, result.name), what, lambda: validation_sheet(history, captions))
 
 
 def _check_pictures(options: argparse.Namespace, folder: Path) -> None:
-    """Raise ValueError or OSError if the sheets cannot be left, or lie where a picture is read."""
+    """Raise ValueError or OSError if the sheets cannot be left, or lie where an image is read."""
     from sefi_fast.training.manifest import read_subjects
 
     check_folder(folder, make=False)

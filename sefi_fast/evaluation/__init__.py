@@ -17,21 +17,21 @@ from sefi_fast.utils.lazy import lazy_names
 _HOME = {
     "Evaluation": "sefi_fast.evaluation.scoring",
     "evaluate": "sefi_fast.evaluation.scoring",
-    "score_picture": "sefi_fast.evaluation.scorers",
+    "score_image": "sefi_fast.evaluation.scorers",
 }
 __all__ = [
     "Evaluation",
     "Panel",
     "contact_sheet",
     "evaluate",
-    "score_picture",
+    "score_image",
     "swap_sheet",
     "training_curves",
     "validation_sheet",
 ]
 
 if TYPE_CHECKING:
-    from sefi_fast.evaluation.scorers import score_picture
+    from sefi_fast.evaluation.scorers import score_image
     from sefi_fast.evaluation.scoring import Evaluation, evaluate
 
 __getattr__ = lazy_names(__name__, _HOME)

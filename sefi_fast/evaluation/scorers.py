@@ -37,7 +37,7 @@ class AskedAttributes:
 
 
 @dataclass(frozen=True)
-class PictureScore:
+class ImageScore:
     """What the judge says of one picture drawn for a prompt.
 
     Attributes:
@@ -64,12 +64,12 @@ class PictureScore:
         return asdict(self)
 
 
-SCORES = tuple(PictureScore.__dataclass_fields__)
+SCORES = tuple(ImageScore.__dataclass_fields__)
 
 
-def score_picture(
+def score_image(
     judgement: Judgement, prompt: AskedAttributes, identity: Identity, reference_scene: str
-) -> PictureScore:
+) -> ImageScore:
     """Score a picture that was drawn for a prompt with this identity as its subject.
 
     Args:
@@ -85,7 +85,7 @@ def score_picture(
     rank = float(np.mean((others < own) + 0.5 * (others == own)))
     obeyed = float(all(hits))
     leaks = labels["scene"] == reference_scene and prompt.wanted.get("scene") != reference_scene
-    return PictureScore(
+    return ImageScore(
         prompt=obeyed,
         share=sum(hits) / len(hits),
         id=own,
@@ -326,7 +326,7 @@ class TinyScorer:
 
     def __call__(
         self, images: Sequence[Image.Image], prompts: Sequence[str], reference: Image.Image
-    ) -> list[PictureScore]:
+    ) -> list[ImageScore]:
         """Score pictures, each drawn for its own prompt, against the subject of the reference.
 
         Raises:
@@ -334,7 +334,7 @@ class TinyScorer:
         """
         identity, scene = self.identity(reference)
         return [
-            score_picture(judgement, asked_by(prompt), identity, scene)
+            score_image(judgement, asked_by(prompt), identity, scene)
             for judgement, prompt in zip(self._judge(images), prompts, strict=True)
         ]
 

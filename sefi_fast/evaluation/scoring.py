@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 CONTROL = "class word"
-"""Name of the rows whose pictures have the class word in the subject's place."""
+"""Name of the rows whose images have the class word in the subject's place."""
 _TEXT_COLUMNS = ("subject", "kind", "prompt", "seed")
 _PANELS_A_ROW = 8
 
@@ -45,7 +45,7 @@ class Evaluation:
     """What `evaluate` found.
 
     Attributes:
-        rows: one a picture: subject, kind, prompt, seed, and each score by name. "prompt score" and
+        rows: one an image: subject, kind, prompt, seed, and each score by name. "prompt score" and
             "id" are of the bundled model's judge; "clip text", "clip image", "dino image" and
             "face" are cosine similarities; "id(p)" is ID · Prompt, which is our reading, with the
             judge's scores, or else the face's, DINO's or CLIP's image score times CLIP's text.
@@ -62,7 +62,7 @@ class Evaluation:
         return [name for name in names if name not in _TEXT_COLUMNS]
 
     def mean(self, score: str, subject: str, kind: str | None = None) -> float | None:
-        """Mean over a subject's pictures, of one kind or all; None if it has none."""
+        """Mean over a subject's images, of one kind or all; None if it has none."""
         values = [
             row[score]
             for row in self.rows
@@ -73,7 +73,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The pictures of one prompt with some subjects, or with their class words.
+    """The images of one prompt with some subjects, or with their class words.
 
     Attributes:
         name: of the subjects together, or CONTROL.
@@ -96,12 +96,12 @@ def write_evaluation(
     shown: Sequence[tuple[Drawn, Image.Image]],
     names: Sequence[str],
 ) -> list[Path]:
-    """Write scores (CSV), the means (Markdown) and a sheet with the first picture of each prompt.
+    """Write scores (CSV), the means (Markdown) and a sheet with the first image of each prompt.
 
     Args:
         folder: where to.
         found: the scores.
-        shown: a picture of each job.
+        shown: an image of each job.
         names: of the subjects, without those of pairs.
 
     Returns:
@@ -133,7 +133,7 @@ def write_evaluation(
 def _markdown(found: Evaluation, names: Sequence[str]) -> str:
     """The mean of each score: control, all subjects with an interval, each kind, each subject."""
     scores, kinds = found.scores, list(dict.fromkeys(row["kind"] for row in found.rows))
-    lines = [f"| pictures of | {' | '.join(scores)} |", "|" + "---|" * (len(scores) + 1)]
+    lines = [f"| images of | {' | '.join(scores)} |", "|" + "---|" * (len(scores) + 1)]
 
     def add(title: str, cells: Iterable[str]) -> None:
         lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -156,12 +156,12 @@ def _markdown(found: Evaluation, names: Sequence[str]) -> str:
 
 
 class Scorers:
-    """Scores pictures by the models given; the arguments are those of `evaluate`.
+    """Scores images by the models given; the arguments are those of `evaluate`.
 
     Args:
         clip, dino, face: models, or None for no such score.
         bundled: whether the bundled model's judge scores too.
-        references: the picture that each subject was learnt from.
+        references: the image that each subject was learnt from.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class Scorers:
     def __call__(
         self, images: Sequence[Image.Image], job: Drawn, subjects: Sequence[Subject]
     ) -> list[dict[str, float]]:
-        """Scores of each picture; with two subjects the mean of their image scores."""
+        """Scores of each image; with two subjects the mean of their image scores."""
         columns: dict[str, list[float]] = {}
         text = filled(job.prompt, [subjects[place].class_word for place in job.subjects])
         if self._clip is not None:
@@ -211,7 +211,7 @@ class Scorers:
 
     def _judged(self, images: Sequence[Image.Image], job: Drawn) -> dict[str, list[float]]:
         assert self._tiny is not None
-        # The judge knows one creature a picture.
+        # The judge knows one creature an image.
         reference = self._references[job.subjects[0]] if self._references else None
         texts = [_to_the_judge(job.prompt)] * len(images)
         found = self._tiny(images, texts, reference or images[0])
@@ -258,9 +258,9 @@ def evaluate(
     output: str | os.PathLike[str] = "evaluation",
     progress: bool = True,
 ) -> Evaluation:
-    """Draw prompts with finished subjects, and with their class words, and score the pictures.
+    """Draw prompts with finished subjects, and with their class words, and score the images.
 
-    Pictures that the folder already holds are not drawn again, so a run that was ended goes on with
+    Images that the folder already holds are not drawn again, so a run that was ended goes on with
     the same call. On the bundled model the judge scores without any further model. The models of
     the scores are the user's: a hub id is downloaded by transformers, a folder is not.
 
@@ -272,13 +272,13 @@ def evaluate(
         prompts: class → sentences, sentences, or a file of them (`prompt_classes.read_prompts`);
             {} where the subject stands, twice for two subjects, which are then taken in turn.
             Default: scenes, actions, attributes and several subjects that suit the class word.
-        references: the picture that each subject was learnt from, for the image scores.
-        seeds: pictures of each prompt.
+        references: the image that each subject was learnt from, for the image scores.
+        seeds: images of each prompt.
         steps, guidance: of the sampler; default: what suits the model.
         clip: a CLIP model for text and image scores.
         dino: a DINO or DINOv2 model for image scores.
         face: an insightface model pack for face scores.
-        output: folder for pictures, scores (CSV), table (Markdown) and sheet.
+        output: folder for images, scores (CSV), table (Markdown) and sheet.
         progress: show a progress bar.
 
     Raises:
@@ -298,7 +298,7 @@ def evaluate(
     pictures = None if references is None else [load_image(one) for one in references]
     if pictures is not None and len(pictures) != len(loaded):
         raise ValueError(
-            f"there are {len(pictures)} reference pictures for {len(loaded)} subjects: give one "
+            f"there are {len(pictures)} reference images for {len(loaded)} subjects: give one "
             "for each, in the same order"
         )
     wanted_model = {"model": model, "config": model_config, "vae": vae}
@@ -314,7 +314,7 @@ def evaluate(
             "leave them out, and set pipe.vae instead"
         )
     if (dino or face) and pictures is None:
-        raise ValueError("DINO and face scores compare with the subject: give reference pictures")
+        raise ValueError("DINO and face scores compare with the subject: give reference images")
     if not (bundled or clip or dino or face):
         raise ValueError("there is nothing to score with: name a clip, dino or face model")
     scorers = Scorers(clip, dino, face, bundled, pictures)
@@ -395,7 +395,7 @@ def _draw(
     sampling: Mapping[str, Any],
     loaded_with: str,
 ) -> list[Image.Image]:
-    """The pictures of a job, from the folder if they are all there."""
+    """The images of a job, from the folder if they are all there."""
     # Two subjects may have the same placeholder; here each gets one by its place.
     own = [replace(subjects[p], placeholder=f"<subject-{p + 1}>") for p in job.subjects]
     words = [one.class_word if job.control else one.placeholder for one in own]

@@ -23,7 +23,7 @@ _MARGIN = 12
 
 
 class Panel(NamedTuple):
-    """One picture of a contact sheet and the words under it."""
+    """One image of a contact sheet and the words under it."""
 
     image: Image.Image
     caption: str = ""
@@ -32,22 +32,22 @@ class Panel(NamedTuple):
 def contact_sheet(
     rows: Sequence[tuple[str, Sequence[Panel]]], *, title: str = "", panel_size: int = 144
 ) -> Image.Image:
-    """Draw rows of captioned pictures, each row under a heading of its own.
+    """Draw rows of captioned images, each row under a heading of its own.
 
     Args:
         rows: (heading, panels) from top to bottom; a heading may be empty.
         title: a line above everything.
-        panel_size: side in pixels into which each picture is fitted, its proportions kept.
-            Pictures smaller than this are enlarged without smoothing.
+        panel_size: side in pixels into which each image is fitted, its proportions kept.
+            Images smaller than this are enlarged without smoothing.
 
     Returns:
-        An RGB picture as wide as the longest row.
+        An RGB image as wide as the longest row.
 
     Raises:
-        ValueError: there is no picture at all.
+        ValueError: there is no image at all.
     """
     if not any(panels for _, panels in rows):
-        raise ValueError("contact_sheet got no pictures: give at least one row with one panel")
+        raise ValueError("contact_sheet got no images: give at least one row with one panel")
     text_font, heading_font, title_font = (ImageFont.load_default(size) for size in (11, 14, 18))
     columns = max(len(panels) for _, panels in rows)
     wrap = max(8, panel_size // 6)
@@ -86,7 +86,7 @@ def contact_sheet(
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file."""
+    """An image as the bytes of a PNG file."""
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     return stream.getvalue()
@@ -130,16 +130,16 @@ def training_curves(history: History, *, title: str = "training") -> Image.Image
 
 
 def validation_sheet(history: History, prompts: Sequence[str]) -> Image.Image:
-    """The pictures that were drawn while a subject trained, a row each time.
+    """The images that were drawn while a subject trained, a row each time.
 
     Args:
         history: of the subject.
-        prompts: captions of each row's pictures, in the order of `validation_prompts`.
+        prompts: captions of each row's images, in the order of `validation_prompts`.
 
     Raises:
-        ValueError: no picture was drawn.
+        ValueError: no image was drawn.
     """
-    # Of a run that was resumed with other prompts there may be more pictures than captions.
+    # Of a run that was resumed with other prompts there may be more images than captions.
     return contact_sheet(
         [(f"step {step}", list(map(Panel, drawn, prompts))) for step, drawn in history.validation]
     )
@@ -169,16 +169,16 @@ def swap_sheet(
     panel_size: int = 144,
     **sampling: Any,
 ) -> Image.Image:
-    """Draw a square of pictures: row i has the keys of prompt i, column j the values of prompt j.
+    """Draw a square of images: row i has the keys of prompt i, column j the values of prompt j.
 
-    All start from the same noise. On the diagonal stand the pictures of the prompts themselves.
+    All start from the same noise. On the diagonal stand the images of the prompts themselves.
     Along a row the attention stays and the content changes, along a column the other way round.
 
     Args:
         pipe: a pipeline, with subjects attached or without.
         prompts: two or more sentences, best ones that differ in single words.
         seed: of the noise.
-        panel_size: side of a picture in pixels.
+        panel_size: side of an image in pixels.
         sampling: `steps`, `guidance` and what else `sefi_fast.swap` takes.
 
     Raises:

@@ -20,8 +20,8 @@ def attach(
 ) -> Pipeline:
     """Make `pipe("… <me> …")` draw the subjects whose placeholders stand in the prompt.
 
-    Works with any scheduler, with guidance, negative prompts and several pictures a prompt, and
-    with pipelines that share the U-Net. A prompt without a placeholder gives the picture that the
+    Works with any scheduler, with guidance, negative prompts and several images a prompt, and
+    with pipelines that share the U-Net. A prompt without a placeholder gives the image that the
     bare pipeline gives. Attaching again replaces the set of subjects.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pipelines that take pictures beside the prompt: ControlNet hints, a picture to change."""
+"""Pipelines that take images beside the prompt: ControlNet hints, an image to change."""
 
 from __future__ import annotations
 
@@ -57,22 +57,22 @@ def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
 def steered(
     pipe: Any, *, controlnets: Sequence[Any] = (), image: bool = False, mask: bool = False
 ) -> Any:
-    """A pipeline over the same models that takes pictures beside the prompt.
+    """A pipeline over the same models that takes images beside the prompt.
 
     Attach subjects to what comes back: those attached to `pipe` stay with `pipe`.
 
     Args:
         pipe: a text-to-image pipeline of Stable Diffusion 1.x, 2.x or SDXL.
         controlnets: the models that the hints go to, in their order; one or several.
-        image: whether a picture is to be changed (img2img).
+        image: whether an image is to be changed (img2img).
         mask: whether only a part of it is (inpainting).
 
     Raises:
-        ValueError: a mask without a picture to change.
+        ValueError: a mask without an image to change.
         ModelError: a mask, and a U-Net that cannot inpaint.
     """
     if mask and not image:
-        raise ValueError("a mask says which part of a picture to change: give the picture too")
+        raise ValueError("a mask says which part of an image to change: give the image too")
     if not controlnets and not image:
         return pipe
     channels = unwrap(pipe.unet).config.in_channels

@@ -157,7 +157,7 @@ def remove_time_ids(pipe: Any) -> None:
 class PipelineCall(NamedTuple):
     """A call of a pipeline that starts.
 
-    prompts: its texts; None where it was given tensors. images: pictures a prompt. guidance:
+    prompts: its texts; None where it was given tensors. images: images a prompt. guidance:
     whether a negative prompt goes with them. encode: a sentence to embeddings [1, L, C], packed if
     a subject stands in it, as the call encodes its own (clip_skip, LoRA of the text encoders).
     """

@@ -18,7 +18,7 @@ _GIVEN_OTHERWISE = {
     "num_inference_steps": "give steps",
     "guidance_scale": "give guidance",
     "generator": "give seed",
-    "return_dict": "it returns the pictures alone",
+    "return_dict": "it returns the images alone",
 }
 
 
@@ -34,24 +34,24 @@ def generate(
     batch_size: int = 8,
     **call_arguments: Any,
 ) -> list[Image.Image]:
-    """Call the pipeline for `n` pictures of one prompt.
+    """Call the pipeline for `n` images of one prompt.
 
-    Picture i is drawn from seed + i alone, whatever `n` and `batch_size` are, and its noise is
+    Image i is drawn from seed + i alone, whatever `n` and `batch_size` are, and its noise is
     made on the CPU, so that every device starts from the same.
 
     Args:
         pipe: a pipeline, with subjects attached or without.
         prompt: the sentence, with placeholders of attached subjects.
-        n: number of pictures.
-        seed: of the first picture.
+        n: number of images.
+        seed: of the first image.
         steps: number of denoising steps.
         guidance: strength of classifier-free guidance; 1 or less turns it off.
         negative_prompt: what not to draw.
-        batch_size: pictures drawn at once.
+        batch_size: images drawn at once.
         call_arguments: handed on to the pipeline (height, width, image, …).
 
     Returns:
-        A list of `n` pictures; with `output_type` "np", "pt" or "latent" each is an array
+        A list of `n` images; with `output_type` "np", "pt" or "latent" each is an array
         [height, width, 3] or a tensor [channels, height, width] in place of a PIL image.
 
     Raises:
@@ -87,7 +87,7 @@ def draw(
     batch_size: int,
     **call_arguments: Any,
 ) -> list[Image.Image]:
-    """`generate` for any conditioning: the pipeline's arguments for so many pictures at once."""
+    """`generate` for any conditioning: the pipeline's arguments for so many images at once."""
     if negative_prompt is not None:
         check_sentence("negative_prompt", negative_prompt)
     for name, instead in _GIVEN_OTHERWISE.items():
@@ -118,13 +118,13 @@ def check_sentence(name: str, text: Any) -> None:
     """Raise TypeError for a list, which the tokenizer would take for words of one sentence."""
     if not isinstance(text, str):
         raise TypeError(
-            f"{name} must be one sentence, got {text!r}: call once for each sentence; pictures of "
+            f"{name} must be one sentence, got {text!r}: call once for each sentence; images of "
             "equal seeds start from equal noise"
         )
 
 
 def _check_numbers(most_steps: int, n: int, seed: int, steps: int, guidance: float) -> None:
-    """Raise ValueError for numbers that give black pictures, or fail after some were drawn."""
+    """Raise ValueError for numbers that give black images, or fail after some were drawn."""
     if steps > most_steps:
         raise ValueError(
             f"generate was asked for {steps} steps, and this model was trained on {most_steps}: "
@@ -155,10 +155,10 @@ def swap(
 ) -> list[Image.Image]:
     """Draw with the attention of one prompt and the content of another.
 
-    In every cross-attention layer the keys, which decide where the picture looks, come from
+    In every cross-attention layer the keys, which decide where the image looks, come from
     `key_prompt`, and the values, which say what it finds there, from `value_prompt`. Token i of one
     meets token i of the other, so prompts that differ in single words tell the most. With both
-    prompts alike the picture is the pipeline's own (docs/method.md §3; the authors' page,
+    prompts alike the image is the pipeline's own (docs/method.md §3; the authors' page,
     "Motivation").
 
     Args:
@@ -168,7 +168,7 @@ def swap(
         clip_skip: as in the pipeline's call, for both prompts.
 
     Returns:
-        `n` pictures; equal seeds start from equal noise, whatever the prompts are.
+        `n` images; equal seeds start from equal noise, whatever the prompts are.
 
     Raises:
         ModelError: the pipeline is of another family.

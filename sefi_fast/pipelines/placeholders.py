@@ -142,7 +142,7 @@ class PlaceholderGuard:
 
 _MESSAGE = (
     "the prompt {text!r} reached the text encoder with the placeholder {placeholder!r} as plain "
-    "words, so that its subject would be missing from the picture. Subjects are attached to one "
+    "words, so that its subject would be missing from the image. Subjects are attached to one "
     "pipeline, not to others that share its models: call sefi_fast.attach on the pipeline that "
     "draws, write the placeholder exactly as it is, make embeddings with sefi_fast.encode, or call "
     "sefi_fast.detach on the pipeline that has it"

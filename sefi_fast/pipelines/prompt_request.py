@@ -25,7 +25,7 @@ class PromptRequest:
         prompts, negatives: the texts for each text encoder; None where none were given.
         embeds, negative_embeds: what was given as tensors; None where prompts are to be encoded.
         pooled, negative_pooled: SDXL's pooled embeddings that were given.
-        images: pictures (or videos) of each prompt.
+        images: images (or videos) of each prompt.
         guidance: whether a negative prompt is wanted.
     """
 

@@ -1,4 +1,4 @@
-"""Prompts of their own for parts of the picture, so that several subjects do not mix."""
+"""Prompts of their own for parts of the image, so that several subjects do not mix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sefi_fast.prompts.stages import StageHook
 
 @contextmanager
 def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -> Iterator[None]:
-    """Give parts of the picture prompts of their own while `pipe` samples.
+    """Give parts of the image prompts of their own while `pipe` samples.
 
     ```python
     sefi_fast.attach(pipe, ["me.safetensors", "cat.safetensors"])
@@ -42,7 +42,7 @@ def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -
     Two subjects in one sentence mix: in the text encoder every later word sees the earlier subject,
     and each image token looks at both. Here the image tokens of a box attend to the words of its
     prompt alone, in every cross-attention layer of the U-Net and the ControlNets; those outside all
-    boxes attend to the call's prompt. Self-attention and convolutions still see the whole picture,
+    boxes attend to the call's prompt. Self-attention and convolutions still see the whole image,
     and so does SDXL's pooled embedding, which is that of the call's prompt. The negative prompt is
     the same everywhere; clip_skip and LoRA hold for the boxes' prompts too. On exit, also by an
     exception, everything is as it was; until then regions hold for every call of `pipe`, whichever
@@ -51,7 +51,7 @@ def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, with subjects attached or without, of
             which no part is compiled; not AnimateDiff or Panorama, not with an IP-Adapter.
-        prompts: sentences and their boxes, (left, top, right, bottom) in fractions of the picture,
+        prompts: sentences and their boxes, (left, top, right, bottom) in fractions of the image,
             0 to 1; where boxes overlap the later one counts.
 
     Raises:
@@ -61,7 +61,7 @@ def regions(pipe: Any, prompts: Mapping[str, Box] | Iterable[tuple[str, Box]]) -
             (token merging, HyperTile, deep shrink).
         PromptError: from the call, if a placeholder cannot be used where it stands, or the call's
             prompt was given as a tensor.
-        ValueError: there is no region, a box does not lie within the picture, or a trace or regions
+        ValueError: there is no region, a box does not lie within the image, or a trace or regions
             of this pipeline already run.
         TypeError: a prompt is no string, or a box is not four numbers.
     """
@@ -84,7 +84,7 @@ def _check_reach(pipe: Any) -> None:
     if isinstance(unwrap(pipe.unet), UNetMotionModel):
         raise ModelError(
             f"{type(pipe).__name__} repeats its prompt for every frame, where regions would be "
-            "lost: give regions to single pictures"
+            "lost: give regions to single images"
         )
     if "Panorama" in type(pipe).__name__:
         raise ModelError(
@@ -108,7 +108,7 @@ class _Regions:
         """Encode the regions' prompts for a call that starts."""
         if call.prompts is None:
             raise PromptError(
-                "regions count the pictures of a call by its prompts, but they were given as "
+                "regions count the images of a call by its prompts, but they were given as "
                 "prompt_embeds: give them as text"
             )
         check_not_compiled(given_models(self._pipe), "give regions")
@@ -177,7 +177,7 @@ class _Call:
                 return batch
         raise ModelError(
             f"with regions, the {type(model).__name__} was called with a batch of {batch} for "
-            f"{self._pictures} picture(s): {type(self._pipe).__name__} runs it on something else "
+            f"{self._pictures} image(s): {type(self._pipe).__name__} runs it on something else "
             "than the negative and the positive prompts, and regions cannot tell which"
         )
 

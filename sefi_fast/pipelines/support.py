@@ -162,7 +162,7 @@ def check_model_index(index: Mapping[str, Any], source: str) -> None:
         if _component(index, "text_encoder") is None:
             raise ModelError(
                 f"{source} holds a {name} with the second text encoder alone, as SDXL's refiner "
-                "has; load the base model, and run the refiner on its pictures without subjects"
+                "has; load the base model, and run the refiner on its images without subjects"
             )
     for part, kind in wanted.items():
         found = _component(index, part)

@@ -35,7 +35,7 @@ _LEAST_WIDTH = 144
 
 
 def draw_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
-    """The picture, in its own size, with a heat map [h, w] over it.
+    """The image, in its own size, with a heat map [h, w] over it.
 
     Colours run from nothing to the strongest place of this map.
     """
@@ -47,7 +47,7 @@ def draw_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
     heat = heat.resize(picture.size, Image.Resampling.BICUBIC)
     strength = np.clip(np.asarray(heat), 0.0, 1.0)
     colours = colormaps["inferno"](strength)[..., :3]
-    # Where nothing is attended the picture shows through, darkened, so that hot places stand out.
+    # Where nothing is attended the image shows through, darkened, so that hot places stand out.
     opacity = (_STRENGTH * (0.4 + 0.6 * strength))[..., None]
     blended = np.asarray(picture) / 255.0 * (1 - opacity) + colours * opacity
     return Image.fromarray(np.uint8(np.round(blended * 255)))
@@ -56,13 +56,13 @@ def draw_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
 def draw_grid(
     rows: Sequence[tuple[Image.Image, Sequence[tuple[str, Tensor]]]],
 ) -> Image.Image:
-    """One row a picture: itself, then each (word, map [h, w]) over it, with captions.
+    """One row an image: itself, then each (word, map [h, w]) over it, with captions.
 
     Raises:
-        ValueError: there is no picture.
+        ValueError: there is no image.
     """
     if not rows:
-        raise ValueError("grid got no pictures: give the images of the traced call")
+        raise ValueError("grid got no images: give the images of the traced call")
     cells = []
     for image, maps in rows:
         picture = _enlarged(image.convert("RGB"))
@@ -82,7 +82,7 @@ def draw_grid(
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:
-    """The picture in whole multiples of its size, large enough to read a caption under it."""
+    """The image in whole multiples of its size, large enough to read a caption under it."""
     factor = -(-_LEAST_WIDTH // picture.width)
     size = (picture.width * factor, picture.height * factor)
     return picture.resize(size, Image.Resampling.NEAREST)
@@ -164,7 +164,7 @@ class Trace:
 
         Mean over heads, cross-attention layers (bilinear to the largest) and U-Net calls; the sum
         over the tokens where the word is several; zero where a prompt lacks the word. B counts
-        prompts times pictures a prompt; under guidance it is the conditional half.
+        prompts times images a prompt; under guidance it is the conditional half.
 
         Raises:
             ValueError: no call of the pipeline ran inside the with block.
@@ -187,15 +187,15 @@ class Trace:
     def grid(
         self, images: Sequence[Image.Image], words: Sequence[str] | None = None
     ) -> Image.Image:
-        """One row a picture: the picture, then the overlay of each word, with captions.
+        """One row an image: the image, then the overlay of each word, with captions.
 
         Args:
-            images: the pictures of the latest call, in its order.
+            images: the images of the latest call, in its order.
             words: which of the traced words; None for all.
 
         Raises:
             KeyError, IndexError: as for `overlay`.
-            ValueError: there is no picture.
+            ValueError: there is no image.
         """
         chosen = self.words if words is None else tuple(words)
         rows = [

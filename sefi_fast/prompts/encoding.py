@@ -137,7 +137,7 @@ def encode_with_pooled(
             )
     stages = common_stages([subject.stages for subject in chosen])
     device = getattr(pipe, "_execution_device", None) or parts[0].text_encoder.device
-    # Several pictures of one prompt, and a hundred subjects attached, cost no more than one.
+    # Several images of one prompt, and a hundred subjects attached, cost no more than one.
     distinct = {
         pair: place for place, pair in enumerate(dict.fromkeys(zip(prompts, second, strict=True)))
     }

@@ -12,7 +12,7 @@ from sefi_fast.tiny_world.drawing import (
     POSITIONS,
     SCENES,
     SHAPES,
-    PictureSpec,
+    ImageSpec,
 )
 
 CLASS_WORD = "creature"
@@ -47,7 +47,7 @@ VOCABULARY: tuple[str, ...] = tuple(
 """Every word of every caption, and a few more that prompts may want; each is one token."""
 
 
-def caption(spec: PictureSpec, rng: random.Random) -> str:
+def caption(spec: ImageSpec, rng: random.Random) -> str:
     """Word a picture: a random part of what it shows, in plain lower-case words.
 
     One caption in five is brief: the bare class word with an accessory or the scene. The others
@@ -65,7 +65,7 @@ def caption(spec: PictureSpec, rng: random.Random) -> str:
     return " ".join([opener, *words]).strip()
 
 
-def pair_caption(left: PictureSpec, right: PictureSpec, rng: random.Random) -> str:
+def pair_caption(left: ImageSpec, right: ImageSpec, rng: random.Random) -> str:
     """Word a picture of two creatures in one scene; the one on the left is named first.
 
     Each is now and then the bare class word, like the one of `caption`.
@@ -77,7 +77,7 @@ def pair_caption(left: PictureSpec, right: PictureSpec, rng: random.Random) -> s
     return " ".join([_opener(left, rng), *words]).strip()
 
 
-def _creature(spec: PictureSpec, rng: random.Random, brief: bool) -> list[str]:
+def _creature(spec: ImageSpec, rng: random.Random, brief: bool) -> list[str]:
     """A creature and what it wears, with its article; brief: without its attributes."""
     before, after = _attributes(spec, rng) if not brief else ([], [])
     if spec.accessories and rng.random() < (0.6 if brief else 0.95):
@@ -86,7 +86,7 @@ def _creature(spec: PictureSpec, rng: random.Random, brief: bool) -> list[str]:
     return ["an" if words[0][0] in "aeiou" else "a", *words]
 
 
-def _opener(spec: PictureSpec, rng: random.Random) -> str:
+def _opener(spec: ImageSpec, rng: random.Random) -> str:
     if spec.style == "grey":
         return "a grey photo of"
     if spec.identity is not None and rng.random() < 0.1:
@@ -94,7 +94,7 @@ def _opener(spec: PictureSpec, rng: random.Random) -> str:
     return "a picture of" if rng.random() < 0.1 else "a photo of"
 
 
-def _attributes(spec: PictureSpec, rng: random.Random) -> tuple[list[str], list[str]]:
+def _attributes(spec: ImageSpec, rng: random.Random) -> tuple[list[str], list[str]]:
     """Words before and phrases after the class word that tell the creature's identity."""
     identity, chance = spec.identity, rng.random
     assert identity is not None

@@ -92,7 +92,7 @@ def draw_scene(pen: ImageDraw.ImageDraw, scene: str, mirrored: bool, width: int 
         pen.ellipse(box(x_side - 8, 6, x_side + 26, 42), fill=(18, 20, 62))
 
 
-PICTURE_SIZE = 48
+IMAGE_SIZE = 48
 """Side in pixels of the pictures that the bundled model draws."""
 
 _HSV = {
@@ -174,7 +174,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class PictureSpec:
+class ImageSpec:
     """All that is drawn in one picture.
 
     Attributes:
@@ -233,7 +233,7 @@ def random_spec(
     *,
     empty_share: float = 0.02,
     grey_share: float = 0.06,
-) -> PictureSpec:
+) -> ImageSpec:
     """A random picture of ``identity``, or of a random one that is not held out.
 
     Args:
@@ -247,7 +247,7 @@ def random_spec(
     mirrored, shift = rng.random() < 0.5, (rng.uniform(-4, 4), rng.uniform(-4, 4))
     if identity is None:
         if rng.random() < empty_share:
-            return PictureSpec(None, scene, style=style, mirrored=mirrored)
+            return ImageSpec(None, scene, style=style, mirrored=mirrored)
         identity = random_identity(rng)
     accessories: tuple[str, ...] = ()
     if rng.random() < 0.6:
@@ -257,19 +257,19 @@ def random_spec(
             # A hat and a crown sit in the same place.
             others = [a for a in ACCESSORIES if a != first and {a, first} != {"hat", "crown"}]
             accessories = (first, rng.choice(others))
-    return PictureSpec(identity, scene, accessories, position, style, mirrored, shift)
+    return ImageSpec(identity, scene, accessories, position, style, mirrored, shift)
 
 
 def random_specs(
     count: int, seed: int, *, empty_share: float = 0.02, grey_share: float = 0.06
-) -> list[PictureSpec]:
+) -> list[ImageSpec]:
     """``count`` random pictures, the same for the same seed."""
     rng = random.Random(seed)
     shares = {"empty_share": empty_share, "grey_share": grey_share}
     return [random_spec(rng, None, **shares) for _ in range(count)]
 
 
-def draw(spec: PictureSpec, size: int = PICTURE_SIZE) -> tuple[Image.Image, Image.Image]:
+def draw(spec: ImageSpec, size: int = IMAGE_SIZE) -> tuple[Image.Image, Image.Image]:
     """Draw a picture.
 
     Args:
@@ -296,12 +296,12 @@ def reduction(size: int) -> int:
         ValueError: the size does not divide CANVAS.
     """
     if size < 1 or CANVAS % size:
-        raise ValueError(f"size is {size}; it must divide {CANVAS}, for example {PICTURE_SIZE}")
+        raise ValueError(f"size is {size}; it must divide {CANVAS}, for example {IMAGE_SIZE}")
     return CANVAS // size
 
 
 def draw_creature(
-    picture: Image.Image, mask: Image.Image, spec: PictureSpec, left: float = 0.0
+    picture: Image.Image, mask: Image.Image, spec: ImageSpec, left: float = 0.0
 ) -> None:
     """Draw a picture's creature, if it has one, and what it wears onto a canvas.
 
@@ -386,7 +386,7 @@ def _draw_body(
 
 
 def _draw_accessories(
-    pen: ImageDraw.ImageDraw, spec: PictureSpec, centre: float, ground: float
+    pen: ImageDraw.ImageDraw, spec: ImageSpec, centre: float, ground: float
 ) -> None:
     assert spec.identity is not None
     half_width, half_height, middle, top = _body(spec.identity, ground)

@@ -16,14 +16,14 @@ from sefi_fast.tiny_world.drawing import (
     ACCESSORIES,
     COLOURS,
     EARS,
+    IMAGE_SIZE,
     PATTERNS,
-    PICTURE_SIZE,
     POSITIONS,
     SCENES,
     SHAPES,
     STYLES,
     Identity,
-    PictureSpec,
+    ImageSpec,
 )
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -43,7 +43,7 @@ IDENTITY_ATTRIBUTES = ("colour", "second_colour", "pattern", "ears", "shape")
 JUDGE_PATH = Path(__file__).parent / "judge.safetensors"
 
 
-def true_values(spec: PictureSpec) -> dict[str, str | None]:
+def true_values(spec: ImageSpec) -> dict[str, str | None]:
     """The right answer for each attribute of a drawn picture; None where it cannot be seen."""
     identity = spec.identity
     values: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
@@ -86,9 +86,7 @@ class Judgement:
         return sum(found) / len(found)
 
 
-def right_answers(
-    specs: Sequence[PictureSpec], judgements: Sequence[Judgement]
-) -> dict[str, float]:
+def right_answers(specs: Sequence[ImageSpec], judgements: Sequence[Judgement]) -> dict[str, float]:
     """Share of right answers for each attribute, over the pictures that show it."""
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     for spec, judgement in zip(specs, judgements, strict=True):
@@ -116,7 +114,7 @@ class JudgeNetwork(nn.Module):
                 before = width
             layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers)
-        side = PICTURE_SIZE // 2 ** len(widths)
+        side = IMAGE_SIZE // 2 ** len(widths)
         self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(before * side * side, hidden))
         self.heads = nn.ModuleDict(
             {name: nn.Linear(hidden, len(values)) for name, values in ATTRIBUTES.items()}
@@ -199,7 +197,7 @@ class Judge:
 
 def _to_tensor(image: Image.Image) -> Tensor:
     image = image.convert("RGB")
-    if image.size != (PICTURE_SIZE, PICTURE_SIZE):
-        image = image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1

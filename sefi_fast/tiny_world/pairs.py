@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 
 from sefi_fast.tiny_world.drawing import (
     CANVAS,
-    PICTURE_SIZE,
-    PictureSpec,
+    IMAGE_SIZE,
+    ImageSpec,
     draw_creature,
     draw_scene,
     random_identity,
@@ -35,8 +35,8 @@ class PairSpec:
         mirrored: which side the scene's sun, moon or cactus is on.
     """
 
-    left: PictureSpec
-    right: PictureSpec
+    left: ImageSpec
+    right: ImageSpec
     mirrored: bool = False
 
     def __post_init__(self) -> None:
@@ -55,12 +55,12 @@ def random_pair(rng: random.Random) -> PairSpec:
     return PairSpec(_placed(left, rng), _placed(right, rng), mirrored=rng.random() < 0.5)
 
 
-def _placed(half: PictureSpec, rng: random.Random) -> PictureSpec:
+def _placed(half: ImageSpec, rng: random.Random) -> ImageSpec:
     shift = rng.uniform(-_WANDER, _WANDER), rng.uniform(-4, 4)
     return replace(half, position="middle", shift=shift)
 
 
-def draw_pair(spec: PairSpec, size: int = PICTURE_SIZE) -> Image.Image:
+def draw_pair(spec: PairSpec, size: int = IMAGE_SIZE) -> Image.Image:
     """Draw a picture of two creatures, 2·size pixels wide and size high (RGB).
 
     Args:

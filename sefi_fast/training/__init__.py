@@ -1,4 +1,4 @@
-"""Training: one picture in, one small subject file out."""
+"""Training: one image in, one small subject file out."""
 
 from __future__ import annotations
 

@@ -469,7 +469,7 @@ def check_added_conditioning(pipe: Any) -> None:
         )
     if kind is not None:
         raise ModelError(
-            f"the U-Net of this {name} takes a picture beside the words (an "
+            f"the U-Net of this {name} takes an image beside the words (an "
             "IP-Adapter): call pipe.unload_ip_adapter() before training, and load it again behind"
         )
     kind, wanted = getattr(unet, "addition_embed_type", None), None

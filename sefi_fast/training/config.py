@@ -212,7 +212,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What each preset sets; everything else keeps `TrainConfig`'s default.
 
-"likeness" gives the subject three vectors: nearer to the picture, and less ready to follow a prompt
+"likeness" gives the subject three vectors: nearer to the image, and less ready to follow a prompt
 that contradicts it (docs/evidence.md §4). "textual-inversion" is one free row for all timesteps and
 both streams, with the steps, the batch and the rate of diffusers' example (whose 5e-4 is scaled by
 its batch of 4). "prospect" is ten free rows, one a stage, for both streams, in the 600 steps of its
@@ -314,7 +314,7 @@ class TrainConfig:
     """
 
     steps: int = _setting(600, "optimiser steps")
-    batch_size: int = _setting(8, "noised copies of the picture a step")
+    batch_size: int = _setting(8, "noised copies of the image a step")
     gradient_accumulation: int = _setting(1, "batches whose mean gradient makes a step")
     learning_rate: float = _setting(5e-3, "AdamW's rate for the embedding rows")
     schedule: Schedule = _setting(
@@ -350,11 +350,11 @@ class TrainConfig:
         ("a photo of a {}",), "training sentences, {} where the subject stands"
     )
     scene: str | None = _setting(
-        None, "where the picture was taken, as 'in the forest': keeps it out of the subject"
+        None, "where the image was taken, as 'in the forest': keeps it out of the subject"
     )
-    flip: bool = _setting(True, "train on the mirrored picture too")
+    flip: bool = _setting(True, "train on the mirrored image too")
     resolution: int | None = _setting(None, "side length in pixels; the model's own")
-    crop: Crop = _setting("center", "which square of the picture is kept")
+    crop: Crop = _setting("center", "which square of the image is kept")
     seed: int = _setting(0, "of everything drawn at random")
     device: str | None = _setting(
         None, "cpu, cuda, cuda:1 …; a ready pipeline's own, else CUDA if there is one", free=True
@@ -386,10 +386,10 @@ class TrainConfig:
     validation_prompts: tuple[str, ...] = _setting(
         (), "prompts drawn during training, {} where the subject stands", free=True
     )
-    validation_every: int = _setting(100, "training steps between validation pictures", free=True)
-    validation_steps: int = _setting(30, "denoising steps of a validation picture", free=True)
+    validation_every: int = _setting(100, "training steps between validation images", free=True)
+    validation_steps: int = _setting(30, "denoising steps of a validation image", free=True)
     validation_guidance: float | None = _setting(
-        None, "guidance of a validation picture; what suits the model", free=True
+        None, "guidance of a validation image; what suits the model", free=True
     )
 
     def __post_init__(self) -> None:

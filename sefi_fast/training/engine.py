@@ -30,12 +30,12 @@ class Lane:
 
     Attributes:
         tokens: the start values for each text encoder; the modules themselves are not changed.
-        latents: of the picture.
+        latents: of the image.
         prompts: the training sentences.
         seed: of everything drawn at random for this lane.
-        mask: float32 [side, side] in [0, 1], 1 where the picture shows the subject;
+        mask: float32 [side, side] in [0, 1], 1 where the image shows the subject;
             `attention_loss="mask"` needs it, the other losses take none.
-        time_ids: float32 [6], the picture's size and crop (`image.time_ids`), which models with
+        time_ids: float32 [6], the image's size and crop (`image.time_ids`), which models with
             two text encoders need and others do not take.
     """
 
@@ -79,7 +79,7 @@ def _check_encoders(number: int, lane: Lane, encoders: int) -> None:
         state = "no time_ids" if lane.time_ids is None else "time_ids"
         raise ValueError(
             f"lane {number} has {state}, but the model has {encoders} text encoder(s): give the "
-            "picture's size and crop for SDXL, which is conditioned on them, and for SDXL only"
+            "image's size and crop for SDXL, which is conditioned on them, and for SDXL only"
         )
 
 

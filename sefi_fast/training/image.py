@@ -165,12 +165,12 @@ def decode(source: Image.Image | BinaryIO, name: str, background: str = "white")
 
 
 def prepare(image: Image.Image, size: int, crop: str = "center") -> Tensor:
-    """The picture's square as float32 [3, size, size] in [-1, 1], resized with antialiasing.
+    """The image's square as float32 [3, size, size] in [-1, 1], resized with antialiasing.
 
     Args:
-        image: an RGB picture.
+        image: an RGB image.
         size: side length in pixels.
-        crop: which square of a picture that is not square: "center", "top", "bottom", "left" or
+        crop: which square of an image that is not square: "center", "top", "bottom", "left" or
             "right"; an anchor that does not lie on the longer axis means the centre.
     """
     left, top, side = _square(image, crop)
@@ -181,10 +181,10 @@ def prepare(image: Image.Image, size: int, crop: str = "center") -> Tensor:
 
 
 def time_ids(image: Image.Image, size: int, crop: str = "center") -> Tensor:
-    """What SDXL is told of a prepared picture's size and crop, float32 [6].
+    """What SDXL is told of a prepared image's size and crop, float32 [6].
 
-    Height and width of the picture as it came; top and left of the kept square in pixels of the
-    resized picture, as in SDXL's own training; height and width of the square. The mirrored picture
+    Height and width of the image as it came; top and left of the kept square in pixels of the
+    resized image, as in SDXL's own training; height and width of the square. The mirrored image
     has the same.
 
     Args:
@@ -196,7 +196,7 @@ def time_ids(image: Image.Image, size: int, crop: str = "center") -> Tensor:
 
 
 def _square(image: Image.Image, crop: str) -> tuple[int, int, int]:
-    """Left, top and side of the kept square, in pixels of the picture."""
+    """Left, top and side of the kept square, in pixels of the image."""
     side = min(image.size)
     across, down = _ANCHORS[crop]
     return round((image.width - side) * across), round((image.height - side) * down), side
@@ -208,9 +208,9 @@ def _open(path: Path) -> BinaryIO:
     except FileNotFoundError as error:
         if ":/" in str(path)[2:]:
             raise ImageError(
-                f"{path} is an address: download the picture and give its path"
+                f"{path} is an address: download the image and give its path"
             ) from error
-        raise ImageError(f"there is no picture at {path}") from error
+        raise ImageError(f"there is no image at {path}") from error
     except OSError as error:
         raise ImageError(
             f"{path} cannot be read: {error.strerror}. Give the path of an image file"
@@ -344,7 +344,7 @@ def _without_text(stream: BinaryIO) -> tuple[BinaryIO, bytes]:
 def _check_size(image: Image.Image, name: str, file_size: int = 0) -> None:
     if min(image.size) < SMALLEST_SIDE:
         raise ImageError(
-            f"{name} is {image.width}×{image.height} pixels: a picture of at least "
+            f"{name} is {image.width}×{image.height} pixels: an image of at least "
             f"{SMALLEST_SIDE}×{SMALLEST_SIDE} is needed"
         )
     kind = "progressive" if "progressive" in image.info else image.format
@@ -364,7 +364,7 @@ def _orientation(image: Image.Image) -> int:
             return 1
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:
-        # A picture with broken EXIF data is shown as it is stored, as viewers do.
+        # An image with broken EXIF data is shown as it is stored, as viewers do.
         return 1
 
 
@@ -414,7 +414,7 @@ def _highest(image: Image.Image, name: str) -> int:
     low, high = image.getextrema()
     if low < 0 or high > 65535:
         raise ImageError(
-            f"{name} has values from {low:g} to {high:g}: a picture of 8 or 16 bits a channel, or "
+            f"{name} has values from {low:g} to {high:g}: an image of 8 or 16 bits a channel, or "
             "of floats in [0, 1], is needed"
         )
     return 1 if high <= 1 else 255 if high <= 255 else 65535
@@ -455,7 +455,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         hint = ""
         if array.ndim == 3 and array.shape[0] in (1, 3, 4):
             hint = "; channels come last: transpose it with (1, 2, 0)"
-        raise ImageError(f"{name} is no picture: [h, w], [h, w, 3] or [h, w, 4] is wanted{hint}")
+        raise ImageError(f"{name} is no image: [h, w], [h, w, 3] or [h, w, 4] is wanted{hint}")
     bytes_ = _array_to_bytes(array, name)
     if bytes_.shape[-1] == 1:
         return Image.fromarray(bytes_[..., 0])

@@ -43,8 +43,8 @@ def load_mask(
     mask = open_mask(source)
     if mask.size != picture.size:
         raise ImageError(
-            f"the mask is {mask.width}×{mask.height} pixels and its picture {picture.width}×"
-            f"{picture.height}: draw the mask on the picture itself"
+            f"the mask is {mask.width}×{mask.height} pixels and its image {picture.width}×"
+            f"{picture.height}: draw the mask on the image itself"
         )
     # Bicubic resizing overshoots at edges.
     square = ((prepare(mask, size, crop).mean(0) + 1) / 2).clamp(0, 1)
@@ -91,7 +91,7 @@ def check_selection(lowest: float, highest: float, where: str) -> None:
 
 @dataclass(frozen=True)
 class LatentDistribution:
-    """Normal distribution of the scaled latent of a picture and of its mirror image.
+    """Normal distribution of the scaled latent of an image and of its mirror image.
 
     Attributes:
         mean: [V, C, h, w] float32, V = 2 with the mirror image and 1 without, in the units that
@@ -113,8 +113,8 @@ class LatentDistribution:
 
 
 @torch.no_grad()
-def encode_picture(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDistribution:
-    """Encode a picture [3, h, w] in [-1, 1], and its mirror image if `flip`, with a float32 VAE.
+def encode_image(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDistribution:
+    """Encode an image [3, h, w] in [-1, 1], and its mirror image if `flip`, with a float32 VAE.
 
     Raises:
         ModelError: the VAE is no AutoencoderKL.
@@ -143,7 +143,7 @@ def encode_picture(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDist
     std = distribution.std.float() * scale
     if not bool(torch.isfinite(mean).all() and torch.isfinite(std).all()):
         raise TrainingError(
-            "the VAE gives NaN or infinity for this picture: its weights are damaged, or were "
+            "the VAE gives NaN or infinity for this image: its weights are damaged, or were "
             "stored in float16 and overflow"
         )
     return LatentDistribution(mean, std)

@@ -113,7 +113,7 @@ class AttentionTerm:
         """The term of each sample, [L·B] float32, from the layers' answers, which are taken away.
 
         Args:
-            views: int64 [L, B], 1 where the sample is the mirrored picture.
+            views: int64 [L, B], 1 where the sample is the mirrored image.
         """
         answers = []
         for name, size in self._sizes.items():

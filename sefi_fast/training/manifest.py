@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # fmt: off
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff",
     ".gif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm",
 )
@@ -60,14 +60,14 @@ class Entry:
     """One subject to learn: what a line of a manifest says.
 
     Attributes:
-        image: a picture file, a PIL image or an array [h, w, 3].
+        image: an image file, a PIL image or an array [h, w, 3].
         class_word: what it is; default: what `train_many` was told.
-        name: of its file; default: the picture's file name.
+        name: of its file; default: the image's file name.
         placeholder: its word in prompts; default: its name in angle brackets, a hyphen for a space
             (a colon where another subject has that placeholder).
         seed: default: the configuration's.
-        scene: where the picture was taken; default: the configuration's.
-        mask: where the subject is in the picture, for `attention_loss="mask"`.
+        scene: where the image was taken; default: the configuration's.
+        mask: where the subject is in the image, for `attention_loss="mask"`.
         model: the base model; all entries that name one must name the same.
         model_config, vae: what it is loaded with, as for `train`; likewise.
         where: where this was said, for messages.
@@ -95,15 +95,15 @@ def read_subjects(
     """All subjects, each with a name and a placeholder of its own.
 
     Args:
-        subjects: a folder of pictures (a text file beside a picture, `rex.txt` for `rex.jpg`, holds
+        subjects: a folder of images (a text file beside an image, `rex.txt` for `rex.jpg`, holds
             its class word); a .csv, .tsv or .jsonl file with the columns COLUMNS, of which `image`
-            is needed, pictures relative to the file; or a list of pictures, of dictionaries with
+            is needed, images relative to the file; or a list of images, of dictionaries with
             those keys, or of `Entry`.
         model, model_config, vae: of the run.
 
     Raises:
         ManifestError: there is no subject, a column or a value is unknown, two have one name, a
-            picture is missing, or they name several base models. All problems are told at once,
+            image is missing, or they name several base models. All problems are told at once,
             up to ten, each with its line.
         TypeError: `subjects` is nothing of this.
     """
@@ -117,7 +117,7 @@ def read_subjects(
         what = "the list of subjects"
     else:
         raise TypeError(
-            "subjects must be a folder, a .csv or .jsonl file, or a list of pictures or "
+            "subjects must be a folder, a .csv or .jsonl file, or a list of images or "
             f"dictionaries, got {type(subjects).__name__}"
         )
     if not entries and not problems:
@@ -151,14 +151,14 @@ def _read_path(path: Path, problems: list[str]) -> list[Entry]:
         return _read_folder(path, problems)
     if not path.exists():
         raise ManifestError(
-            f"there is no manifest at {path}: give a folder of pictures, or a .csv or .jsonl file"
+            f"there is no manifest at {path}: give a folder of images, or a .csv or .jsonl file"
         )
     suffix = path.suffix.lower()
     readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
     if suffix not in readers:
         hint = ""
-        if suffix in PICTURE_SUFFIXES:
-            hint = ": it is a picture; give the folder it is in, or a list"
+        if suffix in IMAGE_SUFFIXES:
+            hint = ": it is an image; give the folder it is in, or a list"
         raise ManifestError(f"{path} is no manifest (.csv, .tsv, .jsonl or a folder){hint}")
     try:
         text = _read_text(path, _SIZE_LIMIT)
@@ -183,12 +183,12 @@ def _read_text(path: Path, limit: int) -> str:
 
 def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
+    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     others = [path.name for path in files if path.suffix.lower() in _UNREADABLE_SUFFIXES]
     if not pictures:
         found = f", only {', '.join(others[:_MOST_PROBLEMS])}" if others else ""
         raise ManifestError(
-            f"the folder {folder} holds no picture ({', '.join(PICTURE_SUFFIXES)}){found}: give at "
+            f"the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}){found}: give at "
             "least one"
         )
     if others:
@@ -326,7 +326,7 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
         values["seed"] = _seed(values["seed"], found)
     for name in ("image", "mask"):
         if isinstance(values.get(name), (bool, int, float, list, dict)):
-            found.append(f"{name} must be the path of a picture, got {values[name]!r}")
+            found.append(f"{name} must be the path of an image, got {values[name]!r}")
         elif isinstance(values.get(name), (str, os.PathLike)):
             try:
                 values[name] = folder / user_path(values[name])
@@ -335,7 +335,7 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
                 continue
             # Path.is_file raises for a name that is too long.
             if not os.path.isfile(values[name]):
-                found.append(f"there is no picture at {values[name]}")
+                found.append(f"there is no image at {values[name]}")
     if "image" not in values:
         found.append("it has no image")
     if found:

@@ -82,7 +82,7 @@ def _differing(
     then = {name: subject.settings.get(name, usual[name]) for name in now}
     for name in MODEL_KEYS:
         now[name], then[name] = models.get(name), subject.settings.get(name)
-    # Subjects of earlier versions do not say what picture they were learnt from.
+    # Subjects of earlier versions do not say what image they were learnt from.
     for name, checksum in seen_files(job).items():
         if name in subject.settings:
             now[name], then[name] = checksum, subject.settings[name]
@@ -164,7 +164,7 @@ def train_many(
     `batch_subjects` is.
 
     Args:
-        subjects: a folder of pictures, a .csv or .jsonl manifest, or a list
+        subjects: a folder of images, a .csv or .jsonl manifest, or a list
             (`manifest.read_subjects` says what each may hold).
         model: as for `train`; default: what the manifest names, else the bundled tiny model.
         model_config, vae: as for `train`; default: what the manifest names.

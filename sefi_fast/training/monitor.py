@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class History:
-    """Numbers of every finished step, and the pictures drawn on the way.
+    """Numbers of every finished step, and the images drawn on the way.
 
     Attributes:
         loss: noise loss (the first term of equation 6) of each step.
         subject_loss: attention term of each step, before λ; 0 in runs with λ = 0, which skip it.
         seconds: time since training began, at the end of each step; a resumed run goes on from
             the time of its checkpoint.
-        validation: (steps done, one picture a validation prompt).
+        validation: (steps done, one image a validation prompt).
         skipped: numbers of the steps, counted from 0, that were left out because the loss or a
             gradient was not finite.
     """
@@ -61,7 +61,7 @@ class History:
         self.seconds.append(seconds)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything as tensors: float64 and int64 [steps], pictures as the bytes of a PNG."""
+        """Everything as tensors: float64 and int64 [steps], images as the bytes of a PNG."""
         state = {
             name: torch.tensor(getattr(self, name), dtype=torch.float64)
             for name in ("loss", "subject_loss", "seconds")
@@ -92,7 +92,7 @@ class History:
         for name in sorted(name for name in state if name.startswith("validation.")):
             step = re.fullmatch(r"validation\.([0-9]{1,12})\.[0-9]+", name)
             if step is None or state[name].dtype != torch.uint8 or state[name].dim() != 1:
-                raise ValueError(f"its history holds {name}, which is not a validation picture")
+                raise ValueError(f"its history holds {name}, which is not a validation image")
             png = io.BytesIO(state[name].numpy().tobytes())
             image = decode(png, "a validation image of the checkpoint")
             drawn.setdefault(int(step[1]), []).append(image)
@@ -160,7 +160,7 @@ class Progress:
         self._bar.update()
 
     def pictures(self, drawn: Sequence[Image.Image]) -> None:
-        """Show pictures above the bar, if the terminal has colours."""
+        """Show images above the bar, if the terminal has colours."""
         if self._bar is not None and drawn and shows_colours(sys.stderr):
             self._bar.write(thumbnails(drawn), file=sys.stderr)
 
@@ -171,7 +171,7 @@ def shows_colours(stream: TextIO) -> bool:
 
 
 def thumbnails(pictures: Sequence[Image.Image], side: int = _THUMBNAIL) -> str:
-    """Pictures side by side as lines of half blocks in 24-bit colours, two pixels a character."""
+    """Images side by side as lines of half blocks in 24-bit colours, two pixels a character."""
     squares = [np.asarray(picture.convert("RGB").resize((side, side))) for picture in pictures]
     gap = np.zeros((side, 1, 3), dtype=np.uint8)
     row = np.concatenate([part for square in squares for part in (square, gap)][:-1], axis=1)
@@ -257,7 +257,7 @@ class Trackers:
         self._each(lambda name, tracker: tracker.log(dict(values), step=step))
 
     def log_images(self, values: Mapping[str, Sequence[Image.Image]], step: int) -> None:
-        """Log pictures of the step, where the tracker takes pictures."""
+        """Log images of the step, where the tracker takes images."""
 
         def log(name: str, tracker: Any) -> None:
             if name == "tensorboard":
@@ -304,7 +304,7 @@ _USUAL_GUIDANCE_SDXL = 5.0
 
 
 def validate(source: Source, subject: Subject, config: TrainConfig, size: int) -> list[Image.Image]:
-    """One picture a validation prompt, with the model on its device meanwhile."""
+    """One image a validation prompt, with the model on its device meanwhile."""
     parts = [x for x in source.pipe.components.values() if isinstance(x, torch.nn.Module)]
     with ExitStack() as stack:
         for part in parts:
@@ -345,13 +345,13 @@ def draw_validation(
     steps: int,
     guidance: float,
 ) -> list[Image.Image]:
-    """One picture a sentence with `subject` attached, leaving the pipeline as it is.
+    """One image a sentence with `subject` attached, leaving the pipeline as it is.
 
     Args:
         pipe: a whole pipeline, with its own attention processors in place.
         subject: the current state.
         sentences: with {} where the subject stands.
-        seed: of every picture, so that the pictures of a run can be compared.
+        seed: of every image, so that the images of a run can be compared.
         size: side length in pixels.
         steps: denoising steps.
         guidance: strength of classifier-free guidance.

@@ -15,7 +15,7 @@ from sefi_fast.pipelines.support import check_scheduler
 class Draw(NamedTuple):
     """Everything random of one step, on the CPU: B samples.
 
-    timesteps: int64 [B]. view: int64 [B], which of the picture's views. template: int64 [B], which
+    timesteps: int64 [B]. view: int64 [B], which of the image's views. template: int64 [B], which
     training sentence. latent_noise, noise: float32 [B, C, h, w], standard normal.
     """
 
@@ -223,10 +223,10 @@ class NoiseSchedule:
         return signal * noise - spread * latents
 
     def min_snr_weights(self, gamma: float) -> Tensor:
-        """Weights [T] of the noise loss: min(SNR, γ) in units of the clean picture's error.
+        """Weights [T] of the noise loss: min(SNR, γ) in units of the clean image's error.
 
         Divided by SNR for a model that predicts the noise, and by SNR + 1 for the velocity, whose
-        squared errors are that many times the clean picture's (Hang et al. 2023, "Efficient
+        squared errors are that many times the clean image's (Hang et al. 2023, "Efficient
         Diffusion Training via Min-SNR Weighting Strategy"). Their mean is 1, so that λ weighs the
         attention loss against the noise loss alike with and without them.
         """

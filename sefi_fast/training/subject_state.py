@@ -26,7 +26,7 @@ from sefi_fast.training.checkpoint import Checkpoint, CheckpointFolder, Unfinish
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.engine import Lane, StepResult, check_saved
 from sefi_fast.training.image import LARGEST_FILE, load_image, prepare, time_ids
-from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.latents import encode_image
 from sefi_fast.training.monitor import History
 from sefi_fast.training.optimizer import LaneState, MovingAverage
 from sefi_fast.training.prompts import TrainingPrompts
@@ -129,12 +129,12 @@ class Job:
     """One subject to learn beside others.
 
     Attributes:
-        image: a picture file, a PIL image or an array [h, w, 3].
+        image: an image file, a PIL image or an array [h, w, 3].
         class_word: what it is.
         placeholder: the new word.
         seed: of everything drawn at random; default: the configuration's.
-        scene: where the picture was taken; default: the configuration's.
-        mask: where the subject is in the picture, for `attention_loss="mask"`.
+        scene: where the image was taken; default: the configuration's.
+        mask: where the subject is in the image, for `attention_loss="mask"`.
         output: file for the finished subject; its checkpoints lie beside it.
         partial: file for the last good state of a subject that fails or is interrupted.
         name: for messages; default: the placeholder.
@@ -280,7 +280,7 @@ class Learner:
         sizes = time_ids(picture, self.size, config.crop) if is_sdxl(pipe) else None
         self.lane = Lane(
             tokens,
-            encode_picture(pipe.vae, pixels, config.flip),
+            encode_image(pipe.vae, pixels, config.flip),
             prompts,
             self.config.seed,
             mask,
@@ -294,11 +294,11 @@ class Learner:
             "placeholder": job.placeholder,
             "class_word": job.class_word,
             "the model's weights or noise schedule": source.checksum,
-            "the picture": _checksum(pixels),
+            "the image": _checksum(pixels),
             "mask": "none" if mask is None else _checksum(mask),
         }
         if sizes is not None:
-            self._identity["the picture's size and crop"] = str([int(x) for x in sizes])
+            self._identity["the image's size and crop"] = str([int(x) for x in sizes])
         self.history = History()
         self.done = self.saved = 0
         self._failures = 0

@@ -271,8 +271,8 @@ class Run:
         try:
             pictures = validate(self._source, subject, learner.config, learner.size)
         except Exception as error:
-            # Pictures to look at are no reason to lose a run.
-            logger.warning("no validation pictures at step %d: %s", learner.done, error)
+            # Images to look at are no reason to lose a run.
+            logger.warning("no validation images at step %d: %s", learner.done, error)
             return
         learner.history.validation.append((learner.done, pictures))
         bar.pictures(pictures)
@@ -401,13 +401,13 @@ def train(
     callback: Callback | Callbacks | None = None,
     **overrides: Any,
 ) -> Subject:
-    """Learn the subject of one picture as a new word (docs/method.md, equations 1 to 6).
+    """Learn the subject of one image as a new word (docs/method.md, equations 1 to 6).
 
     With an output, checkpoints lie beside it until it is written (`me.safetensors.checkpoints`),
     and a run that was killed goes on with `resume=True`, on a CPU bit for bit.
 
     Args:
-        image: a picture file, a PIL image or an array [h, w, 3]; its central square is used.
+        image: an image file, a PIL image or an array [h, w, 3]; its central square is used.
         model: a diffusers folder, a hub id, a .safetensors checkpoint of Stable Diffusion 1.x,
             2.x or SDXL, or a ready pipeline, of which nothing is changed in the end. Default: the
             bundled tiny model.
@@ -417,7 +417,7 @@ def train(
         class_word: what the subject is: person, cat, golden retriever. Needed for every model but
             the bundled one.
         placeholder: the new word, without spaces.
-        mask: a picture of the same size as `image`, white where the subject is; for
+        mask: an image of the same size as `image`, white where the subject is; for
             `attention_loss="mask"`.
         preset: "sefi", "likeness", "textual-inversion" or "prospect" in place of `config`.
         config: settings; default: TrainConfig().
@@ -435,7 +435,7 @@ def train(
         The subject; its `history` holds what training saw.
 
     Raises:
-        ImageError: the picture is missing, unreadable or of a kind that cannot be used.
+        ImageError: the image is missing, unreadable or of a kind that cannot be used.
         ModelError: there is no such model, or the method does not fit its family.
         PromptError: the tokenizer does not know the class word, it has more tokens than
             `num_vectors`, or a template is too long.
@@ -470,7 +470,7 @@ def train(
     model = expanded(model) if isinstance(model, (str, os.PathLike)) else model
     path = None if output is None else check_output(output)
     if path is not None and is_one_of(path, (image, mask)):
-        raise ValueError(f"output {path} is a picture to learn from: give it another name")
+        raise ValueError(f"output {path} is an image to learn from: give it another name")
     job = Job(
         image=load_image(image),
         class_word=class_word_for(class_word, model),

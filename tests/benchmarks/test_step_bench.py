@@ -83,7 +83,7 @@ def test_every_contender_is_measured(name: str, request: pytest.FixtureRequest) 
         assert set(entry.parts) == set(PARTS)
         assert all(entry.parts[part] > 0 for part in ("draw", "text", "U-Net forward", "backward"))
         encodes = entry.contender.name == INVERSION
-        assert (entry.parts["picture"] > 0) == encodes, "only the peer encodes the picture"
+        assert (entry.parts["picture"] > 0) == encodes, "only the peer encodes the image"
         assert entry.memory is not None and 0 < entry.memory.held < entry.memory.peak
     # The peer holds each table, its originals and two moments of it, which nobody else does.
     table = 49_408 * record.built.context_width * 4

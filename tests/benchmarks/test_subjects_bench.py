@@ -96,7 +96,7 @@ def test_marks_by_hand() -> None:
 
 
 def test_a_sheet_of_two(tmp_path: Path) -> None:
-    arguments = ["--subjects", "2", "--steps", "1", "--batch-size", "1", "--pictures", "1"]
+    arguments = ["--subjects", "2", "--steps", "1", "--batch-size", "1", "--images", "1"]
     assert subjects_sheet.main([*arguments, "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "sheet.json").read_text())
     assert len(report["subjects"]) == 2 and 0 <= report["mean_marks_of_5"] <= 5

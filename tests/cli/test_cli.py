@@ -167,7 +167,7 @@ def test_the_demo_leaves_no_half_of_a_file(tmp_path, monkeypatch, name):
     ("arguments", "words"),
     [
         (["train", "missing.png"], "missing.png"),
-        (["train"], "the picture is missing"),
+        (["train"], "the image is missing"),
         (["train", "--config", "missing.yaml"], "no config file at missing.yaml"),
         (["train", PICTURE, "--preset", "best"], "'textual-inversion'"),
         (["train", PICTURE, "--resume"], "no checkpoint to go on from"),

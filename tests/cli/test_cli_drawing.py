@@ -1,4 +1,4 @@
-"""The commands that draw: sizes, ControlNets, pictures to change, swapped keys and values."""
+"""The commands that draw: sizes, ControlNets, images to change, swapped keys and values."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def pixels(path) -> np.ndarray:
 
 
 def run(tmp_path, name: str, *arguments: str) -> np.ndarray:
-    """The one picture that `generate` leaves for these arguments."""
+    """The one image that `generate` leaves for these arguments."""
     folder = tmp_path / name
     command = ["generate", *arguments, "-n", "1", "-o", str(folder)]
     assert main(command if "--steps" in command else [*command, *SHORT]) == 0
@@ -74,7 +74,7 @@ def test_width_and_height(subject, tmp_path):
     assert main([*command, "--width", "96", "--height", "48", "-n", "2"]) == 0
     white = (pixels(file) == 255).all(-1)
     rows, columns = (~white).any(1), (~white[:140, :270]).any(0)
-    # Two rows of panels, each picture fitted into 256 pixels at its own proportions.
+    # Two rows of panels, each image fitted into 256 pixels at its own proportions.
     assert columns.sum() == 256 and rows.sum() >= 2 * 128
 
 

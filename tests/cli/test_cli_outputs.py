@@ -11,7 +11,7 @@ from PIL import Image
 
 from sefi_fast import bundled_subject_image
 from sefi_fast.cli import main
-from sefi_fast.cli.options import write_picture
+from sefi_fast.cli.options import write_image
 from sefi_fast.subject import Subject
 from sefi_fast.utils.outputs import check_folder
 
@@ -129,7 +129,7 @@ def test_export_does_not_overwrite_the_subject(tmp_path, capsys):
 )
 def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, name, kind):
     path = tmp_path / "new" / "folder" / name
-    write_picture(path, Image.new("RGB", (8, 8), "red"))
+    write_image(path, Image.new("RGB", (8, 8), "red"))
     assert Image.open(path).format == kind
     assert [entry.name for entry in path.parent.iterdir()] == [name]
 

@@ -23,7 +23,7 @@ HOSTILE = "<\x1b[31m\x9b1m\u202eme>"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """The current folder, with a home folder that holds a picture and a hostile subject."""
+    """The current folder, with a home folder that holds an image and a hostile subject."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
@@ -101,7 +101,7 @@ def test_nothing_printed_moves_the_terminal_or_fills_more_than_a_screen(
     (place / "hostile.yaml").write_text(f"{quoted}: {quoted}\n")
     (place / "hostile.jsonl").write_text(json.dumps({HOSTILE: HOSTILE, "name": HOSTILE}))
     (place / "pictures").mkdir()
-    (place / "pictures" / "\x9b1m\u202ea.png").write_bytes(b"no picture")
+    (place / "pictures" / "\x9b1m\u202ea.png").write_bytes(b"no image")
     for logger in (logging.getLogger("sefi_fast"), logging.getLogger()):
         monkeypatch.setattr(logger, "handlers", [])
     status, out, errors = terminal("utf-8", *arguments)

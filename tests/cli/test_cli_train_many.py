@@ -1,4 +1,4 @@
-"""`sefi-fast train-many`: pictures drawn while subjects train are left as `train` leaves them."""
+"""`sefi-fast train-many`: images drawn while subjects train are left as `train` leaves them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS += ["--validation-every", "1", "--validation-steps", "1"]
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """A folder of two pictures."""
+    """A folder of two images."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, name in enumerate(("anna", "rex")):

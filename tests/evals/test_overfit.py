@@ -10,11 +10,11 @@ from sefi_fast.pipelines import attach, load_pipeline, trace
 from sefi_fast.prompts.tokenization import class_token_ids
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD
-from sefi_fast.tiny_world.drawing import Identity, PictureSpec, draw
+from sefi_fast.tiny_world.drawing import Identity, ImageSpec, draw
 from sefi_fast.training import prepare
 from sefi_fast.training.latents import load_mask
 
-SPEC = PictureSpec(Identity("purple", "orange", "spotted", "big", "round"), "forest")
+SPEC = ImageSpec(Identity("purple", "orange", "spotted", "big", "round"), "forest")
 SENTENCE = "a photo of a {} in the forest"
 
 

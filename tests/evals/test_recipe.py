@@ -9,14 +9,14 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from evals.tiny_world.noising import make_scheduler
-from evals.tiny_world.pictures import drawn_pictures
+from evals.tiny_world.pictures import drawn_images
 from evals.tiny_world.progress import Budget
 from evals.tiny_world.text_encoder import named_attributes
 from evals.tiny_world.tokenizer import MAX_LENGTH, CaptionCodes
 from evals.tiny_world.train import main, make_model, replace_folder
-from evals.tiny_world.vae import encode_pictures, make_vae, to_tensor
+from evals.tiny_world.vae import encode_images, make_vae, to_tensor
 from sefi_fast.tiny_world.captions import VOCABULARY
-from sefi_fast.tiny_world.drawing import Identity, PictureSpec, random_specs
+from sefi_fast.tiny_world.drawing import Identity, ImageSpec, random_specs
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def test_two_steps_of_every_stage_give_a_pipeline_that_draws(made):
 
 def test_latents_have_unit_variance_and_decode_to_the_right_shape(made):
     vae = StableDiffusionPipeline.from_pretrained(made, torch_dtype=torch.float32).vae
-    pictures, _ = drawn_pictures(128, 0, made.with_name("model.work"))
-    latents = encode_pictures(vae, pictures, torch.device("cpu"))
+    pictures, _ = drawn_images(128, 0, made.with_name("model.work"))
+    latents = encode_images(vae, pictures, torch.device("cpu"))
     assert latents.shape == (128, 8, 12, 12)
     assert latents.mean((0, 2, 3)).abs().max() < 0.1
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.1
@@ -75,13 +75,13 @@ def test_the_table_of_caption_codes_agrees_with_the_tokenizer(made):
 
 
 def test_drawn_pictures_are_kept_and_reproducible(tmp_path):
-    first, specs = drawn_pictures(130, 3, tmp_path)
+    first, specs = drawn_images(130, 3, tmp_path)
     assert specs == random_specs(130, 3)
     (path,) = tmp_path.iterdir()
-    again, _ = drawn_pictures(130, 3, tmp_path)
+    again, _ = drawn_images(130, 3, tmp_path)
     assert np.array_equal(first, again)
     path.unlink()
-    assert np.array_equal(first, drawn_pictures(130, 3, tmp_path)[0])
+    assert np.array_equal(first, drawn_images(130, 3, tmp_path)[0])
 
 
 def test_the_vae_anchors_and_shapes():
@@ -98,7 +98,7 @@ def test_the_noise_process_ends_with_almost_no_signal():
 
 
 def test_named_attributes_reads_a_caption():
-    spec = PictureSpec(Identity("red", "blue", "striped", "long", "tall"), "city", ("hat",), "left")
+    spec = ImageSpec(Identity("red", "blue", "striped", "long", "tall"), "city", ("hat",), "left")
     said = named_attributes("a photo of a tall red creature with blue stripes and long ears", spec)
     assert said[:5] == [1, 5, 2, 3, 2]
     assert not any(said[5:])

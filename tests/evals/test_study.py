@@ -18,7 +18,7 @@ from evals.studies import run_study, tasks
 from evals.studies.__main__ import main
 from evals.studies.report import judge_sheet, verdict
 from sefi_fast.subject import Subject
-from sefi_fast.tiny_world.drawing import Identity, PictureSpec, draw
+from sefi_fast.tiny_world.drawing import Identity, ImageSpec, draw
 from sefi_fast.tiny_world.judge import Judge
 from sefi_fast.training import TrainingInterrupted
 from sefi_fast.training.engine import Engine
@@ -283,7 +283,7 @@ def test_the_judges_verdicts_can_be_checked_by_eye(finished):
     _, found = finished
     sheet = judge_sheet(found.results, count=3)
     assert sheet is not None and sheet.width > 3 * 120
-    spec = PictureSpec(
+    spec = ImageSpec(
         Identity("purple", "orange", "spotted", "big", "round"), "snow", ("hat",), "left"
     )
     words = verdict(Judge.load()([draw(spec)[0]])[0])

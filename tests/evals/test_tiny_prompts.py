@@ -1,4 +1,4 @@
-"""Prompts of the studies: what they ask for is what they say, and it differs from the picture."""
+"""Prompts of the studies: what they ask for is what they say, and it differs from the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of two subjects in one picture, and the command that compares ways to ask for them."""
+"""Scores of two subjects in one image, and the command that compares ways to ask for them."""
 
 from __future__ import annotations
 

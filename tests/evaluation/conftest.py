@@ -30,7 +30,7 @@ _PREPROCESSOR = {
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of 32×32 pictures, with the bundled model's tokenizer."""
+    """A CLIP of 32×32 images, with the bundled model's tokenizer."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     tokenizer: CLIPTokenizer = load_pipeline(None).tokenizer
@@ -65,7 +65,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DINOv2 of 28×28 pictures."""
+    """A DINOv2 of 28×28 images."""
     folder = tmp_path_factory.mktemp("dino")
     torch.manual_seed(1)
     config = Dinov2Config(

@@ -1,4 +1,4 @@
-"""Finished subjects scored on a model: rows for every picture, and nothing drawn twice."""
+"""Finished subjects scored on a model: rows for every image, and nothing drawn twice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sefi_fast.pipelines import generate, load_pipeline
 from sefi_fast.prompts.tokenization import class_token_ids
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD, SUBJECT_IDENTITY, SUBJECT_SCENE
-from sefi_fast.tiny_world.drawing import Identity, PictureSpec, draw
+from sefi_fast.tiny_world.drawing import Identity, ImageSpec, draw
 
 FAST = {"seeds": 1, "steps": 2, "progress": False}
 RED = Identity("red", None, "plain", "long", "tall")
@@ -54,13 +54,13 @@ def files(pipe, tmp_path):
 
 
 def test_every_prompt_of_every_subject_and_its_control_is_scored(files, tmp_path):
-    pictures = [sefi_fast.bundled_subject_image(), draw(PictureSpec(RED, "snow"), 192)[0]]
+    pictures = [sefi_fast.bundled_subject_image(), draw(ImageSpec(RED, "snow"), 192)[0]]
     found = evaluate(files, references=pictures, output=tmp_path / "out", **FAST)
     prompts = sum(map(len, TINY_PROMPTS.values()))
     assert len(found.rows) == 2 * 2 * prompts
     assert {row["subject"] for row in found.rows} == {"class word", CLASS_WORD, "red"}
     assert found.scores == ["prompt score", "attributes", "id", "id rank", "id(p)", "leak"]
-    # This subject is the class word, so its pictures are.
+    # This subject is the class word, so its images are.
     for score in ("prompt score", "attributes"):
         own = [r[score] for r in found.rows if r["subject"] == CLASS_WORD]
         control = [r[score] for r in found.rows if r["subject"] == "class word"]
@@ -156,8 +156,8 @@ def test_subjects_of_a_pipeline_given_stay_attached(files, clip_folder, tmp_path
     ("wrong", "words"),
     [
         ({"seeds": 0}, "seeds must be at least 1"),
-        ({"references": []}, "0 reference pictures for 1 subjects"),
-        ({"dino": "x"}, "give reference pictures"),
+        ({"references": []}, "0 reference images for 1 subjects"),
+        ({"dino": "x"}, "give reference images"),
         ({"prompts": ["a creature"]}, "0 times {}"),
         ({"prompts": ["{} {} {}"]}, "3 times {}"),
     ],

@@ -39,7 +39,7 @@ def test_a_long_caption_widens_nothing_and_is_wrapped():
 
 
 def test_nothing_to_draw_is_refused():
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         contact_sheet([("empty", [])])
     with pytest.raises(ValueError, match="empty history"):
         training_curves(SimpleNamespace(loss=[], subject_loss=[], seconds=[]))

@@ -1,4 +1,4 @@
-"""swap_sheet: the pictures of every pair of prompts, each where it belongs."""
+"""swap_sheet: the images of every pair of prompts, each where it belongs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_rows_are_keys_and_columns_are_values(pipe):
 
 
 def _find(sheet: np.ndarray, image: np.ndarray) -> tuple[int, int]:
-    """Top left corner of the one place where the picture stands."""
+    """Top left corner of the one place where the image stands."""
     height, width = image.shape[:2]
     corner = np.argwhere((sheet == image[0, 0]).all(-1))
     found = [

@@ -125,9 +125,9 @@ HEAD = """# What subjects were drawn with
 Every mark comes from a run of `python tests/pipelines/compatibility.py docs/compatibility.md` on
 random-weight models of each family's architecture at reduced width, on a CPU.
 
-✓ means that all of this held: a subject whose tokens are the class word's own draws the picture
+✓ means that all of this held: a subject whose tokens are the class word's own draws the image
 that the class word draws with the bare pipeline, within rounding, whether the feature was turned on
-before `attach` or after it; a subject with other tokens draws another picture; after `detach` the
+before `attach` or after it; a subject with other tokens draws another image; after `detach` the
 pipeline draws as before, bit for bit. Where the bare pipeline fails there is nothing to compare
 with; `clip_skip` on a prompt with a subject works there too, as its own test shows. – means that
 diffusers has no such pipeline or feature.
@@ -135,7 +135,7 @@ diffusers has no such pipeline or feature.
 | column | what is turned on |
 |---|---|
 | plain | nothing; guidance 5 |
-| several pictures | `num_images_per_prompt=2` |
+| several images | `num_images_per_prompt=2` |
 | no guidance | `guidance_scale=1` |
 | LCM | `LCMScheduler`, two steps, no guidance |
 | tensors | `prompt_embeds` (and SDXL's `pooled_prompt_embeds`) in place of words |
@@ -146,7 +146,7 @@ diffusers has no such pipeline or feature.
 | FreeU | `enable_freeu` |
 | fused QKV | `unet.fuse_qkv_projections` |
 | slicing | attention slicing |
-| regions | `sefi_fast.regions`, a sentence with the subject for a part of the picture |
+| regions | `sefi_fast.regions`, a sentence with the subject for a part of the image |
 | model offload, sequential offload | accelerate's hooks, onto the CPU itself |
 
 Prompts made with `sefi_fast.encode` (SDXL: `sefi_fast.prompts.encode_with_pooled`), negative

@@ -287,7 +287,7 @@ OTHERS = {
 
 @torch.no_grad()
 def draw(pipe: Any, text: str, **arguments: Any) -> Tensor:
-    """Latents of a run of two steps on a small picture."""
+    """Latents of a run of two steps on a small image."""
     settings: dict[str, Any] = {
         "num_inference_steps": 3 if "strength" in arguments else 2,
         "guidance_scale": 5.0,
@@ -349,7 +349,7 @@ def _cross_layers(unet: Any) -> Iterator[tuple[int, Any]]:
 
 
 def load_ip_adapter(pipe: Any) -> None:
-    """A random IP-Adapter for picture embeddings of width 24, four tokens each."""
+    """A random IP-Adapter for image embeddings of width 24, four tokens each."""
     generator = torch.Generator().manual_seed(3)
     width = pipe.unet.config.cross_attention_dim
     adapter = {
@@ -418,7 +418,7 @@ def _callback(pipe: Any) -> dict[str, Any]:
     return {
         "callback_on_step_end": halve,
         "callback_on_step_end_tensor_inputs": names,
-        # The last of two steps hardly changes the picture.
+        # The last of two steps hardly changes the image.
         "num_inference_steps": 4,
     }
 
@@ -430,7 +430,7 @@ def _count(pipe: Any) -> dict[str, Any]:
 
 FEATURES = {
     "plain": Feature(),
-    "several pictures": Feature(arguments=_count),
+    "several images": Feature(arguments=_count),
     "no guidance": Feature(arguments=lambda pipe: {"guidance_scale": 1.0}),
     "LCM": Feature(_lcm, lambda pipe: {"guidance_scale": 1.0}),
     "tensors": Feature(arguments=lambda pipe: {"as_tensors": True}),

@@ -1,4 +1,4 @@
-"""generate: each picture has a seed of its own, whatever is drawn beside it."""
+"""generate: each image has a seed of its own, whatever is drawn beside it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_every_output_type_gives_a_list_of_pictures(sd15_pipeline, output_type, 
         ({"num_images_per_prompt": 2}, "num_images_per_prompt itself: give n"),
         ({"num_inference_steps": 2}, "give steps"),
         ({"generator": None}, "give seed"),
-        ({"return_dict": False}, "it returns the pictures alone"),
+        ({"return_dict": False}, "it returns the images alone"),
     ],
 )
 def test_what_is_no_sentence_or_given_otherwise_is_told_before_drawing(

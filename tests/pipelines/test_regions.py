@@ -1,4 +1,4 @@
-"""Regions against attention masked by hand, and against the same prompt for the whole picture."""
+"""Regions against attention masked by hand, and against the same prompt for the whole image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MaskedAttention:
         self.prompts, self.boxes, self.size = prompts, boxes, size
 
     def owner(self, queries):
-        """Number of the prompt of each image token, 0 for the picture's own."""
+        """Number of the prompt of each image token, 0 for the image's own."""
         height, width = self.size
         while height * width > queries:
             height, width = -(-height // 2), -(-width // 2)
@@ -207,7 +207,7 @@ def test_a_call_of_the_unet_on_other_prompts_is_refused(sd15_pipeline):
         return tensors
 
     with (
-        pytest.raises(ModelError, match=r"batch of 1 for 1 picture"),
+        pytest.raises(ModelError, match=r"batch of 1 for 1 image"),
         regions(pipe, {"a bear": WHOLE}),
     ):
         draw(pipe, PICTURE, callback_on_step_end=half)

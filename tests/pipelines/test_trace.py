@@ -277,7 +277,7 @@ def test_overlay_and_grid_of_a_traced_call(sd15_pipeline):
         found.overlay(images[0], "dog")
     with pytest.raises(IndexError, match="no sample 2"):
         found.overlay(images[0], "cat", 2)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         found.grid([])
 
 

@@ -18,13 +18,13 @@ from sefi_fast.tiny_world.drawing import (
     SCENES,
     SHAPES,
     Identity,
-    PictureSpec,
+    ImageSpec,
     random_specs,
 )
 
 
 @pytest.fixture(scope="module")
-def captioned() -> list[tuple[PictureSpec, str]]:
+def captioned() -> list[tuple[ImageSpec, str]]:
     rng = random.Random(0)
     return [(spec, caption(spec, rng)) for spec in random_specs(3000, 5)]
 
@@ -60,7 +60,7 @@ def test_captions_name_ears_places_and_scenes_often_and_are_brief_at_times(capti
 
 
 def test_the_wording_is_drawn_anew():
-    spec = PictureSpec(Identity("red", "blue", "striped", "long", "tall"), "city", ("hat",))
+    spec = ImageSpec(Identity("red", "blue", "striped", "long", "tall"), "city", ("hat",))
     rng = random.Random(1)
     assert len({caption(spec, rng) for _ in range(50)}) > 25
     assert caption(spec, random.Random(7)) == caption(spec, random.Random(7))
@@ -78,7 +78,7 @@ def test_every_word_is_one_token_of_the_bundled_tokenizer(captioned):
 
 
 def test_articles_follow_the_next_word():
-    spec = PictureSpec(Identity("orange", None, "plain", "long", "tall"), "city")
+    spec = ImageSpec(Identity("orange", None, "plain", "long", "tall"), "city")
     texts = [caption(spec, random.Random(seed)) for seed in range(200)]
     assert any("an orange" in text for text in texts)
     assert not any("a orange" in text or "an creature" in text for text in texts)

@@ -18,7 +18,7 @@ from sefi_fast.tiny_world.drawing import (
     SCENES,
     SHAPES,
     Identity,
-    PictureSpec,
+    ImageSpec,
     colour_rgb,
     draw,
     held_out_identities,
@@ -30,7 +30,7 @@ from sefi_fast.tiny_world.drawing import (
 ANIMAL = Identity("purple", "orange", "spotted", "big", "round")
 
 
-def pixels(spec: PictureSpec, size: int = 48) -> np.ndarray:
+def pixels(spec: ImageSpec, size: int = 48) -> np.ndarray:
     return np.asarray(draw(spec, size)[0]).astype(int)
 
 
@@ -48,7 +48,7 @@ def test_the_same_seed_draws_the_same_pictures():
 )
 def test_every_value_of_an_identity_attribute_shows(field, values):
     drawn = [
-        pixels(PictureSpec(replace(ANIMAL, **{field: v}), "snow"))
+        pixels(ImageSpec(replace(ANIMAL, **{field: v}), "snow"))
         for v in values
         if v != ANIMAL.second_colour
     ]
@@ -59,10 +59,10 @@ def test_every_value_of_an_identity_attribute_shows(field, values):
 
 def test_patterns_scenes_positions_and_accessories_show():
     plain = replace(ANIMAL, pattern="plain", second_colour=None)
-    variants = [PictureSpec(plain, "snow"), PictureSpec(replace(ANIMAL, pattern="striped"), "snow")]
-    variants += [PictureSpec(ANIMAL, scene) for scene in SCENES]
-    variants += [PictureSpec(ANIMAL, "snow", (accessory,)) for accessory in ACCESSORIES]
-    variants += [PictureSpec(ANIMAL, "snow", position=p) for p in POSITIONS if p != "middle"]
+    variants = [ImageSpec(plain, "snow"), ImageSpec(replace(ANIMAL, pattern="striped"), "snow")]
+    variants += [ImageSpec(ANIMAL, scene) for scene in SCENES]
+    variants += [ImageSpec(ANIMAL, "snow", (accessory,)) for accessory in ACCESSORIES]
+    variants += [ImageSpec(ANIMAL, "snow", position=p) for p in POSITIONS if p != "middle"]
     drawn = [pixels(spec) for spec in variants]
     for k, one in enumerate(drawn):
         for other in drawn[k + 1 :]:
@@ -70,7 +70,7 @@ def test_patterns_scenes_positions_and_accessories_show():
 
 
 def test_the_mask_covers_the_creature_and_nothing_else():
-    spec = PictureSpec(ANIMAL, "city", position="left")
+    spec = ImageSpec(ANIMAL, "city", position="left")
     picture, mask = draw(spec, 192)
     empty = pixels(replace(spec, identity=None), 192)
     changed = (np.asarray(picture).astype(int) != empty).any(-1)
@@ -85,18 +85,18 @@ def test_the_mask_covers_the_creature_and_nothing_else():
 
 def test_the_mask_follows_the_position():
     centres = [
-        np.nonzero(np.asarray(draw(PictureSpec(ANIMAL, "night", position=p))[1]) > 127)[1].mean()
+        np.nonzero(np.asarray(draw(ImageSpec(ANIMAL, "night", position=p))[1]) > 127)[1].mean()
         for p in POSITIONS
     ]
     assert centres[0] < 18 < 22 < centres[1] < 26 < 30 < centres[2]
 
 
 def test_an_empty_scene_has_an_empty_mask():
-    assert not np.asarray(draw(PictureSpec(None, "forest"))[1]).any()
+    assert not np.asarray(draw(ImageSpec(None, "forest"))[1]).any()
 
 
 def test_a_grey_picture_has_no_colour():
-    grey = pixels(PictureSpec(ANIMAL, "beach", style="grey"))
+    grey = pixels(ImageSpec(ANIMAL, "beach", style="grey"))
     assert (grey.max(-1) == grey.min(-1)).all()
 
 
@@ -138,7 +138,7 @@ def test_the_bundled_picture_is_a_held_out_identity_as_drawn():
     assert SUBJECT_IDENTITY.held_out
     with Image.open(bundled_subject_image()) as bundled:
         assert bundled.size == (192, 192)
-        spec = PictureSpec(SUBJECT_IDENTITY, SUBJECT_SCENE, mirrored=True)
+        spec = ImageSpec(SUBJECT_IDENTITY, SUBJECT_SCENE, mirrored=True)
         assert np.array_equal(np.asarray(bundled.convert("RGB")), np.asarray(draw(spec, 192)[0]))
 
 
@@ -159,8 +159,8 @@ def test_impossible_identities_are_refused(arguments, words):
 
 def test_impossible_pictures_are_refused():
     with pytest.raises(ValueError, match="scene is 'moon'"):
-        PictureSpec(ANIMAL, "moon")
+        ImageSpec(ANIMAL, "moon")
     with pytest.raises(ValueError, match="accessories"):
-        PictureSpec(ANIMAL, "snow", ("sword",))
+        ImageSpec(ANIMAL, "snow", ("sword",))
     with pytest.raises(ValueError, match="must divide 192"):
-        draw(PictureSpec(ANIMAL, "snow"), 50)
+        draw(ImageSpec(ANIMAL, "snow"), 50)

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from evals.tiny_world.judge_training import accuracy, spoil, train_judge
 from sefi_fast.tiny_world.drawing import (
     ACCESSORIES,
-    PictureSpec,
+    ImageSpec,
     draw,
     held_out_identities,
     random_spec,
@@ -50,7 +50,7 @@ def test_it_is_right_on_blurred_drawings(judge):
 
 
 def test_it_finds_an_empty_scene_empty(judge):
-    pictures = [draw(PictureSpec(None, scene))[0] for scene in ("beach", "city", "night")]
+    pictures = [draw(ImageSpec(None, scene))[0] for scene in ("beach", "city", "night")]
     found = judge(pictures)
     assert [j.labels["creature"] for j in found] == ["no"] * 3
     assert [j.labels["scene"] for j in found] == ["beach", "city", "night"]
@@ -58,7 +58,7 @@ def test_it_finds_an_empty_scene_empty(judge):
 
 def test_the_identity_score_falls_with_each_wrong_attribute(judge):
     identity = held_out_identities()[0]
-    picture = draw(PictureSpec(identity, "snow"))[0]
+    picture = draw(ImageSpec(identity, "snow"))[0]
     own = judge.identity_score(picture, identity)
     one_wrong = judge.identity_score(picture, replace(identity, shape="round"))
     three_wrong = judge.identity_score(
@@ -70,7 +70,7 @@ def test_the_identity_score_falls_with_each_wrong_attribute(judge):
 
 
 def test_pictures_of_any_size_give_the_same_answer(judge):
-    spec = PictureSpec(held_out_identities()[3], "forest", ("ball",), "left")
+    spec = ImageSpec(held_out_identities()[3], "forest", ("ball",), "left")
     small, large = judge([draw(spec, 48)[0], draw(spec, 192)[0]])
     assert small.labels == large.labels
     assert small.labels["ball"] == "yes"
@@ -78,7 +78,7 @@ def test_pictures_of_any_size_give_the_same_answer(judge):
 
 
 def test_probabilities_sum_to_one_in_every_batch_size(judge):
-    pictures = [draw(PictureSpec(i, "desert"))[0] for i in held_out_identities()[:5]]
+    pictures = [draw(ImageSpec(i, "desert"))[0] for i in held_out_identities()[:5]]
     together, apart = judge(pictures), judge(pictures, batch_size=2)
     for one, other in zip(together, apart, strict=True):
         for name, values in one.probabilities.items():

@@ -20,12 +20,12 @@ from sefi_fast import regions
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.tiny_world import SAMPLING, two_creatures_lora
 from sefi_fast.tiny_world.captions import VOCABULARY, pair_caption
-from sefi_fast.tiny_world.drawing import Identity, PictureSpec, held_out_identities
+from sefi_fast.tiny_world.drawing import Identity, ImageSpec, held_out_identities
 from sefi_fast.tiny_world.judge import Judge
 from sefi_fast.tiny_world.pairs import PairSpec, draw_pair, halves_of, random_pair
 
-RED = PictureSpec(Identity("red", "white", "striped", "big", "round"), "snow")
-BLUE = PictureSpec(Identity("blue", None, "plain", "long", "tall"), "snow", ("hat",))
+RED = ImageSpec(Identity("red", "white", "striped", "big", "round"), "snow")
+BLUE = ImageSpec(Identity("blue", None, "plain", "long", "tall"), "snow", ("hat",))
 
 
 def test_the_judge_sees_each_creature_in_its_half():
@@ -65,7 +65,7 @@ def test_what_is_no_pair_is_refused():
     with pytest.raises(ValueError, match="one scene, not 'snow' and 'city'"):
         PairSpec(RED, replace(BLUE, scene="city"))
     with pytest.raises(ValueError, match="a creature in each half"):
-        PairSpec(RED, PictureSpec(None, "snow"))
+        PairSpec(RED, ImageSpec(None, "snow"))
     with pytest.raises(ValueError, match="it must divide 192"):
         draw_pair(PairSpec(RED, BLUE), 50)
 

@@ -42,7 +42,7 @@ class PlainProcessor:
 
 
 class PlainTraining:
-    """Equations 3 to 6 of docs/method.md for one picture, in the pipeline's own dtype."""
+    """Equations 3 to 6 of docs/method.md for one image, in the pipeline's own dtype."""
 
     def __init__(self, pipe, image, config, class_word: str, rows, mask=None) -> None:
         self.pipe, self.config, self.rows, self.mask = pipe, config, rows, mask

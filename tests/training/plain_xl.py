@@ -47,7 +47,7 @@ class PlainTrainingXL(PlainTraining):
         return torch.cat(hidden, -1), pooled
 
     def condition(self, drawn: Draw) -> dict[str, Tensor]:
-        """Sets the samples' prompts; V's pooled embedding and the picture's size and crop."""
+        """Sets the samples' prompts; V's pooled embedding and the image's size and crop."""
         first, second = (module().to(self.mean.dtype) for module in self.rows)
         stages = drawn.timesteps * self.config.stages // 1000
         keys, values, pooled = [], [], []

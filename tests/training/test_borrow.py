@@ -42,7 +42,7 @@ class Unforeseen(BaseException):
     [
         (base_model, "model_checksum"),
         (base_model, "checkpointed"),
-        (subject_state, "encode_picture"),
+        (subject_state, "encode_image"),
         (subject_state, "TrainingPrompts"),
         (engine, "TrainingProcessors"),
         (engine, "TrainingStep"),

@@ -1,4 +1,4 @@
-"""The bundled model trains by default, with nothing but a picture given."""
+"""The bundled model trains by default, with nothing but an image given."""
 
 from __future__ import annotations
 

@@ -205,9 +205,9 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         TrainConfig.load(tmp_path / "missing.yaml")
     with pytest.raises(OSError, match="cannot be read"):
         TrainConfig.load(tmp_path)
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match="is no text"):
-        TrainConfig.load(tmp_path / "picture.png")
+        TrainConfig.load(tmp_path / "image.png")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(OSError, match="not a regular file"):
@@ -217,4 +217,4 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         TrainConfig().save(tmp_path / "file" / "run.yaml")
     with pytest.raises(OSError):
         write_settings(tmp_path, {"steps": 1})
-    assert sorted(os.listdir(tmp_path)) == ["file", "picture.png", "pipe"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "image.png", "pipe"]

@@ -13,7 +13,7 @@ from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.engine import Engine, Lane
 from sefi_fast.training.image import load_image, prepare
-from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.latents import encode_image
 from sefi_fast.training.noise import Draw
 from sefi_fast.training.prompts import TrainingPrompts
 
@@ -97,7 +97,7 @@ def make_engine(pipe, picture, config, tokens):
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.requires_grad_(False).eval()
     size = config.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    latents = encode_picture(pipe.vae, prepare(picture, size), config.flip)
+    latents = encode_image(pipe.vae, prepare(picture, size), config.flip)
     ids = [class_ids(pipe, config)]
     prompts = TrainingPrompts([pipe.tokenizer], config.sentences(), "<it>", ids, CPU)
     return Engine(

@@ -15,7 +15,7 @@ from sefi_fast.training import TrainConfig
 from sefi_fast.training.base_model import checkpointed
 from sefi_fast.training.engine import Engine, Lane
 from sefi_fast.training.image import load_image, prepare, time_ids
-from sefi_fast.training.latents import LatentDistribution, encode_picture
+from sefi_fast.training.latents import LatentDistribution, encode_image
 from sefi_fast.training.noise import Draw
 from sefi_fast.training.prompts import TrainingPrompts
 
@@ -86,7 +86,7 @@ def make_lane(pipe, config, number=0, tokens=None):
     tokenizers = [tokenizer for tokenizer, _ in encoders(pipe)]
     return Lane(
         tokens=tokens or make_tokens(pipe, config, word, 9 + number),
-        latents=encode_picture(pipe.vae, prepare(image, 64), config.flip),
+        latents=encode_image(pipe.vae, prepare(image, 64), config.flip),
         prompts=TrainingPrompts(tokenizers, config.sentences(), "<it>", ids, CPU),
         seed=number,
         mask=make_mask(config),

@@ -1,4 +1,4 @@
-"""Pictures of every kind become upright RGB, and broken ones a clear error."""
+"""Images of every kind become upright RGB, and broken ones a clear error."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_grey_modes(mode):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
 def test_file_formats(tmp_path, suffix):
-    path = tmp_path / f"picture.{suffix}"
+    path = tmp_path / f"image.{suffix}"
     quarters().save(path)
     loaded = load_image(str(path))
     assert loaded.mode == "RGB"
@@ -185,9 +185,9 @@ def test_grey_arrays():
     ("array", "message"),
     [
         (np.zeros((3, 32, 32), np.uint8), "transpose"),
-        (np.zeros((32, 32, 2), np.uint8), "is no picture"),
-        (np.zeros((4, 32, 32, 3), np.uint8), "is no picture"),
-        (np.zeros((0, 32, 3), np.uint8), "is no picture"),
+        (np.zeros((32, 32, 2), np.uint8), "is no image"),
+        (np.zeros((4, 32, 32, 3), np.uint8), "is no image"),
+        (np.zeros((0, 32, 3), np.uint8), "is no image"),
         (np.full((32, 32, 3), 300), "values from 300 to 300"),
         (np.full((32, 32, 3), -1.0), "values from -1"),
         (np.full((32, 32, 3), 128.0), "floats in"),
@@ -202,13 +202,13 @@ def test_arrays_that_are_no_pictures(array, message):
 
 
 def test_files_that_are_no_pictures(tmp_path):
-    with pytest.raises(ImageError, match="no picture at"):
+    with pytest.raises(ImageError, match="no image at"):
         load_image(tmp_path / "missing.png")
     with pytest.raises(ImageError, match="is a folder"):
         load_image(tmp_path)
     with pytest.raises(ImageError, match="download"):
         load_image("https://example.org/me.jpg")
-    for content in (b"", b"no picture, but text", bytes(1000)):
+    for content in (b"", b"no image, but text", bytes(1000)):
         path = tmp_path / "content.jpg"
         path.write_bytes(content)
         with pytest.raises(ImageError, match="content.jpg"):

@@ -15,7 +15,7 @@ from sefi_fast.training import step as step_module
 from sefi_fast.training.base_model import checkpointed
 from sefi_fast.training.engine import Engine, Lane, Replay, rehearse
 from sefi_fast.training.image import load_image, prepare
-from sefi_fast.training.latents import LatentDistribution, encode_picture
+from sefi_fast.training.latents import LatentDistribution, encode_image
 from sefi_fast.training.prompts import TrainingPrompts
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def make_lane(pipe, number, config=CONFIG):
             parameter += 0.2 * row.square().mean().sqrt() * noise
     return Lane(
         tokens=(tokens,),
-        latents=encode_picture(pipe.vae, prepare(picture, 64), config.flip),
+        latents=encode_image(pipe.vae, prepare(picture, 64), config.flip),
         prompts=TrainingPrompts([pipe.tokenizer], config.sentences(), "<it>", [[class_id]], CPU),
         seed=number,
         mask=prepare(picture, 64).mean(0) / 2 + 0.5 if config.attention_loss == "mask" else None,

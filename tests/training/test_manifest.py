@@ -32,7 +32,7 @@ def problems_of(subjects: object, model: object = None) -> str:
 def test_a_folder_with_class_words_beside_the_pictures(pictures: Path) -> None:
     (pictures / "rex.txt").write_text("dog\n")
     (pictures / ".hidden.png").write_bytes(b"")
-    (pictures / "notes.md").write_text("no picture")
+    (pictures / "notes.md").write_text("no image")
     mia, rex = read_subjects(pictures)
     assert (rex.image, rex.class_word, rex.name, rex.placeholder) == (
         pictures / "rex.png",
@@ -111,7 +111,7 @@ def test_every_problem_with_its_line(pictures: Path) -> None:
     for words in (
         "bad.csv line 2: seed must be a whole number",
         "bad.csv line 3: the name 'a/b' is no file name",
-        f"bad.csv line 4: there is no picture at {pictures / 'gone.png'}",
+        f"bad.csv line 4: there is no image at {pictures / 'gone.png'}",
         "line 5 has 4 values for 3 columns",
         "bad.csv line 6: it has no image",
         "bad.csv line 8: the name 'ONE' is that of bad.csv line 7 already",
@@ -174,7 +174,7 @@ def test_an_image_that_is_not_a_file_is_a_problem_of_its_line(pictures: Path) ->
     (pictures / "loop.png").symlink_to(pictures / "loop.png")
     for name in ("loop.png", "x" * 300, "a\0b", "/dev/zero", str(pictures)):
         told = problems_of([{"image": str(pictures / name)}])
-        assert re.search("subject 1: (there is no picture|image: The path .* null character)", told)
+        assert re.search("subject 1: (there is no image|image: The path .* null character)", told)
 
 
 def test_nothing_to_learn(pictures: Path, tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ def test_nothing_to_learn(pictures: Path, tmp_path: Path) -> None:
         assert "empty.csv is empty" in problems_of(empty)
     assert "the list of subjects is empty" in problems_of([])
     (tmp_path / "none").mkdir()
-    assert "holds no picture" in problems_of(tmp_path / "none")
+    assert "holds no image" in problems_of(tmp_path / "none")
     assert "there is no manifest" in problems_of(tmp_path / "gone.csv")
-    assert "it is a picture; give the folder" in problems_of(pictures / "rex.png")
+    assert "it is an image; give the folder" in problems_of(pictures / "rex.png")
     binary = tmp_path / "binary.csv"
     binary.write_bytes(b"\xff\xfe\x00")
     assert "cannot be read as UTF-8" in problems_of(binary)
@@ -224,13 +224,13 @@ def test_an_image_or_a_mask_that_is_no_text_is_told_with_the_rest(pictures: Path
     lines.write_text("\n".join(map(json.dumps, rows)))
     told = problems_of(lines)
     for words in (
-        "bad.jsonl line 1: image must be the path of a picture, got 3",
-        "bad.jsonl line 2: mask must be the path of a picture, got ['a']",
+        "bad.jsonl line 1: image must be the path of an image, got 3",
+        "bad.jsonl line 2: mask must be the path of an image, got ['a']",
         "bad.jsonl line 2: seed must be",
-        "bad.jsonl line 3: there is no picture",
+        "bad.jsonl line 3: there is no image",
     ):
         assert words in told
-    assert "subject 1: image must be the path of a picture, got 3" in problems_of([{"image": 3}])
+    assert "subject 1: image must be the path of an image, got 3" in problems_of([{"image": 3}])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_an_image_or_a_mask_that_is_no_text_is_told_with_the_rest(pictures: Path
         ),
         ("a.jsonl", '{"image": "rex.png", "name": "a\\udc80"}', "half a character"),
         ("a.jsonl", '{"image": "\\ud800"}', "line 1: image: The path \\ud800 holds half a"),
-        ("a.jsonl", '{"image": "' + "x" * 5000 + '"}', "line 1: there is no picture at"),
+        ("a.jsonl", '{"image": "' + "x" * 5000 + '"}', "line 1: there is no image at"),
         ("a.jsonl", '{"image": "a\\u0000b"}', "line 1: image: The path a\\x00b holds a null"),
         ("a.jsonl", "[" * 100_000, "line 1 is no JSON: it is nested too deeply"),
         ("a.jsonl", '{"image": "rex.png", "image": "x"}', "'image' stands in it twice"),
@@ -279,7 +279,7 @@ def test_only_files_are_read(pictures: Path) -> None:
     with pytest.raises(ManifestError, match="not a regular file"):
         read_subjects(pictures / "a.csv")
     os.mkfifo(pictures / "pipe.png")
-    with pytest.raises(ManifestError, match="there is no picture at"):
+    with pytest.raises(ManifestError, match="there is no image at"):
         read_subjects([pictures / "pipe.png"])
     (pictures / "rex.txt").write_text("x" * 70_000)
     with pytest.raises(ManifestError, match="at most 65,536 are read"):

@@ -393,7 +393,7 @@ def test_another_picture_under_the_same_name_is_told(sd15_pipeline, tmp_path):
     assert first.error is None and again.before
     picture(2).save(file)
     (changed,) = sefi_fast.train_many(entries, **arguments)
-    assert "picture was" in str(changed.error)
+    assert "image was" in str(changed.error)
 
 
 def test_an_interrupted_group_goes_on_from_its_checkpoints(sd15_pipeline, tmp_path, monkeypatch):
@@ -537,4 +537,4 @@ def test_the_command(tmp_path, capsys):
     assert main(["train-many", str(folder), "--output", str(out), *options]) == 0
     assert capsys.readouterr().out == f"{out}: 0 subjects learnt, 1 were there already\n"
     assert main(["train-many", str(out), "--output", str(out)]) == 1
-    assert "holds no picture" in capsys.readouterr().err
+    assert "holds no image" in capsys.readouterr().err

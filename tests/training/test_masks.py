@@ -1,4 +1,4 @@
-"""Masks are cut and resized as their picture is, and refused when they do not belong to it."""
+"""Masks are cut and resized as their image is, and refused when they do not belong to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sefi_fast.training.latents import check_selection, load_mask, open_mask
 
 @pytest.fixture
 def shape():
-    """A bright square, right of the middle of a picture that is wider than high."""
+    """A bright square, right of the middle of an image that is wider than high."""
     array = np.zeros((60, 100), dtype=bool)
     array[20:40, 60:80] = True
     return array
@@ -50,10 +50,10 @@ def test_files_arrays_and_pictures_are_one(shape, tmp_path):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        (np.ones((60, 99), bool), ImageError, "99×60 pixels and its picture 100×60"),
+        (np.ones((60, 99), bool), ImageError, "99×60 pixels and its image 100×60"),
         (np.zeros((60, 100), bool), ImageError, "empty"),
         (np.full((60, 100), 2.0), ImageError, "the mask: .*floats in"),
-        ("missing.png", ImageError, "the mask: there is no picture"),
+        ("missing.png", ImageError, "the mask: there is no image"),
         (7, TypeError, "path"),
     ],
 )

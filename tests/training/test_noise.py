@@ -66,7 +66,7 @@ def test_trained_betas_are_kept():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights(prediction_type):
-    """In units of the clean picture's squared error, which is the noise's over SNR: min(SNR, γ)."""
+    """In units of the clean image's squared error, which is the noise's over SNR: min(SNR, γ)."""
     scheduler = DDPMScheduler(prediction_type=prediction_type)
     schedule = NoiseSchedule(scheduler, CPU)
     snr = scheduler.alphas_cumprod.double() / (1 - scheduler.alphas_cumprod.double())

@@ -1,4 +1,4 @@
-"""The progress bar's thumbnails: the pictures' own colours, in terminals that have them only."""
+"""The progress bar's thumbnails: the images' own colours, in terminals that have them only."""
 
 from __future__ import annotations
 

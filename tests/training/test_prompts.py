@@ -7,7 +7,7 @@ import torch
 
 from sefi_fast.errors import PromptError
 from sefi_fast.prompts import encode_text
-from sefi_fast.training.latents import encode_picture
+from sefi_fast.training.latents import encode_image
 from sefi_fast.training.prompts import LanePrompts, TrainingPrompts, take
 
 CPU = torch.device("cpu")
@@ -102,8 +102,8 @@ def test_a_placeholder_behind_the_cut_is_refused(sd15_pipeline):
 def test_latents_are_scaled_and_mirrored(sd15_pipeline):
     vae = sd15_pipeline.vae.requires_grad_(False)
     pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    both = encode_picture(vae, pixels, flip=True)
-    alone = encode_picture(vae, pixels, flip=False)
+    both = encode_image(vae, pixels, flip=True)
+    alone = encode_image(vae, pixels, flip=False)
     assert (both.views, alone.views) == (2, 1)
     for view, turned in enumerate((pixels, pixels.flip(2))):
         posterior = vae.encode(turned[None]).latent_dist
@@ -119,10 +119,10 @@ def test_latents_are_scaled_and_mirrored(sd15_pipeline):
 def test_the_vaes_own_mean_and_spread_of_each_channel_are_taken_off(sd15_pipeline):
     vae = sd15_pipeline.vae.requires_grad_(False)
     pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    plain = encode_picture(vae, pixels, flip=True)
+    plain = encode_image(vae, pixels, flip=True)
     means, spreads = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 4.0, 0.5)
     vae.register_to_config(latents_mean=means, latents_std=spreads)
-    found = encode_picture(vae, pixels, flip=True)
+    found = encode_image(vae, pixels, flip=True)
     scale = vae.config.scaling_factor
     for channel, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
         # What SDXL's pipelines decode: latents · spread / scale + mean.
@@ -134,9 +134,9 @@ def test_the_vaes_own_mean_and_spread_of_each_channel_are_taken_off(sd15_pipelin
 def test_the_vaes_shift_is_taken_off(sd15_pipeline):
     vae = sd15_pipeline.vae.requires_grad_(False)
     pixels = torch.zeros(3, 64, 64)
-    plain = encode_picture(vae, pixels, flip=False)
+    plain = encode_image(vae, pixels, flip=False)
     vae.register_to_config(shift_factor=0.25)
-    shifted = encode_picture(vae, pixels, flip=False)
+    shifted = encode_image(vae, pixels, flip=False)
     scale = vae.config.scaling_factor
     torch.testing.assert_close(shifted.mean, plain.mean - 0.25 * scale)
     torch.testing.assert_close(shifted.std, plain.std)

@@ -216,7 +216,7 @@ def test_other_settings_are_named(pipe, output, changed, told):
 def test_another_picture_is_told(pipe, output):
     leave_at(2, pipe, output, steps=4)
     other = torch.rand(96, 96, 3, generator=torch.Generator().manual_seed(1)).numpy()
-    with pytest.raises(CheckpointError, match="the picture was"):
+    with pytest.raises(CheckpointError, match="the image was"):
         train(other, model=pipe, output=output, steps=4, resume=True, **FAST)
 
 
@@ -353,9 +353,9 @@ HOSTILE_CHECKPOINTS = {
     "history of NaN": _with("history.seconds", torch.full((3,), torch.nan, dtype=LONG)),
     "history of words": _with("history.loss", torch.zeros(3, dtype=torch.uint8)),
     "history of a number": _with("history.skipped", torch.tensor(0)),
-    "picture of another name": _with("history.validation.x", torch.zeros(3, dtype=torch.uint8)),
-    "picture of nothing": _with("history.validation.1.0", torch.zeros(3, dtype=torch.uint8)),
-    "picture of floats": _with("history.validation.1.0", torch.zeros(3)),
+    "image of another name": _with("history.validation.x", torch.zeros(3, dtype=torch.uint8)),
+    "image of nothing": _with("history.validation.1.0", torch.zeros(3, dtype=torch.uint8)),
+    "image of floats": _with("history.validation.1.0", torch.zeros(3)),
     "generator of zeros": _with("engine.generator", torch.zeros(5056, dtype=torch.uint8)),
     "generator too short": _with("engine.generator", torch.zeros(16, dtype=torch.uint8)),
     "generator of floats": _with("engine.generator", torch.zeros(5056)),

@@ -133,6 +133,6 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
     events = EventAccumulator(str(tmp_path / "me"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
-    # The two pictures side by side.
+    # The two images side by side.
     (drawn,) = events.Images("validation")
     assert (drawn.step, drawn.width, drawn.height) == (2, 16, 8)

@@ -1,4 +1,4 @@
-"""The public function: pictures in, subjects out, pipelines given back, failures told."""
+"""The public function: images in, subjects out, pipelines given back, failures told."""
 
 from __future__ import annotations
 

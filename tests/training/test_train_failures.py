@@ -153,13 +153,13 @@ def test_validation_pictures_that_cannot_be_drawn_end_no_training(
     sd15_pipeline, photo, monkeypatch, caplog
 ):
     def fail(*arguments):
-        raise ValueError("no picture")
+        raise ValueError("no image")
 
     settings = {**FAST, "validation_prompts": ("a {} here",), "validation_every": 2}
     monkeypatch.setattr(run_module, "validate", fail)
     subject = train(photo, model=sd15_pipeline, class_word="cat", **settings)
     assert len(subject.history.loss) == FAST["steps"]
-    assert "no validation pictures at step 2: no picture" in caplog.text
+    assert "no validation images at step 2: no image" in caplog.text
     settings["validation_prompts"] = ("a {}ly thing",)
     with pytest.raises(PromptError, match="longer word"):
         train(photo, model=sd15_pipeline, class_word="cat", **settings)
@@ -186,7 +186,7 @@ def test_the_picture_is_not_overwritten(tmp_path):
     picture = tmp_path / "me.png"
     Image.new("RGB", (64, 64)).save(picture)
     before = picture.read_bytes()
-    with pytest.raises(ValueError, match="a picture to learn from"):
+    with pytest.raises(ValueError, match="an image to learn from"):
         train(picture, output=picture, **FAST)
     assert picture.read_bytes() == before
 
@@ -249,7 +249,7 @@ def test_output_in_a_new_folder(sd15_pipeline, photo, tmp_path):
         ({"device": "abacus"}, ValueError, "abacus"),
         ({"stepps": 3}, TypeError, "no setting stepps"),
         ({"config": {"steps": 3}}, TypeError, "TrainConfig"),
-        ({"image": "missing.png"}, ImageError, "no picture at missing.png"),
+        ({"image": "missing.png"}, ImageError, "no image at missing.png"),
         ({"image": None}, TypeError, "path, a PIL image"),
         ({"model": 3}, ModelError, "int"),
         ({"model": "no/such/folder/anywhere"}, ModelError, "no/such/folder/anywhere"),

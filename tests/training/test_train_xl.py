@@ -286,7 +286,7 @@ def test_the_refiner_is_refused(sdxl_pipeline, photo, tmp_path):
     refiner.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="second text encoder alone, as SDXL's refiner has"):
         train(photo, model=tmp_path, class_word="cat", **FAST)
-    # A U-Net that takes five numbers of size, one of them the picture's beauty.
+    # A U-Net that takes five numbers of size, one of them the image's beauty.
     unet = sdxl_pipeline.unet
     unet.register_to_config(projection_class_embeddings_input_dim=32 + 5 * 8)
     with pytest.raises(ModelError, match=r"takes 72 numbers .* make 80, as with SDXL's refiner"):
