@@ -83,7 +83,7 @@ def sampling(
     def traced() -> Any:
         with trace(attached, ["<me>", "photo"]) as found:
             images = draw(attached, "<me>")()
-        found.attn_probs  # noqa: B018
+        found.maps  # noqa: B018
         return images
 
     calls = {

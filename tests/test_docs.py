@@ -55,7 +55,7 @@ def commands() -> list[str]:
 
 
 def test_there_are_commands_to_check():
-    assert len(commands()) >= 12
+    assert len(commands()) >= 11
 
 
 @pytest.mark.parametrize("command", commands())

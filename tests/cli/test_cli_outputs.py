@@ -35,7 +35,7 @@ def nothing_begins(monkeypatch):
     def begun(*arguments, **settings):
         raise AssertionError("the command began to work")
 
-    for name in ("training.train", "pipelines.load_pipeline", "demo.run_demo"):
+    for name in ("training.train", "pipelines.load_pipeline", "cli.demo.run_demo"):
         monkeypatch.setattr(f"sefi_fast.{name}", begun)
 
 

@@ -46,7 +46,7 @@ BOTH: dict[str, tuple[tuple[Any, ...], Any, str]] = {
 ONLY_FORWARD: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "no output": (("output", 0), 0, "output has no address"),
     "one output for all": (("output", 1), 1, "output has a batch"),
-    "no loss": (("subject_loss",), 0, "subject loss has no address"),
+    "no loss": (("subject_loss",), 0, "subject_loss has no address"),
     "no probabilities": (("attn_probs",), 0, "attn_probs has no address"),
 }
 ONLY_BACKWARD: dict[str, tuple[tuple[Any, ...], Any, str]] = {

@@ -25,7 +25,7 @@ def test_dropped_gradient_of_one_output_is_noticed():
     def backward(grad_output, grad_subject_loss, grad_attn_probs, *tensors, **options):
         return eager.backward(grad_output, grad_subject_loss, None, *tensors, **options)
 
-    with pytest.raises(AssertionError, match="grad_query of maps"):
+    with pytest.raises(AssertionError, match="grad_query of attn_probs"):
         check_backend(_faulty(backward=backward), make_inputs(tokens=2))
 
 
@@ -34,7 +34,7 @@ def test_small_error_is_noticed():
         output, subject_loss, attn_probs = eager.forward(*tensors, **options)
         return output, subject_loss * (1 + 1e-4), attn_probs
 
-    with pytest.raises(AssertionError, match="subject loss: error"):
+    with pytest.raises(AssertionError, match="subject_loss: error"):
         check_backend(_faulty(forward), make_inputs())
 
 

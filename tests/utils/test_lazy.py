@@ -10,7 +10,7 @@ import pytest
 
 import sefi_fast
 
-LOW = ["errors", "ops", "conditioning", "subject"]
+LOW = ["errors", "ops", "prompts", "subject"]
 PARTS = [*LOW, "pipelines", "training", "evaluation", "tiny_world"]
 
 
