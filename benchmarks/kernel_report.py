@@ -102,7 +102,7 @@ class Row(NamedTuple):
 def compile_triton(capability: int, head_dim: int, dtype: str) -> list[Row]:
     """Compile the Triton kernels of one training call with the loss, without a GPU."""
     import torch
-    from sefi_fast.kernels.compile import compile_launch, example_launches
+    from common.aot_compile import compile_launch, example_launches
 
     rows = []
     launches = example_launches(capability, getattr(torch, dtype), head_dim, ROWS)

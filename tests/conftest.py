@@ -26,7 +26,8 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # Inductor's cache gives vector code of another run to a compiler without vectors.
     cache = Path(tempfile.gettempdir(), f"torchinductor-{capability}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+_tests = Path(__file__).parent
+sys.path[:0] = [str(_tests), str(_tests.parent), str(_tests.parent / "benchmarks")]
 keep_freed_memory()
 if name := os.environ.get("SEFI_TEST_INSTRUCTION_SET"):
     from sefi_fast import _C

@@ -19,13 +19,11 @@ import pytest
 
 pytest.importorskip("triton")
 
+from _occupancy import occupancy
+from sefi_fast.kernels import shared_bytes
+from sefi_fast.kernels.configs import TABLE
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-
-from _occupancy import occupancy  # noqa: E402
-from sefi_fast.kernels import shared_bytes  # noqa: E402
-from sefi_fast.kernels.configs import TABLE  # noqa: E402
-
 # Spilled bytes (stores and loads together) reached with Triton 3.9. A change may lower them, not
 # raise them; what is not listed spills nothing.
 SPILLS: dict[tuple[int, int, str], int] = {
@@ -50,7 +48,7 @@ OTHERS = {86: ((40, 64, 80, 160), 99), 89: ((40,), 99), 100: ((40, 160), 227)}
 # compiler needs a process of its own.
 SCRIPT = """
 import json, sys, torch
-from sefi_fast.kernels.compile import HEAD_DIMS, compile_launch, example_launches
+from common.aot_compile import HEAD_DIMS, compile_launch, example_launches
 capability, head_dims = int(sys.argv[1]), list(map(int, sys.argv[2:]))
 for head_dim in head_dims or HEAD_DIMS:
     for name, launch in example_launches(capability, torch.bfloat16, head_dim, 4096).items():
@@ -67,7 +65,7 @@ for head_dim in (40, 160) if not head_dims and capability == 80 else ():
 @functools.cache
 def reports(capability: int, *head_dims: int) -> dict[tuple[int, str], dict[str, Any]]:
     """By head width and kernel; without head widths all, for 8.0 float32's forward too."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(capability), *map(str, head_dims)],
@@ -167,7 +165,7 @@ def test_compiling_in_the_interpreter_is_refused() -> None:
     if not knobs.runtime.interpret:
         pytest.skip("the kernels are compiled in this process")
     import torch
-    from sefi_fast.kernels.compile import compile_launch, example_launches
+    from common.aot_compile import compile_launch, example_launches
 
     launch = example_launches(90, torch.bfloat16, 40, 64)["forward"]
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
-
-from kernel_report import (  # noqa: E402
+from kernel_report import (
     CUDA_SOURCES,
     HEAD_DIMS,
     compile_cuda,
     cuda_not_supported_reason,
     failures,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 OTHERS = sorted(
     path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu") if path.stem not in CUDA_SOURCES

@@ -122,11 +122,11 @@ SCRIPT = """
 import sys
 import torch
 from pathlib import Path
-from sefi_fast.kernels import assembler
-from sefi_fast.kernels.compile import compile_launch, example_launches
+from sefi_fast.kernels import ptxas
+from common.aot_compile import compile_launch, example_launches
 
-assembler.tritons_version = lambda capability: "12.9"
-assembler._candidates = lambda: iter([Path(sys.argv[1])])
+ptxas.tritons_version = lambda capability: "12.9"
+ptxas._candidates = lambda: iter([Path(sys.argv[1])])
 compile_launch(example_launches(90, torch.bfloat16, 64, 64)["forward"], 90)
 """
 
@@ -138,7 +138,8 @@ def test_the_kernels_are_assembled_by_it(tmp_path: Path) -> None:
     wrapper = fake_ptxas(tmp_path / "bin", "")
     real = get_ptxas(90).path
     wrapper.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {real} "$@"\n')
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    places = {"PYTHONPATH": str(Path(__file__).resolve().parents[2] / "benchmarks")}
+    environment = {**os.environ, **places, "TRITON_INTERPRET": "0"}
     version = subprocess.run([real, "--version"], capture_output=True, text=True, check=True).stdout
     if not ptxas.is_sound(version.split("release ")[1].split(",")[0], 90):
         pytest.skip("this Triton carries no sound assembler")

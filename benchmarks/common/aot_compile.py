@@ -11,13 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from .configs import KernelConfig
-from .launch import Device, Launch
-from .plan import (
+from sefi_fast.kernels.configs import KernelConfig
+from sefi_fast.kernels.launch import Device, Launch
+from sefi_fast.kernels.plan import (
     KEY_GRADIENTS,
     Gradients,
     InputLayouts,
@@ -30,7 +26,10 @@ from .plan import (
     plan_forward,
     sums_config,
 )
-from .ptxas import assembling
+from sefi_fast.kernels.ptxas import assembling
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 POINTERS = {
     torch.float32: "*fp32",
