@@ -1,73 +1,91 @@
-"""Speed, memory and rates of the fused cross-attention against every other way to compute it.
+"""Speed, memory and rates of the fused cross-attention against all other ways to compute it.
 
 python benchmarks/attn_bench.py --quick
 python benchmarks/attn_bench.py --shapes sd15 sdxl --batches 1 16 --dtype bfloat16
+python benchmarks/attn_bench.py --plot-only benchmarks/results/nvidia-h200 --output docs/images
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
-for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
-    if _place not in sys.path:
-        sys.path.append(_place)
-# The profiler that counts allocations reports its own start and stop otherwise.
+# The profiler that counts allocations reports its start and stop otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
-import torch  # noqa: E402
-import torch._functorch.config  # noqa: E402
-from _contenders import COMPILED, Contender, contenders  # noqa: E402
-from _measure import FULL, QUICK, Effort  # noqa: E402
-from _rates import device_name, faster, measured_rates  # noqa: E402
-from _record import ProblemRecord  # noqa: E402
-from _report import environment, problem_table, targets_table, write_report  # noqa: E402
-from _roofline import Rates  # noqa: E402
-from _run import STEPS_PER_CONTENDER, measure  # noqa: E402
-from _shapes import BATCHES, MODELS, QUICK_SHAPES, TEXT_TOKENS, Problem, problems  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+import torch._functorch.config
+from common.attn_run import (
+    STEPS_PER_PROVIDER,
+    both_rows,
+    by_problem,
+    is_noisy,
+    measure,
+    name_of,
+    problem_table,
+    targets,
+)
+from common.plots import plot_bars, plot_roofline, plot_speed
+from common.providers import COMPILED, Provider, providers
+from common.rates import device_name, faster, measured_rates
+from common.report import Row, read_csv, targets_table, write_report
+from common.roofline import Rates
+from common.shapes import BATCHES, MODELS, QUICK_SHAPES, TEXT_TOKENS, Problem, problems
+from common.timing import FULL, QUICK, Effort
+from tqdm import tqdm
 
-from sefi_fast.utils.malloc import keep_freed_memory  # noqa: E402
+from sefi_fast import keep_freed_memory
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line; what depends on the device (dtype, folder) is filled in by `run`."""
+    """Parse the command line; `run` fills in what depends on the device (dtype, folder)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="SD 1.5, batch 1, short rounds")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default by device")
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="sd15, sd15:4096, 4096x40x8")
     parser.add_argument("--batches", nargs="+", type=int, metavar="B")
     parser.add_argument("--keys", type=int, default=TEXT_TOKENS, help="text tokens, 1 to 256")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, by how names start")
-    parser.add_argument("--seconds", type=float, help="seconds to time each call for")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="providers, by start of name")
+    parser.add_argument(
+        "--no-compiled", action="store_true", help="leave out what torch.compile makes"
+    )
+    parser.add_argument("--seconds", type=float, help="seconds of timing per call")
+    parser.add_argument("--minutes", type=float, help="begin no problem after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument(
+        "--plot-only", type=Path, metavar="FOLDER", help="redraw the plots of measured results"
+    )
     return parser.parse_args(arguments)
 
 
 def choose_device(word: str | None) -> torch.device:
-    """The device of a word, CUDA where there is one by default; ValueError if it is not there."""
+    """Return the device of a word, by default CUDA if available.
+
+    Raises:
+        ValueError: the device is not available.
+    """
     word = word or ("cuda" if torch.cuda.is_available() else "cpu")
     if word.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"--device {word}: wanted cpu or cuda")
     device = torch.device(word)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+        raise ValueError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     return device
 
 
 def chosen_problems(options: argparse.Namespace, device: torch.device) -> list[Problem]:
-    """The problems asked for; on CUDA the batch-8 shape that has a target comes with the rest."""
+    """Return the chosen problems; on CUDA the default includes the batch-8 shape with a target."""
     shapes = options.shapes or (QUICK_SHAPES if options.quick else list(MODELS))
     batches = options.batches or ((1,) if options.quick else BATCHES)
     chosen = problems(shapes, batches, options.keys)
@@ -78,154 +96,123 @@ def chosen_problems(options: argparse.Namespace, device: torch.device) -> list[P
 
 def measure_all(
     chosen: list[Problem],
-    field: list[Contender],
+    found: list[Provider],
     device: torch.device,
     dtypes: list[str],
     effort: Effort,
     options: argparse.Namespace,
-    deadline: float = float("inf"),
-) -> tuple[list[ProblemRecord], dict[str, Rates]]:
-    """Every problem in every dtype, with a progress bar; each table is printed as it is known.
-
-    No problem is begun after `deadline`, on the clock of time.monotonic.
-    """
-    records: list[ProblemRecord] = []
+) -> tuple[list[Row], dict[str, Rates]]:
+    """Measure every problem in every dtype; print each table as soon as it is known."""
+    deadline = time.monotonic() + 60.0 * (options.minutes or float("inf"))
+    rows: list[Row] = []
     rates: dict[str, Rates] = {}
-    total = len(dtypes) * len(chosen) * len(field) * STEPS_PER_CONTENDER
+    total = len(dtypes) * len(chosen) * len(found) * STEPS_PER_PROVIDER
     with tqdm(total=total, unit="step", smoothing=0.1, file=sys.stderr) as bar:
-
-        def tick() -> None:
-            bar.update()
-
         for name in dtypes:
             bar.set_description("rates")
-            rates[name] = measured_rates(device, DTYPES[name], options.quick)
+            rates[name] = now = measured_rates(device, DTYPES[name], options.quick)
             for problem in chosen:
                 if time.monotonic() > deadline:
                     break
                 bar.set_description(problem.name)
-                if any(contender.family in COMPILED for contender in field):
-                    # Compiled afresh for each shape, not made dynamic.
+                if any(provider.family in COMPILED for provider in found):
+                    # Each shape is compiled separately, not made dynamic.
                     torch._dynamo.reset()
                 if device.type == "cpu":
-                    # Near in time to what they are compared with, on a machine others use too.
+                    # A CPU is shared: rates and times are compared, so they are measured together.
                     now = measured_rates(device, DTYPES[name], options.quick)
                     rates[name] = faster(rates[name], now)
-                else:
-                    now = rates[name]
-                record = measure(
-                    problem,
-                    field,
-                    device,
-                    DTYPES[name],
-                    now,
-                    effort,
-                    tick=tick,
-                    seed=options.seed,
+                new = measure(
+                    problem, found, device, DTYPES[name], now, effort, bar.update, options.seed
                 )
-                records.append(record)
-                bar.write(problem_table(record), file=sys.stdout)
-    return records, rates
+                rows += new
+                bar.write(problem_table(new), file=sys.stdout)
+    return rows, rates
 
 
-def content(
-    records: list[ProblemRecord],
-    rates: dict[str, Rates],
-    absent: dict[str, str],
-    device: torch.device,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """What goes into the files: environment, ceilings, who was absent and why, rows."""
-    return {
-        "benchmark": "attn_bench",
-        "device": device_name(device),
-        "environment": environment(device),
-        "settings": settings,
-        "rates": {name: value.as_dict() for name, value in rates.items()},
-        "absent": absent,
-        "results": [row for record in records for row in record.rows()],
-    }
+def plot(rows: list[Row], rates: dict[str, Rates], device: str, folder: Path) -> None:
+    """Write a PNG of bars and one of the roofline for each dtype."""
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        of_dtype = [row for row in rows if row["dtype"] == dtype]
+        if not any(both_rows(group) for group in by_problem(of_dtype)):
+            continue
+        title = f"Cross-attention, {dtype}, {device}"
+        plot_bars(of_dtype, title, folder / f"attn_bench_{dtype}.png")
+        plot_roofline(of_dtype, rates[dtype], title, folder / f"attn_bench_{dtype}_roofline.png")
 
 
-def write_results(
-    records: list[ProblemRecord], report: dict[str, Any], folder: Path, plots: bool = True
-) -> list[Path]:
-    """The report and, where matplotlib is, a bar and a roofline PNG a dtype."""
-    written = write_report(folder, report)
-    drawable = [
-        record for record in records if any(entry.seconds("both") for entry in record.entries)
-    ]
-    if not plots or not drawable:
-        return written
-    try:
-        import matplotlib  # noqa: F401
-        from _plots import plot_bars, plot_roofline
-    except ImportError:
-        print("matplotlib is not installed: no PNG was written", file=sys.stderr)
-        return written
-    for dtype in dict.fromkeys(record.dtype for record in drawable):
-        of_dtype = [record for record in drawable if record.dtype == dtype]
-        title = f"Cross-attention, {dtype}, {report['device']}"
-        bars_png = folder / f"attn_bench_{dtype}.png"
-        roofline_png = folder / f"attn_bench_{dtype}_roofline.png"
-        fastest = functools.reduce(faster, (record.rates for record in of_dtype))
-        plot_bars(of_dtype, title, bars_png)
-        plot_roofline(of_dtype, fastest, title, roofline_png)
-        written += [bars_png, roofline_png]
-    return written
+def replot(folder: Path, output: Path) -> None:
+    """Redraw the plots of a folder of results; for a GPU draw the README's attn_bench.png too."""
+    rows = read_csv(folder / "attn_bench.csv")
+    known = json.loads((folder / "environment.json").read_text())["attn_bench"]
+    rates = {dtype: Rates(**values) for dtype, values in known["rates"].items()}
+    plot(rows, rates, known["device"], folder)
+    if gpu := known["environment"].get("gpu"):
+        plot_speed(rows, gpu["name"], output / "attn_bench.png")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark; returns what the files hold."""
+    """Run the whole benchmark; return the content of its files."""
     device = choose_device(options.device)
     dtypes = options.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])
     effort = QUICK if options.quick else FULL
     if options.seconds is not None:
         effort = effort._replace(seconds=options.seconds)
-    field, absent = contenders(device, options.only)
+    found, absent = providers(device, options.only)
     if options.quick:
-        field = [contender for contender in field if contender.name != "sdpa-math"]
+        found = [provider for provider in found if provider.name != "sdpa-math"]
+    if options.no_compiled:
+        found = [provider for provider in found if provider.family not in COMPILED]
     chosen = chosen_problems(options, device)
-    # Backward is timed on a kept forward pass, whose buffers must not be given away.
+    # Backward is timed on a kept forward pass, whose buffers must not be donated.
     torch._functorch.config.donated_buffer = False
-    records, rates = measure_all(chosen, field, device, dtypes, effort, options)
-    settings = {
-        "quick": options.quick,
-        "dtypes": dtypes,
-        "seconds_a_call": effort.seconds,
-        "rounds_at_least": effort.rounds,
-        "seed": options.seed,
-        "tf32": torch.backends.cuda.matmul.allow_tf32 if device.type == "cuda" else False,
-    }
-    report = content(records, rates, absent, device, settings)
-    print(targets_table([target for record in records for target in record.targets()]))
-    noisy = [record.problem.name for record in records if record.noisy]
-    if noisy:
-        print(f"too noisy to hold to a target, the machine was busy: {', '.join(noisy)}")
+    rows, rates = measure_all(chosen, found, device, dtypes, effort, options)
+    groups = by_problem(rows)
+    print(targets_table([one for group in groups for one in targets(group, device.type)]))
+    if noisy := [name_of(group[0]) for group in groups if is_noisy(group)]:
+        print(f"too noisy for a target, the machine was busy: {', '.join(noisy)}")
     for name, why in absent.items():
         print(f"absent: {name}: {why}")
-    folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
-    for path in write_results(records, report, folder, not options.no_plots):
-        print(f"wrote {os.path.relpath(path)}")
+    report = {
+        "benchmark": "attn_bench",
+        "settings": {
+            "quick": options.quick,
+            "dtypes": dtypes,
+            "seconds_a_call": effort.seconds,
+            "rounds_at_least": effort.rounds,
+            "seed": options.seed,
+            "tf32": device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        },
+        "rates": {name: asdict(value) for name, value in rates.items()},
+        "absent": absent,
+        "results": rows,
+    }
+    folder = write_report(report, device, options.output)
+    if not options.no_plots:
+        plot(rows, rates, device_name(device), folder)
     return report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 when a contender of sefi's own was wrong, 2 for bad arguments."""
+    """Return 0, 1 when a backend of sefi_fast failed its check, or 2 for bad arguments."""
     keep_freed_memory()
+    options = parse(arguments)
     try:
-        report = run(parse(arguments))
-    except ValueError as error:
+        if options.plot_only:
+            replot(options.plot_only, options.output or options.plot_only)
+            return 0
+        report = run(options)
+    except (ValueError, OSError) as error:
         print(f"attn_bench: {error}", file=sys.stderr)
         return 2
-    wrong = {
-        row["contender"]
+    failed = {
+        row["provider"]
         for row in report["results"]
-        if row["contender"].startswith("sefi-") and row["verdict"].startswith("wrong")
+        if row["provider"].startswith("sefi-") and row["status"].startswith("fail")
     }
-    if wrong:
-        print(f"WRONG results from {', '.join(sorted(wrong))}", file=sys.stderr)
-    return 1 if wrong else 0
+    if failed:
+        print(f"FAILED: {', '.join(sorted(failed))}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

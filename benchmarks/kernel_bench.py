@@ -1,11 +1,15 @@
-"""What each kernel of forward and backward takes on a CUDA device, by PyTorch's profiler.
+"""Times of a call's kernels on a CUDA device, by PyTorch's profiler, and of the host per call.
 
-python benchmarks/kernel_times.py
-python benchmarks/kernel_times.py --shapes sd15:4096 --batches 1 16 --only sefi-triton sdpa-cudnn
-python benchmarks/kernel_times.py --batches 1 --cold all data nothing    # to kernel_times_cold.csv
+    python benchmarks/kernel_bench.py
+    python benchmarks/kernel_bench.py --shapes sd15:4096 --only sefi-triton sdpa-cudnn
+    python benchmarks/kernel_bench.py --cold all data nothing   # to kernel_times_cold.csv
+    python benchmarks/kernel_bench.py --host                    # the host's times alone
 
-A kernel that is started early, as those of the C++ backend that add up, waits for the one before
-it, and its time counts from its start: the whole call's is attn_bench.py's.
+A kernel that starts early, as the reductions of the C++ backend do, waits for the one before it.
+Its time counts from its start: attn_bench.py measures the whole call.
+
+The host's time is the time until a call returns, of few rows and one head, so that a device keeps
+up. Without a GPU, Triton gets a device that runs no kernel, and its backend is called directly.
 """
 
 from __future__ import annotations
@@ -14,33 +18,47 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
-for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
-    if _place not in sys.path:
-        sys.path.append(_place)
-
-import torch  # noqa: E402
-from _contenders import Contender, contenders  # noqa: E402
-from _measure import FLUSH_BYTES  # noqa: E402
-from _rates import device_name  # noqa: E402
-from _reference import make_inputs  # noqa: E402
-from _report import environment, table, write_report  # noqa: E402
-from _run import reason  # noqa: E402
-from _shapes import Problem, problems  # noqa: E402
-from _workload import Workload  # noqa: E402
+import torch
+from common.providers import EAGER, Provider, Workload, providers
+from common.reference import Inputs, make_inputs
+from common.report import Row, reason, table, write_report
+from common.shapes import Problem, problems
+from common.timing import FLUSH_BYTES
 
 CALLS = 10
+HOST_CALLS, HOST_ROUNDS = 50, 9
+HOST_PROBLEM = Problem("custom", 16, 40, 1)
+IDLE = "sefi-triton, nothing started"
 # The write that empties the L2 cache before each call.
 _FLUSH = re.compile(r"FillFunctor|Memset", re.I)
 
 
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--host", action="store_true", help="times of the host only; needs no GPU")
+    parser.add_argument("--shapes", nargs="+", default=["sd15", "sdxl"], metavar="SHAPE")
+    parser.add_argument("--batches", nargs="+", type=int, default=[16], metavar="B")
+    parser.add_argument(
+        "--only", nargs="+", default=["sefi-triton", "sefi-cuda", "sdpa-cudnn"], metavar="NAME"
+    )
+    parser.add_argument(
+        "--cold", nargs="+", choices=("all", "data", "nothing"), default=["all"],
+        help="content missing from the L2 cache when a call begins; data: all but kernels' code",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
+    return parser.parse_args(arguments)
+
+
 def short_name(name: str) -> str:
-    """A kernel's own name and the numbers it is made for, without namespaces and arguments."""
+    """Return a kernel's name and its template's numbers, without namespaces and arguments."""
     bare = re.sub(r"\([^()]*\)$", "", name.strip().removeprefix("void "))
     head, _, parameters = bare.partition("<")
     numbers = re.findall(r"(?<![\w:])\(?(?:int\))?(\d+)(?![\w:])", parameters)
@@ -51,9 +69,9 @@ def short_name(name: str) -> str:
 def last_calls(
     events: Iterable[tuple[float, str, float]], calls: int = CALLS
 ) -> list[tuple[str, float]]:
-    """(name, microseconds) of the second half of each of `calls` equal stretches.
+    """Return (name, microseconds) of the second half of each of `calls` equal stretches.
 
-    events: (when it began, name, microseconds), the cache's flush among them.
+    events: (start, name, microseconds), those of the cache's flush included.
     """
     ordered = [event[1:] for event in sorted(events) if not _FLUSH.search(event[1])]
     each = len(ordered) // calls
@@ -61,7 +79,7 @@ def last_calls(
 
 
 def by_kernel(events: Iterable[tuple[str, float]], calls: int = CALLS) -> dict[str, float]:
-    """Seconds a call of each kernel, from (name, microseconds) of every run in `calls` calls."""
+    """Return seconds a call of each kernel from (name, microseconds) of every run."""
     totals: dict[str, float] = {}
     for name, microseconds in events:
         if not _FLUSH.search(name):
@@ -71,114 +89,150 @@ def by_kernel(events: Iterable[tuple[str, float]], calls: int = CALLS) -> dict[s
 
 
 def profile(
-    workload: Workload, device: torch.device, before: Workload | None = None, flushed: bool = True
+    provider: Provider, problem: Problem, device: torch.device, cold: str
 ) -> dict[str, float]:
-    """Seconds a call of each kernel; flushed: behind a write that empties the L2 cache each time.
+    """Return seconds a call of each kernel.
 
-    before: the same call on other tensors, which brings the kernels' code back into the cache.
+    Unless cold is "nothing", a write empties the L2 cache before each call. With "data", the same
+    call on other tensors follows the write and brings the kernels' code back into the cache.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    calls = [one.call("both") for one in (before, workload) if one is not None]
+    calls = [
+        Workload(provider, make_inputs(problem, device, torch.bfloat16)).call("both")
+        for _ in range(2 if cold == "data" else 1)
+    ]
     for call in 3 * calls:
         call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(CALLS):
-            if flushed:
+            if cold != "nothing":
                 flush.zero_()
             for call in calls:
                 call()
         torch.cuda.synchronize()
     events = [
         (event.time_range.start, event.name, event.device_time)
-        for event in profiler.events()
+        for event in profiler.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    return by_kernel(last_calls(events) if before else [event[1:] for event in events])
+    return by_kernel(last_calls(events) if cold == "data" else [event[1:] for event in events])
 
 
-def rows_of(
-    problem: Problem, contender: Contender, kernels: dict[str, float], cold: str = "all"
-) -> list[dict]:
-    """A flat row a kernel, the longest first."""
-    ordered = sorted(kernels.items(), key=lambda item: -item[1])
+def rows_of(problem: Problem, provider: str, kernels: dict[str, float], cold: str) -> list[Row]:
+    """Return a flat row a kernel, the longest first."""
     return [
         {
             "layer": problem.layer,
             "batch": problem.batch,
-            "contender": contender.name,
+            "provider": provider,
             "kernel": name,
-            "cold": cold,
             "seconds": seconds,
             "picoseconds_a_row": seconds / problem.rows * 1e12,
+            "cold": cold,
         }
-        for name, seconds in ordered
+        for name, seconds in sorted(kernels.items(), key=lambda item: -item[1])
     ]
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["sd15", "sdxl"], metavar="SHAPE")
-    parser.add_argument("--batches", nargs="+", type=int, default=[16], metavar="B")
-    parser.add_argument(
-        "--only", nargs="+", default=["sefi-triton", "sefi-cuda", "sdpa-cudnn"], metavar="NAME"
-    )
-    parser.add_argument(
-        "--cold", nargs="+", choices=("all", "data", "nothing"), default=["all"],
-        help="what is not in the L2 cache when a call begins; data: all but the kernels' code",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    return parser.parse_args(arguments)
-
-
-def run(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Every contender on every layer; the report, which is written too."""
-    field, absent = contenders(device, options.only)
-    field = [contender for contender in field if contender.family != "eager"]
-    found: list[dict] = []
+def measure_kernels(options: argparse.Namespace, device: torch.device) -> None:
+    """Measure every provider on every layer; print and write the results."""
+    found, absent = providers(device, options.only)
+    found = [provider for provider in found if provider is not EAGER]
+    rows: list[Row] = []
     chosen = problems(options.shapes, options.batches)
-    for problem, contender, cold in product(chosen, field, options.cold):
+    for problem, provider, cold in product(chosen, found, options.cold):
         try:
-            workload, *before = (
-                Workload(contender, make_inputs(problem, device, torch.bfloat16))
-                for _ in range(2 if cold == "data" else 1)
-            )
-            with contender.context():
-                kernels = profile(workload, device, *before, flushed=cold != "nothing")
-        except Exception as error:  # noqa: BLE001 - one that cannot leaves the others theirs
-            print(f"{problem.name}, {contender.name}: {reason(error)}", file=sys.stderr)
+            kernels = profile(provider, problem, device, cold)
+        except Exception as error:  # noqa: BLE001 - one that fails must not lose the others' times
+            print(f"{problem.name}, {provider.name}: {reason(error)}", file=sys.stderr)
             continue
-        rows = rows_of(problem, contender, kernels, cold)
-        found += rows
+        new = rows_of(problem, provider.name, kernels, cold)
+        rows += new
         cells = [
             [row["kernel"], f"{row['seconds'] * 1e6:.1f}", f"{row['picoseconds_a_row']:.0f}"]
-            for row in rows
+            for row in new
         ]
-        print(f"\n{problem.name}, {contender.name}, cold: {cold}")
+        print(f"\n{problem.name}, {provider.name}, cold: {cold}")
         print(table(["kernel", "us", "ps a row"], cells))
-    report = {
-        "benchmark": "kernel_times" if options.cold == ["all"] else "kernel_times_cold",
-        "environment": environment(device),
-        "absent": absent,
-        "results": found,
-    }
-    folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
-    for written in write_report(folder, report):
-        print(f"wrote {os.path.relpath(written)}")
-    return report
+    name = "kernel_times" if options.cold == ["all"] else "kernel_times_cold"
+    write_report({"benchmark": name, "absent": absent, "results": rows}, device, options.output)
+
+
+def _idle_calls(inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """Return forward and backward of the Triton backend on a device that runs no kernel."""
+    from common.idle_driver import IdleDriver
+    from sefi_fast.kernels import Device
+
+    from sefi_fast.ops import triton as backend
+
+    IdleDriver().install()
+    backend._device = lambda _: Device(90, 132, False)  # type: ignore[assignment]
+    query, key, value, reference = (tensor.detach() for tensor in inputs[:4])
+    rest = (query, key, value, reference, None, None, None)
+    options: dict[str, Any] = {"probs_all_heads": False, "scale": inputs.scale}
+    needs = (True, True, True, False)
+
+    def forward() -> object:
+        return backend.forward(*rest, **options)
+
+    def backward() -> object:
+        return backend.backward(
+            inputs.grad_output, inputs.grad_subject_loss, None, *rest,
+            reference_grad=False, needs=needs, **options,
+        )  # fmt: skip
+
+    return {"forward": forward, "backward": backward}
+
+
+def host_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median over rounds of the mean seconds until a call returns."""
+    seconds = []
+    for _ in range(HOST_ROUNDS + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        seconds.append((time.perf_counter() - start) / HOST_CALLS)
+    return median(seconds[1:])
+
+
+def measure_host(options: argparse.Namespace, device: torch.device) -> None:
+    """Measure the host's time of every provider; print and write the results."""
+    inputs = make_inputs(HOST_PROBLEM, device, torch.bfloat16)
+    calls: dict[str, dict[str, Callable[[], object]]] = {}
+    for provider in providers(device, ["sefi-triton", "sefi-cuda", "sefi-cpu", "sdpa"])[0]:
+        workload = Workload(provider, inputs)
+        calls[provider.name] = {way: workload.call(way) for way in ("both", "forward")}
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        calls[IDLE] = _idle_calls(inputs)
+    rows: list[Row] = [
+        {"provider": name, "direction": direction, "seconds": host_seconds(call, device)}
+        for name, directions in calls.items()
+        for direction, call in directions.items()
+    ]
+    cells = [[row["provider"], row["direction"], f"{row['seconds'] * 1e6:.0f}"] for row in rows]
+    print(table(["provider", "direction", "host us per call"], cells))
+    report = {"benchmark": "host_times", "problem": HOST_PROBLEM.name, "results": rows}
+    write_report(report, device, options.output)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 2 where there is no CUDA device or a word fits nothing."""
+    """Return 0, or 2 without a CUDA device or for a word that fits nothing."""
     options = parse(arguments)
-    if not torch.cuda.is_available():
-        print("kernel_times: no CUDA device on this machine", file=sys.stderr)
+    cuda = torch.cuda.is_available()
+    if not cuda and not options.host:
+        print("kernel_bench: no CUDA device; --host measures the host's times", file=sys.stderr)
         return 2
+    device = torch.device("cuda" if cuda else "cpu")
     try:
-        run(options, torch.device("cuda"))
+        if not options.host:
+            measure_kernels(options, device)
+        torch.set_num_threads(1)
+        measure_host(options, device)
     except ValueError as error:
-        print(f"kernel_times: {error}", file=sys.stderr)
+        print(f"kernel_bench: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -22,18 +22,19 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-_ROOT = Path(__file__).resolve().parent.parent
-for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
-    if _place not in sys.path:
-        sys.path.append(_place)
+# Triton reads this when the kernels are imported; the interpreter compiles nothing.
+if __name__ in ("__main__", "__mp_main__"):
+    os.environ.pop("TRITON_INTERPRET", None)
 
-from _occupancy import occupancy  # noqa: E402
-from _report import table, write_csv  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from common.aot_compile import HEAD_DIMS, compile_launch, example_launches
+from common.occupancy import occupancy
+from common.report import table, write_csv
+from tqdm import tqdm
 
+_CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100)
 BACKENDS = ("triton", "cuda")
-HEAD_DIMS = (40, 64, 80, 160)
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = 4096
 # The CUDA C++ kernels of the matrix units. The others take what these do not, at no set rate.
@@ -67,11 +68,11 @@ _CUDA_USE = re.compile(
 
 
 class Row(NamedTuple):
-    """One compiled kernel; None where the launch of a CUDA C++ kernel decides.
+    """One compiled kernel; None where a CUDA C++ launch decides.
 
-    variant: template arguments of CUDA C++ behind head_dim and dtype, or a gradient of Triton's.
+    variant: template arguments of CUDA C++ after head_dim and dtype, or a gradient of Triton's.
     spill_bytes: stored and loaded. matrix_instructions: in Triton's PTX or the machine code of CUDA
-    C++; warp_group_instructions: those of Hopper among them. serialized: see compile.Report.
+    C++, warp_group_instructions: those of Hopper among them. serialized: see aot_compile.Report.
     """
 
     backend: str
@@ -95,15 +96,12 @@ class Row(NamedTuple):
 
     @property
     def exception(self) -> str | None:
-        """Why the spills of this kernel are accepted, or None."""
+        """Return why the spills of this kernel are accepted, or None."""
         return EXCEPTIONS.get((self.backend, self.kernel, self.capability, self.head_dim))
 
 
 def compile_triton(capability: int, head_dim: int, dtype: str) -> list[Row]:
     """Compile the Triton kernels of one training call with the loss, without a GPU."""
-    import torch
-    from common.aot_compile import compile_launch, example_launches
-
     rows = []
     launches = example_launches(capability, getattr(torch, dtype), head_dim, ROWS)
     for name, launch in launches.items():
@@ -124,7 +122,7 @@ def compile_triton(capability: int, head_dim: int, dtype: str) -> list[Row]:
 
 
 def _tool(name: str) -> str | None:
-    """A program of the CUDA toolkit, in CUDA_HOME, PATH, /usr/local/cuda or Triton's package."""
+    """Find a program of the CUDA toolkit: CUDA_HOME, PATH, /usr/local/cuda, Triton's package."""
     if home := os.environ.get("CUDA_HOME"):
         places = [f"{home}/bin/{name}"]
     else:
@@ -149,15 +147,16 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def compile_cuda(source: Path, capability: int) -> list[Row]:
-    """Compile one CUDA C++ source and read every kernel in it.
+    """Compile one CUDA C++ source and return a row for every kernel in it.
 
-    Raises RuntimeError with the compiler's words where it fails.
+    Raises:
+        RuntimeError: the compiler failed; the message holds its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / "kernels.cubin")
         target = "sm_90a" if capability == 90 else f"sm_{capability}"
         log = _run(
-            "nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-I", str(_ROOT / "csrc"), f"-arch={target}",
+            "nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-I", str(_CSRC), f"-arch={target}",
             "-Xptxas=-v", "-cubin", str(source), "-o", cubin,
         )  # fmt: skip
         listing = _run("cuobjdump", "-sass", cubin)
@@ -186,12 +185,12 @@ def compile_cuda(source: Path, capability: int) -> list[Row]:
 
 
 def failures(row: Row) -> list[str]:
-    """Return the losses of a kernel, except spills that EXCEPTIONS lists."""
+    """Return the problems of a kernel, except spills that EXCEPTIONS lists."""
     lost = []
     if row.spill_bytes and row.exception is None:
         lost.append(f"{row.spill_bytes} bytes of spills")
     if row.blocks_resident == 0:
-        lost.append(f"{row.shared_bytes} bytes of shared memory fit on no multiprocessor")
+        lost.append(f"{row.shared_bytes} bytes of shared memory do not fit on a multiprocessor")
     if row.dtype != "float32" and not row.matrix_instructions:
         lost.append("no matrix instruction")
     elif row.dtype != "float32" and row.backend == "triton" and row.capability == 90:
@@ -203,20 +202,20 @@ def failures(row: Row) -> list[str]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line of the report."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), metavar="SM")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), metavar="D")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="fail on spills or lost instructions")
     return parser.parse_args(arguments)
 
 
 def compile_all(options: argparse.Namespace) -> list[Row]:
-    """Compile every case asked for, in order, over some processes."""
+    """Compile all chosen cases, in order, in some processes."""
     tasks: list[Callable[[], list[Row]]] = []
     if "triton" in options.backends:
         tasks += [
@@ -228,16 +227,13 @@ def compile_all(options: argparse.Namespace) -> list[Row]:
             print(f"the CUDA C++ kernels are not in this report: {reason}")
         else:
             tasks += [
-                partial(compile_cuda, _ROOT / "csrc" / "cuda" / f"{source}.cu", capability)
+                partial(compile_cuda, _CSRC / "cuda" / f"{source}.cu", capability)
                 for capability, source in product(options.arch, CUDA_SOURCES)
             ]
-    if options.jobs <= 1:
-        found = [task() for task in tqdm(tasks)]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-            futures = [pool.submit(task) for task in tasks]
-            found = [future.result() for future in tqdm(futures)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        found = [future.result() for future in tqdm(futures)]
     return [
         row
         for rows in found
@@ -247,11 +243,8 @@ def compile_all(options: argparse.Namespace) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 1 with --check when a kernel lost something that EXCEPTIONS does not list."""
+    """Return 1 with --check when a kernel has a problem that EXCEPTIONS does not list, else 0."""
     options = parse(arguments)
-    # Interpreting would prevent compiling, in the workers too; Triton reads both late.
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     rows = compile_all(options)
     print(f"\n77 keys, {ROWS} rows, with the loss")
     cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]

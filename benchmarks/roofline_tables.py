@@ -1,4 +1,4 @@
-"""Prints the roofline of the cross-attention as Markdown: per row, per layer, per device.
+"""Print the roofline of the cross-attention as Markdown: per row, per layer, per device.
 
 python benchmarks/roofline_tables.py
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from _roofline import DATASHEET, Direction, bound, kernel_work, work
-from _shapes import MODELS, Problem
+from common.roofline import DATASHEET, Direction, bound, kernel_work, work
+from common.shapes import MODELS, Problem
 
 _WIDTHS = (40, 64, 80, 160)
 _HALF = 2
@@ -18,13 +18,13 @@ _ONE_WAY: tuple[Direction, ...] = ("forward", "backward")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned right."""
+    """Return a Markdown table; all columns except the first are aligned right."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
 def row_table() -> str:
-    """What one row of one head takes, in 16-bit elements."""
+    """Return the work of one row of one head, in 16-bit elements."""
     rows = []
     for width in _WIDTHS:
         row = Problem("custom", 1, width, 1)
@@ -35,12 +35,12 @@ def row_table() -> str:
             + [f"{forward.exponentials:.0f}", f"{backward.exponentials:.0f}"]
             + [f"{forward.tile_flops / 1e3:.1f}", f"{backward.tile_flops / 1e3:.1f}"]
         )
-    head = ["head width", "bytes fwd", "bytes bwd", "exp fwd", "exp bwd", "kFLOP fwd", "kFLOP bwd"]
+    head = ["head_dim", "bytes fwd", "bytes bwd", "exp fwd", "exp bwd", "kFLOP fwd", "kFLOP bwd"]
     return markdown(head, rows)
 
 
 def device_table() -> str:
-    """The least picoseconds a row and head of each device, and the unit that sets them."""
+    """Return the least picoseconds per row and head of each device, and the unit that sets them."""
     rows = []
     for width in _WIDTHS:
         row, cells = Problem("custom", 1, width, 1), [str(width)]
@@ -49,18 +49,18 @@ def device_table() -> str:
                 least = bound(work(row, _HALF, direction), rates)
                 cells.append(f"{least.seconds * 1e12:.0f} {_SHORT[least.unit]}")
         rows.append(cells)
-    head = ["head width", *(f"{name} {way}" for name in DATASHEET for way in ("fwd", "bwd"))]
+    head = ["head_dim", *(f"{name} {way}" for name in DATASHEET for way in ("fwd", "bwd"))]
     return markdown(head, rows)
 
 
 def kernel_table() -> str:
-    """The Triton kernels' own floors a row on each device, and the roofline share they leave.
+    """Return the least picoseconds per row of each Triton kernel, and the largest roofline share.
 
-    The share is given for dQ, dK and dV in one kernel, in two (dQ alone) and in three.
+    The share is that of dQ, dK and dV in one kernel, in two (dQ alone) and in three.
     """
     rows = []
-    names = ("forward", "backward", "backward_query", "backward_key_value")
-    names += tuple(f"backward_key_value ({grad})" for grad in ("grad_key", "grad_value"))
+    names = ["forward", "backward", "backward_query", "backward_key_value"]
+    names += [f"backward_key_value ({grad})" for grad in ("grad_key", "grad_value")]
     for width in _WIDTHS:
         row = Problem("custom", 1, width, 1)
         for rates in DATASHEET.values():
@@ -74,12 +74,12 @@ def kernel_table() -> str:
             rows.append(
                 [f"{width}, {rates.name}", *cells, f"{one:.0%}", f"{together:.0%}", f"{apart:.0%}"]
             )
-    head = ["head width, device", "forward", "dQ dK dV", "dQ", "dK dV", "dK", "dV"]
+    head = ["head_dim, device", "forward", "dQ dK dV", "dQ", "dK dV", "dK", "dV"]
     return markdown([*head, "most, in one", "most, in two", "most, in three"], rows)
 
 
 def layer_table(batch: int) -> str:
-    """The least microseconds of each layer at a batch, forward / backward."""
+    """Return the least microseconds of each layer at a batch, forward / backward."""
     rows = []
     for model, layers in MODELS.items():
         for layer in layers:

@@ -1,7 +1,7 @@
 """Time, memory and parts of one training step: sefi_fast, the method written plainly, its peer.
 
-On CUDA sefi_fast's step is timed as it runs, as a replayed graph, and taken apart operation by
-operation, which is slower.
+On CUDA sefi_fast's step is timed as a replayed graph, as it is used. Its parts are measured
+operation by operation, which is slower.
 
 python benchmarks/step_bench.py --quick
 python benchmarks/step_bench.py --models sd15 --batches 1 4 --dtype bfloat16
@@ -10,45 +10,90 @@ python benchmarks/step_bench.py --models sd15 --batches 1 4 --dtype bfloat16
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-_ROOT = Path(__file__).resolve().parent.parent
-for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
-    if _place not in sys.path:
-        sys.path.append(_place)
-# The profiler that counts allocations reports its own start and stop otherwise.
+# The profiler that counts allocations reports its start and stop otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
-import diffusers  # noqa: E402
-import torch  # noqa: E402
-from _measure import Effort  # noqa: E402
-from _rates import device_name  # noqa: E402
-from _report import environment, table, targets_table, time_text, write_report  # noqa: E402
-from _step_models import FULL_WIDTH, Architecture, reduced  # noqa: E402
-from _step_parts import PARTS  # noqa: E402
-from _step_run import CONTENDERS, StepEntry, StepRecord, measure_steps  # noqa: E402
-from attn_bench import DTYPES, choose_device  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import diffusers
+import torch
+from attn_bench import DTYPES, choose_device
+from common.attn_run import MOST_SPREAD
+from common.models import FULL_WIDTH, Architecture, random_pipeline, reduced
+from common.plots import plot_steps
+from common.rates import device_name
+from common.report import Row, Target, reason, table, targets_table, time_text, write_report
+from common.step_profile import PARTS, memory_of, profile_step
+from common.step_providers import PlainStep, SefiStep, TextualInversionStep, training_image
+from common.timing import Effort, interleaved_on
+from torch import Tensor
+from tqdm import tqdm
 
-from sefi_fast.utils.malloc import keep_freed_memory  # noqa: E402
+from sefi_fast import keep_freed_memory
+from sefi_fast.training import TrainConfig
 
+SEFI, PLAIN, INVERSION, NO_LOSS = "sefi", "plain-maps", "textual-inversion", "sefi-no-loss"
 FULL = Effort(20.0, 0.0, 9)
 QUICK = Effort(2.0, 0.0, 3)
-TICKS = 3 * len(CONTENDERS) + 1
+PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+_CHECKED_STEPS = 3
+# Largest relative differences of noise loss and subject loss between sefi and plain-maps. The first
+# updates of AdamW are signs, which rounding flips where a gradient is nearly zero.
+_TOLERANCES = {"float32": (1e-3, 0.05), "bfloat16": (0.05, 0.5), "float16": (0.05, 0.5)}
+
+
+class StepProvider(NamedTuple):
+    """One way to train a step."""
+
+    name: str
+    what: str
+    with_loss: bool
+    make: Callable[[Any, TrainConfig, Tensor, torch.dtype], Any]
+
+
+PROVIDERS = (
+    StepProvider(SEFI, "sefi_fast with the subject-wise attention loss", True, SefiStep),
+    StepProvider(
+        PLAIN, "the same method on diffusers' parts, cross-attention maps in memory", True,
+        PlainStep,
+    ),
+    StepProvider(
+        INVERSION,
+        "Textual Inversion as in diffusers' examples: image and prompt encoded each step, whole "
+        "token tables in AdamW", False, TextualInversionStep,
+    ),
+    StepProvider(NO_LOSS, "sefi_fast without the loss", False, SefiStep),
+)  # fmt: skip
+TICKS = 3 * len(PROVIDERS) + 1
+
+
+@dataclass
+class Entry:
+    """One provider on one architecture, and its figures if it passed its check."""
+
+    provider: StepProvider
+    losses: list[tuple[float, float]] = field(default_factory=list)
+    """(noise loss, subject loss) of the first steps."""
+    status: str = "pass"
+    figures: Row = field(default_factory=dict)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Command line; what depends on the device is filled in by `run`."""
+    """Parse the command line; `run` fills in what depends on the device."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds, smaller latents on a CPU")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on CUDA")
     parser.add_argument("--models", nargs="+", choices=list(FULL_WIDTH), default=list(FULL_WIDTH))
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="B")
-    parser.add_argument("--seconds", type=float, help="seconds to time each contender for")
+    parser.add_argument("--seconds", type=float, help="seconds of timing per provider")
     parser.add_argument("--full-width", action="store_true", help="full width on a CPU too")
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     parser.add_argument("--no-plots", action="store_true")
@@ -58,121 +103,210 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def architectures(options: argparse.Namespace, device: torch.device) -> list[Architecture]:
-    """Full width on CUDA, or where it is asked for; reduced width on a CPU."""
-    chosen = [FULL_WIDTH[name] for name in options.models]
-    if device.type == "cuda" or options.full_width:
-        return chosen
-    return [reduced(full, options.quick) for full in chosen]
+def make_step(
+    provider: StepProvider,
+    built: Architecture,
+    batch: int,
+    device: torch.device,
+    dtype: str,
+    capture: str = "auto",
+) -> tuple[Any, Any]:
+    """Return a provider's step and its pipeline, with the library's defaults at a constant rate."""
+    pipe = random_pipeline(built, device, DTYPES[dtype])
+    overrides = {"batch_size": batch, "precision": PRECISION[dtype], "capture": capture}
+    overrides |= {"schedule": "constant"} | ({} if provider.with_loss else {"weight_lambda": 0.0})
+    config = TrainConfig.from_overrides(overrides=overrides)
+    return provider.make(pipe, config, training_image(8 * built.latent), DTYPES[dtype]), pipe
 
 
-def record_table(record: StepRecord) -> str:
-    """Contenders of one architecture on a line each: time, memory, and milliseconds by part."""
-    built = record.built
-    title = (
-        f"\n{built.name}, widths {'/'.join(map(str, built.widths))}, latent {built.latent}x"
-        f"{built.latent}, batch {record.batch}, {record.dtype}: {built.note}"
-    )
-    head = ["contender", "loss", "step", "spread", "peak MiB", "held MiB", *PARTS]
-    return f"{title}\n{table(head, [_cells(entry) for entry in record.entries])}"
+def measure_steps(
+    built: Architecture,
+    batch: int,
+    device: torch.device,
+    dtype: str,
+    effort: Effort,
+    tick: Callable[[str], object] = lambda _: None,
+    providers: Sequence[StepProvider] = PROVIDERS,
+) -> list[Entry]:
+    """Check, time alternately, time parts, then measure memory with each provider alone.
+
+    A provider that fails its check gets no figures.
+    """
+    entries = list(map(Entry, providers))
+    ready: dict[str, tuple[Any, Any]] = {}
+    for entry in entries:
+        name = entry.provider.name
+        tick(f"{name}: check")
+        try:
+            ready[name] = make_step(entry.provider, built, batch, device, dtype)
+            entry.losses = [ready[name][0]() for _ in range(_CHECKED_STEPS)]
+        except Exception as error:  # noqa: BLE001 - a library may raise anything; the row says what
+            entry.status = f"not run: {reason(error)}"
+            ready.pop(name, None)
+    _compare_losses(entries, dtype)
+    passed = [entry for entry in entries if entry.status == "pass"]
+    tick("times")
+    calls = {entry.provider.name: ready[entry.provider.name][0] for entry in passed}
+    times = interleaved_on(device, calls, effort)
+    calls.clear()
+    for entry in passed:
+        name = entry.provider.name
+        tick(f"{name}: parts")
+        step, pipe = ready.pop(name)
+        if device.type == "cuda" and isinstance(step, SefiStep):
+            step, pipe = make_step(entry.provider, built, batch, device, dtype, capture="never")
+            step()
+        parts = profile_step(step, pipe, device, repeats=max(2, effort.rounds // 2))
+        del step, pipe
+        entry.figures = {
+            "seconds": times[name].median,
+            "fastest_seconds": times[name].fastest,
+            "spread": times[name].spread,
+            "rounds": times[name].rounds,
+            **{f"seconds_{part}": seconds for part, seconds in parts.items()},
+        }
+    ready.clear()
+    for entry in passed:
+        tick(f"{entry.provider.name}: memory")
+
+        def build(provider: StepProvider = entry.provider) -> Any:
+            return make_step(provider, built, batch, device, dtype)[0]
+
+        memory = memory_of(build, device)
+        entry.figures |= {"held_bytes": memory.held, "peak_bytes": memory.peak}
+    return entries
 
 
-def _cells(entry: StepEntry) -> list[str]:
-    contender = entry.contender
-    cells = [f"({contender.letter}) {contender.name}", "yes" if contender.with_loss else "no"]
-    if entry.timing is None or entry.memory is None:
-        return [*cells, entry.problem or "not measured"]
+def _compare_losses(entries: list[Entry], dtype: str) -> None:
+    """Set the status: losses are finite, and those of sefi are those of the plain step."""
+    for entry in entries:
+        if not all(map(math.isfinite, sum(entry.losses, ()))):
+            entry.status = f"fail: its losses are {entry.losses}"
+    passed = {entry.provider.name: entry for entry in entries if entry.status == "pass"}
+    ours, plain, no_loss = map(passed.get, (SEFI, PLAIN, NO_LOSS))
+    if ours is None or plain is None:
+        return
+    noise_off, subject_loss_off = _TOLERANCES[dtype]
+    for mine, other in zip(ours.losses, plain.losses, strict=True):
+        if not (
+            math.isclose(mine[0], other[0], rel_tol=noise_off)
+            and math.isclose(mine[1], other[1], rel_tol=subject_loss_off, abs_tol=1e-6)
+        ):
+            ours.status = f"fail: noise loss and subject loss {mine}, of the plain step {other}"
+    if no_loss and not math.isclose(no_loss.losses[0][0], plain.losses[0][0], rel_tol=noise_off):
+        no_loss.status = "fail: its noise loss is not the plain step's"
+
+
+def rows_of(entries: Sequence[Entry], built: Architecture, batch: int, dtype: str) -> list[Row]:
+    """Return one flat row a provider."""
     return [
-        *cells,
-        time_text(entry.timing.median),
-        f"{entry.timing.spread * 100:.0f}%",
-        f"{entry.memory.peak / 2**20:.1f}",
-        f"{entry.memory.held / 2**20:.1f}",
-        *(f"{entry.parts[part] * 1e3:.1f}" for part in PARTS),
+        {
+            "model": built.name,
+            "note": built.note,
+            "latent": built.latent,
+            "widths": "x".join(map(str, built.widths)),
+            "batch": batch,
+            "dtype": dtype,
+            "provider": entry.provider.name,
+            "what": entry.provider.what,
+            "with_loss": entry.provider.with_loss,
+            "status": entry.status,
+            **entry.figures,
+        }
+        for entry in entries
     ]
 
 
-def measure_all(
-    chosen: list[Architecture],
-    batches: list[int],
-    device: torch.device,
-    dtype: torch.dtype,
-    effort: Effort,
-) -> list[StepRecord]:
-    """Every architecture at every batch, with a progress bar; each table is printed when known."""
-    records = []
-    with tqdm(total=len(chosen) * len(batches) * TICKS, unit="part", file=sys.stderr) as bar:
+def targets(rows: Sequence[Row], device_type: str) -> list[Target]:
+    """Return speed against the plain method and Textual Inversion, memory against the latter.
+
+    Without speeds where times scatter too widely.
+    """
+    by_name = {row["provider"]: row for row in rows if "seconds" in row}
+    if SEFI not in by_name:
+        return []
+    ours, problem = by_name[SEFI], f"{rows[0]['model']} b{rows[0]['batch']}"
+    noisy = any(row["spread"] > MOST_SPREAD for row in by_name.values())
+    found: list[Target] = []
+    for what, name, least in (
+        ("times the plain method's speed", PLAIN, 3.0 if device_type == "cuda" else 1.0),
+        ("times Textual Inversion's speed", INVERSION, 1.0),
+    ):
+        if name in by_name and not noisy:
+            found.append((problem, what, by_name[name]["seconds"] / ours["seconds"], least))
+    if INVERSION in by_name:
+        less = by_name[INVERSION]["peak_bytes"] / ours["peak_bytes"]
+        found.append((problem, "times less peak memory than Textual Inversion", less, 1.0))
+    return found
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """Return a line a provider: time, memory, and milliseconds by part."""
+    lines = []
+    for row in rows:
+        line = [row["provider"], "yes" if row["with_loss"] else "no"]
+        if row["status"] != "pass":
+            lines.append([*line, row["status"]])
+            continue
+        line += [time_text(row["seconds"]), f"{row['spread'] * 100:.0f}%"]
+        line += [f"{row[f'{name}_bytes'] / 2**20:.1f}" for name in ("peak", "held")]
+        lines.append([*line, *(f"{row[f'seconds_{part}'] * 1e3:.1f}" for part in PARTS)])
+    first = rows[0]
+    title = (
+        f"\n{first['model']}, widths {first['widths']}, latent {first['latent']}, "
+        f"batch {first['batch']}, {first['dtype']}: {first['note']}"
+    )
+    head = ["provider", "loss", "step", "spread", "peak MiB", "held MiB", *PARTS]
+    return f"{title}\n{table(head, lines)}"
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the whole benchmark; return the content of its files."""
+    diffusers.utils.logging.set_verbosity_error()
+    device = choose_device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    effort = QUICK if options.quick else FULL
+    if options.seconds is not None:
+        effort = effort._replace(seconds=options.seconds)
+    chosen = [FULL_WIDTH[name] for name in options.models]
+    if device.type == "cpu" and not options.full_width:
+        chosen = [reduced(full, options.quick) for full in chosen]
+    rows: list[Row] = []
+    found: list[Target] = []
+    with tqdm(total=len(chosen) * len(options.batches) * TICKS, file=sys.stderr) as bar:
 
         def tick(what: str) -> None:
             bar.update()
             bar.set_description(what)
 
         for built in chosen:
-            for batch in batches:
-                record = measure_steps(built, batch, device, dtype, effort, tick)
-                records.append(record)
-                bar.write(record_table(record), file=sys.stdout)
-    return records
-
-
-def report_of(
-    records: list[StepRecord], device: torch.device, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """What goes into the files."""
-    return {
+            for batch in options.batches:
+                entries = measure_steps(built, batch, device, dtype, effort, tick)
+                new = rows_of(entries, built, batch, dtype)
+                bar.write(rows_table(new), file=sys.stdout)
+                rows += new
+                found += targets(new, device.type)
+    print(targets_table(found))
+    report = {
         "benchmark": "step_bench",
-        "device": device_name(device),
-        "environment": environment(device),
-        "settings": settings,
-        "contenders": {c.name: f"({c.letter}) {c.what}" for c in CONTENDERS},
-        "results": [row for record in records for row in record.rows()],
+        "settings": {
+            "quick": options.quick,
+            "dtype": dtype,
+            "batches": options.batches,
+            "seconds_a_provider": effort.seconds,
+            "rounds_at_least": effort.rounds,
+        },
+        "providers": {provider.name: provider.what for provider in PROVIDERS},
+        "results": rows,
     }
-
-
-def write_results(
-    records: list[StepRecord], report: dict[str, Any], folder: Path, plots: bool = True
-) -> list[Path]:
-    """The report and, where matplotlib is, a PNG."""
-    written = write_report(folder, report)
-    drawable = [r for r in records if any(entry.timing is not None for entry in r.entries)]
-    if not plots or not drawable:
-        return written
-    try:
-        from _step_plot import plot_steps
-    except ImportError:
-        print("matplotlib is not installed: no PNG was written", file=sys.stderr)
-        return written
-    plot_steps(drawable, f"One training step, {report['device']}", folder / "step_bench.png")
-    return [*written, folder / "step_bench.png"]
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark; returns what the files hold."""
-    diffusers.utils.logging.set_verbosity_error()
-    device = choose_device(options.device)
-    name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    effort = QUICK if options.quick else FULL
-    if options.seconds is not None:
-        effort = effort._replace(seconds=options.seconds)
-    chosen = architectures(options, device)
-    records = measure_all(chosen, options.batches, device, DTYPES[name], effort)
-    settings = {
-        "quick": options.quick,
-        "dtype": name,
-        "batches": options.batches,
-        "seconds_a_contender": effort.seconds,
-        "rounds_at_least": effort.rounds,
-    }
-    report = report_of(records, device, settings)
-    print(targets_table([target for record in records for target in record.targets()]))
-    folder = options.output or _ROOT / "benchmarks" / "results" / device_name(device)
-    for path in write_results(records, report, folder, not options.no_plots):
-        print(f"wrote {os.path.relpath(path)}")
+    folder = write_report(report, device, options.output)
+    if not options.no_plots and any("seconds" in row for row in rows):
+        plot_steps(rows, f"One training step, {device_name(device)}", folder / "step_bench.png")
     return report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 when a step of sefi_fast's own was wrong, 2 for bad arguments."""
+    """Return 0, 1 when a step of sefi_fast failed its check, or 2 for bad arguments."""
     keep_freed_memory()
     options = parse(arguments)
     try:
@@ -180,14 +314,14 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"step_bench: {error}", file=sys.stderr)
         return 2
-    wrong = {
-        row["contender"]
+    failed = {
+        row["provider"]
         for row in report["results"]
-        if row["contender"].startswith("sefi") and row["verdict"] != "right"
+        if row["provider"].startswith("sefi") and row["status"] != "pass"
     }
-    if wrong:
-        print(f"NO FIGURE from {', '.join(sorted(wrong))}", file=sys.stderr)
-    return 1 if wrong else 0
+    if failed:
+        print(f"FAILED: {', '.join(sorted(failed))}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Train many drawn creatures side by side on the bundled model, and show each on one sheet.
+"""Train many drawn creatures together on the bundled model, and show all on one sheet.
 
 python benchmarks/subjects_sheet.py --subjects 32 -o subjects_sheet
 
-Interrupted, the same command goes on. The creatures are identities that the bundled model has never
-seen; a judge that knows them by sight says for each how many of its five marks the images show.
+After an interruption the same command continues. The bundled model was not trained on these
+creatures. A classifier counts how many of the five marks of each the generated images show.
 """
 
 from __future__ import annotations
@@ -18,53 +18,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
-for _place in (str(_ROOT), str(_ROOT / "benchmarks")):
-    if _place not in sys.path:
-        sys.path.append(_place)
+from common.report import write_json, write_whole
+from PIL import Image
+from tqdm import tqdm
 
-from _report import write_json, write_whole  # noqa: E402
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from sefi_fast import attach, detach, generate, load_pipeline, train_many  # noqa: E402
-from sefi_fast.evaluation import Panel, contact_sheet  # noqa: E402
-from sefi_fast.subject import Subject  # noqa: E402
-from sefi_fast.tiny_world import CLASS_WORD, SAMPLING  # noqa: E402
-from sefi_fast.tiny_world.captions import SCENE_PHRASES  # noqa: E402
-from sefi_fast.tiny_world.drawing import (  # noqa: E402
-    SCENES,
-    Identity,
-    ImageSpec,
-    draw,
-    held_out_identities,
-)
-from sefi_fast.tiny_world.judge import Judge, Judgement  # noqa: E402
+from sefi_fast import attach, detach, generate, load_pipeline, train_many
+from sefi_fast.evaluation import Panel, contact_sheet
+from sefi_fast.subject import Subject
+from sefi_fast.tiny_world import CLASS_WORD, SAMPLING
+from sefi_fast.tiny_world.captions import SCENE_PHRASES
+from sefi_fast.tiny_world.drawing import SCENES, Identity, ImageSpec, draw, held_out_identities
+from sefi_fast.tiny_world.judge import Judge, Judgement
 
 IDENTITY_MARKS = ("colour", "second_colour", "pattern", "ears", "shape")
 SUBJECTS_A_ROW = 4
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--subjects", type=int, default=32)
-    parser.add_argument("--batch-subjects", type=int, default=8, help="side by side")
+    parser.add_argument("--batch-subjects", type=int, default=8, help="trained together")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--images", type=int, default=2, help="drawn of each subject")
+    parser.add_argument("--images", type=int, default=2, help="generated of each subject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--panel", type=int, default=80, help="side of an image on the sheet")
     parser.add_argument("-o", "--output", type=Path, default=Path("subjects_sheet"), help="folder")
     options = parser.parse_args(arguments)
     most = len(held_out_identities())
     if not 1 <= options.subjects <= most:
-        parser.error(f"--subjects {options.subjects}: there are 1 to {most} unseen identities")
+        parser.error(f"--subjects {options.subjects}: wanted 1 to {most} unseen identities")
     return options
 
 
 def chosen_creatures(count: int, seed: int) -> list[tuple[Identity, str]]:
-    """Unseen identities, each with the scene of its one image."""
+    """Return unseen identities, each with the scene of its one image."""
     rng = random.Random(seed)
     held_out = held_out_identities()
     rng.shuffle(held_out)
@@ -72,29 +61,29 @@ def chosen_creatures(count: int, seed: int) -> list[tuple[Identity, str]]:
 
 
 def write_manifest(creatures: Sequence[tuple[Identity, str]], folder: Path) -> Path:
-    """One image a creature and the CSV manifest that names them."""
+    """Write one image a creature and the CSV manifest that names them; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "class_word", "placeholder", "seed", "scene"])
     for number, (identity, scene) in enumerate(creatures):
         name = f"creature-{number:02d}.png"
-        picture, _ = draw(ImageSpec(identity, scene), 192)
-        write_whole(folder / name, lambda beside, picture=picture: picture.save(beside))
+        image, _ = draw(ImageSpec(identity, scene), 192)
+        write_whole(folder / name, image.save)
         writer.writerow([name, CLASS_WORD, f"<c{number}>", number, SCENE_PHRASES[scene]])
     path = folder / "manifest.csv"
-    write_whole(path, lambda beside: beside.write_text(text.getvalue()))
+    write_whole(path, lambda temporary: temporary.write_text(text.getvalue()))
     return path
 
 
 def scenes_for(seen: str, count: int) -> list[str]:
-    """Scenes that the creature's own image does not show."""
+    """Return scenes that the creature's training image does not show."""
     others = [scene for scene in SCENES if scene != seen]
     return [others[number % len(others)] for number in range(count)]
 
 
-def pictures_of(pipe: Any, subject: Subject, scenes: Sequence[str], seed: int) -> list[Image.Image]:
-    """One image of the subject a scene."""
+def images_of(pipe: Any, subject: Subject, scenes: Sequence[str], seed: int) -> list[Image.Image]:
+    """Generate one image of the subject for each scene."""
     attach(pipe, subject)
     try:
         return [
@@ -112,7 +101,7 @@ def pictures_of(pipe: Any, subject: Subject, scenes: Sequence[str], seed: int) -
 
 
 def marks_shown(identity: Identity, judgements: Sequence[Judgement]) -> float:
-    """Mean over images of how many of the five marks the judge sees rightly."""
+    """Return the mean number of the five marks that the judge finds in an image."""
     right = [
         judgement.labels[mark] == (getattr(identity, mark) or "none")
         for judgement in judgements
@@ -122,9 +111,9 @@ def marks_shown(identity: Identity, judgements: Sequence[Judgement]) -> float:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Train, draw, judge; leaves sheet.png and sheet.json in the folder."""
+    """Train, generate and judge; write sheet.png and sheet.json."""
     creatures = chosen_creatures(options.subjects, options.seed)
-    manifest = write_manifest(creatures, options.output / "pictures")
+    manifest = write_manifest(creatures, options.output / "images")
     results = train_many(
         manifest,
         output=options.output / "subjects",
@@ -140,11 +129,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     pairs = zip(creatures, results, strict=True)
     for (identity, scene), result in tqdm(pairs, total=len(results), unit="creature"):
         if result.subject is None:
-            raise RuntimeError(f"{result.name} was not learnt") from result.error
-        drawn = pictures_of(pipe, result.subject, scenes_for(scene, options.pictures), options.seed)
-        marks = marks_shown(identity, judge(drawn))
-        given = Image.open(options.output / "pictures" / f"{result.name}.png")
-        panels.append([Panel(given, "given"), *(Panel(one, f"{marks:.1f}/5") for one in drawn)])
+            raise RuntimeError(f"{result.name} was not trained") from result.error
+        images = images_of(pipe, result.subject, scenes_for(scene, options.images), options.seed)
+        marks = marks_shown(identity, judge(images))
+        given = Image.open(options.output / "images" / f"{result.name}.png")
+        panels.append([Panel(given, "given"), *(Panel(one, f"{marks:.1f}/5") for one in images)])
         found.append({"name": result.name, "marks": round(marks, 2), **vars(identity)})
     rows = [
         ("", [panel for group in panels[start : start + SUBJECTS_A_ROW] for panel in group])
@@ -153,10 +142,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     mean = sum(one["marks"] for one in found) / len(found)
     title = f"{len(found)} creatures from one image each, in other scenes: {mean:.1f} of 5 marks"
     sheet = contact_sheet(rows, title=title, panel_size=options.panel)
-    # A palette is a third of the size, and drawings have few colours.
+    # A palette takes a third of the bytes, and drawings have few colors.
     small = sheet.quantize(256, dither=Image.Dither.NONE)
     path = options.output / "sheet.png"
-    write_whole(path, lambda beside: small.save(beside, optimize=True))
+    write_whole(path, lambda temporary: small.save(temporary, optimize=True))
     report = {
         "settings": {"steps": options.steps, "batch_size": options.batch_size},
         "mean_marks_of_5": round(mean, 2),
@@ -167,7 +156,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0 when every creature was learnt."""
+    """Return 0 when every creature was trained."""
     options = parse(arguments)
     report = run(options)
     print(json.dumps({"mean_marks_of_5": report["mean_marks_of_5"]}))

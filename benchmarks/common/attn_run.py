@@ -1,131 +1,289 @@
-"""One problem from inputs to record: check every contender, then measure those that are right."""
+"""Check and measure all providers on one problem; rows of the results, and ratios with a target."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from _contenders import Contender
-from _measure import Call, Effort, captured, interleaved, interleaved_cuda, memory
-from _rates import large_product, nine_products
-from _record import Entry, ProblemRecord
-from _reference import Inputs, Results, errors, float64_results, make_inputs, verdict
-from _roofline import DIRECTIONS, Rates, work
-from _shapes import Problem
-from _workload import Workload
 
+from common.providers import EAGER, Provider, Workload
+from common.rates import large_product, nine_products
+from common.reference import (
+    Inputs,
+    Results,
+    errors,
+    float64_results,
+    make_inputs,
+    problem_with,
+)
+from common.report import Row, Target, reason, table, time_text
+from common.roofline import DIRECTIONS, Direction, Rates, direction_bound, products, work
+from common.shapes import Problem
+from common.timing import (
+    Call,
+    Effort,
+    Memory,
+    Timing,
+    captured,
+    interleaved_cuda,
+    interleaved_on,
+    memory,
+)
+
+MOST_SPREAD = 0.3
+"""Largest spread of times that can be compared with a target: a busy machine has a larger one."""
+
+STEPS_PER_PROVIDER = 1 + len(DIRECTIONS)
 _LARGE = 1024
-STEPS_PER_CONTENDER = 1 + len(DIRECTIONS)
-SGEMM_SAME = "same shapes"
-SGEMM_LARGE = "large square"
+_SAME_SHAPES, _LARGE_SQUARE = "same shapes", "large square"
 
 
-def reason(error: Exception) -> str:
-    """One line of an error, without anything of this machine's paths."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return " ".join(word for word in text.split() if "/" not in word)[:160]
+@dataclass
+class _Entry:
+    """One provider on one problem. One that fails gets no figures."""
+
+    workload: Workload
+    status: str = "pass"
+    errors: dict[str, float] = field(default_factory=dict)
+    call_times: dict[str, Timing] = field(default_factory=dict)
+    """By the clock on the CPU, by events on CUDA."""
+    graph_times: dict[str, Timing] = field(default_factory=dict)
+    memory: Memory | None = None
+
+    @property
+    def provider(self) -> Provider:
+        return self.workload.provider
 
 
-def _check(
-    workload: Workload, wanted: Results, eager: dict[str, float] | None, dtype: torch.dtype
-) -> Entry:
-    contender = workload.contender
-    entry = Entry(contender.name, contender.family, contender.with_loss)
+def _check(entry: _Entry, true: Results, eager: dict[str, float], dtype: torch.dtype) -> None:
+    provider = entry.provider
     try:
-        with contender.context():
-            results = workload.results()
-    except Exception as error:  # noqa: BLE001 - whatever a library raises is why it has no figure
-        entry.unavailable = reason(error)
-        return entry
-    entry.errors = errors(results, wanted)
-    strict = contender.family == "sefi" and eager is not None
-    entry.wrong = verdict(entry.errors, eager or {}, dtype, strict)
-    return entry
+        with provider.context():
+            results = entry.workload.results()
+    except Exception as error:  # noqa: BLE001 - a library may raise anything; the row says what
+        entry.status = f"not run: {reason(error)}"
+        return
+    entry.errors = errors(results, true)
+    strict = provider.family == "sefi" and bool(eager)
+    if wrong := problem_with(entry.errors, eager, dtype, strict):
+        entry.status = f"fail: {wrong}"
 
 
 def _checked(
-    contenders: list[Contender], inputs: Inputs, dtype: torch.dtype, tick: Callable[[], None]
-) -> list[tuple[Workload, Entry]]:
-    """Every contender with its verdict; the eager maps come first and set the others' measure."""
+    chosen: list[Provider], inputs: Inputs, dtype: torch.dtype, tick: Callable[[], object]
+) -> list[_Entry]:
+    """Check every provider, the eager maps first: their error is the measure of the others'."""
     with_loss, plain = float64_results(inputs), float64_results(inputs, with_loss=False)
-    eager: dict[str, float] | None = None
-    found: list[tuple[Workload, Entry]] = []
-    for contender in sorted(contenders, key=lambda contender: contender.family != "eager"):
-        workload = Workload(contender, inputs)
-        entry = _check(workload, with_loss if contender.with_loss else plain, eager, dtype)
-        if contender.family == "eager" and entry.unavailable is None:
+    eager: dict[str, float] = {}
+    found = []
+    for provider in sorted(chosen, key=lambda one: one.name != EAGER.name):
+        entry = _Entry(Workload(provider, inputs))
+        _check(entry, with_loss if provider.with_loss else plain, eager, dtype)
+        if provider.name == EAGER.name:
             eager = entry.errors
-        found.append((workload, entry))
+        found.append(entry)
         tick()
     return found
 
 
-def _graph_times(sound: list[tuple[Workload, Entry]], direction: str, effort: Effort) -> None:
+def _time_graphs(entries: list[_Entry], direction: Direction, effort: Effort) -> None:
     replays: dict[str, Call] = {}
-    by_name = {entry.contender: entry for _, entry in sound}
-    for workload, entry in sound:
-        workload.release()
+    for entry in entries:
+        entry.workload.release()
         try:
-            replays[entry.contender] = captured(workload.call(direction))
-        except RuntimeError as error:
+            replays[entry.provider.name] = captured(entry.workload.call(direction))
+        except RuntimeError:
+            # Its plain calls are timed.
             torch.cuda.synchronize()
-            entry.no_graph = reason(error)
-    if replays:
-        for name, timing in interleaved_cuda(replays, effort).items():
-            by_name[name].graph_times[direction] = timing
-
-
-def _matrix_calls(inputs: Inputs, dtype: torch.dtype) -> dict[str, Call]:
-    large, _ = large_product(inputs.query.device, dtype, _LARGE)
-    return {SGEMM_SAME: nine_products(inputs), SGEMM_LARGE: large}
+    times = interleaved_cuda(replays, effort) if replays else {}
+    for entry in entries:
+        if timing := times.get(entry.provider.name):
+            entry.graph_times[direction] = timing
 
 
 def measure(
     problem: Problem,
-    contenders: list[Contender],
+    chosen: list[Provider],
     device: torch.device,
     dtype: torch.dtype,
     rates: Rates,
     effort: Effort,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], object] = lambda: None,
     seed: int = 0,
-) -> ProblemRecord:
-    """Check, then time in turns, then measure memory, all on the same calls.
+) -> list[Row]:
+    """Check, then time alternately, then measure memory, all on the same calls.
 
-    A contender whose results are off float64 gets no time and no memory figure. `tick` is called
-    STEPS_PER_CONTENDER times a contender.
+    A provider whose results differ from float64 gets no time and no memory figure. `tick` is called
+    STEPS_PER_PROVIDER times a provider.
     """
-    record = ProblemRecord(
-        problem, str(dtype).removeprefix("torch."), dtype.itemsize, device.type, rates
-    )
     inputs = make_inputs(problem, device, dtype, seed)
-    checked = _checked(contenders, inputs, dtype, tick)
-    record.entries = [entry for _, entry in checked]
-    sound = [(workload, entry) for workload, entry in checked if entry.sound]
+    entries = _checked(chosen, inputs, dtype, tick)
+    passed = [entry for entry in entries if entry.status == "pass"]
+    sgemm: dict[str, float] = {}
     for direction in DIRECTIONS:
-        calls = {entry.contender: workload.call(direction) for workload, entry in sound}
+        calls = {entry.provider.name: entry.workload.call(direction) for entry in passed}
+        if device.type == "cpu" and direction == "both":
+            calls[_SAME_SHAPES] = nine_products(inputs)
+            calls[_LARGE_SQUARE], large_flops = large_product(device, dtype, _LARGE)
+        times = interleaved_on(device, calls, effort)
+        for entry in passed:
+            entry.call_times[direction] = times[entry.provider.name]
+            entry.workload.release()
         if device.type == "cuda":
-            times = interleaved_cuda(calls, effort)
-        else:
-            if direction == "both":
-                calls |= _matrix_calls(inputs, dtype)
-            times = interleaved(calls, effort)
-        for workload, entry in sound:
-            entry.eager_times[direction] = times[entry.contender]
-            workload.release()
-        if device.type == "cuda":
-            _graph_times(sound, direction, effort)
+            _time_graphs(passed, direction, effort)
         elif direction == "both":
-            flops = work(problem, dtype.itemsize, "both").flops
-            rate = 2.0 * _LARGE**3 / times[SGEMM_LARGE].median
-            record.matrix_seconds = {
-                SGEMM_SAME: times[SGEMM_SAME].median,
-                SGEMM_LARGE: flops / rate,
+            share = work(problem, dtype.itemsize, "both").flops / large_flops
+            sgemm = {
+                "same": times[_SAME_SHAPES].median,
+                "large": share * times[_LARGE_SQUARE].median,
             }
-        for _ in contenders:
+        for _ in chosen:
             tick()
-    for workload, entry in sound:
-        workload.release()
-        entry.memory = memory(workload.call("both"), device)
-    return record
+    for entry in passed:
+        entry.workload.release()
+        entry.memory = memory(entry.workload.call("both"), device)
+    return [
+        _row(problem, dtype, rates, entry, direction, sgemm)
+        for entry in entries
+        for direction in DIRECTIONS
+    ]
+
+
+def _row(
+    problem: Problem,
+    dtype: torch.dtype,
+    rates: Rates,
+    entry: _Entry,
+    direction: Direction,
+    sgemm: dict[str, float],
+) -> Row:
+    """Return one flat row: shape, provider, status and, if it passed, the figures."""
+    with_loss = entry.provider.with_loss
+    row: Row = {
+        "model": problem.model,
+        "queries": problem.queries,
+        "head_dim": problem.head_dim,
+        "heads": problem.heads,
+        "batch": problem.batch,
+        "keys": problem.keys,
+        "dtype": str(dtype).removeprefix("torch."),
+        "provider": entry.provider.name,
+        "with_loss": with_loss,
+        "direction": direction,
+        "status": entry.status,
+        "worst_error": max(entry.errors.values(), default=None),
+    }
+    if entry.status != "pass":
+        return row
+    by_graph = direction in entry.graph_times
+    timing = (entry.graph_times if by_graph else entry.call_times)[direction]
+    work_ = work(problem, dtype.itemsize, direction, with_loss)
+    bound = direction_bound(problem, dtype.itemsize, rates, direction, with_loss)
+    row |= {
+        "seconds": timing.median,
+        "fastest_seconds": timing.fastest,
+        "spread": timing.spread,
+        "rounds": timing.rounds,
+        "timed_by": "graph replay" if by_graph else "call",
+        "call_seconds": entry.call_times[direction].median,
+        "products": products(direction, with_loss),
+        "gflops": work_.flops / timing.median * 1e-9,
+        "gigabytes_per_second": (work_.row_bytes + work_.key_bytes) / timing.median * 1e-9,
+        "roofline_seconds": bound.seconds,
+        "roofline_unit": bound.unit,
+        "roofline_share": bound.seconds / timing.median,
+    }
+    if direction == "both":
+        row |= {f"sgemm_share_{name}": seconds / timing.median for name, seconds in sgemm.items()}
+        if entry.memory is not None:
+            row |= {"peak_bytes": entry.memory.peak, "extra_bytes": entry.memory.extra}
+    return row
+
+
+def both_rows(rows: Sequence[Row]) -> dict[str, Row]:
+    """Return the measured rows of forward and backward together, by provider."""
+    return {
+        row["provider"]: row for row in rows if row["direction"] == "both" and row.get("seconds")
+    }
+
+
+def name_of(row: Row) -> str:
+    """Return the name of a row's problem."""
+    return f"{row['model']} {row['queries']}x{row['head_dim']} b{row['batch']}"
+
+
+def by_problem(rows: Sequence[Row]) -> list[list[Row]]:
+    """Split rows by problem and dtype, in their order."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(list(row.values())[:7]), []).append(row)
+    return list(groups.values())
+
+
+def is_noisy(rows: Sequence[Row]) -> bool:
+    """Say whether some provider's times scatter too widely for a comparison with a target."""
+    return any(row["spread"] > MOST_SPREAD for row in both_rows(rows).values())
+
+
+def targets(rows: Sequence[Row], device_type: str) -> list[Target]:
+    """Return ratios of the fastest fused backend on one problem; none if times are noisy.
+
+    Of float32 on a CPU, and of half precision on CUDA.
+    """
+    both, cpu = both_rows(rows), device_type == "cpu"
+    ours = [row for name, row in both.items() if name.startswith("sefi-") and name != "sefi-eager"]
+    if is_noisy(rows) or not ours or cpu != (rows[0]["dtype"] == "float32"):
+        return []
+    fused = min(ours, key=lambda row: row["seconds"])
+    head_dim, batch = fused["head_dim"], fused["batch"]
+    largest = (fused["queries"], head_dim) == (4096, 40)
+    found = {}
+    for name, what in (("same", _SAME_SHAPES), ("large", _LARGE_SQUARE)):
+        if share := fused.get(f"sgemm_share_{name}"):
+            found[f"share of sgemm, {what}"] = (share, 0.65)
+    plain = [row["seconds"] for name, row in both.items() if name.startswith("sdpa")]
+    if plain:
+        least = 1 / 1.1 if cpu and not largest else 1.0
+        found["times SDPA's speed without a loss"] = (min(plain) / fused["seconds"], least)
+    if not cpu and batch >= 16:
+        found["share of the roofline"] = (fused["roofline_share"], 0.8 if head_dim >= 80 else 0.6)
+    eager = both.get(EAGER.name)
+    if eager and (cpu or (largest and batch == 8)):
+        least = (1.6 if largest else 1.0) if cpu else 8.0
+        found["times eager maps' speed"] = (eager["seconds"] / fused["seconds"], least)
+        less = eager["extra_bytes"] / max(fused["extra_bytes"], 1)
+        found["times less extra memory than eager"] = (less, 10.0 if cpu else 20.0)
+    return [(name_of(fused), what, *pair) for what, pair in found.items()]
+
+
+def problem_table(rows: Sequence[Row]) -> str:
+    """Return the providers of one problem: times as medians, both directions' rates and memory."""
+    first, both = rows[0], both_rows(rows)
+    seconds = {(row["provider"], row["direction"]): row.get("seconds") for row in rows}
+    eager = seconds.get((EAGER.name, "both"))
+    lines = []
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        row = next(row for row in rows if row["provider"] == name)
+        line = [name, "yes" if row["with_loss"] else "no"]
+        if row["status"] != "pass":
+            lines.append([*line, row["status"]])
+            continue
+        row = both[name]
+        line += [f"{row['worst_error']:.1e}"]
+        line += [time_text(seconds[name, direction]) for direction in DIRECTIONS]
+        lines.append(
+            [
+                *line,
+                f"{row['spread'] * 100:.0f}%",
+                f"{row['gflops']:.0f}",
+                f"{row['gigabytes_per_second']:.1f}",
+                f"{row['roofline_share'] * 100:.0f}% {row['roofline_unit'][:4]}",
+                f"{row['extra_bytes'] / 2**20:.2f}",
+                f"{eager / row['seconds']:.2f}" if eager else "-",
+            ]
+        )
+    head = ["provider", "loss", "error", *DIRECTIONS, "spread"]
+    head += ["GFLOP/s", "GB/s", "roofline", "extra-MiB", "xeager"]
+    title = f"{name_of(first)}: {first['heads']} heads, {first['keys']} keys, {first['dtype']}"
+    return f"\n{title}\n{table(head, lines)}"

@@ -1,4 +1,4 @@
-"""The exponential rate of a CUDA device, by a kernel that does nothing else."""
+"""Exponential rate of a CUDA device, by a kernel that computes nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _exponentials(values, results, LOOPS: tl.constexpr, BLOCK: tl.constexpr):  #
 
 
 def exponentials_per_second(device: torch.device) -> float:
-    """float32 exponentials a second; eight independent chains a thread hide the unit's latency."""
+    """Measure float32 exponentials a second; eight chains a thread hide the unit's latency."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     programs = multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
     values = torch.rand(programs * _BLOCK, device=device)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step: PyTorch's counter and what it lacks."""
+"""Counter of floating-point operations that knows the operators of a training step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _backward_flops_plain(
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, told of sefi_fast's operator and of the CPU's self-attention."""
+    """Return PyTorch's counter with sefi_fast's operator and the CPU's self-attention added."""
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,

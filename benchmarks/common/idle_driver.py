@@ -1,4 +1,4 @@
-"""A device of Triton's that starts nothing: what a launch costs the host, and what it was given."""
+"""A device for Triton that runs no kernel: for host costs of launches, and for their arguments."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from triton.runtime import driver
 
 
 class Start(NamedTuple):
-    """One start of a kernel as Triton hands it to the device."""
+    """One start of a kernel as Triton gives it to the device."""
 
     kernel: int
-    """The device's handle of the compiled kernel: one a compiled kernel."""
+    """Handle of the compiled kernel."""
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
 
 
 class _Binaries:
-    """Loading gives a new handle; nothing is loaded."""
+    """Return a new handle for each load; load nothing."""
 
     def __init__(self) -> None:
         self.loaded = 0
@@ -39,7 +39,7 @@ class IdleDriver:
 
     Args:
         capability: major · 10 + minor of the device to compile for.
-        keep: note every start in `starts`.
+        keep: append every start to `starts`.
     """
 
     def __init__(self, capability: int = 90, keep: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines with random weights at the sizes of public configs, or narrower."""
+"""Random-weight Stable Diffusion pipelines at the sizes of public configs, or narrower."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from _shapes import TEXT_TOKENS
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -21,6 +20,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from common.shapes import TEXT_TOKENS
 from sefi_fast import bundled_model_path
 from sefi_fast.prompts import text_parts
 
@@ -61,12 +61,12 @@ class Architecture:
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether a second text encoder's pooled embedding, size and crop reach the U-Net."""
+        """Return whether the U-Net gets a second text encoder's pooled embedding, size and crop."""
         return len(self.texts) == 2
 
     @property
     def context_width(self) -> int:
-        """Width of what cross-attention reads: the text encoders' outputs side by side."""
+        """Return the width of the text encoders' outputs, concatenated."""
         return sum(text.width for text in self.texts)
 
 
@@ -101,7 +101,7 @@ FULL_WIDTH = {built.name: built for built in (SD15, SDXL)}
 
 
 class _Reduction(NamedTuple):
-    """How many times narrower the U-Net and each text encoder are, and the latent's side."""
+    """Divisors of the widths of U-Net and text encoders, and the side of the latent."""
 
     unet: int
     texts: tuple[int, ...]
@@ -114,7 +114,7 @@ _VAE_FACTOR = 8
 
 
 def reduced(full: Architecture, quick: bool) -> Architecture:
-    """The same depth, head widths and prompt length on a CPU's scale: fewer heads and channels.
+    """Return the same depth, head_dims and prompt length with fewer heads and channels, for a CPU.
 
     The U-Net of SD 1.5 becomes 8 times narrower (1 head of 40, 80 and 160), SDXL's 5 times (heads
     of 64). The latent of SD 1.5 keeps its side, that of SDXL a quarter of it; `quick` halves both.
@@ -197,7 +197,7 @@ def _vae(built: Architecture) -> AutoencoderKL:
 def random_pipeline(
     built: Architecture, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-    """A frozen pipeline with random weights: U-Net and VAE in `dtype`, text encoders in float32.
+    """Return a frozen random-weight pipeline: U-Net and VAE in `dtype`, text encoders in float32.
 
     The prompts are cut into tokens by the bundled model's tokenizer, which has few words; the
     token tables have all of CLIP's rows.

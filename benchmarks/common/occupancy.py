@@ -1,4 +1,4 @@
-"""How many blocks of a kernel fit on one multiprocessor, by registers, shared memory and warps."""
+"""Number of blocks of a kernel on one multiprocessor, by registers, shared memory and warps."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ RESERVED_SHARED = 1024
 
 
 class Occupancy(NamedTuple):
-    """Blocks and warps resident on a multiprocessor, and which limit sets them."""
+    """Resident blocks and warps of a multiprocessor, and the limit that sets them."""
 
     blocks: int
     warps: int
-    share: float
     limit: str
 
 
 def occupancy(capability: int, registers: int, warps: int, shared_bytes: int) -> Occupancy:
-    """Residency of a block of `warps` warps with `registers` a thread.
+    """Return the residency of a block of `warps` warps with `registers` a thread.
 
-    Raises ValueError for an architecture without a row in LIMITS.
+    Raises:
+        ValueError: LIMITS has no row for the architecture.
     """
     if capability not in LIMITS:
         known = ", ".join(map(str, LIMITS))
@@ -53,4 +53,4 @@ def occupancy(capability: int, registers: int, warps: int, shared_bytes: int) ->
     }
     limit = min(fits, key=lambda name: fits[name])
     blocks = fits[limit]
-    return Occupancy(blocks, blocks * warps, blocks * warps / limits.warps, limit)
+    return Occupancy(blocks, blocks * warps, limit)

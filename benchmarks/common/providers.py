@@ -1,4 +1,4 @@
-"""Every way to compute the call: sefi's backends, eager maps, SDPA, xformers and FlexAttention."""
+"""Implementations of the call: sefi_fast's backends, eager maps, SDPA, xformers, FlexAttention."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from _reference import Inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.reference import Inputs, Results
+from sefi_fast import available_backends, fused_cross_attention
 
 Forward = Callable[[Inputs], tuple[Tensor, Tensor | None]]
 Family = Literal["sefi", "eager", "compiled", "sdpa", "xformers", "flex"]
 COMPILED: tuple[Family, ...] = ("compiled", "flex")
-"""Families that torch.compile makes for each shape, which takes longer than timing them."""
+"""Families that torch.compile makes for each shape. Compiling takes longer than timing."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One implementation; `run` gives the output and, with_loss, each sample's subject loss."""
+class Provider:
+    """One implementation; `run` returns the output and, with_loss, each sample's subject loss."""
 
     name: str
     family: Family
@@ -33,7 +35,7 @@ class Contender:
 
 
 def eager_maps(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The loss written plainly: both maps materialised, autograd keeps what it needs."""
+    """Compute the loss plainly: both maps in memory, autograd saves what it needs."""
     query, key, value, reference_key = inputs[:4]
     attention = torch.softmax(query @ key.transpose(-1, -2) * inputs.scale, dim=-1)
     with torch.no_grad():
@@ -43,9 +45,10 @@ def eager_maps(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return attention @ value, subject_loss
 
 
-def _sefi(backend: str) -> Forward:
-    from sefi_fast import fused_cross_attention
+EAGER = Provider("eager-maps", "eager", True, eager_maps)
 
+
+def _sefi(backend: str) -> Forward:
     def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
         result = fused_cross_attention(
             inputs.query,
@@ -75,7 +78,7 @@ def _xformers(inputs: Inputs) -> tuple[Tensor, None]:
 
 
 def _attend_with_logsumexp() -> Callable[..., tuple[Tensor, Tensor]]:
-    """Compiled FlexAttention that also hands back the log-sum-exp, in old and new PyTorch."""
+    """Return compiled FlexAttention that also returns the log-sum-exp, in old and new PyTorch."""
     from torch.nn.attention import flex_attention as flex
 
     attend: Callable[..., Any] = torch.compile(flex.flex_attention, dynamic=False)
@@ -91,7 +94,7 @@ def _attend_with_logsumexp() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _flex() -> Forward:
-    """FlexAttention with the loss by equation 12, from five log-sum-exps and no map."""
+    """Return FlexAttention with the loss by equation 12, from five log-sum-exps, without a map."""
     attend = _attend_with_logsumexp()
 
     def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -122,36 +125,31 @@ def _flex() -> Forward:
     return run
 
 
-def _sdpa_contenders(device: torch.device) -> list[Contender]:
+def _sdpa_providers(device: torch.device) -> list[Provider]:
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
     if device.type == "cuda":
         backends["efficient"] = SDPBackend.EFFICIENT_ATTENTION
         backends["cudnn"] = SDPBackend.CUDNN_ATTENTION
-
-    def only(backend: SDPBackend) -> Callable[[], AbstractContextManager[object]]:
-        return lambda: sdpa_kernel(backend)
-
-    chosen = [Contender("sdpa", "sdpa", False, _sdpa)]
-    return chosen + [
-        Contender(f"sdpa-{name}", "sdpa", False, _sdpa, only(backend))
+    return [Provider("sdpa", "sdpa", False, _sdpa)] + [
+        Provider(f"sdpa-{name}", "sdpa", False, _sdpa, functools.partial(sdpa_kernel, backend))
         for name, backend in backends.items()
     ]
 
 
-def contenders(
+def providers(
     device: torch.device, only: list[str] | None = None
-) -> tuple[list[Contender], dict[str, str]]:
-    """Those that can be tried on `device`, and for each that cannot, why.
+) -> tuple[list[Provider], dict[str, str]]:
+    """Return those that `device` can try, and for each of the others the reason why not.
 
-    only: words; a contender stays when one of them starts its name. The eager maps always stay,
-    since their error is the measure of the others'. Raises ValueError for a word that fits none.
+    only: words; a provider stays when one of them starts its name. The eager maps always stay,
+    because their error is the measure of the others'.
+
+    Raises:
+        ValueError: a word starts no name.
     """
-    from sefi_fast import available_backends
-
-    found: list[Contender] = [Contender("eager-maps", "eager", True, eager_maps)]
+    found: list[Provider] = [EAGER]
     absent: dict[str, str] = {}
     for backend, reason in available_backends().items():
-        name = f"sefi-{backend}"
         if backend == "triton" and device.type != "cuda":
             reason = "timed on CUDA only; on a CPU Triton's interpreter runs the kernels"
         if backend == "cuda" and device.type != "cuda":
@@ -159,28 +157,78 @@ def contenders(
         if backend == "cpu" and device.type != "cpu":
             reason = "takes CPU tensors only"
         if reason is None:
-            found.append(Contender(name, "sefi", True, _sefi(backend)))
+            found.append(Provider(f"sefi-{backend}", "sefi", True, _sefi(backend)))
         else:
-            absent[name] = reason
+            absent[f"sefi-{backend}"] = reason
     compiled = torch.compile(eager_maps, fullgraph=True, dynamic=False)
-    found.append(Contender("eager-compiled", "compiled", True, compiled))
-    found += _sdpa_contenders(device)
+    found.append(Provider("eager-compiled", "compiled", True, compiled))
+    found += _sdpa_providers(device)
     if importlib.util.find_spec("xformers") is None:
         absent["xformers"] = "xformers is not installed"
     elif device.type != "cuda":
         absent["xformers"] = "takes CUDA tensors only"
     else:
-        found.append(Contender("xformers", "xformers", False, _xformers))
-    found.append(Contender("flex", "flex", True, _flex()))
+        found.append(Provider("xformers", "xformers", False, _xformers))
+    found.append(Provider("flex", "flex", True, _flex()))
     if only:
-        known = [contender.name for contender in found] + list(absent)
+        known = [provider.name for provider in found] + list(absent)
         for word in only:
             if not any(name.startswith(word) for name in known):
                 raise ValueError(f"--only {word!r} fits none of: {', '.join(known)}")
-        found = [
-            contender
-            for contender in found
-            if contender.family == "eager" or contender.name.startswith(tuple(only))
-        ]
-        absent = {name: why for name, why in absent.items() if name.startswith(tuple(only))}
+        words = tuple(only)
+        found = [one for one in found if one is EAGER or one.name.startswith(words)]
+        absent = {name: why for name, why in absent.items() if name.startswith(words)}
     return found, absent
+
+
+class Workload:
+    """Forward, backward and both of a provider on one problem's inputs.
+
+    Speed, memory and correctness are measured on these same calls.
+    """
+
+    def __init__(self, provider: Provider, inputs: Inputs) -> None:
+        self.provider = provider
+        self.inputs = inputs
+        self._leaves = (inputs.query, inputs.key, inputs.value)
+        self._kept: tuple[Tensor, ...] | None = None
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """Return (output, subject loss) or (output,), recorded for a backward as in training."""
+        output, subject_loss = self.provider.run(self.inputs)
+        return (output,) if subject_loss is None else (output, subject_loss)
+
+    def _gradients(self, outputs: tuple[Tensor, ...], keep: bool) -> tuple[Tensor, ...]:
+        upstream = (self.inputs.grad_output, self.inputs.grad_subject_loss)[: len(outputs)]
+        return torch.autograd.grad(outputs, self._leaves, upstream, retain_graph=keep)
+
+    def backward(self) -> tuple[Tensor, ...]:
+        """Return gradients of query, key and value from one kept forward pass."""
+        if self._kept is None:
+            self._kept = self.forward()
+        return self._gradients(self._kept, keep=True)
+
+    def both(self) -> tuple[Tensor, ...]:
+        """Return (output, [subject loss,] grad_query, grad_key, grad_value)."""
+        outputs = self.forward()
+        return outputs + self._gradients(outputs, keep=False)
+
+    def results(self) -> Results:
+        """Return the tensors of `both` by name."""
+        *outputs, grad_query, grad_key, grad_value = self.both()
+        subject_loss = outputs[1].detach() if len(outputs) == 2 else None
+        return Results(outputs[0].detach(), subject_loss, grad_query, grad_key, grad_value)
+
+    def release(self) -> None:
+        """Drop the kept forward pass and the tensors that it saved."""
+        self._kept = None
+
+    def call(self, direction: str) -> Callable[[], Any]:
+        """Return the call of a direction, inside the provider's context (an SDPA backend)."""
+        method = {"forward": self.forward, "backward": self.backward, "both": self.both}[direction]
+
+        def run() -> Any:
+            with self.provider.context():
+                return method()
+
+        return run

@@ -1,4 +1,4 @@
-"""What this device does a second, measured in the same run: matrix work, bytes and exponentials."""
+"""Rates of this device, measured in the same run: matrix work, bytes and exponentials."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _measure import Call
-from _reference import Inputs
-from _roofline import Rates
+
+from common.reference import Inputs
+from common.roofline import Rates
+from common.timing import Call
 
 _PRODUCTS_OF_SCORES, _PRODUCTS_OF_ROWS, _PRODUCTS_OF_KEYS = 5, 2, 2
 
 
 def device_name(device: torch.device) -> str:
-    """A short name for a folder of results: the GPU's own, or the CPU's with its cores."""
+    """Return the name of a folder of results: the GPU's, or the CPU's with its cores."""
     if device.type == "cuda":
         words = torch.cuda.get_device_name(device)
     else:
@@ -38,7 +39,7 @@ def _cpu_model() -> str:
 
 
 def _fastest(call: Call, device: torch.device, repeats: int = 12) -> float:
-    """Seconds of the fastest of some calls: a ceiling wants the least disturbed one.
+    """Return the seconds of the fastest of some calls: a ceiling needs the least disturbed one.
 
     On CUDA ten calls are queued at once, so that the launch does not count.
     """
@@ -59,10 +60,10 @@ def _fastest(call: Call, device: torch.device, repeats: int = 12) -> float:
 
 
 def nine_products(inputs: Inputs) -> Call:
-    """The nine products of forward and backward with the loss as plain torch.mm, head by head.
+    """Return the nine products of forward and backward with the loss as torch.mm, head by head.
 
-    Their shapes are the operator's own; operands are dense and the results stay in cache, so this
-    is the machine's matrix rate on these shapes with nothing else to do.
+    Shapes are the operator's, operands are dense, and results stay in cache: this is the machine's
+    matrix rate on these shapes.
     """
     query, key = inputs.query.detach(), inputs.key.detach()
     batch, heads, queries, head_dim = query.shape
@@ -87,7 +88,7 @@ def nine_products(inputs: Inputs) -> Call:
 
 
 def large_product(device: torch.device, dtype: torch.dtype, size: int) -> tuple[Call, float]:
-    """One square product on random data, and its floating-point operations."""
+    """Return one square product on random data, and its floating-point operations."""
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
     result = torch.empty_like(left)
@@ -95,7 +96,7 @@ def large_product(device: torch.device, dtype: torch.dtype, size: int) -> tuple[
 
 
 def _copy_rate(device: torch.device) -> float:
-    """Bytes read plus bytes written a second by a large copy."""
+    """Return the bytes read plus the bytes written a second by a large copy."""
     size = (1 << 30) if device.type == "cuda" else (64 << 20)
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
@@ -104,7 +105,7 @@ def _copy_rate(device: torch.device) -> float:
 
 def _exponential_rate(device: torch.device) -> float:
     if device.type == "cuda":
-        from _exponentials import exponentials_per_second
+        from common.exponentials import exponentials_per_second
 
         return exponentials_per_second(device)
     values = torch.randn(1 << 17)
@@ -118,7 +119,7 @@ def _exponential_rate(device: torch.device) -> float:
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Rates:
-    """The ceilings of `device`, measured now."""
+    """Measure the ceilings of `device`."""
     cuda = device.type == "cuda"
     size = 8192 if cuda else (1024 if quick else 2048)
     call, flops = large_product(device, dtype, size)
@@ -136,7 +137,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype, quick: bool = False
 
 
 def faster(first: Rates, second: Rates) -> Rates:
-    """The higher of each rate of two measurements of one device."""
+    """Return the higher of each rate of two measurements of one device."""
     return replace(
         first,
         bytes=max(first.bytes, second.bytes),

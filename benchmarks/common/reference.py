@@ -1,12 +1,13 @@
-"""Inputs of a benchmark and their float64 results by the equations, which all must meet."""
+"""Inputs of a benchmark, and their float64 results by the equations."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from _shapes import Problem
 from torch import Tensor
+
+from common.shapes import Problem
 
 RESULTS = ("output", "subject_loss", "grad_query", "grad_key", "grad_value")
 
@@ -24,7 +25,7 @@ class Inputs(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What forward and backward gave; `subject_loss` is None for a contender without the loss."""
+    """Results of forward and backward; `subject_loss` is None for a provider without the loss."""
 
     output: Tensor
     subject_loss: Tensor | None
@@ -66,7 +67,7 @@ def make_inputs(
 def float64_results(inputs: Inputs, with_loss: bool = True) -> Results:
     """Equations 4, 5 and 7 to 9 of docs/method.md in float64, one sample and head at a time.
 
-    Written out by hand and without autograd, so that it shares nothing with any contender.
+    Written out by hand and without autograd, so that it shares nothing with any provider.
     """
     query, key, value = (tensor.detach() for tensor in inputs[:3])
     batch, heads, queries, head_dim = query.shape
@@ -78,7 +79,7 @@ def float64_results(inputs: Inputs, with_loss: bool = True) -> Results:
     grad_key, grad_value = like(key), like(value)
     subject_loss = torch.zeros(batch, dtype=torch.float64, device=query.device)
     for b in range(batch):
-        pull = 2.0 * inputs.grad_subject_loss[b].double() / heads
+        d_probs_loss = 2.0 * inputs.grad_subject_loss[b].double() / heads
         for h in range(heads):
             q, k, v = (tensor[b, h].double() for tensor in (query, key, value))
             grad_out = inputs.grad_output[b, h].double()
@@ -89,7 +90,7 @@ def float64_results(inputs: Inputs, with_loss: bool = True) -> Results:
                 reference = inputs.reference_key[0, h].double()
                 difference = attention - torch.softmax(q @ reference.T * inputs.scale, dim=-1)
                 subject_loss[b] += difference.square().sum() / heads
-                grad_attention += pull * difference
+                grad_attention += d_probs_loss * difference
             weighted = attention * grad_attention
             grad_scores = weighted - attention * weighted.sum(-1, keepdim=True)
             grad_query[b, h] = grad_scores @ k * inputs.scale
@@ -99,9 +100,9 @@ def float64_results(inputs: Inputs, with_loss: bool = True) -> Results:
 
 
 def errors(results: Results, wanted: Results) -> dict[str, float]:
-    """Largest absolute error of each result over the largest magnitude wanted of it.
+    """Return the largest absolute error of each result over its largest true magnitude.
 
-    Where zeros are wanted throughout (one key has no gradient), the absolute error.
+    Where the truth is zero throughout (one key has no gradient), it is the absolute error.
     """
     found: dict[str, float] = {}
     for name in RESULTS:
@@ -117,30 +118,23 @@ def errors(results: Results, wanted: Results) -> dict[str, float]:
     return found
 
 
-# Peers round in their own ways (a logarithm's detour, tf32): beyond these they are not rounding.
+# Peers round in other ways (through logarithms, tf32): larger errors are not rounding.
 PEER_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
-def verdict(
+def problem_with(
     found: dict[str, float], eager: dict[str, float], dtype: torch.dtype, strict: bool
 ) -> str | None:
-    """None when the results are right, else what is wrong.
+    """Return None for right results, else the first wrong one in words.
 
-    strict (sefi's own backends): at most twice the eager path's error in the same dtype plus a
-    floor of a few units in the last place; others: within PEER_TOLERANCE.
+    strict (sefi_fast's backends): at most twice the eager path's error in the same dtype plus a
+    floor of a few units in the last place. Others: within PEER_TOLERANCE.
     """
+    eps, eps32 = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
     for name, error in found.items():
-        limit = 2.0 * eager[name] + _floor(name, dtype) if strict else PEER_TOLERANCE[dtype]
+        # A subject loss is one float32 sum. Its roundings nearly cancel in the eager path at times.
+        floor = eps + 4.0 * eps32 if name == "subject_loss" else 4.0 * eps
+        limit = 2.0 * eager[name] + floor if strict else PEER_TOLERANCE[dtype]
         if not error <= limit:
             return f"{name} is off by {error:.2g} of its scale, allowed are {limit:.2g}"
     return None
-
-
-def _floor(name: str, dtype: torch.dtype) -> float:
-    """What rounding alone may do where the eager path happens to be nearly exact.
-
-    A sample's subject loss is one float32 sum, in which the roundings of many rows cancel: now and
-    then the eager path's nearly do, and twice that would be no measure.
-    """
-    eps = torch.finfo(dtype).eps
-    return eps + 4.0 * torch.finfo(torch.float32).eps if name == "subject_loss" else 4.0 * eps

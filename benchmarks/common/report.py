@@ -1,4 +1,4 @@
-"""Tables on the terminal and files in a folder of results, written whole or not at all."""
+"""Tables on the terminal, and files in a folder of results, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,49 +14,82 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import Entry, ProblemRecord, Target
-from _roofline import DIRECTIONS
+
+from common.rates import device_name
+
+Row = dict[str, Any]
+"""One line of a CSV file, by column."""
+Target = tuple[str, str, float, float]
+"""A problem, a ratio, its measured value and its least wanted value."""
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error, without paths of this machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return " ".join(word for word in text.split() if "/" not in word)[:160]
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place; nothing half-written stays."""
+    """Let `write` fill a temporary file, then move it to `path`; no half-written file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        write(beside)
-        os.replace(beside, path)
+        write(temporary)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False, default=_plain) + "\n"
-    write_whole(path, lambda beside: beside.write_text(text))
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, (torch.dtype, torch.device)):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} does not go into JSON")
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, lambda beside: beside.write_text(text.getvalue()))
+    write_whole(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
-def write_report(folder: Path, report: dict[str, Any]) -> list[Path]:
-    """Write the results as <benchmark>.csv and all else into environment.json, by benchmark."""
+def read_csv(path: Path) -> list[Row]:
+    """Read rows as `write_csv` wrote them; empty cells are left out."""
+
+    def value(text: str) -> object:
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        return {"True": True, "False": False}.get(text, text)
+
+    with path.open(newline="") as file:
+        return [
+            {name: value(text) for name, text in row.items() if text}
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_report(report: dict[str, Any], device: torch.device, folder: Path | None) -> Path:
+    """Write the results as <benchmark>.csv and all else into environment.json; return the folder.
+
+    folder: results/<device> if None.
+    """
+    folder = folder or RESULTS / device_name(device)
     name, path = report["benchmark"], folder / "environment.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known[name] = {k: v for k, v in report.items() if k not in ("benchmark", "results")}
+    rest = {k: v for k, v in report.items() if k not in ("benchmark", "results")}
+    known[name] = {"device": device_name(device), "environment": environment(device), **rest}
     write_csv(folder / f"{name}.csv", report["results"])
     write_json(path, known)
-    return [folder / f"{name}.csv", path]
+    for written in (folder / f"{name}.csv", path):
+        print(f"wrote {os.path.relpath(written)}")
+    return folder
 
 
 def _version(package: str) -> str | None:
@@ -66,18 +99,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _assembler(capability: tuple[int, int]) -> str | None:
-    """Version of the kernels' assembler for a device, without which its times tell half."""
+def _ptxas_version(capability: int) -> str | None:
+    """Return the version of the kernels' assembler, on which times of Triton's kernels depend."""
     try:
         from sefi_fast.kernels.ptxas import assembler_version
 
-        return assembler_version(10 * capability[0] + capability[1])
+        return assembler_version(capability)
     except (ImportError, RuntimeError):
         return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and load; no path or name of the machine."""
+    """Return versions, device and load, without paths or names of the machine."""
     found: dict[str, Any] = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
@@ -93,14 +126,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     if hasattr(os, "getloadavg"):
         found["load_average"] = round(os.getloadavg()[0], 2)
     if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
         properties = torch.cuda.get_device_properties(device)
         found["gpu"] = {
             "name": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            "capability": list(torch.cuda.get_device_capability(device)),
+            "capability": [major, minor],
             "cuda": torch.version.cuda,
-            "ptxas": _assembler(torch.cuda.get_device_capability(device)),
+            "ptxas": _ptxas_version(10 * major + minor),
         }
     return found
 
@@ -111,40 +145,13 @@ def time_text(seconds: float | None) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
-def _cells(record: ProblemRecord, entry: Entry, eager_seconds: float | None) -> list[str]:
-    cells = [entry.contender, "yes" if entry.with_loss else "no"]
-    if not entry.sound:
-        return [*cells, entry.verdict]
-    row = record.row(entry, "both")
-    cells += [f"{row['worst_error']:.1e}"]
-    cells += [time_text(entry.seconds(direction)) for direction in DIRECTIONS]
-    memory = entry.memory.extra / 2**20 if entry.memory else float("nan")
-    seconds = entry.seconds("both")
-    cells += [
-        f"{row['spread'] * 100:.0f}%",
-        f"{row['gflops']:.0f}",
-        f"{row['gigabytes_per_second']:.1f}",
-        f"{row['roofline_share'] * 100:.0f}% {row['roofline_unit'][:4]}",
-        f"{memory:.2f}",
-        f"{eager_seconds / seconds:.2f}" if eager_seconds and seconds else "-",
-    ]
-    return cells
-
-
-_HEAD = ["contender", "loss", "error", "forward", "backward", "both", "spread"]
-_HEAD += ["GFLOP/s", "GB/s", "roofline", "extra-MiB", "xeager"]
-
-
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned; a row shorter than the head ends in free text."""
+    """Align columns; a row shorter than the head ends in free text."""
     widths = [len(cell) for cell in head]
     for row in rows:
-        if len(row) == len(head):
-            widths = [max(width, len(cell)) for width, cell in zip(widths, row, strict=True)]
-        else:
-            widths[: len(row) - 1] = [
-                max(width, len(cell)) for width, cell in zip(widths, row[:-1], strict=False)
-            ]
+        aligned = row if len(row) == len(head) else row[:-1]
+        for place, cell in enumerate(aligned):
+            widths[place] = max(widths[place], len(cell))
     lines = []
     for row in (head, *rows):
         padded = [
@@ -157,27 +164,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def problem_table(record: ProblemRecord) -> str:
-    """The contenders of one problem, times as medians, both directions' rates and memory."""
-    problem = record.problem
-    eager = record.entry("eager-maps")
-    eager_seconds = eager.seconds("both") if eager else None
-    title = (
-        f"\n{problem.layer}: {problem.heads} heads, batch {problem.batch}, {problem.keys} keys, "
-        f"{record.dtype}"
-    )
-    if record.matrix_seconds:
-        products = ", ".join(
-            f"{what} {time_text(seconds)}" for what, seconds in record.matrix_seconds.items()
-        )
-        title += f"  (nine products at sgemm's rate: {products})"
-    rows = [_cells(record, entry, eager_seconds) for entry in record.entries]
-    return f"{title}\n{table(_HEAD, rows)}"
-
-
 def targets_table(targets: Sequence[Target]) -> str:
-    """Each ratio that has a target, with what was measured."""
+    """Return each ratio that has a target, next to its measured value."""
     if not targets:
-        return "\nNothing that was measured has a target."
+        return "\nNo measured ratio has a target."
     rows = [[*target[:2], *(f"{number:.2f}" for number in target[2:])] for target in targets]
     return f"\n{table(['problem', 'ratio', 'measured', 'target'], rows)}"

@@ -1,11 +1,11 @@
-"""What a call must compute and move, and the time no kernel can beat: the roofline arithmetic."""
+"""Roofline arithmetic: the work of a call, and the least time that it takes on a device."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from _shapes import Problem
+from common.shapes import Problem
 
 Direction = Literal["forward", "backward", "both"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "both")
@@ -18,7 +18,7 @@ _MATRIX_GRANULE = 16
 
 
 class Work(NamedTuple):
-    """What one direction of a call takes, for the whole problem."""
+    """Work of one direction of a call, for the whole problem."""
 
     row_bytes: float
     """Query-side bytes: q + o forward, q + do + dq backward; each moved once."""
@@ -26,14 +26,14 @@ class Work(NamedTuple):
     """Keys, values and their gradients, moved once a head."""
     exponentials: float
     flops: float
-    """Multiplies and adds of the products, unpadded: what GFLOP/s is counted in."""
+    """Multiplies and adds of the products, unpadded: GFLOP/s count these."""
     tile_flops: float
     """The same on a matrix unit of 16-wide steps: head width and keys rounded up to 16."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does a second; `source` says whether by datasheet or measured here."""
+    """Rates of a device a second; `source` says whether by datasheet or measured here."""
 
     name: str
     bytes: float
@@ -43,12 +43,9 @@ class Rates:
     padded: bool = True
     """Whether the matrix unit works in 16-wide steps (tensor cores) or not (vector units)."""
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
 
 class Bound(NamedTuple):
-    """The least time of a call in seconds and what sets it: bytes, exponentials or matrix."""
+    """Least time of a call in seconds, and the unit that sets it: bytes, exponentials or matrix."""
 
     seconds: float
     unit: str
@@ -56,7 +53,7 @@ class Bound(NamedTuple):
 
 
 def _sfu(multiprocessors: int, megahertz: float) -> float:
-    """Exponentials a second: the special-function units give 16 a clock and multiprocessor."""
+    """Return exponentials a second: special-function units do 16 a clock and multiprocessor."""
     return 16.0 * multiprocessors * megahertz * 1e6
 
 
@@ -74,7 +71,7 @@ def _up(number: int, step: int = _MATRIX_GRANULE) -> int:
 
 
 def products(direction: Direction, with_loss: bool = True) -> int:
-    """Matrix products of N x M x D that a direction takes a head: nine in all with the loss."""
+    """Return the matrix products of N x M x D a head and direction: nine in all with the loss."""
     table = _PRODUCTS_WITH_LOSS if with_loss else _PRODUCTS_PLAIN
     if direction == "both":
         return table["forward"] + table["backward"]
@@ -82,7 +79,7 @@ def products(direction: Direction, with_loss: bool = True) -> int:
 
 
 def work(problem: Problem, itemsize: int, direction: Direction, with_loss: bool = True) -> Work:
-    """Least work of one direction of `problem`, in elements of `itemsize` bytes.
+    """Return the least work of one direction of `problem`, in elements of `itemsize` bytes.
 
     Keys are counted as 80 for 77 in the exponentials too: a tile's padded columns go through the
     exponential unit like the others.
@@ -108,7 +105,7 @@ def work(problem: Problem, itemsize: int, direction: Direction, with_loss: bool 
 
 
 class KernelDesign(NamedTuple):
-    """What one Triton kernel moves and computes a row with the loss."""
+    """Tensors and products a row of one Triton kernel, with the loss."""
 
     row_tensors: int
     """Query-side tensors read or written, of head width."""
@@ -133,7 +130,7 @@ KERNELS: dict[str, KernelDesign] = {
 
 
 def kernel_work(problem: Problem, itemsize: int, kernel: str) -> Work:
-    """What one kernel of the Triton backend must do by its design, all of `problem`."""
+    """Return the work of one kernel of the Triton backend by its design, for all of `problem`."""
     design = KERNELS[kernel]
     rows, width, keys = problem.rows, problem.head_dim, problem.keys
     return Work(
@@ -146,7 +143,7 @@ def kernel_work(problem: Problem, itemsize: int, kernel: str) -> Work:
 
 
 def bound(work_: Work, rates: Rates) -> Bound:
-    """The least time of `work_` at `rates`: the largest of row bytes, exponentials and matrix."""
+    """Return the least time of `work_`: the largest of row bytes, exponentials and matrix."""
     parts = {
         "bytes": work_.row_bytes / rates.bytes,
         "exponentials": work_.exponentials / rates.exponentials,
@@ -156,19 +153,14 @@ def bound(work_: Work, rates: Rates) -> Bound:
     return Bound(parts[unit], unit, parts)
 
 
-def both_bound(problem: Problem, itemsize: int, rates: Rates, with_loss: bool = True) -> Bound:
-    """Forward and backward run one after the other: their bounds add, each with its own limit."""
+def direction_bound(
+    problem: Problem, itemsize: int, rates: Rates, direction: Direction, with_loss: bool = True
+) -> Bound:
+    """Return the bound of a direction. Of both it is the sum, because one runs after the other."""
+    if direction != "both":
+        return bound(work(problem, itemsize, direction, with_loss), rates)
     forward = bound(work(problem, itemsize, "forward", with_loss), rates)
     backward = bound(work(problem, itemsize, "backward", with_loss), rates)
     parts = {name: forward.parts[name] + backward.parts[name] for name in forward.parts}
     longer = forward if forward.seconds >= backward.seconds else backward
     return Bound(forward.seconds + backward.seconds, longer.unit, parts)
-
-
-def direction_bound(
-    problem: Problem, itemsize: int, rates: Rates, direction: Direction, with_loss: bool = True
-) -> Bound:
-    """The bound of any direction, `both` being the sum of the two."""
-    if direction == "both":
-        return both_bound(problem, itemsize, rates, with_loss)
-    return bound(work(problem, itemsize, direction, with_loss), rates)

@@ -1,4 +1,4 @@
-"""The cross-attention shapes of Stable Diffusion models, and their selection by words."""
+"""Cross-attention shapes of Stable Diffusion models, and their selection by words."""
 
 from __future__ import annotations
 
@@ -55,16 +55,17 @@ _CUSTOM = re.compile(r"(\d+)x(\d+)x(\d+)")
 
 
 def layers_of(shape: str) -> list[tuple[str, Layer]]:
-    """Layers that one `--shapes` word names: a model, `model:queries`, or `NxDxH`.
+    """Return the layers of one `--shapes` word: a model, `model:queries`, or `NxDxH`.
 
-    Raises ValueError for a word that is none of them.
+    Raises:
+        ValueError: the word is none of them.
     """
     custom = _CUSTOM.fullmatch(shape)
     if custom:
         queries, head_dim, heads = (int(number) for number in custom.groups())
         if min(queries, head_dim, heads) < 1 or head_dim > 256:
             raise ValueError(
-                f"shape {shape!r}: wanted queries, head width (at most 256) and heads of at least 1"
+                f"shape {shape!r}: wanted queries, head_dim (at most 256) and heads of at least 1"
             )
         return [("custom", Layer(queries, head_dim, heads))]
     model, _, queries_word = shape.partition(":")
@@ -77,7 +78,7 @@ def layers_of(shape: str) -> list[tuple[str, Layer]]:
         known = ", ".join(MODELS)
         raise ValueError(
             f"shape {shape!r} is unknown: give a model ({known}), one of its layers as in "
-            "'sd15:4096', or queries x head width x heads as in '4096x40x8'"
+            "'sd15:4096', or queries x head_dim x heads as in '4096x40x8'"
         )
     return found
 
@@ -85,7 +86,7 @@ def layers_of(shape: str) -> list[tuple[str, Layer]]:
 def problems(
     shapes: Sequence[str], batches: Sequence[int], keys: int = TEXT_TOKENS
 ) -> list[Problem]:
-    """All problems of the named shapes at each batch, without repeats, in a stable order."""
+    """Return all problems of the named shapes at each batch, without repeats, in order."""
     if not 1 <= keys <= 256:
         raise ValueError(f"keys is {keys}: the operator takes 1 to 256 text tokens")
     if any(batch < 1 for batch in batches):

@@ -1,6 +1,6 @@
-"""Where a training step's time goes, and the memory that it and what stands around it take.
+"""Time of a training step by part, and its memory.
 
-Both look at a step from outside, by what it calls: any contender's step can be taken apart.
+Both watch the calls of a step from outside, so that they work for the step of any provider.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from _native import scratch_of_native_core
 
+from common.timing import profiled_memory, scratch_of_native_core, traced_bytes
 from sefi_fast.prompts import text_parts
 
 Step = Callable[[], Any]
 
-PARTS = ("draw", "picture", "text", "U-Net forward", "loss", "backward", "optimiser")
+PARTS = ("noise", "image", "text", "U-Net forward", "loss", "backward", "optimizer")
 _STEP_MARK = "training step"
 
 
 class _Clock:
-    """Notes the begin and end of each outermost part; CUDA's queue is emptied at both."""
+    """Note begin and end of each outermost part; wait for CUDA at both."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -56,14 +56,14 @@ class _Clock:
 
 @contextmanager
 def _watched(pipe: Any, clock: _Clock) -> Iterator[None]:
-    """The pipeline's models and autograd's backward, timed, until the way out."""
-    # Whoever holds the U-Net's forward function calls its first and last parts all the same.
+    """Time the pipeline's models and autograd's backward until the exit."""
+    # A step may hold the U-Net's forward function: hooks of its first and last modules still run.
     spans = [
         (pipe.unet.time_proj, pipe.unet.conv_out, "U-Net forward"),
         *((part.text_encoder, part.text_encoder, "text") for part in text_parts(pipe)),
     ]
     if pipe.vae is not None:
-        spans.append((pipe.vae.encoder, pipe.vae.encoder, "picture"))
+        spans.append((pipe.vae.encoder, pipe.vae.encoder, "image"))
     calls = {name: getattr(torch.autograd, name) for name in ("backward", "grad")}
     with ExitStack() as stack:
         for first, last, part in spans:
@@ -76,11 +76,10 @@ def _watched(pipe: Any, clock: _Clock) -> Iterator[None]:
 
 
 def profile_step(step: Step, pipe: Any, device: torch.device, repeats: int) -> dict[str, float]:
-    """Seconds of each of PARTS, the fastest of some steps in each.
+    """Return the seconds of each of PARTS, the fastest of some steps in each.
 
-    What lies between the calls belongs to the part it leads to or follows: all before the U-Net
-    but the text and the image is "draw", all between the U-Net and the backward is "loss", all
-    after the backward is "optimiser". A step that replays a CUDA graph has no parts to see.
+    Time between the calls belongs to a part too: "noise" before the U-Net, "loss" between the U-Net
+    and the backward, "optimizer" after the backward. A replayed CUDA graph has no visible parts.
     """
     found: list[dict[str, float]] = []
     for _ in range(repeats):
@@ -95,12 +94,12 @@ def profile_step(step: Step, pipe: Any, device: torch.device, repeats: int) -> d
 
 def _by_part(spans: list[tuple[str, float, float]], start: float, end: float) -> dict[str, float]:
     seconds = dict.fromkeys(PARTS, 0.0)
-    place, gap = start, "draw"
+    place, gap = start, "noise"
     for part, begin, finish in spans:
         seconds[gap] += begin - place
         seconds[part] += finish - begin
         place = finish
-        gap = {"U-Net forward": "loss", "backward": "optimiser"}.get(part, gap)
+        gap = {"U-Net forward": "loss", "backward": "optimizer"}.get(part, gap)
     seconds[gap] += end - place
     return seconds
 
@@ -113,39 +112,22 @@ class StepMemory(NamedTuple):
 
 
 def memory_of(build: Callable[[], Step], device: torch.device) -> StepMemory:
-    """What a contender takes when it alone is there, from its models to the end of a later step.
+    """Measure a provider that is alone in memory, from its models to the end of a later step.
 
-    By the caching allocator's count on CUDA. On the CPU every allocation and release through
-    PyTorch's allocator is traced in order from before the models are made, and the native core's
-    own scratch is added at its largest.
+    On CUDA by the caching allocator's count. On the CPU by a profile of PyTorch's allocator, with
+    the native core's scratch added at its largest.
     """
     gc.collect()
     if device.type == "cuda":
         return _memory_cuda(build)
-    with (
-        scratch_of_native_core() as scratch,
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile,
-    ):
+    with scratch_of_native_core() as scratch, profiled_memory() as profile:
         step = build()
         step()
         gc.collect()
         scratch.clear()
         with torch.profiler.record_function(_STEP_MARK):
             step()
-    events = profile.profiler.kineto_results.events()
-    begin = next(event.start_ns() for event in events if event.name() == _STEP_MARK)
-    running = held = peak = 0
-    for event in sorted(
-        (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
-    ):
-        if event.start_ns() < begin:
-            running += event.nbytes()
-            held = peak = running
-            continue
-        running += event.nbytes()
-        peak = max(peak, running)
+    held, peak = traced_bytes(profile, _STEP_MARK)
     return StepMemory(held, peak + max(scratch, default=0))
 
 

@@ -1,22 +1,26 @@
-"""The training steps that sefi_fast is compared with: its method written plainly, and its peer's.
+"""Training steps to compare: sefi_fast's, its method written plainly, and Textual Inversion's.
 
-Both are written from their descriptions: docs/method.md, and diffusers' Textual Inversion examples
-for Stable Diffusion and for SDXL.
+The plain step follows docs/method.md. Textual Inversion follows diffusers' examples for Stable
+Diffusion and for SDXL.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.pipelines.support import is_sdxl
 from sefi_fast.prompts import encode_texts, placeholder_ids, stage_of, text_parts
 from sefi_fast.subject import SubjectTokens
-from sefi_fast.training import TrainConfig
-from sefi_fast.training.base_model import autocast
+from sefi_fast.training import TrainConfig, prepare
+from sefi_fast.training.base_model import Source, autocast, frozen
+from sefi_fast.training.engine import Engine, Lane
 from sefi_fast.training.latents import encode_image
 from sefi_fast.training.noise import NoiseSchedule, draw
 from sefi_fast.training.prompts import TrainingPrompts
@@ -25,13 +29,19 @@ PLACEHOLDER = "<it>"
 CLASS_WORD = "creature"
 
 
+def training_image(size: int) -> Tensor:
+    """Return the image [3, size, size] in [-1, 1] that every provider trains on."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return prepare(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC), size)
+
+
 def class_ids(pipe: Any) -> list[list[int]]:
-    """Token ids of the class word, here one, for each text encoder."""
+    """Return the token ids of the class word, here one, for each text encoder."""
     return placeholder_ids([part.tokenizer for part in text_parts(pipe)], CLASS_WORD)
 
 
 def start_tokens(pipe: Any, config: TrainConfig) -> tuple[SubjectTokens, ...]:
-    """A module for each text encoder, begun from the class word's row of its token table."""
+    """Return a module for each text encoder, initialized from the class word's embedding."""
     generator = torch.Generator().manual_seed(config.seed)
     return tuple(
         SubjectTokens(
@@ -47,7 +57,7 @@ def start_tokens(pipe: Any, config: TrainConfig) -> tuple[SubjectTokens, ...]:
 
 
 def training_prompts(pipe: Any, config: TrainConfig) -> TrainingPrompts:
-    """The settings' sentences for every text encoder, on the pipeline's device."""
+    """Return the settings' sentences for every text encoder, on the pipeline's device."""
     tokenizers = [part.tokenizer for part in text_parts(pipe)]
     return TrainingPrompts(
         tokenizers, config.sentences(), PLACEHOLDER, class_ids(pipe), pipe.unet.device
@@ -55,7 +65,7 @@ def training_prompts(pipe: Any, config: TrainConfig) -> TrainingPrompts:
 
 
 def size_and_crop(pipe: Any, pixels: Tensor) -> Tensor | None:
-    """SDXL's time ids of an image [3, h, w] kept whole, float32 [6]; None for other models."""
+    """Return SDXL's time ids of an uncropped image [3, h, w], float32 [6]; else None."""
     if not is_sdxl(pipe):
         return None
     height, width = pixels.shape[1:]
@@ -64,10 +74,44 @@ def size_and_crop(pipe: Any, pixels: Tensor) -> Tensor | None:
 
 
 def _added(pooled: Tensor | None, time_ids: Tensor | None, dtype: torch.dtype) -> Any:
-    """What SDXL's U-Net is given beside the words, for pooled embeddings [B, D]; else None."""
+    """Return the added conditions of SDXL's U-Net for pooled embeddings [B, D]; else None."""
     if pooled is None or time_ids is None:
         return None
     return {"text_embeds": pooled.to(dtype), "time_ids": time_ids.expand(len(pooled), -1)}
+
+
+class SefiStep:
+    """sefi_fast's training step on a ready pipeline, set up as `sefi_fast.train` does it."""
+
+    def __init__(self, pipe: Any, config: TrainConfig, pixels: Tensor, dtype: torch.dtype) -> None:
+        device = pipe.unet.device
+        latents = encode_image(pipe.vae, pixels, config.flip)
+        # Released as `train` does it: the latents are enough.
+        pipe.vae = None
+        # Never closed: no other step uses these models.
+        self._models = ExitStack()
+        source = Source(pipe, "random weights", None, device, dtype, True, "")
+        self._models.enter_context(frozen(source, config))
+        lane = Lane(
+            start_tokens(pipe, config),
+            latents,
+            training_prompts(pipe, config),
+            config.seed,
+            time_ids=size_and_crop(pipe, pixels),
+        )
+        self.engine = Engine(
+            unet=pipe.unet,
+            text_encoders=source.text_encoders,
+            scheduler=pipe.scheduler,
+            lanes=[lane],
+            config=config,
+            dtype=dtype,
+        )
+
+    def __call__(self) -> tuple[float, float]:
+        (result,) = self.engine.step()
+        assert result is not None
+        return result.noise, result.subject_loss
 
 
 class _MapsProcessor:
@@ -101,10 +145,10 @@ class _MapsProcessor:
 
 
 class PlainStep:
-    """The method on diffusers' own parts: maps in memory, the reference encoded every step.
+    """The method on diffusers' parts: maps in memory, the reference encoded every step.
 
-    The image is encoded once, only the stages drawn are encoded, and self-attention is
-    diffusers' own SDPA: nothing is slower than it need be, except for not being fused.
+    The image is encoded once, only sampled stages are encoded, and self-attention is diffusers'
+    SDPA: only the missing fusion makes it slower.
     """
 
     def __init__(self, pipe: Any, config: TrainConfig, pixels: Tensor, dtype: torch.dtype) -> None:
@@ -117,7 +161,7 @@ class PlainStep:
         for attn in cross_attention_layers(pipe.unet).values():
             attn.set_processor(_MapsProcessor(self._step))
         prompts = training_prompts(pipe, config)
-        # Of each text encoder [1, M]; the places are the same for all.
+        # [1, M] for each text encoder; the positions are the same for all.
         self._ids, self._slots = [ids[:1] for ids in prompts.input_ids], prompts.slots[:1]
         self._encoders = [part.text_encoder for part in text_parts(pipe)]
         self._time_ids = size_and_crop(pipe, pixels)
@@ -139,7 +183,7 @@ class PlainStep:
         return float(noise.detach()), float(subject_loss.detach())
 
     def terms(self) -> tuple[Tensor, Tensor]:
-        """Noise loss and mean subject loss of the next draw."""
+        """Return noise loss and mean subject loss of the next noise sample."""
         config, schedule, step = self.config, self._schedule, self._step
         drawn = draw(
             self._generator,
@@ -172,7 +216,7 @@ class PlainStep:
         step["reference"] = reference.expand(config.batch_size, -1, -1).to(self.dtype)
         step["subject_losses"] = []
         if pooled is not None:
-            # That of the V sequence (docs/method.md §4).
+            # The one of the V sequence (docs/method.md §4).
             pooled = pooled.unflatten(0, (config.batch_size, -1))[:, -1]
         prediction = self.pipe.unet(
             noised.to(self.dtype),
@@ -188,10 +232,10 @@ class PlainStep:
 
 
 class TextualInversionStep:
-    """A step as diffusers' Textual Inversion examples take it, without an attention loss.
+    """A step of diffusers' Textual Inversion examples, without an attention loss.
 
     The image and the prompt are encoded every step, the whole token table of each text encoder
-    is in AdamW with weight decay, and all rows but the placeholder's are put back after the update.
+    is in AdamW with weight decay, and all rows except the placeholder's are reset after the update.
     """
 
     def __init__(self, pipe: Any, config: TrainConfig, pixels: Tensor, dtype: torch.dtype) -> None:
@@ -201,7 +245,7 @@ class TextualInversionStep:
         self._views = views.to(self.device, dtype)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._schedule = NoiseSchedule(pipe.scheduler, self.device)
-        # The class word's own row serves as the placeholder's, which costs the same.
+        # The class word's row is used as the placeholder's, at the same cost.
         self._rows = class_ids(pipe)
         self._sentence = config.sentences()[0].replace("{}", CLASS_WORD)
         self._time_ids = size_and_crop(pipe, pixels)
@@ -240,7 +284,7 @@ class TextualInversionStep:
         return float(loss.detach()), 0.0
 
     def _encode(self, size: int) -> tuple[Tensor, Tensor | None]:
-        """[B, M, C], and of SDXL's second text encoder the pooled embedding [B, D]."""
+        """Return [B, M, C], and the pooled embedding [B, D] of SDXL's second text encoder."""
         parts = text_parts(self.pipe)
         outputs = []
         for tokenizer, encoder in parts:

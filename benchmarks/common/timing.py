@@ -1,16 +1,22 @@
-"""Interleaved timing and extra memory of calls: the CPU's clock, CUDA's events and graphs."""
+"""Interleaved timing and extra memory of calls: the CPU's clock, CUDA's events and graphs.
+
+`triton.testing.do_bench` times one call after the other, on CUDA only. Here the calls alternate, so
+that a slow stretch of the machine falls on all of them.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from _native import scratch_of_native_core
 from torch import Tensor
+
+from sefi_fast.ops import cpu
 
 Call = Callable[[], Any]
 
@@ -21,23 +27,27 @@ class Timing(NamedTuple):
     median: float
     fastest: float
     spread: float
-    """Half the distance of the quartiles over the median: how noisy the machine was."""
+    """Half the distance of the quartiles over the median: the noise of the machine."""
     rounds: int
 
 
 class Memory(NamedTuple):
-    """Bytes that a call allocates: at its peak, and beyond the results it hands back."""
+    """Bytes that a call allocates: at its peak, and beyond the results that it returns."""
 
     peak: int
     extra: int
 
 
 class Effort(NamedTuple):
-    """How long to measure: seconds a call in all, seconds a block of calls, rounds at least."""
+    """Length of a measurement: seconds a call in all, seconds a block of calls, fewest rounds."""
 
     seconds: float
     block: float
     rounds: int
+
+    def rounds_of(self, seconds: float) -> int:
+        """Return the number of rounds when the longest call takes `seconds` a round."""
+        return min(_MOST_ROUNDS, max(self.rounds, int(self.seconds / max(seconds, 1e-7))))
 
 
 FULL = Effort(1.0, 0.02, 9)
@@ -53,12 +63,15 @@ def _timing(samples: list[float]) -> Timing:
     return Timing(median, ordered[0], (high - low) / 2 / median, len(ordered))
 
 
-def interleaved(calls: dict[str, Call], effort: Effort) -> dict[str, Timing]:
-    """Time CPU calls in turns: each round measures a block of every call, medians stand.
+def _order(names: list[str], rounds: int) -> Iterator[str]:
+    """Yield all names in each round, the first name rotating: no call always follows the same."""
+    for turn in range(rounds):
+        first = turn % len(names)
+        yield from names[first:] + names[:first]
 
-    The turns start at another call each round, so that no call always follows the same one and a
-    slow stretch of the machine falls on all of them.
-    """
+
+def interleaved(calls: dict[str, Call], effort: Effort) -> dict[str, Timing]:
+    """Time CPU calls alternately: each round times a block of every call; medians count."""
     repeats, longest = {}, 0.0
     for name, call in calls.items():
         call()
@@ -67,27 +80,22 @@ def interleaved(calls: dict[str, Call], effort: Effort) -> dict[str, Timing]:
         once = max(time.perf_counter() - start, 1e-7)
         repeats[name] = max(1, math.ceil(effort.block / once))
         longest = max(longest, repeats[name] * once)
-    rounds = min(_MOST_ROUNDS, max(effort.rounds, int(effort.seconds / max(longest, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            call, count = calls[name], repeats[name]
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            samples[name].append((time.perf_counter() - start) / count)
+    for name in _order(list(calls), effort.rounds_of(longest)):
+        start = time.perf_counter()
+        for _ in range(repeats[name]):
+            calls[name]()
+        samples[name].append((time.perf_counter() - start) / repeats[name])
     return {name: _timing(values) for name, values in samples.items()}
 
 
 def interleaved_cuda(
     calls: dict[str, Call], effort: Effort, flush_device: str = "cuda"
 ) -> dict[str, Timing]:
-    """Time CUDA calls by events, in turns, each behind a write that empties the L2 cache.
+    """Time CUDA calls by events, alternately, each after a write that empties the L2 cache.
 
-    The write also hides the host's launch time of the first kernels; a call of many small kernels
-    may still wait for the host, which is why graph replays are timed beside it.
+    The write also hides the host's launch time of the first kernels. A call of many small kernels
+    may still wait for the host: therefore graph replays are timed as well.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=flush_device)
     longest = 0.0
@@ -98,24 +106,27 @@ def interleaved_cuda(
         call()
         torch.cuda.synchronize()
         longest = max(longest, time.perf_counter() - start)
-    rounds = min(_MOST_ROUNDS, max(effort.rounds, int(effort.seconds / max(longest, 1e-6))))
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            start_mark = torch.cuda.Event(enable_timing=True)
-            end_mark = torch.cuda.Event(enable_timing=True)
-            flush.zero_()
-            start_mark.record()
-            calls[name]()
-            end_mark.record()
-            marks[name].append((start_mark, end_mark))
+    for name in _order(list(calls), effort.rounds_of(longest)):
+        start_mark = torch.cuda.Event(enable_timing=True)
+        end_mark = torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start_mark.record()
+        calls[name]()
+        end_mark.record()
+        marks[name].append((start_mark, end_mark))
     torch.cuda.synchronize()
     return {
         name: _timing([start.elapsed_time(end) * 1e-3 for start, end in pairs])
         for name, pairs in marks.items()
     }
+
+
+def interleaved_on(
+    device: torch.device, calls: dict[str, Call], effort: Effort
+) -> dict[str, Timing]:
+    """Time calls on a device by its own clock."""
+    return (interleaved_cuda if device.type == "cuda" else interleaved)(calls, effort)
 
 
 def captured(call: Call) -> Call:
@@ -142,21 +153,35 @@ def captured(call: Call) -> Call:
 
 
 def _result_bytes(results: Any) -> int:
-    if isinstance(results, Tensor):
-        results = (results,)
-    seen: dict[int, int] = {}
-    for tensor in results:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
+    tensors = [results] if isinstance(results, Tensor) else results
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def traced_bytes(profile: torch.profiler.profile, mark: str | None = None) -> tuple[int, int]:
+    """Return (bytes held at the start, highest sum of bytes after it) of a profiled CPU run.
+
+    Every allocation and release through PyTorch's allocator counts, in order. mark: name of the
+    recorded function at whose begin the start lies; the whole run otherwise.
+    """
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events: list[Any] = profile.profiler.kineto_results.events()
+    begin = next((event.start_ns() for event in events if event.name() == mark), 0)
+    running = held = peak = 0
+    memory_events = (event for event in events if event.name() == "[memory]")
+    for event in sorted(memory_events, key=lambda event: event.start_ns()):
+        running += event.nbytes()
+        if event.start_ns() < begin:
+            held = peak = running
+        peak = max(peak, running)
+    return held, peak
 
 
 def memory(call: Call, device: torch.device) -> Memory:
-    """Bytes one call takes: CUDA by the caching allocator's peak, CPU by the profiler's trace.
+    """Measure the bytes of one call: CUDA by the caching allocator's peak, CPU by a profile.
 
-    On the CPU every allocation and release that PyTorch's allocator makes during the call is
-    traced in order and the largest running sum is the peak. The native core's own scratch, which
-    that allocator does not see, is added at its largest.
+    On the CPU the native core's scratch, which PyTorch's allocator does not see, is added at its
+    largest.
     """
     call()
     if device.type == "cuda":
@@ -167,18 +192,46 @@ def memory(call: Call, device: torch.device) -> Memory:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with (
-            scratch_of_native_core() as scratch,
-            torch.profiler.profile(activities=activities, profile_memory=True) as profile,
-        ):
+        with scratch_of_native_core() as scratch, profiled_memory() as profile:
             results = call()
-        running = peak = 0
-        events = profile.profiler.kineto_results.events()
-        for event in sorted(
-            (event for event in events if event.name() == "[memory]"), key=lambda e: e.start_ns()
-        ):
-            running += event.nbytes()
-            peak = max(peak, running)
-        peak += max(scratch, default=0)
+        peak = traced_bytes(profile)[1] + max(scratch, default=0)
     return Memory(peak, max(0, peak - _result_bytes(results)))
+
+
+def profiled_memory() -> torch.profiler.profile:
+    """Return a profiler of CPU allocations."""
+    return torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    )
+
+
+class _CountingCore:
+    """A native core that notes the bytes of scratch that each call returns."""
+
+    def __init__(self, core: Any, taken: list[int]) -> None:
+        self._core, self._taken = core, taken
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._core, name)
+        if name not in ("forward", "backward"):
+            return found
+
+        def run(*arguments: Any) -> int:
+            scratch: int = found(*arguments)
+            self._taken.append(scratch)
+            return scratch
+
+        return run
+
+
+@contextmanager
+def scratch_of_native_core() -> Iterator[list[int]]:
+    """Collect the bytes of scratch of every native call inside; none without a native core."""
+    taken: list[int] = []
+    core = cpu._C
+    if core is not None:
+        cpu._C = _CountingCore(core, taken)  # type: ignore[assignment]
+    try:
+        yield taken
+    finally:
+        cpu._C = core
