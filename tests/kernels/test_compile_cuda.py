@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-
 from kernel_report import (
     CUDA_SOURCES,
     HEAD_DIMS,
