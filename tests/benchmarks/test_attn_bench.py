@@ -1,64 +1,65 @@
-"""attn_bench end to end on a tiny shape: its files, and what happens to a wrong contender."""
+"""attn_bench end to end on a tiny shape: its files, its targets, and providers that fail."""
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
+from typing import Any
 
-import _contenders
 import attn_bench
 import pytest
 import torch
-from _contenders import Contender, contenders, eager_maps
-from _measure import Effort, Memory, Timing
-from _record import Entry, ProblemRecord
-from _reference import Inputs
-from _report import targets_table
-from _roofline import Rates
-from _run import SGEMM_SAME, STEPS_PER_CONTENDER, measure
-from _shapes import Problem
+from common import providers as providers_module
+from common.attn_run import STEPS_PER_PROVIDER, is_noisy, measure, problem_table, targets
+from common.providers import EAGER, Provider, eager_maps, providers
+from common.reference import Inputs
+from common.report import Row, read_csv, targets_table
+from common.roofline import Rates
+from common.shapes import Problem
+from common.timing import Effort
 from torch import Tensor
 
 CPU = torch.device("cpu")
 SHORT = Effort(seconds=0.01, block=0.001, rounds=3)
 RATES = Rates("cpu", 1e10, 1e9, 1e11, "by hand", padded=False)
 TINY = Problem("custom", queries=40, head_dim=16, heads=2)
+ARGUMENTS = ["--device", "cpu", "--shapes", "40x16x2", "--quick", "--seconds", "0.01"]
 
 
-def read_rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "attn_bench.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_a_run_writes_its_rows_environment_and_pictures(
+def test_a_run_writes_its_rows_environment_and_plots(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--device", "cpu", "--shapes", "40x16x2", "--batches", "2", "--seconds", "0.01"]
-    arguments += ["--only", "sefi-eager", "sdpa-flash", "--quick", "--output", str(tmp_path)]
-    assert attn_bench.main(arguments) == 0
-    rows = read_rows(tmp_path)
+    arguments = [*ARGUMENTS, "--batches", "2", "--only", "sefi-eager", "sdpa-flash"]
+    assert attn_bench.main([*arguments, "--output", str(tmp_path)]) == 0
+    rows = read_csv(tmp_path / "attn_bench.csv")
     assert len(rows) == 9
     for row in rows:
-        assert row["verdict"] == "right"
-        assert float(row["seconds"]) > 0
-        assert float(row["gflops"]) > 0
-        assert float(row["roofline_share"]) > 0
-    both = {r["contender"]: r for r in rows if r["direction"] == "both"}
-    assert int(both["eager-maps"]["extra_bytes"]) > 0
-    assert both["sdpa-flash"]["products"] == "7"
+        assert row["status"] == "pass"
+        assert row["seconds"] > 0 and row["gflops"] > 0 and row["roofline_share"] > 0
+    both = {row["provider"]: row for row in rows if row["direction"] == "both"}
+    assert both["eager-maps"]["extra_bytes"] > 0 and both["eager-maps"]["sgemm_share_same"] > 0
+    assert both["sdpa-flash"]["products"] == 7
     environment = (tmp_path / "environment.json").read_text()
     report = json.loads(environment)["attn_bench"]
     assert report["settings"]["dtypes"] == ["float32"] and report["rates"]["float32"]["flops"] > 0
     assert "results" not in report and str(Path.home()) not in environment
-    pictures = sorted(tmp_path.glob("*.png"))
-    assert [p.name for p in pictures] == [
-        "attn_bench_float32.png",
-        "attn_bench_float32_roofline.png",
-    ]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
+    plots = sorted(tmp_path.glob("*.png"))
+    assert [p.name for p in plots] == ["attn_bench_float32.png", "attn_bench_float32_roofline.png"]
     assert not list(tmp_path.glob(".*")), "a temporary file was left"
     assert "eager-maps" in capsys.readouterr().out
+    for plot in plots:
+        plot.unlink()
+    assert attn_bench.main(["--plot-only", str(tmp_path)]) == 0
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
+
+
+def test_the_readme_s_plot_is_drawn_from_measured_rows(tmp_path: Path) -> None:
+    results = Path(attn_bench.__file__).parent / "results" / "nvidia-h200"
+    for name in ("attn_bench.csv", "environment.json"):
+        (tmp_path / name).write_bytes((results / name).read_bytes())
+    output = tmp_path / "images"
+    assert attn_bench.main(["--plot-only", str(tmp_path), "--output", str(output)]) == 0
+    assert [path.name for path in output.iterdir()] == ["attn_bench.png"]
 
 
 def _wrong_gradient(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -66,46 +67,36 @@ def _wrong_gradient(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return output, subject_loss.detach() + 0 * subject_loss
 
 
-def test_a_wrong_contender_is_reported_wrong_and_gets_no_speed() -> None:
+def _refuse(inputs: Inputs) -> tuple[Tensor, None]:
+    raise RuntimeError("no such instruction\nlong trace")
+
+
+def test_a_provider_that_fails_gets_a_reason_and_no_figures() -> None:
     ticks: list[None] = []
-    field = [
-        Contender("sefi-wrong", "sefi", True, _wrong_gradient),
-        Contender("eager-maps", "eager", True, eager_maps),
+    chosen = [
+        Provider("sefi-wrong", "sefi", True, _wrong_gradient),
+        Provider("other", "sdpa", False, _refuse),
+        EAGER,
     ]
-    record = measure(TINY, field, CPU, torch.float32, RATES, SHORT, lambda: ticks.append(None))
-    wrong, right = record.entry("sefi-wrong"), record.entry("eager-maps")
-    assert wrong is not None and right is not None
-    assert wrong.wrong is not None and "grad_query" in wrong.wrong
-    assert not wrong.eager_times and wrong.memory is None and wrong.seconds("both") is None
-    assert right.seconds("both") is not None
-    row = record.row(wrong, "both")
-    assert row["verdict"].startswith("wrong: grad_query")
-    assert not {"seconds", "gflops", "roofline_share"} & row.keys()
-    assert len(ticks) == STEPS_PER_CONTENDER * len(field)
-
-
-def test_a_contender_that_raises_is_named_with_its_reason() -> None:
-    def refuses(inputs: Inputs) -> tuple[Tensor, None]:
-        raise RuntimeError("no such instruction\nlong trace")
-
-    field = [
-        Contender("eager-maps", "eager", True, eager_maps),
-        Contender("other", "sdpa", False, refuses),
-    ]
-    record = measure(TINY, field, CPU, torch.float32, RATES, SHORT)
-    entry = record.entry("other")
-    assert entry is not None and entry.verdict == "not run: no such instruction"
+    rows = measure(TINY, chosen, CPU, torch.float32, RATES, SHORT, lambda: ticks.append(None))
+    status = {row["provider"]: row["status"] for row in rows}
+    assert status["sefi-wrong"].startswith("fail: grad_query is off")
+    assert status["other"] == "not run: no such instruction"
+    for row in rows:
+        measured = {"seconds", "gflops", "roofline_share"} & row.keys()
+        assert bool(measured) == (row["provider"] == "eager-maps")
+    assert len(ticks) == STEPS_PER_PROVIDER * len(chosen)
+    assert "not run: no such instruction" in problem_table(rows)
 
 
 def test_main_fails_when_a_sefi_backend_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_contenders, "_sefi", lambda backend: _wrong_gradient)
-    arguments = ["--device", "cpu", "--shapes", "40x16x2", "--batches", "1", "--only", "sefi-eager"]
-    arguments += ["--quick", "--seconds", "0.01", "--no-plots", "--output", str(tmp_path)]
-    assert attn_bench.main(arguments) == 1
-    rows = [row for row in read_rows(tmp_path) if row["contender"] == "sefi-eager"]
-    assert rows and not any(row["seconds"] for row in rows)
+    monkeypatch.setattr(providers_module, "_sefi", lambda backend: _wrong_gradient)
+    arguments = [*ARGUMENTS, "--batches", "1", "--only", "sefi-eager", "--no-plots"]
+    assert attn_bench.main([*arguments, "--output", str(tmp_path)]) == 1
+    rows = read_csv(tmp_path / "attn_bench.csv")
+    assert not any("seconds" in row for row in rows if row["provider"] == "sefi-eager")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +106,7 @@ def test_main_fails_when_a_sefi_backend_is_wrong(
         (["--only", "nobody"], "nobody"),
         (["--device", "tpu"], "wanted"),
         (["--batches", "0"], "at least 1"),
+        (["--plot-only", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_arguments_give_one_line(
@@ -122,66 +114,58 @@ def test_bad_arguments_give_one_line(
 ) -> None:
     assert attn_bench.main(["--device", "cpu", "--quick", *arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
+    assert message in error and len(error.strip().splitlines()) == 1
 
 
-def test_absent_contenders_have_a_reason() -> None:
-    found, absent = contenders(CPU)
-    names = {contender.name for contender in found}
+def test_absent_providers_have_a_reason() -> None:
+    found, absent = providers(CPU)
+    names = {provider.name for provider in found}
     assert {"eager-maps", "eager-compiled", "sdpa", "sefi-eager", "flex"} <= names
     assert "CUDA" in absent["sefi-triton"] and "CUDA" in absent["sefi-cuda"]
     assert not names & absent.keys()
 
 
-def _entry(name: str, family: str, seconds: float, extra: int) -> Entry:
-    entry = Entry(name, family, family != "sdpa", errors={"output": 1e-7})
-    entry.eager_times["both"] = Timing(seconds, seconds, 0.01, 9)
-    entry.memory = Memory(extra, extra)
-    return entry
+def _row(provider: str, seconds: float, extra: int, **more: Any) -> Row:
+    row = {"model": "sd15", "queries": 4096, "head_dim": 40, "heads": 8, "batch": 1, "keys": 77}
+    row |= {"dtype": "float32", "provider": provider, "direction": "both", "seconds": seconds}
+    return row | {"spread": 0.01, "extra_bytes": extra, "roofline_share": 0.5} | more
 
 
-def test_ratios_of_the_cpu_stand_beside_their_targets() -> None:
-    record = ProblemRecord(Problem("sd15", 4096, 40, 8), "float32", 4, "cpu", RATES)
-    record.entries = [
-        _entry("sefi-cpu", "sefi", 1.0, 100),
-        _entry("eager-maps", "eager", 1.5, 2000),
-        _entry("sdpa", "sdpa", 1.05, 100),
-        _entry("sdpa-flash", "sdpa", 1.02, 100),
+def test_ratios_on_a_cpu_by_hand() -> None:
+    rows = [
+        _row("sefi-cpu", 1.0, 100, sgemm_share_same=0.7),
+        _row("eager-maps", 1.5, 2000),
+        _row("sdpa", 1.05, 100),
+        _row("sdpa-flash", 1.02, 100),
     ]
-    record.matrix_seconds = {SGEMM_SAME: 0.7}
-    name = "sd15 4096x40 b1"
-    assert record.targets() == [
-        (name, f"share of sgemm, {SGEMM_SAME}", 0.7, 0.65),
-        (name, "times SDPA's speed without a loss", 1.02, 1.0),
-        (name, "times eager maps' speed", 1.5, 1.6),
-        (name, "times less extra memory than eager", 20.0, 10.0),
+    found = targets(rows, "cpu")
+    assert found == [
+        ("sd15 4096x40 b1", "share of sgemm, same shapes", 0.7, 0.65),
+        ("sd15 4096x40 b1", "times SDPA's speed without a loss", 1.02, 1.0),
+        ("sd15 4096x40 b1", "times eager maps' speed", 1.5, 1.6),
+        ("sd15 4096x40 b1", "times less extra memory than eager", 20.0, 10.0),
     ]
-    assert targets_table(record.targets()).splitlines()[-1].split()[-2:] == ["20.00", "10.00"]
-    record.problem = Problem("sd15", 1024, 80, 8)
-    assert [target[3] for target in record.targets()] == [0.65, 1 / 1.1, 1.0, 10.0]
-    record.entries[2].eager_times["both"] = Timing(1.05, 1.0, 0.6, 9)
-    assert record.noisy and record.targets() == []
-    record.entries[2].eager_times["both"] = Timing(1.05, 1.0, 0.1, 9)
-    record.entries[0].wrong = "output is off"
-    assert record.targets() == []
+    assert targets_table(found).splitlines()[-1].split()[-2:] == ["20.00", "10.00"]
+    smaller = [row | {"queries": 1024, "head_dim": 80} for row in rows]
+    assert [target[3] for target in targets(smaller, "cpu")] == [0.65, 1 / 1.1, 1.0, 10.0]
+    noisy = [*rows[:2], rows[2] | {"spread": 0.6}]
+    assert is_noisy(noisy) and targets(noisy, "cpu") == []
+    assert targets(rows[1:], "cpu") == []
 
 
-def test_ratios_of_cuda_are_of_the_fastest_backend_by_graph_replay() -> None:
-    record = ProblemRecord(Problem("sd15", 4096, 40, 8, 8), "bfloat16", 2, "cuda", RATES)
-    record.entries = [
-        _entry("sefi-triton", "sefi", 1.0, 100),
-        _entry("sefi-cuda", "sefi", 2.0, 50),
-        _entry("sefi-eager", "sefi", 0.1, 50),
-        _entry("eager-maps", "eager", 9.0, 2000),
-        _entry("sdpa-cudnn", "sdpa", 1.5, 100),
+def test_ratios_on_cuda_are_of_the_fastest_fused_backend() -> None:
+    rows = [
+        _row("sefi-triton", 1.0, 100),
+        _row("sefi-cuda", 0.5, 50),
+        _row("sefi-eager", 0.1, 50),
+        _row("eager-maps", 9.0, 2000),
+        _row("sdpa-cudnn", 1.5, 100),
     ]
-    record.entries[1].graph_times["both"] = Timing(0.5, 0.5, 0.01, 9)
-    assert [target[1:] for target in record.targets()] == [
+    rows = [row | {"dtype": "bfloat16", "batch": 8} for row in rows]
+    assert [target[1:] for target in targets(rows, "cuda")] == [
         ("times SDPA's speed without a loss", 3.0, 1.0),
         ("times eager maps' speed", 18.0, 8.0),
         ("times less extra memory than eager", 40.0, 20.0),
     ]
-    record.problem = Problem("sd15", 1024, 80, 8, 16)
-    share = record.bound_of(record.entries[1], "both").seconds / 0.5
-    assert record.targets()[1][1:] == ("share of the roofline", share, 0.8)
+    rows = [row | {"batch": 16, "queries": 1024, "head_dim": 80} for row in rows]
+    assert targets(rows, "cuda")[1][1:] == ("share of the roofline", 0.5, 0.8)

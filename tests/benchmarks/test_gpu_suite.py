@@ -1,151 +1,79 @@
-"""The suite for a machine with a GPU, dry: the CPU's checks run and no GPU figure is claimed."""
+"""The suite for a machine with a GPU: tests first, then benchmarks, then files to commit."""
 
 from __future__ import annotations
 
-import csv
-import json
-import os
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import _check_processes
-import _feature_checks
-import _gpu_checks
 import gpu_suite
 import pytest
 import torch
-from _contenders import Contender, eager_maps
-from _reference import Inputs
-from torch import Tensor
+from common import report
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+JUNIT = """<testsuites><testsuite>
+<testcase name="test_a[triton]"/>
+<testcase name="test_b"><skipped message="not built"/></testcase>
+<testcase name="test_c"><failure message="off by 2&#10;more"/></testcase>
+</testsuite></testsuites>"""
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    with (folder / "gpu_suite.csv").open() as file:
-        checks = list(csv.DictReader(file))
-    return json.loads((folder / "environment.json").read_text())["gpu_suite"], checks
-
-
-def test_dry_run(tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_suite.main(["--no-build", "--small", "--output", str(tmp_path)]) == 0
-    report, checks = read(tmp_path)
-    assert report["gpu"] is None
-    assert report["note"] == gpu_suite.NO_GPU
-    assert report["red"] == 0
-    assert {check["dtype"] for check in checks} == {"bfloat16", "float16", "float32"}
-    assert all(check["status"] == "passed" for check in checks)
-    assert "sefi-eager" in {check["contender"] for check in checks}
-    assert not (tmp_path / "attn_bench.csv").exists()
-    assert gpu_suite.NO_GPU in capsys.readouterr().out
-
-
-def test_a_red_check_is_told_and_fails(
-    tmp_path: Path, no_gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def off(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        output, subject_loss = eager_maps(inputs)
-        return output * 1.05, subject_loss
-
-    wrong = Contender("sefi-wrong", "sefi", True, off)
-    monkeypatch.setattr(_gpu_checks, "sefi_contenders", lambda device: [wrong])
-    assert gpu_suite.main(["--no-build", "--small", "--output", str(tmp_path)]) == 1
-    report, checks = read(tmp_path)
-    red = [check for check in checks if check["status"] == "failed"]
-    assert "accuracy against float64" in {check["name"] for check in red}
-    assert report["red"] == len(red) >= 3
-
-
-def test_results_that_change_between_repeats_are_a_race() -> None:
-    calls: list[None] = []
-
-    def drifting(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        calls.append(None)
-        output, subject_loss = eager_maps(inputs)
-        return output + (1e-6 if len(calls) == 17 else 0.0), subject_loss
-
-    check = _gpu_checks.races(
-        Contender("drifting", "sefi", True, drifting), CPU, torch.float32, True
-    )
-    assert check.status == "failed"
-    assert "repeat 16" in check.detail
-
-
-def test_a_check_that_breaks_is_a_failure_not_a_crash() -> None:
-    def breaks(inputs: Inputs) -> tuple[Tensor, Tensor]:
-        raise RuntimeError("illegal address\ntrace")
-
-    check = _gpu_checks.accuracy(
-        Contender("broken", "sefi", True, breaks), CPU, torch.float32, True
-    )
-    assert (check.status, check.detail) == ("failed", "RuntimeError: illegal address")
-
-
-def test_a_feature_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _feature_checks.wrong_feature("eager", CPU, torch.float32) is None
-    results = _feature_checks._results
-
-    def off(case, backend, *rest):  # type: ignore[no-untyped-def]
-        found = results(case, "eager", *rest)
-        if backend == "other" and case.reference_grad:
-            found["grad_reference_key"] = found["grad_reference_key"] * 0.99
-        return found
-
-    monkeypatch.setattr(_feature_checks, "_results", off)
-    wrong = _feature_checks.wrong_feature("other", CPU, torch.float32)
-    assert wrong is not None
-    assert wrong.startswith("gradient through the reference: grad_reference_key is off by 0.01")
-
-
-def test_checks_in_processes_are_all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every accuracy once, pieced together, and the repeats after it."""
-    eager = [one for one in _gpu_checks.sefi_contenders(CPU) if one.name == "sefi-eager"]
-    monkeypatch.setattr(_check_processes, "sefi_contenders", lambda device: eager)
-    monkeypatch.setattr(_check_processes, "DTYPES", ("float32",))
-    found = list(_check_processes.checks_apart(CPU, True))
-    assert {check.status for check in found} == {"passed"}
-    against = {(_gpu_checks.ACCURACY, "float32"), (_gpu_checks.FEATURES, "float32")}
-    repeated = {(f"{_gpu_checks.REPEATS} bitwise repeats", dtype) for dtype in _gpu_checks.DTYPES}
-    assert {(check.name, check.dtype) for check in found} == against | repeated
-    assert len(found) == len(against) + len(repeated)
-
-
-def test_a_process_that_ends_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = _check_processes.Task("sefi-eager", "float32", (0,))
-    monkeypatch.setattr(_check_processes, "_run_task", _ends)
-    check = _check_processes._checked(task, "cpu", True)
-    assert (check.status, check.name) == ("failed", _gpu_checks.ACCURACY)
-    assert "BrokenProcessPool" in check.detail
-    monkeypatch.setattr(_check_processes, "_run_repeats", _ends)
-    assert [one.status for one in _check_processes._repeated("sefi-eager", "cpu", True)] == [
-        "failed"
+def test_a_junit_file_becomes_rows(tmp_path: Path) -> None:
+    (tmp_path / "tests.xml").write_text(JUNIT)
+    assert gpu_suite.read_junit(tmp_path / "tests.xml") == [
+        {"name": "test_a[triton]", "status": "pass", "detail": ""},
+        {"name": "test_b", "status": "skipped", "detail": "not built"},
+        {"name": "test_c", "status": "fail", "detail": "off by 2"},
     ]
 
 
-def _ends(*_: object) -> None:
-    os._exit(3)
+def test_without_a_gpu_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_suite.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_triton_is_compiled_in_more_pieces_than_the_others() -> None:
-    for dtype in _gpu_checks.DTYPES:
-        pieces = _check_processes._pieces("sefi-triton", dtype, 19)
-        assert [place for piece in pieces for place in piece] == list(range(19))
-        assert len(pieces) > 1 == len(_check_processes._pieces("sefi-cuda", dtype, 19))
+@pytest.mark.parametrize(
+    ("junit", "minutes", "status", "benchmarks"),
+    [
+        (JUNIT, 10, 1, 0),
+        (JUNIT.replace("failure", "skipped"), 10, 0, len(gpu_suite.BENCHMARKS)),
+        (JUNIT.replace("failure", "skipped"), 0, 0, 0),
+    ],
+    ids=["a test fails", "tests pass", "no time"],
+)
+def test_benchmarks_run_only_after_passing_tests(
+    junit: str,
+    minutes: float,
+    status: int,
+    benchmarks: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran: list[str] = []
 
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        if "pytest" in command:
+            assert "gpu" in command
+            Path(command[-2].partition("=")[2]).write_text(junit)
+        else:
+            assert Path(command[1]).exists()
+            ran.append(Path(command[1]).stem)
+        return SimpleNamespace(returncode=0)
 
-def test_one_accuracy_fails_when_a_piece_of_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_check_processes, "_pieces", lambda *_: [(0,), (1,)])
-
-    def answer(task: _check_processes.Task, *_: object) -> _gpu_checks.Check:
-        status = "failed" if task.places == (1,) else "passed"
-        return _gpu_checks.Check("name", task.backend, task.dtype, status, str(task.places))
-
-    monkeypatch.setattr(_check_processes, "_checked", answer)
-    found = list(_check_processes._against_float64(["one"], "cpu", True))
-    red = [check for check in found if check.status == "failed"]
-    assert len(red) == len(_gpu_checks.DTYPES) and {check.detail for check in red} == {"(1,)"}
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_suite, "available_backends", dict)
+    monkeypatch.setattr(gpu_suite, "device_name", lambda device: "gpu")
+    monkeypatch.setattr(report, "device_name", lambda device: "gpu")
+    monkeypatch.setattr(report, "environment", lambda device: {})
+    arguments = ["--minutes", str(minutes), "--output", str(tmp_path)]
+    assert gpu_suite.main(arguments) == status
+    assert len(ran) == benchmarks
+    assert len(report.read_csv(tmp_path / "gpu_suite.csv")) == 3
+    assert not list(tmp_path.glob("*.xml"))
+    assert ("commit the files" in capsys.readouterr().out) == (status == 0)

@@ -24,10 +24,10 @@ SOUND = Row("triton", "forward", "", 90, "bfloat16", 128, 128, 0, 4, 4, blocks_r
         ({"warp_group_instructions": 0, "backend": "cuda"}, None),
         ({"matrix_instructions": 0, "warp_group_instructions": 0, "dtype": "float32"}, None),
         ({"serialized": True}, "warp-group matrix instructions are serialized"),
-        ({"blocks_resident": 0, "shared_bytes": 9}, "9 bytes of shared memory fit on no multi"),
+        ({"blocks_resident": 0, "shared_bytes": 9}, "9 bytes of shared memory do not fit"),
     ],
 )
-def test_the_check_fails_on_what_a_kernel_lost(change: dict[str, Any], lost: str | None) -> None:
+def test_the_check_fails_on_problems_of_a_kernel(change: dict[str, Any], lost: str | None) -> None:
     found = failures(SOUND._replace(**change))
     assert [word[: len(lost or "")] for word in found] == ([lost] if lost else [])
 
@@ -35,7 +35,6 @@ def test_the_check_fails_on_what_a_kernel_lost(change: dict[str, Any], lost: str
 def test_the_exit_status_is_that_of_the_check(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
     file = tmp_path / "kernels.csv"
     for row, status in ((SOUND, 0), (SOUND._replace(spill_bytes=8), 1)):
         monkeypatch.setattr(kernel_report, "compile_all", lambda options, row=row: [row])
@@ -66,7 +65,6 @@ def test_a_compiler_s_log_and_a_listing_become_rows(monkeypatch: pytest.MonkeyPa
 def test_without_nvcc_the_report_says_what_is_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert kernel_report.main(["--backends", "cuda", "--arch", "80"]) == 0
     assert "not in this report: no nvcc" in capsys.readouterr().out

@@ -1,17 +1,16 @@
-"""The float64 reference, the verdict, the clock and the memory trace that every figure rests on."""
+"""The float64 reference, the accuracy rule, the clock and the count of memory."""
 
 from __future__ import annotations
 
 import time
 
-import _measure
 import pytest
 import torch
-from _contenders import Contender, eager_maps
-from _measure import Effort, interleaved, interleaved_cuda, memory
-from _reference import errors, float64_results, make_inputs, verdict
-from _shapes import Problem
-from _workload import Workload
+from common import timing
+from common.providers import EAGER, Workload
+from common.reference import errors, float64_results, make_inputs, problem_with
+from common.shapes import Problem
+from common.timing import Effort, interleaved, interleaved_cuda, memory
 
 from sefi_fast.ops import cpu
 
@@ -49,28 +48,28 @@ def test_inputs_are_views_with_heads_side_by_side() -> None:
 def test_rounding_is_right_and_a_lost_factor_is_wrong(dtype: torch.dtype) -> None:
     inputs = make_inputs(PROBLEM, CPU, dtype)
     wanted = float64_results(inputs)
-    eager = Workload(Contender("eager-maps", "eager", True, eager_maps), inputs)
+    eager = Workload(EAGER, inputs)
     found = errors(eager.results(), wanted)
-    assert verdict(found, found, dtype, strict=True) is None
-    assert verdict(found, found, dtype, strict=False) is None
+    assert problem_with(found, found, dtype, strict=True) is None
+    assert problem_with(found, found, dtype, strict=False) is None
     off = eager.results()._replace(grad_key=eager.results().grad_key * 1.1)
     for strict in (True, False):
-        assert "grad_key" in (verdict(errors(off, wanted), found, dtype, strict) or "")
+        assert "grad_key" in (problem_with(errors(off, wanted), found, dtype, strict) or "")
 
 
 def test_nan_and_a_wrong_shape_never_pass() -> None:
     inputs = make_inputs(PROBLEM, CPU, torch.float32)
     wanted = float64_results(inputs)
-    results = Workload(Contender("eager-maps", "eager", True, eager_maps), inputs).results()
+    results = Workload(EAGER, inputs).results()
     poisoned = results.output.clone()
     poisoned[1, 2, 3, 4] = float("nan")
     for output in (poisoned, results.output[:1]):
         found = errors(results._replace(output=output), wanted)
         assert found["output"] == float("inf")
-        assert verdict(found, dict.fromkeys(found, 1.0), torch.float32, strict=False)
+        assert problem_with(found, dict.fromkeys(found, 1.0), torch.float32, strict=False)
 
 
-def test_turns_are_interleaved_and_the_slower_call_is_slower() -> None:
+def test_calls_alternate_and_the_slower_call_is_slower() -> None:
     order: list[str] = []
 
     def call(name: str, seconds: float) -> None:
@@ -88,7 +87,7 @@ def test_turns_are_interleaved_and_the_slower_call_is_slower() -> None:
     assert order[4:8] == ["slow", "fast", "fast", "slow"]
 
 
-def test_events_time_each_call_behind_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_time_each_call_after_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
@@ -101,7 +100,7 @@ def test_events_time_each_call_behind_a_flush(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(_measure, "FLUSH_BYTES", 1 << 10)
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 1 << 10)
     calls = {"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)}
     times = interleaved_cuda(calls, Effort(0.02, 0.0, 4), flush_device="cpu")
     assert times["slow"].rounds == times["fast"].rounds >= 4

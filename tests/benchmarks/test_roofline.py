@@ -1,12 +1,12 @@
-"""The roofline arithmetic against counts done by hand, and the shapes it is done for."""
+"""Roofline arithmetic and occupancy by hand, and the shapes."""
 
 from __future__ import annotations
 
 import pytest
 import roofline_tables
-from _occupancy import occupancy
-from _roofline import DATASHEET, Rates, bound, direction_bound, kernel_work, products, work
-from _shapes import Problem, problems
+from common.occupancy import occupancy
+from common.roofline import DATASHEET, Rates, bound, direction_bound, kernel_work, products, work
+from common.shapes import Problem, problems
 
 ROW = Problem("custom", queries=1, head_dim=40, heads=1)
 

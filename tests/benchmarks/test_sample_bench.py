@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pytest
 import sample_bench
-from _measure import Timing
+from common.timing import Timing
 
 
-def test_a_quick_run_writes_its_figures(tmp_path, capsys):
+def test_a_quick_run_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample_bench.main(["--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "sample_bench.json").read_text())
     assert len(report["sampling"]) == 4
@@ -19,20 +21,17 @@ def test_a_quick_run_writes_its_figures(tmp_path, capsys):
     assert "bare pipeline" in capsys.readouterr().out
 
 
-def test_ratios_compare_in_the_right_direction():
-    def timings(drawn: float, traced: float) -> dict[str, Timing]:
-        seconds = {
-            "bare pipeline": 1.0,
-            "attached, subject drawn": drawn,
-            "subject drawn and two words traced": traced,
-        }
-        return {name: Timing(value, value, 0.0, 3) for name, value in seconds.items()}
+def test_ratios_compare_in_the_right_direction() -> None:
+    def timings(subject: float, traced: float) -> dict[str, Timing]:
+        seconds = (1.0, subject, traced)
+        names = (sample_bench.BARE, sample_bench.SUBJECT, sample_bench.TRACED)
+        return {n: Timing(x, x, 0.0, 3) for n, x in zip(names, seconds, strict=True)}
 
     for seconds, enough in (((1.0, 1.04), [True, True]), ((1.1, 1.2), [False, False])):
         found = sample_bench.targets_of(timings(*seconds))
         assert [measured >= target for _, _, measured, target in found] == enough
 
 
-def test_another_model_needs_a_class_word(capsys):
+def test_another_model_needs_a_class_word(capsys: pytest.CaptureFixture[str]) -> None:
     assert sample_bench.main(["--model", "somewhere"]) == 2
     assert "--class-word" in capsys.readouterr().err

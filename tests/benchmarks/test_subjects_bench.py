@@ -1,8 +1,7 @@
-"""subjects_bench and the sheet of subjects, on the bundled model at its smallest."""
+"""subjects_bench and the sheet of subjects, with the smallest settings."""
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 import subjects_bench
 import subjects_sheet
 import torch
-from _training_flops import flop_counter
+from common.flop_counter import flop_counter
+from common.report import read_csv
 from PIL import Image
 
 import sefi_fast
@@ -22,13 +22,12 @@ TINY = ["--device", "cpu", "--resolution", "32", "--batch-size", "2", "--quick"]
 TINY += ["--seconds", "0.01"]
 
 
-def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*TINY, "--lanes", "1", "2", "--steps", "50", "--output", str(tmp_path)]
+def test_a_run_writes_its_rows_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--batch-subjects", "1", "2", "--steps", "50", "--output", str(tmp_path)]
     assert subjects_bench.main(arguments) == 0
-    with (tmp_path / "subjects_bench.csv").open() as file:
-        one, two = ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
+    one, two = read_csv(tmp_path / "subjects_bench.csv")
     assert json.loads((tmp_path / "environment.json").read_text())["subjects_bench"]["settings"]
-    assert (one["lanes"], two["lanes"], one["efficiency"]) == (1, 2, 1.0)
+    assert (one["batch_subjects"], two["batch_subjects"], one["efficiency"]) == (1, 2, 1.0)
     assert two["flops_a_step"] == 2 * one["flops_a_step"] > 1e7
     assert two["peak_bytes"] > one["peak_bytes"] > 0
     hours = (50 * two["seconds_a_step"] / 2 + two["seconds_to_prepare"]) / 3600
@@ -38,7 +37,9 @@ def test_a_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFix
     assert "subjects/h" in capsys.readouterr().out
 
 
-def test_too_many_lanes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subjects_that_do_not_fit_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make = subjects_bench.Run
 
     def narrow(source, config, jobs):  # type: ignore[no-untyped-def]
@@ -47,10 +48,10 @@ def test_too_many_lanes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return make(source, config, jobs)
 
     monkeypatch.setattr(subjects_bench, "Run", narrow)
-    options = [*TINY, "--lanes", "1", "2", "4", "--output", str(tmp_path), "--no-plots"]
+    options = [*TINY, "--batch-subjects", "1", "2", "4", "--output", str(tmp_path), "--no-plots"]
     report = subjects_bench.run(subjects_bench.parse(options))
-    assert [row["lanes"] for row in report["results"]] == [1]
-    assert report["not_measured"] == ["2 side by side: CUDA out of memory"]
+    assert [row["batch_subjects"] for row in report["results"]] == [1]
+    assert report["not_measured"] == ["2 subjects: CUDA out of memory"]
 
 
 @pytest.mark.parametrize("reference", [True, False])

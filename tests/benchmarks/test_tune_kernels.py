@@ -1,9 +1,7 @@
-"""The tuner: what it tries, that it drops what is wrong, whom it names best, what it prints."""
+"""The tuner: its candidates, dropped ones, the best one, and its printed lines."""
 
 from __future__ import annotations
 
-import csv
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,74 +11,77 @@ import torch
 
 pytest.importorskip("triton")
 
-import _tuning  # noqa: E402
-import _tuning_device as device_tuning  # noqa: E402
-import tune_kernels  # noqa: E402
-from _measure import Effort, Timing  # noqa: E402
-from _shapes import Problem  # noqa: E402
-from _tuning import Place, Trial, Winner  # noqa: E402
-from sefi_fast.kernels import Device, KernelConfig, Launch  # noqa: E402
-from sefi_fast.kernels.configs import WIDTHS  # noqa: E402
-from sefi_fast.kernels.launch import Prepared  # noqa: E402
+import tune_kernels
+from common.report import read_csv
+from common.shapes import Problem
+from common.timing import Effort, Timing
+from sefi_fast.kernels import Device, KernelConfig, Launch
+from sefi_fast.kernels.configs import WIDTHS
+from sefi_fast.kernels.launch import Prepared
+from tune_kernels import KERNELS, Best, Candidate, Slot
 
-from sefi_fast.ops.triton import interpreted  # noqa: E402
+from sefi_fast.ops.dispatch import CudaDevice
+from sefi_fast.ops.triton import interpreted
 
-PLACE = Place("forward", 90, "half", 80)
-
-
-def trials(*configs: KernelConfig) -> list[Trial]:
-    return [Trial(PLACE, config, i == 0) for i, config in enumerate(configs)]
+SLOT = Slot("forward", 90, "half", 80)
 
 
-def test_the_default_comes_first_and_nothing_twice() -> None:
-    for kernel in _tuning.KERNELS:
-        for capability in (80, 86, 90, 100):
-            for precision in ("half", "single"):
-                place = Place(kernel, capability, precision, 80)
-                if (default := _tuning.default_of(place)) is None:
-                    assert kernel == "backward" and not _tuning.problems_of(place, torch.bfloat16)
-                    continue
-                tried = _tuning.candidates(place)
-                assert tried[0] == default
-                assert len(tried) == len(set(tried)) > 10
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize("precision", ["half", "single"])
+def test_the_default_is_first_and_nothing_is_tried_twice(
+    kernel: str, capability: int, precision: str
+) -> None:
+    slot = Slot(kernel, capability, precision, 80)
+    if (default := tune_kernels.default_of(slot)) is None:
+        assert kernel == "backward" and not tune_kernels.problems_of(slot, torch.bfloat16)
+        return
+    tried = tune_kernels.candidates(slot)
+    configs = [candidate.config for candidate in tried]
+    assert configs[0] == default and [one.default for one in tried].count(True) == 1
+    assert len(configs) == len(set(configs)) > 10
 
 
-def test_a_run_that_is_cut_short_keeps_what_it_found(
+def test_an_interrupted_run_keeps_its_results(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from sefi_fast.ops import dispatch
-
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(dispatch, "cuda_device", lambda index: dispatch.CudaDevice(90, 132))
-    monkeypatch.setattr(tune_kernels, "environment", lambda device: {})
-    seen: list[list[Trial]] = []
+    monkeypatch.setattr(tune_kernels, "cuda_device", lambda index: CudaDevice(90, 132))
+    monkeypatch.setattr("common.report.device_name", lambda device: "gpu")
+    monkeypatch.setattr("common.report.environment", lambda device: {})
+    seen: list[list[Candidate]] = []
 
-    def measure(tried: list[Trial], *_: Any) -> None:
+    def measure(tried: list[Candidate], *_: Any) -> None:
         if seen:
             raise KeyboardInterrupt
         seen.append(tried)
 
-    monkeypatch.setattr(device_tuning, "measure_place", measure)
-    options = tune_kernels.parse(
-        ["--kernels", "forward", "--widths", "48", "64", "--output", str(tmp_path)]
-    )
+    monkeypatch.setattr(tune_kernels, "measure_slot", measure)
+    options = ["--kernels", "forward", "--widths", "48", "64", "--output", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
-        tune_kernels.tune_device(options)
-    with (tmp_path / "tune_kernels.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(seen[0]) > 1
+        tune_kernels.tune(tune_kernels.parse(options))
+    assert len(read_csv(tmp_path / "tune_kernels.csv")) == len(seen[0]) > 1
 
 
-def test_the_kernel_of_the_keys_and_warp_groups_look_up_wider_tiles() -> None:
-    assert _tuning.table_width("forward", 80, torch.bfloat16, 40) == 48
-    assert _tuning.table_width("forward", 90, torch.bfloat16, 40) == 64
-    assert _tuning.table_width("backward_key_value", 80, torch.bfloat16, 40) == 64
-    assert _tuning.table_width("backward_key_value", 90, torch.float32, 40) == 48
+@pytest.mark.parametrize(
+    ("kernel", "capability", "dtype", "width"),
+    [
+        ("forward", 80, torch.bfloat16, 48),
+        ("forward", 90, torch.bfloat16, 64),
+        ("backward_key_value", 80, torch.bfloat16, 64),
+        ("backward_key_value", 90, torch.float32, 48),
+    ],
+)
+def test_the_kernel_of_the_keys_and_warp_groups_look_up_wider_tiles(
+    kernel: str, capability: int, dtype: torch.dtype, width: int
+) -> None:
+    assert tune_kernels.table_width(kernel, capability, dtype, 40) == width
 
 
-def test_the_layers_of_a_place_are_those_that_take_its_configuration() -> None:
+def test_the_layers_of_a_slot_are_those_that_use_its_configuration() -> None:
     def found(kernel: str, width: int) -> list[Problem]:
-        return _tuning.problems_of(Place(kernel, 90, "half", width), torch.bfloat16)
+        return tune_kernels.problems_of(Slot(kernel, 90, "half", width), torch.bfloat16)
 
     for kernel in ("backward_key_value", "backward"):
         layers = found(kernel, 64)
@@ -88,45 +89,41 @@ def test_the_layers_of_a_place_are_those_that_take_its_configuration() -> None:
         assert {problem.batch for problem in layers} == {1, 16}
     assert {problem.queries for problem in found("forward", 160)} == {64, 256}
     (stand_in, _) = found("forward", 256)
-    assert (stand_in.model, stand_in.queries, stand_in.head_dim) == ("custom", 1024, 256)
-    assert not found("backward", 160)
+    assert (stand_in.model, stand_in.head_dim) == ("custom", 256)
 
 
-def test_printed_lines_are_a_piece_of_the_table() -> None:
-    best = KernelConfig(32, 8, 2, reload=True)
-    code = "\n".join(_tuning.table_lines([Winner(PLACE, best, "12 % faster")]))
+@pytest.mark.parametrize("capability", [90, 121])
+def test_the_printed_lines_are_lines_of_the_table(capability: int) -> None:
+    """A device without lines gets all widths."""
+    slot, best = SLOT._replace(capability=capability), KernelConfig(32, 8, 2, reload=True)
+    code = "\n".join(tune_kernels.table_lines([Best(slot, best, "12 % faster")]))
     assert "        # 12 % faster\n        80: KernelConfig(32, 8, 2, reload=True)," in code
-    table = eval(f"{{{code}}}", {"KernelConfig": KernelConfig})
-    assert table == {("forward", 90, "half"): {80: best}}
+    ((key, lines),) = eval(f"{{{code}}}", {"KernelConfig": KernelConfig}).items()
+    assert key == ("forward", capability, "half") and lines[80] == best
+    assert list(lines) == ([80] if capability == 90 else list(WIDTHS))
+    if capability == 121:
+        assert lines[64] == tune_kernels.default_of(slot._replace(width=64))
 
 
-def test_a_device_without_lines_gets_all_its_widths() -> None:
-    best = KernelConfig(32, 8, 2, reload=True)
-    place = PLACE._replace(capability=121)
-    code = "\n".join(_tuning.table_lines([Winner(place, best, "12 % faster")]))
-    (lines,) = eval(f"{{{code}}}", {"KernelConfig": KernelConfig}).values()
-    assert list(lines) == list(WIDTHS) and lines[80] == best
-    assert lines[64] == _tuning.default_of(place._replace(width=64))
-
-
-def test_a_compiled_configuration_tells_how_many_programs_are_resident() -> None:
-    device = device_tuning.Planned([SimpleNamespace(**launch(200, 30_000))], {})  # type: ignore[list-item]
-    assert device.resident(90) == 2
-    device = device_tuning.Planned([SimpleNamespace(**launch(168, 30_000))], {})  # type: ignore[list-item]
-    assert device.resident(90) == 3 and device.resident(77) is None
-
-
-def launch(registers: int, shared: int) -> dict[str, Any]:
-    compiled = SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(shared=shared))
-    prepared = SimpleNamespace(compiled=compiled)
-    return {"prepared": prepared, "config": KernelConfig(64, 4, 1)}
+@pytest.mark.parametrize(
+    ("registers", "capability", "resident"), [(200, 90, 2), (168, 90, 3), (168, 77, None)]
+)
+def test_programs_per_multiprocessor_come_from_the_compiled_kernel(
+    registers: int, capability: int, resident: int | None
+) -> None:
+    compiled = SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(shared=30_000))
+    launch: Any = SimpleNamespace(
+        prepared=SimpleNamespace(compiled=compiled), config=KernelConfig(64, 4, 1)
+    )
+    assert tune_kernels.Planned([launch], {}).resident(capability) == resident
 
 
 @pytest.mark.skipif(not interpreted(), reason="runs in Triton's interpreter")
 class TestOnTheInterpreter:
-    """The device's part, with the interpreter as the device and made-up times."""
+    """The interpreter is the device; times are made up."""
 
     problems = [Problem("custom", 40, 16, 1, 1, 20)]
+    configs = (KernelConfig(16, 4, 1), KernelConfig(32, 4, 1), KernelConfig(64, 4, 1))
 
     def test_all_launches_of_all_configurations_are_compiled(
         self, monkeypatch: pytest.MonkeyPatch
@@ -140,61 +137,50 @@ class TestOnTheInterpreter:
 
         monkeypatch.setattr(Launch, "compile", compile_launch)
         configs = [KernelConfig(16, 4, 1), KernelConfig(32, 4, 1, separate=True)]
-        device = Device(90, 2, True)
-        device_tuning.compile_configs(
-            self.problems[0], "float32", device, "backward_key_value", configs
+        tune_kernels.compile_configs(
+            self.problems[0], torch.float32, Device(90, 2, True), "backward_key_value", configs
         )
         keys = [config for name, config in compiled if name.endswith("key_value")]
         assert keys == [configs[0], configs[1], configs[1]]
 
-    configs = (KernelConfig(16, 4, 1), KernelConfig(32, 4, 1), KernelConfig(64, 4, 1))
-
-    def run(self, kernel: str, factors: list[float], spread: float = 0.01) -> Any:
-        """measure_place with times by the place of a candidate; the second run tells the same."""
-        tried = trials(*self.configs)
-        for trial in tried:
-            trial.place = PLACE._replace(kernel=kernel)
-        self.tried, self.ticks = tried, 0
-
-        def tick(_: Trial) -> None:
-            self.ticks += 1
+    def run(self, kernel: str, factors: list[float], spread: float = 0.01) -> Best | None:
+        """Return the best by times in the order of the candidates; the second run repeats them."""
+        slot = SLOT._replace(kernel=kernel)
+        self.tried = [Candidate(slot, config, i == 0) for i, config in enumerate(self.configs)]
+        fastest = [0.0]
 
         def time_calls(calls: dict[str, Any], _: Effort) -> dict[str, Timing]:
-            best = (
-                min(factors[int(name)] for name in calls if name.isdigit()) if "0" in calls else 0
-            )
-            self.best = best or self.best
-            seconds = {"default": factors[0], "best": self.best}
-            return {
-                name: Timing(seconds.get(name) or factors[int(name)], 1.0, spread, 9)
-                for name in calls
-            }
+            if "best" in calls:
+                seconds = {"default": factors[0], "best": fastest[0]}
+            else:
+                seconds = {name: factors[int(name)] for name in calls}
+                fastest[0] = min(seconds.values())
+            return {name: Timing(seconds[name], 1.0, spread, 9) for name in calls}
 
         device = Device(90, 2, True)
-        return device_tuning.measure_place(
-            tried, self.problems, torch.float32, device, tick, time_calls
+        return tune_kernels.measure_slot(
+            self.tried, self.problems, torch.float32, device, time_calls
         )
 
-    @pytest.mark.parametrize("kernel", _tuning.KERNELS)
+    @pytest.mark.parametrize("kernel", KERNELS)
     def test_a_right_and_faster_candidate_wins(self, kernel: str) -> None:
-        winner = self.run(kernel, [1.0, 0.8, 0.9])
-        assert winner.config == self.configs[1]
-        assert winner.evidence.startswith("20% faster")
-        assert [trial.dropped for trial in self.tried] == [None] * 3
-        assert self.ticks == 3
+        best = self.run(kernel, [1.0, 0.8, 0.9])
+        assert best is not None and best.config == self.configs[1]
+        assert best.evidence.startswith("20% faster")
+        assert [candidate.dropped for candidate in self.tried] == [None] * 3
 
     def test_a_gain_within_the_noise_is_none(self) -> None:
         assert self.run("forward", [1.0, 0.95, 1.0], spread=0.03) is None
 
     def test_a_wrong_and_a_failing_candidate_are_named_and_dropped(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        plan = device_tuning.Bench.plan
+        plan = tune_kernels.Bench.plan
 
-        def broken(bench: Any, config: KernelConfig | None) -> Any:
+        def broken(bench: Any, config: KernelConfig) -> Any:
             planned = plan(bench, config)
             if config == self.configs[1]:
-                # Half the rows of the problem are left out.
+                # Half of the problem's rows are left out.
                 launch = planned.launches[0]
                 numbers = {**launch.prepared.numbers, "rows": launch.prepared.numbers["rows"] // 2}
                 fewer = Prepared(launch.kernel, launch.prepared.grid, numbers, config)
@@ -203,16 +189,16 @@ class TestOnTheInterpreter:
                 raise ValueError("out of resources")
             return planned
 
-        monkeypatch.setattr(device_tuning.Bench, "plan", broken)
+        monkeypatch.setattr(tune_kernels.Bench, "plan", broken)
         assert self.run("forward", [1.0, 0.1, 0.1]) is None
         assert self.tried[1].dropped is not None and "output is off" in self.tried[1].dropped
         assert self.tried[2].dropped == "does not run: ValueError: out of resources"
+        assert "dropped: sm_90 forward" in capsys.readouterr().err
 
 
-def test_without_a_device_it_says_so(
+def test_without_a_device_there_are_no_times(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
     assert tune_kernels.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err

@@ -19,7 +19,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from _occupancy import occupancy
+from common.occupancy import occupancy
 from sefi_fast.kernels import shared_bytes
 from sefi_fast.kernels.configs import TABLE
 

@@ -22,7 +22,7 @@ SCRIPT = """
 import json, sys
 sys.path[:0] = sys.argv[1:]
 import torch
-from _idle_driver import IdleDriver
+from common.idle_driver import IdleDriver
 driver = IdleDriver(80, keep=True)
 driver.install()
 from sefi_fast.kernels import Device, Gradients, Inputs, plan_backward_key_value, plan_forward
