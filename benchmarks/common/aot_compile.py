@@ -1,4 +1,4 @@
-"""Ahead-of-time compile of launches, without a GPU: registers, spills, matrix units, loads."""
+"""Ahead-of-time compilation of launches, without a GPU: registers, spills, matrix units, loads."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import contextlib
 import io
 import re
 import tempfile
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from sefi_fast.kernels.configs import KernelConfig
 from sefi_fast.kernels.launch import Device, Launch
 from sefi_fast.kernels.plan import (
     KEY_GRADIENTS,
@@ -19,7 +17,6 @@ from sefi_fast.kernels.plan import (
     InputLayouts,
     Inputs,
     empty_statistics,
-    plan_backward,
     plan_backward_key_value,
     plan_backward_query,
     plan_backward_sums,
@@ -43,7 +40,7 @@ HEAD_DIMS = (40, 64, 80, 160)
 
 
 class Report(NamedTuple):
-    """What the compiler made of one launch.
+    """Properties of one compiled launch.
 
     registers a thread; spill_bytes stored and loaded; shared_bytes of a program; matrix
     instructions in the PTX (warp-group ones count among them) and warp-group ones alone; global
@@ -66,7 +63,7 @@ class Report(NamedTuple):
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and promises of the arguments, as a launch of the same tensors has them."""
+    """Return types, constants and known alignments of the arguments, as a launch has them."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     promises: dict[tuple[int, ...], Any] = {}
@@ -105,7 +102,8 @@ def _load_widths(ptx: str) -> dict[int, int]:
 def compile_launch(launch: Launch, capability: int) -> Report:
     """Compile one planned launch for compute capability major · 10 + minor.
 
-    Needs the compiled mode of Triton: RuntimeError when TRITON_INTERPRET=1 was set at import.
+    Raises:
+        RuntimeError: TRITON_INTERPRET=1 was set when the kernels were imported.
     """
     if not hasattr(launch.kernel, "params"):
         raise RuntimeError(
@@ -150,118 +148,46 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     )
 
 
-class _Example(NamedTuple):
-    """A call on tensors without memory, keys of one stream and the reference among them."""
-
-    inputs: Inputs
-    gradients: Gradients
-    attn_probs: Tensor | None
-    scale: float
-    device: Device
-
-    @classmethod
-    def of(
-        cls, capability: int, dtype: torch.dtype, head_dim: int, rows: int, batch: int, heads: int,
-        keys: int, reference: bool, weights: bool, tokens: int,
-    ) -> _Example:  # fmt: skip
-        def empty(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=of, device="meta")
-
-        query, key, value = (
-            empty(batch, length, heads, head_dim, of=dtype).transpose(1, 2)
-            for length in (rows, keys, keys)
-        )
-        inputs = Inputs(
-            query,
-            key,
-            value,
-            key if reference else None,
-            empty(1, keys) if weights else None,
-            None,
-            empty(1, tokens, of=torch.int64) if tokens else None,
-        )
-        attn_probs = empty(batch, heads, tokens, rows) if tokens else None
-        gradients = Gradients(query, empty(batch) if reference else None, attn_probs)
-        multiprocessors = MULTIPROCESSORS.get(capability, 132)
-        return cls(
-            inputs,
-            gradients,
-            attn_probs,
-            head_dim**-0.5,
-            Device(capability, multiprocessors, False),
-        )
-
-    def rows_like(self, like: Tensor) -> Tensor:
-        """The [B, rows, H, D] buffer of a result."""
-        return torch.empty_like(like.transpose(1, 2))
-
-
-def call_launches(
-    capability: int, dtype: torch.dtype, head_dim: int, rows: int, batch: int, heads: int,
-    keys: int = 77,
-) -> list[Launch]:  # fmt: skip
-    """The launches of one training call with the subject loss, in order, without memory."""
-    call = _Example.of(
-        capability, dtype, head_dim, rows, batch, heads, keys, reference=True, weights=False,
-        tokens=0,
-    )  # fmt: skip
-    inputs, gradients, _, scale, device = call
-    assert inputs.value is not None
-    query, key, value = map(call.rows_like, (inputs.query, inputs.key, inputs.value))
-    forward, _ = plan_forward(inputs, query, None, scale, device)
-    totals = (query, key, value, None)
-    return [forward, *plan_backward(inputs, gradients, totals, scale, False, device)]
-
-
 def example_launches(
-    capability: int,
-    dtype: torch.dtype,
-    head_dim: int,
-    rows: int,
-    *,
-    batch: int = 2,
-    heads: int = 8,
-    keys: int = 77,
-    reference: bool = True,
-    weights: bool = False,
-    tokens: int = 0,
-    reference_grad: bool = False,
-    configs: Mapping[str, KernelConfig] | None = None,
+    capability: int, dtype: torch.dtype, head_dim: int, rows: int
 ) -> dict[str, Launch]:
-    """The launches of one call and its backward, planned on tensors without memory.
+    """Return the launches of one call with the subject loss and its backward, by kernel.
 
-    With reference, the subject loss and its gradient take part; with tokens, so many columns of the
-    maps; configs, by kernel, stand in for the table's. Keys of the result are the kernels' names;
-    where each gradient has a launch of its own, the second is "backward_key_value (grad_value)".
-    "backward", or "backward (grad_key)", is the kernel of the queries where it sums up both or
-    dK alone.
+    They are planned on tensors without memory: batch 2, 8 heads, 77 keys. Where each gradient has
+    its own launch, the second is "backward_key_value (grad_value)". "backward", or "backward
+    (grad_key)", is the kernel of the queries where it also sums up both, or dK alone.
     """
-    configs = configs or {}
-    call = _Example.of(
-        capability, dtype, head_dim, rows, batch, heads, keys, reference, weights, tokens
-    )
-    inputs, gradients, attn_probs, scale, device = call
-    query, key = call.rows_like(inputs.query), call.rows_like(inputs.key)
-    forward, _ = plan_forward(inputs, query, attn_probs, scale, device, configs.get("forward"))
-    statistics = empty_statistics(inputs.query)
-    backward_query = plan_backward_query(
-        inputs, gradients, query, statistics, scale, reference_grad, device,
-        configs.get("backward_query"),
-    )  # fmt: skip
-    wanted = (key, key, key if reference_grad else None)
-    keys_launches = plan_backward_key_value(
-        inputs, gradients, statistics, wanted, scale, device, configs.get("backward_key_value")
-    )
-    launches = {"forward": forward, "backward_query": backward_query}
-    config = configs.get("backward", sums_config(InputLayouts.of(inputs), device))
+    batch, heads, keys = 2, 8, 77
+
+    def empty(length: int) -> Tensor:
+        shape = (batch, length, heads, head_dim)
+        return torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2)
+
+    query, key, value, reference_key = (empty(length) for length in (rows, keys, keys, keys))
+    inputs = Inputs(query, key, value, reference_key, None, None, None)
+    gradients = Gradients(query, torch.empty(batch, device="meta"), None)
+    scale = head_dim**-0.5
+    device = Device(capability, MULTIPROCESSORS.get(capability, 132), False)
+    # [B, rows, H, D] buffers of the results.
+    output, total = (torch.empty_like(like.transpose(1, 2)) for like in (query, key))
+    forward, _ = plan_forward(inputs, output, None, scale, device)
+    statistics = empty_statistics(query)
+    launches = {
+        "forward": forward,
+        "backward_query": plan_backward_query(
+            inputs, gradients, output, statistics, scale, False, device
+        ),
+    }
+    config = sums_config(InputLayouts.of(inputs), device)
     if config is not None:
-        totals = (key, key if config.sums > 1 else None)
-        name = "backward" if config.sums > 1 else "backward (grad_key)"
-        launches[name] = plan_backward_sums(
-            inputs, gradients, query, None if config.sums > 1 else statistics, totals, scale,
-            reference_grad, device, config,
+        both = config.sums > 1
+        launches["backward" if both else "backward (grad_key)"] = plan_backward_sums(
+            inputs, gradients, output, None if both else statistics,
+            (total, total if both else None), scale, False, device, config,
         )[0]  # fmt: skip
-    for launch in keys_launches:
+    for launch in plan_backward_key_value(
+        inputs, gradients, statistics, (total, total, None), scale, device
+    ):
         written = [name for name in KEY_GRADIENTS if launch.arguments.get(name) is not None]
         name = "backward_key_value" if written else "sum_partials"
         if name in launches:
