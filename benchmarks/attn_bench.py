@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-# The profiler that counts allocations reports its start and stop otherwise.
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import torch
 import torch._functorch.config
@@ -31,6 +27,14 @@ from common.attn_run import (
     problem_table,
     targets,
 )
+from common.options import (
+    DTYPES,
+    bench_parser,
+    choose_device,
+    default_dtype,
+    effort_of,
+    exit_status,
+)
 from common.plots import plot_bars, plot_roofline, plot_speed
 from common.providers import COMPILED, Provider, providers
 from common.rates import device_name, faster, measured_rates
@@ -40,16 +44,10 @@ from common.shapes import BATCHES, MODELS, QUICK_SHAPES, TEXT_TOKENS, Problem, p
 from common.timing import FULL, QUICK, Effort
 from tqdm import tqdm
 
-from sefi_fast import keep_freed_memory
-
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `run` fills in what depends on the device (dtype, folder)."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="SD 1.5, batch 1, short rounds")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    parser = bench_parser(__doc__, quick="SD 1.5, batch 1, short rounds")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default by device")
     parser.add_argument("--shapes", nargs="+", metavar="SHAPE", help="sd15, sd15:4096, 4096x40x8")
     parser.add_argument("--batches", nargs="+", type=int, metavar="B")
@@ -58,30 +56,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--no-compiled", action="store_true", help="leave out what torch.compile makes"
     )
-    parser.add_argument("--seconds", type=float, help="seconds of timing per call")
     parser.add_argument("--minutes", type=float, help="begin no problem after this time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    parser.add_argument("--no-plots", action="store_true")
     parser.add_argument(
         "--plot-only", type=Path, metavar="FOLDER", help="redraw the plots of measured results"
     )
     return parser.parse_args(arguments)
-
-
-def choose_device(word: str | None) -> torch.device:
-    """Return the device of a word, by default CUDA if available.
-
-    Raises:
-        ValueError: the device is not available.
-    """
-    word = word or ("cuda" if torch.cuda.is_available() else "cpu")
-    if word.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {word}: wanted cpu or cuda")
-    device = torch.device(word)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
-    return device
 
 
 def chosen_problems(options: argparse.Namespace, device: torch.device) -> list[Problem]:
@@ -141,23 +121,23 @@ def plot(rows: list[Row], rates: dict[str, Rates], device: str, folder: Path) ->
         plot_roofline(of_dtype, rates[dtype], title, folder / f"attn_bench_{dtype}_roofline.png")
 
 
-def replot(folder: Path, output: Path) -> None:
+def replot(options: argparse.Namespace) -> dict[str, Any]:
     """Redraw the plots of a folder of results; for a GPU draw the README's attn_bench.png too."""
+    folder = options.plot_only
     rows = read_csv(folder / "attn_bench.csv")
     known = json.loads((folder / "environment.json").read_text())["attn_bench"]
     rates = {dtype: Rates(**values) for dtype, values in known["rates"].items()}
     plot(rows, rates, known["device"], folder)
     if gpu := known["environment"].get("gpu"):
-        plot_speed(rows, gpu["name"], output / "attn_bench.png")
+        plot_speed(rows, gpu["name"], (options.output or folder) / "attn_bench.png")
+    return {"results": rows}
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the whole benchmark; return the content of its files."""
     device = choose_device(options.device)
-    dtypes = options.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])
-    effort = QUICK if options.quick else FULL
-    if options.seconds is not None:
-        effort = effort._replace(seconds=options.seconds)
+    dtypes = options.dtype or [default_dtype(device)]
+    effort = effort_of(options, FULL, QUICK)
     found, absent = providers(device, options.only)
     if options.quick:
         found = [provider for provider in found if provider.name != "sdpa-math"]
@@ -194,25 +174,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0, 1 when a backend of sefi_fast failed its check, or 2 for bad arguments."""
-    keep_freed_memory()
+    """Return the exit status."""
     options = parse(arguments)
-    try:
-        if options.plot_only:
-            replot(options.plot_only, options.output or options.plot_only)
-            return 0
-        report = run(options)
-    except (ValueError, OSError) as error:
-        print(f"attn_bench: {error}", file=sys.stderr)
-        return 2
-    failed = {
-        row["provider"]
-        for row in report["results"]
-        if row["provider"].startswith("sefi-") and row["status"].startswith("fail")
-    }
-    if failed:
-        print(f"FAILED: {', '.join(sorted(failed))}", file=sys.stderr)
-    return 1 if failed else 0
+    return exit_status("attn_bench", lambda: replot(options) if options.plot_only else run(options))
 
 
 if __name__ == "__main__":

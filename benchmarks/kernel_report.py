@@ -22,9 +22,10 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-# Triton reads this when the kernels are imported; the interpreter compiles nothing.
+# Triton reads these when the kernels are imported; the interpreter compiles nothing.
 if __name__ in ("__main__", "__mp_main__"):
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 from common.aot_compile import HEAD_DIMS, compile_launch, example_launches

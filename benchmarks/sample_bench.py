@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from common.rates import device_name
-from common.report import (
-    RESULTS,
-    Target,
-    environment,
-    table,
-    targets_table,
-    time_text,
-    write_json,
-)
+from common.options import choose_device, exit_status
+from common.report import Row, Target, table, targets_table, time_text, write_report
 from common.timing import Effort, Timing, interleaved
 
 from sefi_fast import (
@@ -34,7 +26,6 @@ from sefi_fast import (
     attach,
     detach,
     generate,
-    keep_freed_memory,
     load_pipeline,
     trace,
 )
@@ -53,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few steps and rounds")
     parser.add_argument("--model", help="folder, hub id or file; default: the bundled tiny model")
     parser.add_argument("--class-word", help="a word the model knows; default: the bundled model's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps an image")
     parser.add_argument("--images", type=int, default=4, help="images at once")
     parser.add_argument("--rounds", type=int, default=9)
@@ -72,20 +63,19 @@ def make_subject(pipe: Any, class_word: str, placeholder: str, seed: int) -> Sub
 
 
 def sampling(
-    pipe: Any, class_word: str, options: argparse.Namespace
-) -> tuple[dict[str, Timing], dict[str, int]]:
+    pipe: Any, class_word: str, options: argparse.Namespace, device: torch.device
+) -> dict[str, Timing]:
     """Time one call: bare, subject attached but unused, subject generated, and traced."""
     subject = make_subject(pipe, class_word, "<me>", 0)
     bare, attached = pipe, _twin(pipe)
     attach(attached, subject)
-    cuda = str(options.device).startswith("cuda")
 
     def images_of(pipe: Any, word: str) -> Callable[[], Any]:
         def call() -> Any:
             images = generate(
                 pipe, f"a photo of a {word}", n=options.images, steps=options.steps, guidance=3.0
             )
-            if cuda:
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             return images
 
@@ -105,7 +95,7 @@ def sampling(
     }
     timings = interleaved(calls, Effort(0.0, 0.0, options.rounds))
     detach(attached)
-    return timings, {"images": options.images, "steps": options.steps}
+    return timings
 
 
 def _twin(pipe: Any) -> Any:
@@ -117,9 +107,9 @@ def _twin(pipe: Any) -> Any:
     return twin
 
 
-def attaching(pipe: Any, class_word: str, rounds: int) -> dict[int, dict[str, float]]:
-    """Return median seconds to load, attach and detach each number of subject files."""
-    found: dict[int, dict[str, float]] = {}
+def attaching(pipe: Any, class_word: str, rounds: int) -> list[Row]:
+    """Return rows of median seconds to load, attach and detach each number of subject files."""
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{number}.safetensors" for number in range(max(COUNTS))]
         for number, path in enumerate(paths):
@@ -136,8 +126,11 @@ def attaching(pipe: Any, class_word: str, rounds: int) -> dict[int, dict[str, fl
                 marks.append(time.perf_counter())
                 for name, start, end in zip(samples, marks, marks[1:], strict=False):
                     samples[name].append(end - start)
-            found[count] = {name: sorted(values)[rounds // 2] for name, values in samples.items()}
-    return found
+            rows += [
+                {"call": name, "subjects": count, "seconds": median(values), "rounds": rounds}
+                for name, values in samples.items()
+            ]
+    return rows
 
 
 def targets_of(timings: dict[str, Timing]) -> list[Target]:
@@ -150,53 +143,57 @@ def targets_of(timings: dict[str, Timing]) -> list[Target]:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the whole benchmark; return the content of its file."""
+    """Run the whole benchmark; return the content of its files."""
     if options.model is not None and options.class_word is None:
         raise ValueError("--class-word is missing: give a word that the model knows")
     if options.quick:
         options.steps, options.rounds, options.images = 4, 3, 1
-    pipe = load_pipeline(options.model, device=options.device)
+    device = choose_device(options.device)
+    pipe = load_pipeline(options.model, device=str(device))
     pipe.set_progress_bar_config(disable=True)
     class_word = options.class_word or "creature"
-    timings, settings = sampling(pipe, class_word, options)
-    loading = attaching(pipe, class_word, options.rounds)
+    timings = sampling(pipe, class_word, options, device)
+    rows: list[Row] = [
+        {
+            "call": name,
+            "seconds": timing.median,
+            "fastest_seconds": timing.fastest,
+            "spread": timing.spread,
+            "rounds": timing.rounds,
+        }
+        for name, timing in timings.items()
+    ]
+    rows += attaching(pipe, class_word, options.rounds)
     bare = timings[BARE].median
-    rows = [
+    cells = [
         [name, time_text(timing.median), f"{bare / timing.median:.3f}", f"{timing.spread:.0%}"]
         for name, timing in timings.items()
     ]
     print(f"{options.images} image(s), {options.steps} steps, guidance 3")
-    print(table(["call", "seconds", "xbare", "spread"], rows))
-    rows = [
-        [f"{count} subject(s)", *(time_text(seconds) for seconds in parts.values())]
-        for count, parts in loading.items()
+    print(table(["call", "seconds", "xbare", "spread"], cells))
+    cells = [
+        [row["call"], f"{row['subjects']} subject(s)", time_text(row["seconds"])]
+        for row in rows[len(timings) :]
     ]
-    print("\n" + table(["", "load", "attach", "detach"], rows))
+    print("\n" + table(["call", "", "seconds"], cells))
     print(targets_table(targets_of(timings)))
-    device = torch.device(options.device)
     report = {
         "benchmark": "sample_bench",
-        "device": device_name(device),
-        "environment": environment(device),
-        "settings": {**settings, "model": "bundled" if options.model is None else "given"},
-        "sampling": {name: timing._asdict() for name, timing in timings.items()},
-        "attaching": {str(count): parts for count, parts in loading.items()},
+        "settings": {
+            "images": options.images,
+            "steps": options.steps,
+            "model": "bundled" if options.model is None else "given",
+        },
+        "results": rows,
     }
-    folder = options.output or RESULTS / device_name(device)
-    write_json(folder / "sample_bench.json", report)
-    print(f"wrote {os.path.relpath(folder / 'sample_bench.json')}")
+    write_report(report, device, options.output)
     return report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0, or 2 for bad arguments."""
-    keep_freed_memory()
-    try:
-        run(parse(arguments))
-    except ValueError as error:
-        print(f"sample_bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Return the exit status."""
+    options = parse(arguments)
+    return exit_status("sample_bench", lambda: run(options))
 
 
 if __name__ == "__main__":

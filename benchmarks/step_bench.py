@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
-
-# The profiler that counts allocations reports its start and stop otherwise.
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import diffusers
 import torch
-from attn_bench import DTYPES, choose_device
 from common.attn_run import MOST_SPREAD
 from common.models import FULL_WIDTH, Architecture, random_pipeline, reduced
+from common.options import (
+    DTYPES,
+    PRECISION,
+    bench_parser,
+    choose_device,
+    default_dtype,
+    effort_of,
+    exit_status,
+)
 from common.plots import plot_steps
 from common.rates import device_name
 from common.report import Row, Target, reason, table, targets_table, time_text, write_report
@@ -35,13 +38,11 @@ from common.timing import Effort, interleaved_on
 from torch import Tensor
 from tqdm import tqdm
 
-from sefi_fast import keep_freed_memory
 from sefi_fast.training import TrainConfig
 
 SEFI, PLAIN, INVERSION, NO_LOSS = "sefi", "plain-maps", "textual-inversion", "sefi-no-loss"
 FULL = Effort(20.0, 0.0, 9)
 QUICK = Effort(2.0, 0.0, 3)
-PRECISION = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 _CHECKED_STEPS = 3
 # Largest relative differences of noise loss and subject loss between sefi and plain-maps. The first
@@ -87,16 +88,11 @@ class Entry:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `run` fills in what depends on the device."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, smaller latents on a CPU")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    parser = bench_parser(__doc__, quick="few rounds, smaller latents on a CPU")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on CUDA")
     parser.add_argument("--models", nargs="+", choices=list(FULL_WIDTH), default=list(FULL_WIDTH))
     parser.add_argument("--batches", nargs="+", type=int, default=[1], metavar="B")
-    parser.add_argument("--seconds", type=float, help="seconds of timing per provider")
     parser.add_argument("--full-width", action="store_true", help="full width on a CPU too")
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
     if min(options.batches) < 1:
         parser.error(f"--batches {options.batches}: each must be at least 1")
@@ -141,7 +137,8 @@ def measure_steps(
             ready[name] = make_step(entry.provider, built, batch, device, dtype)
             entry.losses = [ready[name][0]() for _ in range(_CHECKED_STEPS)]
         except Exception as error:  # noqa: BLE001 - a library may raise anything; the row says what
-            entry.status = f"not run: {reason(error)}"
+            state = "fail" if entry.provider.make is SefiStep else "not run"
+            entry.status = f"{state}: {reason(error)}"
             ready.pop(name, None)
     _compare_losses(entries, dtype)
     passed = [entry for entry in entries if entry.status == "pass"]
@@ -264,10 +261,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the whole benchmark; return the content of its files."""
     diffusers.utils.logging.set_verbosity_error()
     device = choose_device(options.device)
-    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    effort = QUICK if options.quick else FULL
-    if options.seconds is not None:
-        effort = effort._replace(seconds=options.seconds)
+    dtype = options.dtype or default_dtype(device)
+    effort = effort_of(options, FULL, QUICK)
     chosen = [FULL_WIDTH[name] for name in options.models]
     if device.type == "cpu" and not options.full_width:
         chosen = [reduced(full, options.quick) for full in chosen]
@@ -306,22 +301,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0, 1 when a step of sefi_fast failed its check, or 2 for bad arguments."""
-    keep_freed_memory()
+    """Return the exit status."""
     options = parse(arguments)
-    try:
-        report = run(options)
-    except ValueError as error:
-        print(f"step_bench: {error}", file=sys.stderr)
-        return 2
-    failed = {
-        row["provider"]
-        for row in report["results"]
-        if row["provider"].startswith("sefi") and row["status"] != "pass"
-    }
-    if failed:
-        print(f"FAILED: {', '.join(sorted(failed))}", file=sys.stderr)
-    return 1 if failed else 0
+    return exit_status("step_bench", lambda: run(options))
 
 
 if __name__ == "__main__":

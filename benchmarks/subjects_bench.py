@@ -9,30 +9,32 @@ The model is the bundled one on a CPU, and SD 1.5 with random weights on CUDA.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The profiler that counts allocations reports its start and stop otherwise.
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-
 import diffusers
 import torch
-from attn_bench import DTYPES, choose_device
 from common.flop_counter import flop_counter
 from common.models import SD15, random_pipeline
+from common.options import (
+    DTYPES,
+    PRECISION,
+    bench_parser,
+    choose_device,
+    default_dtype,
+    effort_of,
+    exit_status,
+)
 from common.plots import plot_subjects
 from common.rates import device_name, measured_rates
 from common.report import Row, reason, table, time_text, write_report
 from common.step_providers import training_image
 from common.timing import Effort, interleaved_on, memory
-from step_bench import PRECISION
 from tqdm import tqdm
 
-from sefi_fast import keep_freed_memory
 from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.base_model import Source
@@ -47,9 +49,7 @@ QUICK = Effort(2.0, 0.0, 3)
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `run` fills in what depends on the device."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, at most 8 subjects")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    parser = bench_parser(__doc__, quick="few rounds, at most 8 subjects")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on CUDA")
     parser.add_argument("--model", help="bundled, sd15 (random weights), or a diffusers folder")
     parser.add_argument("--class-word", default=CLASS_WORD, help="a word the model knows")
@@ -57,9 +57,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of a subject; default: the library's")
     parser.add_argument("--batch-size", type=int, help="of a subject; default: the library's")
     parser.add_argument("--resolution", type=int, help="default: the model's own")
-    parser.add_argument("--seconds", type=float, help="seconds of timing per count")
-    parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
-    parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args(arguments)
     if options.batch_subjects and min(options.batch_subjects) < 1:
         parser.error(f"--batch-subjects {options.batch_subjects}: each must be at least 1")
@@ -161,7 +158,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Run the whole benchmark; return the content of its files."""
     diffusers.utils.logging.set_verbosity_error()
     device = choose_device(options.device)
-    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = options.dtype or default_dtype(device)
     name = options.model or ("sd15" if device.type == "cuda" else BUNDLED)
     model: Any = None if name == BUNDLED else name
     if name == "sd15":
@@ -176,9 +173,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if (value := getattr(options, setting)) is not None:
             overrides[setting] = value
     config = TrainConfig.from_overrides(overrides=overrides)
-    effort = QUICK if options.quick else FULL
-    if options.seconds is not None:
-        effort = effort._replace(seconds=options.seconds)
+    effort = effort_of(options, FULL, QUICK)
     counts = options.batch_subjects or [n for n in COUNTS if n <= 8 or not options.quick]
     with running(model, config) as source:
         rows, notes = measure(source, config, counts, options.class_word, effort)
@@ -207,15 +202,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return 0, or 2 for bad arguments."""
-    keep_freed_memory()
+    """Return the exit status."""
     options = parse(arguments)
-    try:
-        run(options)
-    except ValueError as error:
-        print(f"subjects_bench: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("subjects_bench", lambda: run(options))
 
 
 if __name__ == "__main__":

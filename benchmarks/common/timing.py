@@ -7,6 +7,7 @@ that a slow stretch of the machine falls on all of them.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from sefi_fast.ops import cpu
+
+# The profiler that counts allocations reports its start and stop otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 Call = Callable[[], Any]
 
