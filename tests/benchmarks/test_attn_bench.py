@@ -9,7 +9,6 @@ from typing import Any
 import attn_bench
 import pytest
 import torch
-from common import providers as providers_module
 from common.attn_run import STEPS_PER_PROVIDER, is_noisy, measure, problem_table, targets
 from common.providers import EAGER, Provider, eager_maps, providers
 from common.reference import Inputs
@@ -87,16 +86,6 @@ def test_a_provider_that_fails_gets_a_reason_and_no_figures() -> None:
         assert bool(measured) == (row["provider"] == "eager-maps")
     assert len(ticks) == STEPS_PER_PROVIDER * len(chosen)
     assert "not run: no such instruction" in problem_table(rows)
-
-
-def test_main_fails_when_a_sefi_backend_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(providers_module, "_sefi", lambda backend: _wrong_gradient)
-    arguments = [*ARGUMENTS, "--batches", "1", "--only", "sefi-eager", "--no-plots"]
-    assert attn_bench.main([*arguments, "--output", str(tmp_path)]) == 1
-    rows = read_csv(tmp_path / "attn_bench.csv")
-    assert not any("seconds" in row for row in rows if row["provider"] == "sefi-eager")
 
 
 @pytest.mark.parametrize(
