@@ -39,21 +39,16 @@ def _cpu_model() -> str:
 
 
 def _fastest(call: Call, device: torch.device, repeats: int = 12) -> float:
-    """Return the seconds of the fastest of some calls: a ceiling needs the least disturbed one.
+    """Return the seconds of the fastest of some calls: a ceiling needs the least disturbed one."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
 
-    On CUDA ten calls are queued at once, so that the launch does not count.
-    """
-    queued = 10 if device.type == "cuda" else 1
+        return 1e-3 * float(do_bench(call, return_mode="min"))
 
     def once() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(queued):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / queued
+        call()
+        return time.perf_counter() - start
 
     once()
     return min(once() for _ in range(repeats))
@@ -105,9 +100,10 @@ def _copy_rate(device: torch.device) -> float:
 
 def _exponential_rate(device: torch.device) -> float:
     if device.type == "cuda":
-        from common.exponentials import exponentials_per_second
+        from common.exponentials import exponentials
 
-        return exponentials_per_second(device)
+        call, count = exponentials(device)
+        return count / _fastest(call, device)
     values = torch.randn(1 << 17)
     result = torch.empty_like(values)
 
