@@ -22,7 +22,7 @@ from common.report import RESULTS, Row, table, write_report
 from sefi_fast import available_backends
 
 ROOT = Path(__file__).resolve().parents[1]
-# Each compiles for itself; the GPU is shared.
+# Most of a test's time is compilation.
 PROCESSES = max(1, min(12, (os.cpu_count() or 2) - 1))
 BENCHMARKS = (
     ("attn_bench", "--no-compiled", "--seconds", "0.1", "--minutes", "{minutes:.1f}"),
@@ -36,7 +36,9 @@ BENCHMARKS = (
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10.0, help="begin no benchmark after this")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="for the benchmarks, after the tests"
+    )
     parser.add_argument("--output", type=Path, help="folder; default: benchmarks/results/<device>")
     return parser.parse_args(arguments)
 
@@ -90,7 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_suite: no CUDA device: nothing is tested or measured", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + 60.0 * options.minutes
     device = torch.device("cuda")
     folder = (options.output or RESULTS / device_name(device)).absolute()
     for name, why in available_backends().items():
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(["test", "status", "detail"], [list(row.values()) for row in failed]))
         print(f"{len(failed)} of {len(rows)} tests failed: nothing was measured")
         return 1
-    outcomes = run_benchmarks(folder, deadline)
+    outcomes = run_benchmarks(folder, time.monotonic() + 60.0 * options.minutes)
     print(table(["benchmark", "outcome"], [list(pair) for pair in outcomes.items()]))
     print(f"commit the files in {os.path.relpath(folder)}")
     return int(any(outcome.startswith("exit") for outcome in outcomes.values()))
