@@ -50,7 +50,7 @@ def read_junit(path: Path) -> list[Row]:
         status, detail = "pass", ""
         for kind, word in (("skipped", "skipped"), ("failure", "fail"), ("error", "fail")):
             if (found := case.find(kind)) is not None:
-                status, detail = word, found.get("message", "").splitlines()[0]
+                status, detail = word, found.get("message", "").partition("\n")[0]
         rows.append({"name": case.get("name", ""), "status": status, "detail": detail})
     return rows
 
