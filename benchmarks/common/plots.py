@@ -257,7 +257,7 @@ def plot_steps(rows: Sequence[Row], title: str, path: Path) -> None:
         right.set_xlabel("MiB")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
-    grid[0][1].legend(fontsize=9, frameon=False, loc="lower right")
+    grid[0][1].legend(fontsize=9, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     _save(figure, path)
 
 
@@ -275,6 +275,6 @@ def plot_subjects(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.set_xticks(counts, list(map(str, counts)))
         axes.set_xlabel("subjects trained together")
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values))
         _style(axes)
     _save(figure, path)
