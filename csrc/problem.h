@@ -1,4 +1,5 @@
-// What one call is asked to do: sizes, strides and raw pointers, the same for every instruction set.
+// What one call is asked to do: sizes, strides and raw pointers, the same for every instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +43,8 @@ struct Problem {
 struct ForwardCall : Problem {
     View output;
     float* subject_loss = nullptr;  // [batch]
-    float* attn_probs = nullptr;       // [batch, probs_count, queries], or [batch, heads, probs_count, queries]
+    float* attn_probs =
+        nullptr;  // [batch, probs_count, queries], or [batch, heads, probs_count, queries]
 };
 
 struct BackwardCall : Problem {

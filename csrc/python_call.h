@@ -71,9 +71,11 @@ inline View result(const Problem& p, const PyView& v, int64_t rows, bool shared,
 }
 
 // The batch stride of a dense tensor with `length` columns.
-inline int64_t batch_stride(const Problem& p, const PyRows& rows, int64_t length, const char* name) {
+inline int64_t batch_stride(const Problem& p, const PyRows& rows, int64_t length,
+                            const char* name) {
     if (rows[0] == 0) return 0;
-    refuse(rows[1] != 1 && rows[1] != p.batch, name, " has a batch that is neither 1 nor the query's");
+    refuse(rows[1] != 1 && rows[1] != p.batch, name,
+           " has a batch that is neither 1 nor the query's");
     refuse(rows[2] != length, name, " has a length that does not fit");
     return rows[1] == 1 ? 0 : length;
 }
@@ -148,8 +150,8 @@ auto of_backward_call(Result (*run)(const BackwardCall&, Rest...)) {
         call.grad_query = result(call, gradients[0], call.queries, false, "grad_query");
         call.grad_key = result(call, gradients[1], call.keys, call.key.shared, "grad_key");
         call.grad_value = result(call, gradients[2], call.keys, call.value.shared, "grad_value");
-        call.grad_reference_key = result(call, gradients[3], call.keys, call.reference_key.shared,
-                                         "grad_reference_key");
+        call.grad_reference_key =
+            result(call, gradients[3], call.keys, call.reference_key.shared, "grad_reference_key");
         if (call.grad_value.data && !call.grad_output.data) {
             throw std::invalid_argument("no gradient reaches the value");
         }

@@ -1,10 +1,10 @@
-// The choice of the instruction set, made once at run time.
+// Choice of the instruction set at run time.
 #include "cpu/dispatch.h"
 
 #include <atomic>
 #include <stdexcept>
 
-#if defined(SEFI_HAVE_DOT)
+#if defined(SEFI_HAVE_BF16)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -15,17 +15,17 @@
 namespace sefi {
 namespace {
 
-#if defined(SEFI_HAVE_DOT)
+#if defined(SEFI_HAVE_BF16)
 bool has_avx512_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5));
 }
 
-// Measured on Intel: two clocks an instruction, against half a one for a float32 multiply-add, which
-// is half the rate.
-bool dot_product_is_fast() { return __builtin_cpu_is("amd"); }
+// On Intel the dot product measured two cycles per instruction, a float32 multiply-add half a
+// cycle: half the rate in total.
+bool bf16_dot_is_fast() { return __builtin_cpu_is("amd"); }
 
-// Linux grants the tile registers to a process that asks; it may refuse.
+// Linux permits the tile registers on request and may refuse.
 bool has_amx() {
 #if defined(__linux__)
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
@@ -47,12 +47,12 @@ std::vector<const Kernels*> find_supported() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-#if defined(SEFI_HAVE_DOT)
+#if defined(SEFI_HAVE_BF16)
         if (has_amx()) found.push_back(&amx_kernels);
-        const bool dot = has_avx512_bf16(), first = dot_product_is_fast();
-        if (dot && first) found.push_back(&avx512_bf16_kernels);
+        const bool bf16 = has_avx512_bf16(), first = bf16_dot_is_fast();
+        if (bf16 && first) found.push_back(&avx512_bf16_kernels);
         found.push_back(&avx512_kernels);
-        if (dot && !first) found.push_back(&avx512_bf16_kernels);
+        if (bf16 && !first) found.push_back(&avx512_bf16_kernels);
 #else
         found.push_back(&avx512_kernels);
 #endif
@@ -63,7 +63,7 @@ std::vector<const Kernels*> find_supported() {
     return found;
 }
 
-// Asking the processor is slow on a virtual machine.
+// CPUID is slow on a virtual machine.
 const std::vector<const Kernels*>& supported() {
     static const std::vector<const Kernels*> found = find_supported();
     return found;
@@ -92,9 +92,10 @@ void set_instruction_set(const std::string& name) {
         }
     }
     std::string wanted;
-    for (const std::string& known : instruction_sets()) wanted += (wanted.empty() ? "" : ", ") + known;
-    throw std::invalid_argument("instruction set \"" + name + "\" is not available here; choose from " +
-                                wanted);
+    for (const std::string& known : instruction_sets())
+        wanted += (wanted.empty() ? "" : ", ") + known;
+    throw std::invalid_argument("instruction set \"" + name +
+                                "\" is not available here; choose from " + wanted);
 }
 
 }  // namespace sefi

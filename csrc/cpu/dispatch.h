@@ -1,4 +1,4 @@
-// The choice of the instruction set, made once at run time.
+// Choice of the instruction set at run time.
 #pragma once
 
 #include <string>
@@ -8,10 +8,10 @@
 
 namespace sefi {
 
-// Those that this build holds and this processor can run, best first.
+// Instruction sets of this build that the processor supports, best first.
 std::vector<std::string> instruction_sets();
 
-// The best one, unless set_instruction_set chose another.
+// Kernels of the best one, unless set_instruction_set chose another.
 const Kernels& kernels();
 
 // Throws std::invalid_argument for a name that instruction_sets() lacks.

@@ -1,5 +1,5 @@
-// Defines this instruction set's table of kernels; included once by each of its translation units.
-#include "cpu/backward_unit.h"
+// Definition of the kernel table of one instruction set, included by its translation unit.
+#include "cpu/attention_bwd.h"
 #include "cpu/kernels.h"
 
 namespace sefi {
@@ -18,8 +18,10 @@ static void backward(const BackwardCall& call, int64_t b, int64_t h, int64_t beg
 }  // namespace SEFI_ISA
 }  // namespace sefi
 
-#define SEFI_TABLE(name)                                                               \
-    const sefi::Kernels sefi::name##_kernels = {                                       \
-        #name, sefi::SEFI_ISA::ForwardUnit::scratch_bytes,                             \
-        sefi::SEFI_ISA::BackwardUnit::scratch_bytes, sefi::SEFI_ISA::forward,          \
-        sefi::SEFI_ISA::backward, sefi::SEFI_ISA::store_row}
+#define SEFI_TABLE(name)                                                                     \
+    const sefi::Kernels sefi::name##_kernels = {#name,                                       \
+                                                sefi::SEFI_ISA::ForwardUnit::scratch_bytes,  \
+                                                sefi::SEFI_ISA::BackwardUnit::scratch_bytes, \
+                                                sefi::SEFI_ISA::forward,                     \
+                                                sefi::SEFI_ISA::backward,                    \
+                                                sefi::SEFI_ISA::store_row}

@@ -1,10 +1,11 @@
-// The Python module sefi_fast._cuda: device addresses, sizes and strides in, kernels on a stream out.
+// The Python module sefi_fast._cuda: device addresses, sizes and strides in, kernels on a stream
+// out.
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cuda/calls.h"
+#include "cuda/api.h"
 #include "python_call.h"
 
 #ifndef SEFI_CUDA_TARGETS
@@ -20,14 +21,16 @@ void throw_failure(const char* failure) {
     if (failure) throw std::runtime_error(failure);
 }
 
-void forward(const sefi::ForwardCall& call, int64_t scratch, int multiprocessors, int64_t stream) {
+void forward(const sefi::ForwardCall& call, int64_t scratch, int num_sms, int64_t stream) {
     using sefi::python::pointer;
-    throw_failure(sefi::cuda::forward(call, pointer<void>(scratch), multiprocessors, pointer<void>(stream)));
+    throw_failure(
+        sefi::cuda::forward(call, pointer<void>(scratch), num_sms, pointer<void>(stream)));
 }
 
-void backward(const sefi::BackwardCall& call, int64_t scratch, int multiprocessors, int64_t stream) {
+void backward(const sefi::BackwardCall& call, int64_t scratch, int num_sms, int64_t stream) {
     using sefi::python::pointer;
-    throw_failure(sefi::cuda::backward(call, pointer<void>(scratch), multiprocessors, pointer<void>(stream)));
+    throw_failure(
+        sefi::cuda::backward(call, pointer<void>(scratch), num_sms, pointer<void>(stream)));
 }
 
 std::vector<std::string> architectures() {
@@ -54,8 +57,9 @@ PYBIND11_MODULE(_cuda, module) {
 
     module.def("architectures", &architectures,
                "What the kernels are compiled for: sm_80 is machine code, compute_80 is PTX.");
-    module.def("runtime_version", [] { return SEFI_CUDA_VERSION; },
-               "Version of the CUDA runtime inside: major * 1000 + minor * 10.");
+    module.def(
+        "runtime_version", [] { return SEFI_CUDA_VERSION; },
+        "Version of the CUDA runtime inside: major * 1000 + minor * 10.");
     module.def("driver_version", &sefi::cuda::driver_version,
                "Newest CUDA that the driver knows, counted alike; 0 without a driver.");
 }

@@ -22,7 +22,7 @@ FLAGS = (
 
 
 def include_flags() -> list[str]:
-    """The emulation first: its cuda_runtime.h, cuda/ptx.h and cuda/start.h stand for the real."""
+    """The emulation first: its cuda_runtime.h, cuda/ptx.h and cuda/launch.h stand for the real."""
     return ["-I", str(HERE), "-I", str(CSRC)]
 
 

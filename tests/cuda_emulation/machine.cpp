@@ -194,7 +194,7 @@ const Index& grid_size() { return machine.grid; }
 
 void block_barrier() { meet(machine.block, size_t(machine.threads), [] {}); }
 
-void pair_barrier() {
+void warp_pair_barrier() {
     const size_t pair = size_t(machine.current / (2 * kLanes));
     if (pair >= machine.pairs.size()) fail("a warp without a neighbour waits for one");
     meet(machine.pairs[pair], 2 * kLanes, [] {});
@@ -237,7 +237,7 @@ char* shared_at(uint32_t offset, size_t bytes) {
     return machine.shared_begin() + offset;
 }
 
-void copy_async(uint32_t to, const void* from, int bytes) {
+void cp_async(uint32_t to, const void* from, int bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("a copy's source is not 16-byte aligned");
     shared_at(to, 16);
     const Copy copy{to, from, bytes};
@@ -248,13 +248,13 @@ void copy_async(uint32_t to, const void* from, int bytes) {
     }
 }
 
-void commit_copies() {
+void cp_async_commit() {
     Fiber& fiber = machine.fiber();
     fiber.pending.push_back(std::move(fiber.open));
     fiber.open.clear();
 }
 
-void wait_copies(int but) {
+void cp_async_wait(int but) {
     auto& pending = machine.fiber().pending;
     while (pending.size() > size_t(but)) {
         for (const Copy& copy : pending.front()) land(copy);

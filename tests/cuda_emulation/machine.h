@@ -17,7 +17,7 @@ const Index& block_index();
 const Index& grid_size();
 
 void block_barrier();
-void pair_barrier();  // of two neighbouring warps, the first an even one
+void warp_pair_barrier();  // of two neighbouring warps, the first an even one
 void warp_barrier();
 float shuffle_xor(uint32_t mask, float value, int distance);
 
@@ -38,9 +38,9 @@ Lane& my_lane();
 void collective(Collective operation);
 
 // Asynchronous copies of 16 bytes; fewer than 16 are filled up with zeros.
-void copy_async(uint32_t to, const void* from, int bytes);
-void commit_copies();
-void wait_copies(int but);
+void cp_async(uint32_t to, const void* from, int bytes);
+void cp_async_commit();
+void cp_async_wait(int but);
 
 bool allow_shared(const void* kernel, size_t bytes);
 bool launch(const void* kernel, Index grid, int threads, size_t shared,
