@@ -1,5 +1,4 @@
-// The Python module sefi_fast._cuda: device addresses, sizes and strides in, kernels on a stream
-// out.
+// The Python module sefi_fast._cuda. It takes device addresses, sizes, strides and a stream.
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -9,10 +8,10 @@
 #include "python_call.h"
 
 #ifndef SEFI_CUDA_TARGETS
-#error "SEFI_CUDA_TARGETS is a string of what the kernels are compiled for: sm_80,sm_90a,compute_80"
+#error "SEFI_CUDA_TARGETS is a string of the compiled targets, like \"sm_80,sm_90a,compute_80\""
 #endif
 #ifndef SEFI_CUDA_VERSION
-#error "SEFI_CUDA_VERSION is the CUDA runtime's version, major * 1000 + minor * 10"
+#error "SEFI_CUDA_VERSION is the version of the CUDA runtime, major * 1000 + minor * 10"
 #endif
 
 namespace {
@@ -46,20 +45,21 @@ PYBIND11_MODULE(_cuda, module) {
     using namespace sefi::python;
     module.doc() = "CUDA kernels of sefi_fast: fused cross-attention on NVIDIA devices.";
 
-    module.def("forward", of_forward_call(&forward),
-               "Enqueues the kernels that write output, subject loss and attn_probs.");
-    module.def("backward", of_backward_call(&backward),
-               "Enqueues the kernels that write the gradients whose address is not 0.");
-    module.def("forward_scratch", of_forward_call(&sefi::cuda::forward_scratch),
-               "Bytes of device memory that the same forward call wants as scratch.");
-    module.def("backward_scratch", of_backward_call(&sefi::cuda::backward_scratch),
-               "Bytes of device memory that the same backward call wants as scratch.");
+    module.def("forward", bind_forward(&forward),
+               "Enqueue the kernels that write output, subject loss and attn_probs.");
+    module.def("backward", bind_backward(&backward),
+               "Enqueue the kernels that write the gradients whose address is not 0.");
+    module.def("forward_scratch", bind_forward(&sefi::cuda::forward_scratch),
+               "Bytes of scratch memory of a forward call.");
+    module.def("backward_scratch", bind_backward(&sefi::cuda::backward_scratch),
+               "Bytes of scratch memory of a backward call.");
 
     module.def("architectures", &architectures,
-               "What the kernels are compiled for: sm_80 is machine code, compute_80 is PTX.");
+               "Compiled targets: sm_80 is machine code, compute_80 is PTX.");
     module.def(
         "runtime_version", [] { return SEFI_CUDA_VERSION; },
-        "Version of the CUDA runtime inside: major * 1000 + minor * 10.");
-    module.def("driver_version", &sefi::cuda::driver_version,
-               "Newest CUDA that the driver knows, counted alike; 0 without a driver.");
+        "Version of the linked CUDA runtime: major * 1000 + minor * 10.");
+    module.def(
+        "driver_version", &sefi::cuda::driver_version,
+        "Newest CUDA version that the driver supports, in the same form; 0 without a driver.");
 }

@@ -1,4 +1,4 @@
-// The emulated backend for ctypes: the same flat numbers as the native core's Python binding supports.
+// Entry points for ctypes. They take the arguments of the Python binding as flat numbers.
 #include <cstring>
 #include <vector>
 
@@ -25,7 +25,7 @@ struct Numbers {
         v.row = take();
         return v;
     }
-    // (address, batch size, row length) of dense rows; gives the batch stride.
+    // (address, batch size, row length) of dense rows; also returns the batch stride.
     template <class T>
     const T* rows(int64_t& batch_stride, int64_t* length = nullptr) {
         const T* data = pointer<const T>();
@@ -53,7 +53,7 @@ struct Numbers {
     }
 };
 
-// Scratch memory full of NaN with a zone on either side that must stay as it was.
+// Call run with scratch memory full of NaN, and check the guard zones around it.
 template <class Run>
 const char* with_scratch(int64_t bytes, const Run& run) {
     constexpr int64_t kZone = 4096;

@@ -1,4 +1,4 @@
-// The emulated twin of csrc/cuda/launch.h.
+// The emulated csrc/cuda/launch.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +17,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
                                                                    : cudaErrorLaunchFailure;
 }
 
-// Kernels run one after the other here.
+// Emulated kernels never overlap.
 template <class Params>
 cudaError_t launch_pdl(void (*kernel)(Params), dim3 grid, int threads, size_t shared,
                        cudaStream_t stream, const Params& params) {

@@ -1,4 +1,4 @@
-// The emulated twin of csrc/cuda/ptx.h: the same functions after the PTX ISA's tables.
+// The emulated csrc/cuda/ptx.h: the same functions by the tables of the PTX ISA.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -51,10 +51,10 @@ inline void wait_for_dependency() {}
 
 inline void sync_warp_pair() { ::emulation::warp_pair_barrier(); }
 
-// Lane l receives elements (l / 4, 2 (l % 4)) and its right neighbour of each matrix, transposed
-// those of the transposed matrix.
+// Lane l receives elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) of each matrix or of its
+// transpose.
 template <int kCount, bool kTransposed>
-void load_n8(uint32_t (&r)[kCount], uint32_t row) {
+void ldmatrix_lanes(uint32_t (&r)[kCount], uint32_t row) {
     ::emulation::Lane& lane = ::emulation::my_lane();
     lane.in[0] = row;
     ::emulation::collective([](::emulation::Lane* lanes) {
@@ -76,16 +76,16 @@ void load_n8(uint32_t (&r)[kCount], uint32_t row) {
 
 template <int kCount>
 void ldmatrix(uint32_t (&r)[kCount], uint32_t row) {
-    load_n8<kCount, false>(r, row);
+    ldmatrix_lanes<kCount, false>(r, row);
 }
 template <int kCount>
 void ldmatrix_trans(uint32_t (&r)[kCount], uint32_t row) {
-    load_n8<kCount, true>(r, row);
+    ldmatrix_lanes<kCount, true>(r, row);
 }
 
 // D = A B + C with A [16][kInner] by rows, B [kInner][8] by columns; in: A, then B, then C.
 template <class E, int kInner>
-void multiply_lanes(::emulation::Lane* lanes) {
+void mma_lanes(::emulation::Lane* lanes) {
     constexpr int kA = kInner / 4, kB = kInner / 8;
     static float a[16][kInner], b[kInner][8];
     const auto element = [](uint32_t word, int which) {
@@ -124,7 +124,7 @@ void mma_sync(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1
     std::memcpy(lane.in, a, 16);
     std::memcpy(lane.in + 4, b, 8);
     std::memcpy(lane.in + 6, sums, 16);
-    ::emulation::collective(multiply_lanes<E, 16>);
+    ::emulation::collective(mma_lanes<E, 16>);
     std::memcpy(sums, lane.out, 16);
 }
 
@@ -134,7 +134,7 @@ void mma_sync(float (&sums)[4], const uint32_t (&a)[2], uint32_t b0) {
     std::memcpy(lane.in, a, 8);
     lane.in[2] = b0;
     std::memcpy(lane.in + 3, sums, 16);
-    ::emulation::collective(multiply_lanes<E, 8>);
+    ::emulation::collective(mma_lanes<E, 8>);
     std::memcpy(sums, lane.out, 16);
 }
 
