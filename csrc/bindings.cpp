@@ -20,7 +20,7 @@ PYBIND11_MODULE(_C, module) {
 
     module.def("instruction_sets", &sefi::instruction_sets,
                "Instruction sets that this processor supports, best first.");
-    module.def("instruction_set", [] { return std::string(sefi::kernels().name); });
+    module.def("instruction_set", &sefi::instruction_set);
     module.def("set_instruction_set", &sefi::set_instruction_set, py::arg("name"));
     module.def("thread_source", &sefi::thread_source);
 }

@@ -10,7 +10,7 @@
 namespace sefi {
 
 size_t forward(const ForwardCall& call, int threads) {
-    const Kernels& isa = kernels();
+    const Kernels& isa = kernels(call.dtype);
     // Probabilities averaged over heads are summed in place, so one unit takes all heads of its
     // rows.
     const int64_t heads = call.probs_count && !call.probs_all_heads ? call.heads : 1;
@@ -112,7 +112,7 @@ Shape shape_of(const BackwardCall& call) {
 }  // namespace
 
 size_t backward(const BackwardCall& call, int threads) {
-    const Kernels& isa = kernels();
+    const Kernels& isa = kernels(call.dtype);
     const Shape shape = shape_of(call);
     const Reduction reductions[3] = {
         {shape, call.grad_key, call.key},

@@ -15,6 +15,11 @@
 namespace sefi {
 namespace {
 
+struct InstructionSet {
+    const char* name;
+    const Kernels *float32, *float16, *bfloat16;
+};
+
 #if defined(SEFI_HAVE_BF16)
 bool has_avx512_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -40,37 +45,43 @@ bool has_amx() {
 }
 #endif
 
-std::vector<const Kernels*> find_supported() {
-    std::vector<const Kernels*> found;
+std::vector<InstructionSet> find_supported() {
+    std::vector<InstructionSet> found;
+    const auto add = [&](const char* name, const Kernels& all) {
+        found.push_back({name, &all, &all, &all});
+    };
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        add("avx512", avx512_kernels);
 #if defined(SEFI_HAVE_BF16)
-        if (has_amx()) found.push_back(&amx_kernels);
-        const bool bf16 = has_avx512_bf16(), first = bf16_dot_is_fast();
-        if (bf16 && first) found.push_back(&avx512_bf16_kernels);
-        found.push_back(&avx512_kernels);
-        if (bf16 && !first) found.push_back(&avx512_bf16_kernels);
-#else
-        found.push_back(&avx512_kernels);
+        if (has_avx512_bf16()) {
+            const auto place = bf16_dot_is_fast() ? found.begin() : found.end();
+            found.insert(place,
+                         {"avx512_bf16", &avx512_kernels, &avx512_kernels, &avx512_bf16_kernels});
+        }
+        if (has_amx()) {
+            found.insert(found.begin(),
+                         {"amx", &avx512_kernels, &amx_float16_kernels, &amx_kernels});
+        }
 #endif
     }
-    if (avx2) found.push_back(&avx2_kernels);
+    if (avx2) add("avx2", avx2_kernels);
 #endif
-    found.push_back(&generic_kernels);
+    add("generic", generic_kernels);
     return found;
 }
 
 // CPUID is slow on a virtual machine.
-const std::vector<const Kernels*>& supported() {
-    static const std::vector<const Kernels*> found = find_supported();
+const std::vector<InstructionSet>& supported() {
+    static const std::vector<InstructionSet> found = find_supported();
     return found;
 }
 
-std::atomic<const Kernels*>& chosen() {
-    static std::atomic<const Kernels*> choice{supported().front()};
+std::atomic<const InstructionSet*>& chosen() {
+    static std::atomic<const InstructionSet*> choice{supported().data()};
     return choice;
 }
 
@@ -78,24 +89,27 @@ std::atomic<const Kernels*>& chosen() {
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
-    for (const Kernels* entry : supported()) names.emplace_back(entry->name);
+    for (const InstructionSet& isa : supported()) names.emplace_back(isa.name);
     return names;
 }
 
-const Kernels& kernels() { return *chosen().load(); }
+std::string instruction_set() { return chosen().load()->name; }
+
+const Kernels& kernels(DType dtype) {
+    const InstructionSet& isa = *chosen().load();
+    return *(dtype == DType::float32   ? isa.float32
+             : dtype == DType::float16 ? isa.float16
+                                       : isa.bfloat16);
+}
 
 void set_instruction_set(const std::string& name) {
-    for (const Kernels* entry : supported()) {
-        if (name == entry->name) {
-            chosen().store(entry);
-            return;
-        }
+    std::string known;
+    for (const InstructionSet& isa : supported()) {
+        if (name == isa.name) return chosen().store(&isa);
+        known += (known.empty() ? "" : ", ") + std::string(isa.name);
     }
-    std::string wanted;
-    for (const std::string& known : instruction_sets())
-        wanted += (wanted.empty() ? "" : ", ") + known;
     throw std::invalid_argument("instruction set \"" + name +
-                                "\" is not available here; choose from " + wanted);
+                                "\" is not available here; choose from " + known);
 }
 
 }  // namespace sefi

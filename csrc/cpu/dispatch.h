@@ -11,8 +11,9 @@ namespace sefi {
 // Instruction sets of this build that the processor supports, best first.
 std::vector<std::string> instruction_sets();
 
-// Kernels of the best one, unless set_instruction_set chose another.
-const Kernels& kernels();
+// The chosen instruction set: the best one, unless set_instruction_set was called.
+std::string instruction_set();
+const Kernels& kernels(DType dtype);
 
 // Throws std::invalid_argument for a name that instruction_sets() lacks.
 void set_instruction_set(const std::string& name);

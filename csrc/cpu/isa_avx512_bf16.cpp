@@ -1,6 +1,6 @@
-// Kernels for processors with AVX-512 and its dot product of bfloat16.
+// Kernels of bfloat16 for processors with the dot product of AVX-512 BF16.
 #define SEFI_ISA avx512_bf16
-#define SEFI_MAX_PARTS 1
-#include "cpu/bf16_isa.h"
+#include "cpu/bf16_bwd.h"
+#include "cpu/isa.h"
 
-SEFI_TABLE(avx512_bf16);
+SEFI_KERNELS(avx512_bf16_kernels, Bf16Forward<1>, Bf16Backward<1>);

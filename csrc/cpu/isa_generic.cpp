@@ -1,5 +1,6 @@
-// Kernels in plain vector code, for any processor.
+// Kernels for any processor, in plain vector code.
 #define SEFI_ISA generic
+#include "cpu/attention_bwd.h"
 #include "cpu/isa.h"
 
-SEFI_TABLE(generic);
+SEFI_KERNELS(generic_kernels, ForwardUnit, BackwardUnit);

@@ -1,4 +1,4 @@
-// Table of the functions of an instruction set.
+// Tables of the functions of an instruction set.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,6 @@
 namespace sefi {
 
 struct Kernels {
-    const char* name;
     // Bytes of scratch memory per thread.
     size_t (*forward_scratch)(const Problem&);
     size_t (*backward_scratch)(const BackwardCall&);
@@ -21,12 +20,8 @@ struct Kernels {
     void (*store_row)(const float* row, int64_t count, float factor, char* target, DType dtype);
 };
 
-extern const Kernels generic_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;
-extern const Kernels avx512_bf16_kernels;
-extern const Kernels amx_kernels;
-#endif
+// The last three are for bfloat16 or float16 alone.
+extern const Kernels generic_kernels, avx2_kernels, avx512_kernels;
+extern const Kernels avx512_bf16_kernels, amx_kernels, amx_float16_kernels;
 
 }  // namespace sefi

@@ -216,22 +216,14 @@ const char* forward(const ForwardCall& call, void* scratch, int num_sms, void* s
     const FwdParams& params = plan.params;
     cudaError_t error = plan.use_mma ? mma::attn_fwd(params, on) : simt::attn_fwd(params, on);
     if (error == cudaSuccess && call.subject_loss) {
-        ReduceLossParams loss;
-        loss.partials = params.partials;
-        loss.subject_loss = call.subject_loss;
-        loss.heads = call.heads;
-        loss.batch = call.batch;
-        loss.num_splits = params.split.num_splits;
-        error = reduce_loss(loss, on);
+        error = reduce_loss(
+            {params.partials, call.subject_loss, call.batch, call.heads, params.split.num_splits},
+            on);
     }
     if (error == cudaSuccess && call.probs_count && !call.probs_all_heads) {
-        AverageHeadsParams probs;
-        probs.all = params.attn_probs;
-        probs.mean = call.attn_probs;
-        probs.heads = call.heads;
-        probs.entries = call.probs_count * call.queries;
-        probs.count = call.batch * probs.entries;
-        error = average_heads(probs, on);
+        const int64_t entries = call.probs_count * call.queries;
+        error = average_heads(
+            {params.attn_probs, call.attn_probs, call.heads, entries, call.batch * entries}, on);
     }
     return message(error);
 }
@@ -252,17 +244,17 @@ const char* backward(const BackwardCall& call, void* scratch, int num_sms, void*
         error = plan.use_mma ? mma::attn_bwd_dkdv(params, on) : simt::attn_bwd_dkdv(params, on);
     }
     if (error != cudaSuccess) return message(error);
-    ReduceSplitsParams sums;
-    sums.gradients[0] = split_gradient(params.key, call.grad_key, call.key);
-    sums.gradients[1] = split_gradient(params.value, call.grad_value, call.value);
-    sums.gradients[2] =
-        split_gradient(params.reference, call.grad_reference_key, call.reference_key);
-    sums.batch = call.batch;
-    sums.heads = call.heads;
-    sums.num_splits = params.split.num_splits;
-    sums.keys = call.keys;
-    sums.head_dim = call.head_dim;
-    sums.dtype = call.dtype;
+    const ReduceSplitsParams sums{
+        {split_gradient(params.key, call.grad_key, call.key),
+         split_gradient(params.value, call.grad_value, call.value),
+         split_gradient(params.reference, call.grad_reference_key, call.reference_key)},
+        call.batch,
+        call.heads,
+        params.split.num_splits,
+        call.keys,
+        call.head_dim,
+        1,
+        call.dtype};
     return message(reduce_splits(sums, on));
 }
 
