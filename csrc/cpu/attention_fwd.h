@@ -112,7 +112,7 @@ private:
             }
         }
         double subject_loss = 0.0;
-        // Lanes past the rows do not count: an infinite key turns their zeros into NaN.
+        // Lanes past the rows are not added, because an infinite key turns their zeros into NaN.
         float rows[kRows];
         for (int j = 0; j < J; ++j) store(rows + j * kLanes, total[j]);
         for (int64_t i = count; i < kRows; ++i) rows[i] = 0.0f;

@@ -146,7 +146,7 @@ private:
 
     double tile_loss(int64_t count, const float* inv_sum, const float* ref_inv_sum) const {
         Vec total{};
-        // Rows past count do not count: an infinite key turns their zeros into NaN.
+        // Rows past count are not added, because an infinite key turns their zeros into NaN.
         for (int64_t r = 0; r < count; ++r) {
             const int64_t row = r * shape_.key_stride();
             if (r % 8 == 0) keep_awake();

@@ -18,7 +18,7 @@ inline int occupancy(int64_t shared_bytes, int limit) {
     return int(std::min(total / (shared_bytes + kReserved), int64_t(limit)));
 }
 
-// launch(element) with an element of the dtype.
+// Call launch(element) with an element of the dtype.
 template <class Launch>
 cudaError_t for_dtype(DType dtype, const Launch& launch) {
     switch (dtype) {
@@ -42,7 +42,7 @@ cudaError_t attn_bwd_dkdv(const BwdParams&, cudaStream_t);
 // multiples of 16 bytes.
 namespace mma {
 
-// visit(dim) with the head_dim as a type whose `value` is a constant.
+// Call visit(dim) with the head_dim as a type whose `value` is a constant.
 template <class Visit>
 auto for_head_dim(int64_t head_dim, const Visit& visit) {
     switch (head_dim) {
@@ -57,7 +57,7 @@ auto for_head_dim(int64_t head_dim, const Visit& visit) {
     }
 }
 
-// launch(dim, element, with_reference), the first and the last as types of constants.
+// Call launch(dim, element, with_reference); dim and with_reference are types of constants.
 template <class Launch>
 cudaError_t for_kernel(const Problem& p, bool with_reference, const Launch& launch) {
     return for_head_dim(p.head_dim, [&](auto dim) {
@@ -69,7 +69,7 @@ cudaError_t for_kernel(const Problem& p, bool with_reference, const Launch& laun
     });
 }
 
-// Most keys of a call, padded to as many in a tile.
+// Maximum number of keys, to which a tile is padded.
 constexpr int kKeys = 80;
 // rows_per_cta is a multiple of this in all kernels.
 constexpr int kBlockRows = 64;

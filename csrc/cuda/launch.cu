@@ -61,13 +61,13 @@ private:
     int64_t used_ = 0;
 };
 
-// Time of a block beyond its rows, in units of rows: it loads the keys, and a block of the dK/dV
-// kernels also writes partial sums, which another kernel adds.
+// Time of a block in addition to its rows, in units of rows: it loads the keys, and a block of the
+// dK/dV kernels also writes partial sums, which another kernel adds.
 constexpr double kCtaOverheadUnits = 0.5, kDkdvCtaOverheadUnits = 2.0;
 
-// The split of the rows, in multiples of `unit` rows, with the least waves times time of a block:
-// one block more than fit on the device at once costs a whole wave. choose_num_splits of
-// kernels/plan.py is the same algorithm with other constants.
+// Split the rows, in multiples of `unit` rows, to minimize waves * time of a block. One block more
+// than fit on the device at once costs a whole wave. choose_num_splits in kernels/plan.py is the
+// same algorithm with other constants.
 SplitPlan choose_num_splits(const Problem& p, int num_sms, int ctas_per_sm, int64_t unit,
                             double overhead_units) {
     const int64_t units = (p.queries + unit - 1) / unit;
@@ -156,7 +156,7 @@ struct BwdPlan {
                 split(mma::bwd_dkdv_ctas_per_sm(d), mma::kBlockRows, kDkdvCtaOverheadUnits);
         } else {
             dq.split = split(kSimtCtasPerSm, kSimtRows, kCtaOverheadUnits);
-            // Few splits: each tile of 16 keys is a block already.
+            // Few splits, because each tile of 16 keys is a block already.
             dkdv.split = split(1, kSimtRows, kDkdvCtaOverheadUnits);
         }
         const int64_t entries =

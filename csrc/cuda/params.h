@@ -32,12 +32,12 @@ struct FwdParams {
 // exp2(sm_scale_log2 * (score - row_max)) * inv_sum in the simt kernels and
 // exp2(sm_scale_log2 * score - lse) in the mma kernels.
 enum RowStat : int {
-    // Of A_t.
+    // Statistics of A_t.
     kRowMax = 0,
     kLse = 0,
     kInvSum = 1,
     kDelta = 2,  // rowsum(A_t dA_t)
-    // Of A_r, in the same order.
+    // Statistics of A_r in the same order.
     kRefStats = 3,
     kRowStats = 6,
 };
