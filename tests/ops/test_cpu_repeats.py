@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,6 @@ _C = pytest.importorskip("sefi_fast._C", reason="the native core is not built")
 
 # Each dtype has products of its own on some processors.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def everything(inputs: Inputs) -> list[Tensor]:
@@ -41,24 +41,15 @@ def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
-    options = {"weights": True, "tokens": 2, "broadcast_kv": True, "reference_grad": True}
-    inputs = make_inputs(2, 3, 1100, dtype=dtype, **options)
+@pytest.mark.parametrize("broadcast", ["broadcast_kv", "broadcast_reference"])
+def test_same_bits_in_repeats_on_any_number_of_threads(dtype: torch.dtype, broadcast: str) -> None:
+    options = {"weights": True, "tokens": 2, broadcast: True, "reference_grad": True}
+    inputs = make_inputs(2, 2, 1100, dtype=dtype, **options)
     torch.set_num_threads(1)
-    alone = everything(inputs)
-    assert len(alone) == 7
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        assert_same_bits(everything(inputs), alone)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_in_fifty_repeats(dtype: torch.dtype) -> None:
-    torch.set_num_threads(2)
-    options = {"weights": True, "tokens": 2, "broadcast_reference": True, "reference_grad": True}
-    inputs = make_inputs(2, 2, 300, dtype=dtype, **options)
     first = everything(inputs)
-    for _ in range(50):
+    assert len(first) == 7
+    for repeat in range(30):
+        torch.set_num_threads(2 + repeat % 2)
         assert_same_bits(everything(inputs), first)
 
 
@@ -67,19 +58,9 @@ def test_calls_from_several_threads_do_not_mix(dtype: torch.dtype) -> None:
     options = {"dtype": dtype, "tokens": 1, "reference_grad": True}
     cases = [make_inputs(1, 2, 300, seed=seed, **options) for seed in range(4)]
     wanted = [everything(case) for case in cases]
-    found: dict[int, list[Tensor]] = {}
-
-    def work(index: int) -> None:
-        for _ in range(5):
-            found[index] = everything(cases[index])
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index, want in enumerate(wanted):
-        assert_same_bits(found[index], want)
+    with ThreadPoolExecutor(4) as threads:
+        for index, found in enumerate(threads.map(everything, 5 * cases)):
+            assert_same_bits(found, wanted[index % 4])
 
 
 @pytest.mark.parametrize(
@@ -116,21 +97,8 @@ def _plain_memory(inputs: Inputs) -> int:
         wanted = (leaves.query, leaves.key, leaves.value)
         grads = torch.autograd.grad(outputs, wanted, (inputs.grad_output, inputs.grad_subject_loss))
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak - sum(4 * tensor.numel() for tensor in (outputs[0], *grads))
-
-
-def run_script(script: str) -> None:
-    """Run a script in another Python that imports the same sefi_fast."""
-    folder = Path(_C.__file__).resolve().parents[1]
-    run = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes)) - sum(4 * tensor.numel() for tensor in (outputs[0], *grads))
 
 
 # The child runs no parallel operator of PyTorch, whose own threads do not exist there.
@@ -150,11 +118,6 @@ if child == 0:
     os._exit(0 if before == run() else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-
-
-@needs_fork
-def test_forked_child_can_call_it() -> None:
-    run_script(FORKED)
 
 
 # A call without torch, and so without an OpenMP runtime.
@@ -213,16 +176,23 @@ sys.stderr.write("a child hangs" if failed else "")
 sys.stderr.flush()
 os._exit(failed)
 """
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 reads_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(ANY_NUMBER_OF_THREADS, id="any number of threads"),
-        pytest.param(THREADS_REFUSED, id="threads refused by the system", marks=reads_proc),
-        pytest.param(FORKED_DURING_CALLS, id="forked during calls", marks=needs_fork),
+        pytest.param(FORKED, id="forked child", marks=needs_fork),
+        pytest.param(OWN_THREADS + ANY_NUMBER_OF_THREADS, id="threads of its own"),
+        pytest.param(OWN_THREADS + THREADS_REFUSED, id="threads refused", marks=reads_proc),
+        pytest.param(OWN_THREADS + FORKED_DURING_CALLS, id="forked in calls", marks=needs_fork),
     ],
 )
-def test_without_an_openmp_runtime_it_uses_threads_of_its_own(script: str) -> None:
-    run_script(OWN_THREADS + script)
+def test_script_in_another_process(script: str) -> None:
+    folder = Path(_C.__file__).resolve().parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
