@@ -67,30 +67,16 @@ class Unwanted(BuildError):
     """The user asked not to build the module."""
 
 
-class Misuse(BuildError):
-    """An environment variable has an invalid value, so the whole build must fail."""
+class FatalBuildError(BuildError):
+    """The whole installation must fail."""
 
 
 class Nvcc(NamedTuple):
-    """The CUDA compiler and its targets."""
+    """The CUDA compiler, its options for the targets, and macros that describe them."""
 
     command: list[str]
-    version: int
-    """major * 1000 + minor * 10, as CUDA counts."""
-    targets: list[str]
-    """sm_90a is machine code, compute_80 is PTX."""
-
-    def definitions(self) -> list[str]:
-        """Return the macros from which the module reports its targets and version."""
-        names = ",".join(self.targets)
-        return [f'-DSEFI_CUDA_TARGETS="{names}"', f"-DSEFI_CUDA_VERSION={self.version}"]
-
-    def gencode(self) -> list[str]:
-        """Return one option per architecture, for its machine code, its PTX or both."""
-        codes: dict[str, list[str]] = {}
-        for target in self.targets:
-            codes.setdefault(target.partition("_")[2], []).append(target)
-        return [f"-gencode=arch=compute_{a},code=[{','.join(c)}]" for a, c in codes.items()]
+    gencode: list[str]
+    macros: list[str]
 
 
 def _output(command: list[str], text: str | None = None) -> str | None:
@@ -146,17 +132,6 @@ def tools() -> tuple[str, str]:
     return program, pybind11.get_include()
 
 
-def _capability(arch: str) -> int:
-    return int(arch.rstrip("af"))
-
-
-def _archs_of_this_machine() -> list[str]:
-    """Return the architectures of the GPUs that nvidia-smi lists."""
-    listed = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or ""
-    found = {major + minor for major, minor in re.findall(r"^\s*(\d+)\.(\d)\s*$", listed, re.M)}
-    return sorted("90a" if name == "90" else name for name in found)
-
-
 def _targets(archs: str, known: list[str]) -> list[str]:
     """Parse architectures like 80, 8.0, 90a and 80+PTX for an nvcc that knows `known`."""
     targets: list[str] = []
@@ -165,7 +140,7 @@ def _targets(archs: str, known: list[str]) -> list[str]:
         number = form[1] + form[2] if form else ""
         if form is None or number not in known or int(number) < MIN_CAPABILITY:
             usable = [name for name in known if int(name) >= MIN_CAPABILITY]
-            raise Misuse(
+            raise FatalBuildError(
                 f"SEFI_CUDA_ARCHS names {word!r}. This nvcc builds for {', '.join(usable)}; 90a "
                 "has the warp-group kernels. Separate them by semicolons, as in '80+PTX;90a'."
             )
@@ -173,11 +148,6 @@ def _targets(archs: str, known: list[str]) -> list[str]:
         if form[4]:
             targets.append(f"compute_{number}{form[3]}")
     return list(dict.fromkeys(targets))
-
-
-def cuda_is_required() -> bool:
-    """Return whether the installation must fail if the CUDA module cannot be built."""
-    return os.environ.get("SEFI_CUDA") == "1"
 
 
 def nvcc(host: list[str]) -> Nvcc:
@@ -188,7 +158,7 @@ def nvcc(host: list[str]) -> Nvcc:
     """
     setting = os.environ.get("SEFI_CUDA", "")
     if setting not in ("", "0", "1"):
-        raise Misuse(
+        raise FatalBuildError(
             f"SEFI_CUDA is {setting!r}. Set it to 1 to require the CUDA kernels, to 0 to leave "
             "them out, or unset it."
         )
@@ -203,15 +173,28 @@ def nvcc(host: list[str]) -> Nvcc:
     known = re.findall(r"sm_(\d+)\b", _output([program, "--list-gpu-code"]) or "")
     if version is None or not known:
         raise BuildError(f"{program} does not print its version or its architectures")
-    here = [arch for arch in _archs_of_this_machine() if arch.rstrip("a") in known]
-    supported = [arch for arch in here if _capability(arch) >= MIN_CAPABILITY]
+    gpus = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or ""
+    capabilities = {
+        major + minor for major, minor in re.findall(r"^\s*(\d+)\.(\d)\s*$", gpus, re.M)
+    }
+    here = sorted(capabilities.intersection(known), key=int)
+    supported = ["90a" if name == "90" else name for name in here if int(name) >= MIN_CAPABILITY]
     if here and not supported:
         raise BuildError("the GPUs of this machine are older than compute capability 8.0")
-    archs = os.environ.get("SEFI_CUDA_ARCHS") or ";".join(supported) or DEFAULT_ARCHS
+    targets = _targets(
+        os.environ.get("SEFI_CUDA_ARCHS") or ";".join(supported) or DEFAULT_ARCHS, known
+    )
+    codes: dict[str, list[str]] = {}
+    for target in targets:
+        codes.setdefault(target.partition("_")[2], []).append(target)
+    gencode = [
+        f"-gencode=arch=compute_{name},code=[{','.join(code)}]" for name, code in codes.items()
+    ]
     # nvcc cannot call a command of several words like "ccache g++".
     ccbin = ["-ccbin", host[0]] if os.environ.get("CXX") and len(host) == 1 else []
     number = int(version[1]) * 1000 + int(version[2]) * 10
-    return Nvcc([program, *ccbin], number, _targets(archs, known))
+    macros = [f'-DSEFI_CUDA_TARGETS="{",".join(targets)}"', f"-DSEFI_CUDA_VERSION={number}"]
+    return Nvcc([program, *ccbin], gencode, macros)
 
 
 def _escape(path: Path) -> str:
@@ -243,9 +226,9 @@ def ninja_file(
     isa_flags = _isa_flags(host)
     more = {ROOT / "csrc/cpu" / name: own_flags for name, own_flags in isa_flags.items()}
     if cuda is not None:
-        lines += _compile_rule("compile_cuda", [*cuda.command, *NVCC_FLAGS, *own, *cuda.gencode()])
+        lines += _compile_rule("compile_cuda", [*cuda.command, *NVCC_FLAGS, *own, *cuda.gencode])
         lines += _link_rule("link_cuda", cuda.command, NVCC_LINK_FLAGS)
-        more[ROOT / "csrc/cuda/bindings.cpp"] = cuda.definitions()
+        more[ROOT / "csrc/cuda/bindings.cpp"] = cuda.macros
     for module, target in targets.items():
         objects = []
         for source in SOURCES[module]:
@@ -269,21 +252,32 @@ def _first_error(text: str) -> str:
 def build(folder: Path, targets: dict[str, Path], verbose: bool) -> dict[str, BuildError]:
     """Compile each module to its target and return the errors of the modules that failed."""
     failed: dict[str, BuildError] = {}
+
+    def fail(module: str, error: BuildError) -> None:
+        required = module == CUDA and os.environ.get("SEFI_CUDA") == "1"
+        if required and not isinstance(error, FatalBuildError):
+            error = FatalBuildError(
+                f"SEFI_CUDA is 1, but the CUDA kernels cannot be built: {error}"
+            )
+        failed[module] = error
+
     try:
         if os.name != "posix":
             raise BuildError(f"{sys.platform} is not supported in this version")
         program, include = tools()
         host = cxx_compiler()
     except BuildError as error:
-        return dict.fromkeys(targets, error)
+        for module in targets:
+            fail(module, error)
+        return failed
     cuda = None
     if CUDA in targets:
         try:
             cuda = nvcc(host)
         except BuildError as error:
-            failed[CUDA] = error
+            fail(CUDA, error)
             # If the installation must fail, the other module is not built first.
-            if isinstance(error, Misuse) or cuda_is_required():
+            if isinstance(failed[CUDA], FatalBuildError):
                 return failed
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {module: target for module, target in targets.items() if module not in failed}
@@ -300,5 +294,5 @@ def build(folder: Path, targets: dict[str, Path], verbose: bool) -> dict[str, Bu
         for module, target in wanted.items():
             alone = run(str(target))
             if alone.returncode:
-                failed[module] = BuildError(_first_error(alone.stdout + alone.stderr))
+                fail(module, BuildError(_first_error(alone.stdout + alone.stderr)))
     return failed

@@ -12,7 +12,7 @@ from setuptools.errors import CompileError
 # A build front end runs this file without its folder on the module search path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import native_build  # noqa: E402
-from native_build import CPU, CUDA, SOURCES, Misuse, Unwanted  # noqa: E402
+from native_build import CPU, CUDA, SOURCES, FatalBuildError, Unwanted  # noqa: E402
 
 WARNINGS = {
     CPU: (
@@ -34,12 +34,8 @@ class BuildNative(build_ext):
         failed = native_build.build(Path(self.build_temp).resolve(), targets, self.verbose > 1)
         for module, error in failed.items():
             targets[module].unlink(missing_ok=True)
-            if isinstance(error, Misuse):
+            if isinstance(error, FatalBuildError):
                 raise CompileError(f"sefi_fast: {error}")
-            if module == CUDA and native_build.cuda_is_required():
-                raise CompileError(
-                    f"sefi_fast: SEFI_CUDA is 1, but the CUDA kernels cannot be built: {error}"
-                )
             # One error that concerns both modules is printed once.
             printed = module == CUDA and failed.get(CPU) is error
             if not printed and not isinstance(error, Unwanted):
