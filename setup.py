@@ -1,4 +1,4 @@
-"""Builds the native modules sefi_fast._C and, with nvcc, sefi_fast._cuda; torch is not needed."""
+"""Build of sefi_fast and its native modules _C and _cuda; torch is not needed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# A build front end runs this file without its folder among the places of modules.
+# A build front end runs this file without its folder on the module search path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import native_build  # noqa: E402
-from native_build import CPU, CUDA, SOURCES, Misuse, Unwanted  # noqa: E402
+from native_build import CPU, CUDA, SOURCES, FatalBuildError, Unwanted  # noqa: E402
 
-LOST = {
+WARNINGS = {
     CPU: (
-        "the native core is not built: {}. Tensors on the CPU will take the plain PyTorch path, "
-        "slower and with attention maps in memory."
+        "the native core is not built: {}. CPU tensors will take the plain PyTorch path, which is "
+        "slower and stores attention probabilities."
     ),
-    CUDA: "the CUDA C++ kernels are left out: {}. CUDA tensors will take Triton's.",
+    CUDA: "the CUDA C++ kernels are not built: {}. CUDA tensors will take the Triton kernels.",
 }
 
 
 class BuildNative(build_ext):
-    """Builds what it can with ninja; where a module fails the rest of the package is installed."""
+    """Build the native modules with ninja; one that fails does not stop the installation."""
 
     def build_extensions(self) -> None:
         targets = {
@@ -34,16 +34,12 @@ class BuildNative(build_ext):
         failed = native_build.build(Path(self.build_temp).resolve(), targets, self.verbose > 1)
         for module, error in failed.items():
             targets[module].unlink(missing_ok=True)
-            if isinstance(error, Misuse):
+            if isinstance(error, FatalBuildError):
                 raise CompileError(f"sefi_fast: {error}")
-            if module == CUDA and native_build.cuda_is_demanded():
-                raise CompileError(
-                    f"sefi_fast: SEFI_CUDA is 1, but the CUDA kernels cannot be built: {error}"
-                )
-            # Where nothing at all could be built the first line has said so.
-            silent = module == CUDA and failed.get(CPU) is error
-            if not silent and not isinstance(error, Unwanted):
-                print(f"sefi_fast: {LOST[module].format(error)}", file=sys.stderr)
+            # One error that concerns both modules is printed once.
+            printed = module == CUDA and failed.get(CPU) is error
+            if not printed and not isinstance(error, Unwanted):
+                print(f"sefi_fast: {WARNINGS[module].format(error)}", file=sys.stderr)
 
 
 setup(

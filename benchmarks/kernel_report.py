@@ -39,7 +39,12 @@ BACKENDS = ("triton", "cuda")
 DTYPES = ("bfloat16", "float16", "float32")
 ROWS = 4096
 # The CUDA C++ kernels of the matrix units. The others take what these do not, at no set rate.
-CUDA_SOURCES = ("tensor_forward", "tensor_backward", "tensor_query", "tensor_key_value")
+CUDA_SOURCES = {
+    "attn_fwd_mma": "forward",
+    "attn_bwd_mma": "backward",
+    "attn_bwd_dq_mma": "backward_query",
+    "attn_bwd_dkdv_mma": "backward_key_value",
+}
 
 _Case = tuple[str, str, int, int]
 # Spills that are accepted, by backend, kernel, architecture and head_dim; --check fails on others.
@@ -59,7 +64,7 @@ EXCEPTIONS: dict[_Case, str] = {
 }
 
 _CUDA_NAME = re.compile(
-    r"(forward|query|key_value|backward)_kernelILi(\d+)ENS\d?_\d+(BFloat16|Half)E(\w+?)EvNS"
+    r"(attn_(?:fwd|bwd|bwd_dq|bwd_dkdv))_kernelILi(\d+)ENS\d?_\d+(BFloat16|Half)E(\w+?)EvNS"
 )
 _CUDA_USE = re.compile(
     r"Function properties for (\S+)\n.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -171,7 +176,7 @@ def compile_cuda(source: Path, capability: int) -> list[Row]:
         if form is None:
             raise RuntimeError(f"a kernel of unknown name: {mangled}")
         kernel, head_dim, dtype, rest = form.groups()
-        kernel = kernel if kernel in ("forward", "backward") else f"backward_{kernel}"
+        kernel = CUDA_SOURCES[f"{kernel}_mma"]
         variant = ", ".join(re.findall(r"L[bi](\d)", rest))
         dtype = "bfloat16" if dtype == "BFloat16" else "float16"
         spill_bytes, found = int(stored) + int(loaded), products[mangled]

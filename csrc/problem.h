@@ -1,19 +1,20 @@
-// What one call is asked to do: sizes, strides and raw pointers, the same for every instruction set.
+// One call of the operator as sizes, strides and raw pointers, for CPU and CUDA.
 #pragma once
 
 #include <cstdint>
 
 namespace sefi {
 
-// The most that the kernels take.
+// Limits of all kernels.
 constexpr int64_t kMaxKeys = 256, kMaxHeadDim = 256;
 
 enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 inline int64_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-// A [batch, head, row, head_dim] tensor with a dense last axis; strides count elements. A null
-// pointer: the tensor is absent. Shared: one entry serves all samples, and the batch stride is 0.
+// A [batch, head, row, head_dim] tensor with a dense last axis; strides count elements. An absent
+// tensor has a null pointer. All samples use the one entry of a shared tensor; its batch stride is
+// 0.
 struct View {
     char* data = nullptr;
     int64_t batch = 0, head = 0, row = 0;
@@ -29,7 +30,7 @@ struct Problem {
     DType dtype = DType::float32;
     float scale = 1.0f;
     View query, key, value, reference_key;
-    // Each per sample, or with batch stride 0 one for all.
+    // One row per sample, or one for all with batch stride 0.
     const float* token_weights = nullptr;
     int64_t token_weights_batch = 0;
     const uint8_t* key_mask = nullptr;
@@ -42,7 +43,8 @@ struct Problem {
 struct ForwardCall : Problem {
     View output;
     float* subject_loss = nullptr;  // [batch]
-    float* attn_probs = nullptr;       // [batch, probs_count, queries], or [batch, heads, probs_count, queries]
+    // [batch, probs_count, queries], or [batch, heads, probs_count, queries] for all heads.
+    float* attn_probs = nullptr;
 };
 
 struct BackwardCall : Problem {
@@ -50,14 +52,14 @@ struct BackwardCall : Problem {
     const float* grad_subject_loss = nullptr;
     const float* grad_attn_probs = nullptr;
     bool reference_grad = false;
-    // Absent where the gradient is not wanted.
+    // Absent if the gradient is not wanted.
     View grad_query, grad_key, grad_value, grad_reference_key;
 
     bool with_reference() const { return reference_key.data && grad_subject_loss; }
 };
 
-// Where a unit of backward work leaves its share of a key-side gradient: rows of the result itself,
-// or float32 rows of a partial sum that are added in a fixed order later.
+// Rows to which a unit of backward work writes its part of a key-side gradient: rows of the result,
+// or float32 rows of a partial sum.
 struct KeyGradient {
     char* data = nullptr;
     int64_t row = 0;

@@ -1,4 +1,4 @@
-// What Python hands over as integers and tuples, made into the calls of problem.h.
+// Conversion of integers and tuples from Python to the calls of problem.h.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,7 +15,7 @@
 
 namespace sefi::python {
 
-// (address, batch size, batch stride, head stride, row stride); address 0: the tensor is absent.
+// (address, batch size, batch stride, head stride, row stride); the address is 0 if absent.
 using PyView = std::array<int64_t, 5>;
 // (address, batch size, row length) of a dense [batch, row] tensor.
 using PyRows = std::array<int64_t, 3>;
@@ -26,8 +26,8 @@ using PyViews = std::array<PyView, 4>;
 // token_weights, key_mask, probs_positions.
 using PyExtras = std::array<PyRows, 3>;
 
-// More elements than any memory holds; products of two such numbers stay within 64 bits.
-constexpr int64_t kMost = int64_t(1) << 48;
+// More elements than fit in any memory; a product of two such numbers fits in 64 bits.
+constexpr int64_t kMaxElements = int64_t(1) << 48;
 
 inline void refuse(bool wrong, const char* name, const char* why) {
     if (wrong) throw std::invalid_argument(std::string(name) + why);
@@ -41,18 +41,18 @@ T* pointer(int64_t address) {
 inline void check_product(const char* name, std::initializer_list<int64_t> sizes) {
     int64_t product = 1;
     for (int64_t size : sizes) {
-        refuse(size > kMost / product, name, " has too many elements");
+        refuse(size > kMaxElements / product, name, " has too many elements");
         product *= size;
     }
 }
 
-// A tensor of the problem's batch and heads with `rows` rows, or an absent one.
+// A tensor with the batch and heads of the problem and `rows` rows, or an absent one.
 inline View view(const Problem& p, const PyView& v, int64_t rows, const char* name) {
     if (v[0] == 0) return {};
     refuse(v[1] != 1 && v[1] != p.batch, name, " has a batch that is neither 1 nor the query's");
     const int64_t sizes[] = {v[1], p.heads, rows};
     for (int i = 0; i < 3; ++i) {
-        const bool fits = v[i + 2] >= 0 && v[i + 2] <= kMost / sizes[i];
+        const bool fits = v[i + 2] >= 0 && v[i + 2] <= kMaxElements / sizes[i];
         refuse(sizes[i] > 1 && !fits, name, " has a stride that is negative or too large");
     }
     const bool shared = v[1] == 1;
@@ -64,16 +64,18 @@ inline View present(const Problem& p, const PyView& v, int64_t rows, const char*
     return view(p, v, rows, name);
 }
 
-// A result has every sample's rows, or those of the input whose gradient it is.
+// A result. Its batch is that of the query or, if shared, 1.
 inline View result(const Problem& p, const PyView& v, int64_t rows, bool shared, const char* name) {
     refuse(v[0] != 0 && v[1] != (shared ? 1 : p.batch), name, " has a batch that does not fit");
     return view(p, v, rows, name);
 }
 
 // The batch stride of a dense tensor with `length` columns.
-inline int64_t batch_stride(const Problem& p, const PyRows& rows, int64_t length, const char* name) {
+inline int64_t batch_stride(const Problem& p, const PyRows& rows, int64_t length,
+                            const char* name) {
     if (rows[0] == 0) return 0;
-    refuse(rows[1] != 1 && rows[1] != p.batch, name, " has a batch that is neither 1 nor the query's");
+    refuse(rows[1] != 1 && rows[1] != p.batch, name,
+           " has a batch that is neither 1 nor the query's");
     refuse(rows[2] != length, name, " has a length that does not fit");
     return rows[1] == 1 ? 0 : length;
 }
@@ -85,7 +87,8 @@ inline void fill(Problem& p, const PySizes& sizes, int dtype, double scale, cons
         if (size < 1) throw std::invalid_argument("all sizes must be positive");
     }
     if (sizes[3] > kMaxKeys || sizes[4] > kMaxHeadDim) {
-        throw std::invalid_argument("keys and head_dim end at 256");
+        const std::string limit = std::to_string(kMaxKeys);
+        throw std::invalid_argument("keys and head_dim end at " + limit);
     }
     check_product("query", {sizes[0], sizes[1], sizes[2], sizes[4]});
     check_product("key", {sizes[0], sizes[1], sizes[3], sizes[4]});
@@ -113,9 +116,9 @@ inline void fill(Problem& p, const PySizes& sizes, int dtype, double scale, cons
     p.probs_all_heads = probs_all_heads;
 }
 
-// A Python function: the arguments of a forward call, then `Rest`, which is what `run` adds to it.
+// A Python function with the arguments of a forward call and the further arguments of `run`.
 template <class Result, class... Rest>
-auto of_forward_call(Result (*run)(const ForwardCall&, Rest...)) {
+auto bind_forward(Result (*run)(const ForwardCall&, Rest...)) {
     return [run](const PySizes& sizes, int dtype, double scale, const PyViews& inputs,
                  const PyExtras& extras, bool probs_all_heads, const PyView& output,
                  int64_t subject_loss, int64_t attn_probs, Rest... rest) {
@@ -132,9 +135,9 @@ auto of_forward_call(Result (*run)(const ForwardCall&, Rest...)) {
     };
 }
 
-// The same for a backward call.
+// A Python function with the arguments of a backward call and the further arguments of `run`.
 template <class Result, class... Rest>
-auto of_backward_call(Result (*run)(const BackwardCall&, Rest...)) {
+auto bind_backward(Result (*run)(const BackwardCall&, Rest...)) {
     return [run](const PySizes& sizes, int dtype, double scale, const PyViews& inputs,
                  const PyExtras& extras, bool probs_all_heads, const PyView& grad_output,
                  int64_t grad_subject_loss, int64_t grad_attn_probs, bool reference_grad,
@@ -148,8 +151,8 @@ auto of_backward_call(Result (*run)(const BackwardCall&, Rest...)) {
         call.grad_query = result(call, gradients[0], call.queries, false, "grad_query");
         call.grad_key = result(call, gradients[1], call.keys, call.key.shared, "grad_key");
         call.grad_value = result(call, gradients[2], call.keys, call.value.shared, "grad_value");
-        call.grad_reference_key = result(call, gradients[3], call.keys, call.reference_key.shared,
-                                         "grad_reference_key");
+        call.grad_reference_key =
+            result(call, gradients[3], call.keys, call.reference_key.shared, "grad_reference_key");
         if (call.grad_value.data && !call.grad_output.data) {
             throw std::invalid_argument("no gradient reaches the value");
         }

@@ -1,8 +1,8 @@
-"""Build the native core with AddressSanitizer and run pytest on it.
+"""Build the native core with AddressSanitizer and run pytest with it.
 
     python tests/sanitized.py tests/ops/test_direct_calls.py
 
-The installed core stays as it is. Needs GCC.
+The installed core does not change. Needs GCC.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def build(folder: Path) -> Path:
     os.environ["CXXFLAGS"] = os.environ["LDFLAGS"] = FLAGS
     import native_build
 
-    # Names of functions in what the sanitizer says.
+    # Reports of the sanitizer need the symbols.
     native_build.LINK_FLAGS.remove("-Wl,-s")
     target = folder / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     failed = native_build.build(folder, {native_build.CPU: target}, verbose=False)
@@ -34,12 +34,8 @@ def build(folder: Path) -> Path:
     return target
 
 
-def _library(name: str) -> str:
-    return subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip()
-
-
 def run(core: Path, arguments: list[str]) -> int:
-    """Run pytest on that core in this process."""
+    """Run pytest with this core in this process."""
     import pytest
 
     spec = importlib.util.spec_from_file_location("sefi_fast._C", core)
@@ -47,21 +43,24 @@ def run(core: Path, arguments: list[str]) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules["sefi_fast._C"] = module
-    # What the sanitizer says is written past Python.
+    # The sanitizer does not write through Python, so pytest must not capture file descriptors.
     return int(pytest.main(["-n", "0", "-q", "--capture=sys", *arguments]))
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status of pytest, or of the sanitizer where it finds something."""
+    """Return the exit status of pytest, or of the sanitizer if it reports an error."""
     if "SEFI_SANITIZED_CORE" in os.environ:
         return run(Path(os.environ["SEFI_SANITIZED_CORE"]), arguments)
+    # The sanitizer must be loaded first, and looks for the functions that throw when it is.
+    libraries = [
+        subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        core = build(Path(folder))
         environment = os.environ | {
-            "SEFI_SANITIZED_CORE": str(core),
-            # The sanitizer looks for the functions that throw when it is loaded.
-            "LD_PRELOAD": f"{_library('libasan.so')} {_library('libstdc++.so.6')}",
-            # Python frees little at its end.
+            "SEFI_SANITIZED_CORE": str(build(Path(folder))),
+            "LD_PRELOAD": " ".join(libraries),
+            # Python frees little memory when it exits.
             "ASAN_OPTIONS": "detect_leaks=0",
         }
         command = [sys.executable, __file__, *(arguments or ["tests/ops"])]

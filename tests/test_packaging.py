@@ -114,7 +114,7 @@ def test_a_cuda_compile_that_fails_costs_the_cuda_kernels_alone(tmp_path):
     build = _build_modules(source, CUDA_HOME=str(_nvcc_that_fails(tmp_path)))
     assert build.returncode == 0, build.stdout + build.stderr
     (said,) = _said(build)
-    assert "CUDA C++ kernels are left out" in said and "the sky is falling" in said
+    assert "CUDA C++ kernels are not built" in said and "the sky is falling" in said
     assert [path.name[:3] for path in source.glob("sefi_fast/*.so")] == ["_C."]
 
 
@@ -124,8 +124,8 @@ def test_cuda_kernels_that_are_demanded_or_unwanted(tmp_path):
     source = _copy_of_the_checkout(tmp_path / "source", small_core=True)
     nvcc = str(_nvcc_that_fails(tmp_path))
     for variables, sentence in (
-        ({"SEFI_CUDA": "1", "CUDA_HOME": str(tmp_path)}, "SEFI_CUDA is 1.*compiler is not there"),
-        ({"SEFI_CUDA": "yes", "CUDA_HOME": nvcc}, "SEFI_CUDA is 'yes': set 1"),
+        ({"SEFI_CUDA": "1", "CUDA_HOME": str(tmp_path)}, "SEFI_CUDA is 1.*compiler was not found"),
+        ({"SEFI_CUDA": "yes", "CUDA_HOME": nvcc}, "SEFI_CUDA is 'yes'. Set it to 1"),
         ({"SEFI_CUDA_ARCHS": "70", "CUDA_HOME": nvcc}, "SEFI_CUDA_ARCHS names '70'.*80, 90;"),
     ):
         build = _build_modules(source, **variables)

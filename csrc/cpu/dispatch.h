@@ -1,4 +1,4 @@
-// The choice of the instruction set, made once at run time.
+// Choice of the instruction set at run time.
 #pragma once
 
 #include <string>
@@ -8,11 +8,12 @@
 
 namespace sefi {
 
-// Those that this build holds and this processor can run, best first.
+// Instruction sets of this build that the processor supports, best first.
 std::vector<std::string> instruction_sets();
 
-// The best one, unless set_instruction_set chose another.
-const Kernels& kernels();
+// The chosen instruction set: the best one, unless set_instruction_set was called.
+std::string instruction_set();
+const Kernels& kernels(DType dtype);
 
 // Throws std::invalid_argument for a name that instruction_sets() lacks.
 void set_instruction_set(const std::string& name);

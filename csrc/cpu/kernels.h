@@ -1,4 +1,4 @@
-// The table of functions that each instruction set provides.
+// Tables of the functions of an instruction set.
 #pragma once
 
 #include <cstddef>
@@ -8,25 +8,20 @@
 namespace sefi {
 
 struct Kernels {
-    const char* name;
-    // Bytes of scratch memory that one thread needs.
+    // Bytes of scratch memory per thread.
     size_t (*forward_scratch)(const Problem&);
     size_t (*backward_scratch)(const BackwardCall&);
-    // One head of one sample for the query rows [begin, end). Returns the head's unscaled subject loss.
+    // Query rows [begin, end) of one head. Forward returns their sum of the subject loss.
     double (*forward)(const ForwardCall&, int64_t b, int64_t h, int64_t begin, int64_t end,
                       char* scratch);
     void (*backward)(const BackwardCall&, int64_t b, int64_t h, int64_t begin, int64_t end,
                      const KeyGradients&, char* scratch);
-    // count elements of factor * row in the given dtype; row is readable for 64 bytes more.
+    // Store factor * row, count elements of the dtype. 64 more bytes of row are readable.
     void (*store_row)(const float* row, int64_t count, float factor, char* target, DType dtype);
 };
 
-extern const Kernels generic_kernels;
-#if defined(__x86_64__)
-extern const Kernels avx2_kernels;
-extern const Kernels avx512_kernels;
-extern const Kernels avx512_bf16_kernels;
-extern const Kernels amx_kernels;
-#endif
+// The last three are for bfloat16 or float16 alone.
+extern const Kernels generic_kernels, avx2_kernels, avx512_kernels;
+extern const Kernels avx512_bf16_kernels, amx_kernels, amx_float16_kernels;
 
 }  // namespace sefi

@@ -1,9 +1,9 @@
-// Runs numbered pieces of work on several threads.
+// A parallel loop over numbered pieces of work.
 //
-// PyTorch's OpenMP workers spin for a while after each of its operators. A second pool beside them
-// would fight them for the cores, so the run-time that the process holds already is borrowed by
-// name, without linking to it. Without one (or in a forked child, where OpenMP's threads are gone)
-// a pool of our own does the work.
+// The OpenMP workers of PyTorch spin for a while after each operator, and a second pool would
+// compete with them for the cores. So the OpenMP runtime of the process is found by name, without
+// linking to it. Without one, and in a forked child, where its threads do not exist, a pool of our
+// own is used.
 #include "cpu/threads.h"
 
 #include <dlfcn.h>
@@ -21,27 +21,29 @@
 namespace sefi {
 namespace {
 
-// The entry point of GNU's OpenMP run-time, which LLVM's and Intel's have too.
+// The entry point of GNU's OpenMP runtime. Those of LLVM and Intel have it too.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-GompParallel find_openmp() { return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
+GompParallel find_openmp() {
+    return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
 
 struct Job {
     const std::function<void(int64_t, int)>& work;
-    const int64_t count, neighbours;
+    const int64_t count, max_run;
     const int seats;
     std::atomic<int64_t> next{0};
     std::atomic<int> threads{0};
-    std::mutex failed;
+    std::mutex failure_mutex;
     std::exception_ptr failure;
 
-    // The next indices for one thread: half of its share of what is left, so that all end together.
+    // Take half of the thread's share of the remaining indices, so that all threads end together.
     bool take(int64_t& first, int64_t& last) {
         first = next.load();
         do {
             if (first >= count) return false;
             const int64_t share = (count - first) / (2 * seats);
-            last = first + std::clamp<int64_t>(share, 1, neighbours);
+            last = first + std::clamp<int64_t>(share, 1, max_run);
         } while (!next.compare_exchange_weak(first, last));
         return true;
     }
@@ -54,19 +56,19 @@ struct Job {
             }
         } catch (...) {
             next.store(count);
-            const std::lock_guard<std::mutex> lock(failed);
+            const std::lock_guard<std::mutex> lock(failure_mutex);
             if (!failure) failure = std::current_exception();
         }
     }
 };
 
-// Threads that sleep between jobs. One job at a time; a second caller waits its turn.
+// Threads that sleep between jobs. One job runs at a time; other callers wait.
 class Pool {
 public:
     const pid_t owner = getpid();
 
     void run(Job& job, int threads) {
-        const std::lock_guard<std::mutex> turn(turn_);
+        const std::lock_guard<std::mutex> call(calls_);
         {
             const std::lock_guard<std::mutex> lock(mutex_);
             try {
@@ -75,7 +77,7 @@ public:
                     workers_.back().detach();
                 }
             } catch (const std::system_error&) {
-                // The system gives no more threads: those that there are do the work.
+                // The system refuses more threads; the existing ones do the work.
             }
             job_ = &job;
             seats_ = std::min(threads - 1, int(workers_.size()));
@@ -103,16 +105,16 @@ private:
         }
     }
 
-    std::mutex turn_, mutex_;
+    std::mutex calls_, mutex_;
     std::condition_variable wake_, done_;
     std::vector<std::thread> workers_;
     Job* job_ = nullptr;
     int seats_ = 0, busy_ = 0;
 };
 
-// Never destroyed: at the end of the process its threads may still sleep in it. A forked child has
-// none of its parent's threads and makes a pool of its own; a lock here might be held for ever in it,
-// by a thread of the parent's.
+// Never destroyed, because its threads may sleep in it at the end of the process. A forked child
+// has none of the threads and makes its own pool, without a lock: a thread of the parent might hold
+// it forever.
 Pool& own_pool() {
     static std::atomic<Pool*> current{nullptr};
     Pool* pool = current.load();
@@ -134,10 +136,10 @@ GompParallel openmp() {
 
 }  // namespace
 
-void parallel_for(int64_t count, int threads, int64_t neighbours,
+void parallel_for(int64_t count, int threads, int64_t max_run,
                   const std::function<void(int64_t, int)>& work) {
     threads = std::max(1, int(std::min<int64_t>(threads, count)));
-    Job job{work, count, neighbours, threads};
+    Job job{work, count, max_run, threads};
     if (threads <= 1) {
         job.run();
     } else if (const GompParallel parallel = openmp()) {

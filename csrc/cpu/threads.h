@@ -1,4 +1,4 @@
-// Runs numbered pieces of work on several threads.
+// A parallel loop over numbered pieces of work.
 #pragma once
 
 #include <cstdint>
@@ -6,14 +6,14 @@
 
 namespace sefi {
 
-// Calls work(index, thread) for every index below count, each once, in no fixed order; thread is
-// below `threads` and never the same in two calls at one time. A thread takes up to `neighbours`
-// indices in a row, fewer towards the end. Runs on the calling thread alone where one thread is
-// asked for or there is one piece. Rethrows the first exception of work.
-void parallel_for(int64_t count, int threads, int64_t neighbours,
+// Call work(index, thread) once for every index below count, in no fixed order. `thread` is below
+// `threads` and differs between simultaneous calls. A thread takes up to max_run consecutive
+// indices, fewer towards the end. One thread or one index runs on the calling thread. Rethrows the
+// first exception of work.
+void parallel_for(int64_t count, int threads, int64_t max_run,
                   const std::function<void(int64_t, int)>& work);
 
-// Whose threads: "openmp" (those of the run-time that the process already holds) or "own".
+// "openmp" for the threads of the OpenMP runtime that the process has loaded, or "own".
 const char* thread_source();
 
 }  // namespace sefi

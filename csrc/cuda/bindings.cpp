@@ -1,17 +1,17 @@
-// The Python module sefi_fast._cuda: device addresses, sizes and strides in, kernels on a stream out.
+// The Python module sefi_fast._cuda. It takes device addresses, sizes, strides and a stream.
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cuda/calls.h"
+#include "cuda/api.h"
 #include "python_call.h"
 
 #ifndef SEFI_CUDA_TARGETS
-#error "SEFI_CUDA_TARGETS is a string of what the kernels are compiled for: sm_80,sm_90a,compute_80"
+#error "SEFI_CUDA_TARGETS is a string of the compiled targets, like \"sm_80,sm_90a,compute_80\""
 #endif
 #ifndef SEFI_CUDA_VERSION
-#error "SEFI_CUDA_VERSION is the CUDA runtime's version, major * 1000 + minor * 10"
+#error "SEFI_CUDA_VERSION is the version of the CUDA runtime, major * 1000 + minor * 10"
 #endif
 
 namespace {
@@ -20,14 +20,16 @@ void throw_failure(const char* failure) {
     if (failure) throw std::runtime_error(failure);
 }
 
-void forward(const sefi::ForwardCall& call, int64_t scratch, int multiprocessors, int64_t stream) {
+void forward(const sefi::ForwardCall& call, int64_t scratch, int num_sms, int64_t stream) {
     using sefi::python::pointer;
-    throw_failure(sefi::cuda::forward(call, pointer<void>(scratch), multiprocessors, pointer<void>(stream)));
+    throw_failure(
+        sefi::cuda::forward(call, pointer<void>(scratch), num_sms, pointer<void>(stream)));
 }
 
-void backward(const sefi::BackwardCall& call, int64_t scratch, int multiprocessors, int64_t stream) {
+void backward(const sefi::BackwardCall& call, int64_t scratch, int num_sms, int64_t stream) {
     using sefi::python::pointer;
-    throw_failure(sefi::cuda::backward(call, pointer<void>(scratch), multiprocessors, pointer<void>(stream)));
+    throw_failure(
+        sefi::cuda::backward(call, pointer<void>(scratch), num_sms, pointer<void>(stream)));
 }
 
 std::vector<std::string> architectures() {
@@ -43,19 +45,21 @@ PYBIND11_MODULE(_cuda, module) {
     using namespace sefi::python;
     module.doc() = "CUDA kernels of sefi_fast: fused cross-attention on NVIDIA devices.";
 
-    module.def("forward", of_forward_call(&forward),
-               "Enqueues the kernels that write output, subject loss and attn_probs.");
-    module.def("backward", of_backward_call(&backward),
-               "Enqueues the kernels that write the gradients whose address is not 0.");
-    module.def("forward_scratch", of_forward_call(&sefi::cuda::forward_scratch),
-               "Bytes of device memory that the same forward call wants as scratch.");
-    module.def("backward_scratch", of_backward_call(&sefi::cuda::backward_scratch),
-               "Bytes of device memory that the same backward call wants as scratch.");
+    module.def("forward", bind_forward(&forward),
+               "Enqueue the kernels that write output, subject loss and attn_probs.");
+    module.def("backward", bind_backward(&backward),
+               "Enqueue the kernels that write the gradients whose address is not 0.");
+    module.def("forward_scratch", bind_forward(&sefi::cuda::forward_scratch),
+               "Bytes of scratch memory of a forward call.");
+    module.def("backward_scratch", bind_backward(&sefi::cuda::backward_scratch),
+               "Bytes of scratch memory of a backward call.");
 
     module.def("architectures", &architectures,
-               "What the kernels are compiled for: sm_80 is machine code, compute_80 is PTX.");
-    module.def("runtime_version", [] { return SEFI_CUDA_VERSION; },
-               "Version of the CUDA runtime inside: major * 1000 + minor * 10.");
-    module.def("driver_version", &sefi::cuda::driver_version,
-               "Newest CUDA that the driver knows, counted alike; 0 without a driver.");
+               "Compiled targets: sm_80 is machine code, compute_80 is PTX.");
+    module.def(
+        "runtime_version", [] { return SEFI_CUDA_VERSION; },
+        "Version of the linked CUDA runtime: major * 1000 + minor * 10.");
+    module.def(
+        "driver_version", &sefi::cuda::driver_version,
+        "Newest CUDA version that the driver supports, in the same form; 0 without a driver.");
 }

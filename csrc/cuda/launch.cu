@@ -1,18 +1,50 @@
-// The entry points: cuts the rows, lays out the scratch memory, picks and starts the kernels.
+// Entry points: choose the kernels and their splits, lay out the scratch memory, launch.
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/calls.h"
+#include "cuda/api.h"
 #include "cuda/kernels.h"
-#include "cuda/tensor.h"
 
 namespace sefi::cuda {
+namespace mma {
 namespace {
 
-constexpr int kSimpleBlocks = 4;
-constexpr int64_t kSimpleRows = 16;
+// Whether every row of a head starts at a multiple of 16 bytes, with a row stride of 32 bits.
+bool aligned(const Problem& p, const View& view, int64_t batch, int64_t rows) {
+    const auto even = [](int64_t size, int64_t stride) { return size <= 1 || stride % 8 == 0; };
+    return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
+           even(view.shared ? 1 : batch, view.batch) && even(p.heads, view.head) &&
+           even(rows, view.row) && view.row < (int64_t(1) << 31);
+}
 
-// Hands out 256-byte aligned pieces of one block; from a null block it only counts the bytes.
+bool supports(const Problem& p) {
+    const int64_t d = p.head_dim;
+    return p.dtype != DType::float32 && (d == 40 || d == 64 || d == 80 || d == 160) &&
+           p.keys <= kKeys && p.queries <= (int64_t(1) << 30) && p.scale >= 0.0f &&
+           aligned(p, p.query, p.batch, p.queries) && aligned(p, p.key, p.batch, p.keys) &&
+           aligned(p, p.value, p.batch, p.keys) && aligned(p, p.reference_key, p.batch, p.keys);
+}
+
+bool supports(const ForwardCall& call) {
+    const Problem& p = call;
+    return supports(p) && aligned(p, call.output, p.batch, p.queries);
+}
+
+bool supports(const BackwardCall& call) {
+    const Problem& p = call;
+    return supports(p) && aligned(p, call.grad_output, p.batch, p.queries) &&
+           aligned(p, call.grad_query, p.batch, p.queries);
+}
+
+}  // namespace
+}  // namespace mma
+
+namespace {
+
+constexpr int kSimtCtasPerSm = 4;
+constexpr int64_t kSimtRows = 16;
+
+// Hands out 256-byte aligned pieces of one block; without a block it only counts the bytes.
 class Arena {
 public:
     explicit Arena(void* block) : block_(static_cast<char*>(block)) {}
@@ -29,127 +61,134 @@ private:
     int64_t used_ = 0;
 };
 
-// What a block takes besides its rows, in units of rows: the keys' loads above all. In the kernel of
-// the keys each block also writes sums, which another kernel adds up if there are several.
-constexpr double kStart = 0.5, kKeysStart = 2.0;
+// Time of a block in addition to its rows, in units of rows: it loads the keys, and a block of the
+// dK/dV kernels also writes partial sums, which another kernel adds.
+constexpr double kCtaOverheadUnits = 0.5, kDkdvCtaOverheadUnits = 2.0;
 
-// Splits of the rows, each of a multiple of `unit` rows, that are expected to end first. A
-// multiprocessor holds `resident` blocks at once, and one block more than all of them hold keeps
-// most of the device waiting for it. So what counts is the turns that the blocks take together,
-// times what one takes.
-Cut cut_rows(const Problem& p, int multiprocessors, int resident, int64_t unit, double start) {
-    constexpr float kLog2e = 1.44269504088896341f, kSmallest = 1e-30f;
+// Split the rows, in multiples of `unit` rows, to minimize waves * time of a block. One block more
+// than fit on the device at once costs a whole wave. choose_num_splits in kernels/plan.py is the
+// same algorithm with other constants.
+SplitPlan choose_num_splits(const Problem& p, int num_sms, int ctas_per_sm, int64_t unit,
+                            double overhead_units) {
     const int64_t units = (p.queries + unit - 1) / unit;
-    const int64_t places = int64_t(resident) * std::max(multiprocessors, 1);
+    const int64_t ctas_per_wave = int64_t(ctas_per_sm) * std::max(num_sms, 1);
     double least = 0;
-    Cut cut;
-    // From all rows in one block down to one unit a block, past those that need as many blocks.
-    for (int64_t units_a_block = units; units_a_block >= 1; --units_a_block) {
-        const int64_t splits = (units + units_a_block - 1) / units_a_block;
-        if (splits > 65535) break;
-        units_a_block = (units + splits - 1) / splits;
-        const int64_t turns = (p.batch * p.heads * splits + places - 1) / places;
-        const double cost = double(turns) * (double(units_a_block) + start);
-        if (splits == 1 || cost < least) {
+    SplitPlan split;
+    // Down from all rows in one block; of the sizes that give the same number of splits only the
+    // smallest counts.
+    for (int64_t units_per_cta = units; units_per_cta >= 1; --units_per_cta) {
+        const int64_t num_splits = (units + units_per_cta - 1) / units_per_cta;
+        if (num_splits > 65535) break;
+        units_per_cta = (units + num_splits - 1) / num_splits;
+        const int64_t waves = (p.batch * p.heads * num_splits + ctas_per_wave - 1) / ctas_per_wave;
+        const double cost = double(waves) * (double(units_per_cta) + overhead_units);
+        if (num_splits == 1 || cost < least) {
             least = cost;
-            cut.rows_a_block = units_a_block * unit;
-            cut.splits = splits;
+            split = {units_per_cta * unit, num_splits};
         }
     }
-    // Hidden scores are -inf, and -inf times 0 would be NaN.
-    cut.scale_log2 = std::max(std::fabs(p.scale) * kLog2e, kSmallest);
-    cut.sign = p.scale < 0 ? -1.0f : 1.0f;
-    return cut;
+    return split;
 }
 
-struct ForwardPlan {
-    bool tensor;
-    ForwardArguments arguments;
+template <class Params>
+void set_scale(Params& params, float scale) {
+    constexpr float kLog2e = 1.44269504088896341f, kSmallest = 1e-30f;
+    // Not 0: hidden scores are -inf, and their product would be NaN.
+    params.sm_scale_log2 = std::max(std::fabs(scale) * kLog2e, kSmallest);
+    params.scale_sign = scale < 0 ? -1.0f : 1.0f;
+}
+
+struct FwdPlan {
+    bool use_mma;
+    FwdParams params;
     int64_t bytes;
 
-    ForwardPlan(const ForwardCall& call, void* scratch, int multiprocessors)
-        : tensor(tensor::takes(call)) {
+    FwdPlan(const ForwardCall& call, void* scratch, int num_sms) : use_mma(mma::supports(call)) {
         Arena arena(scratch);
-        arguments.call = call;
-        arguments.cut =
-            tensor ? cut_rows(call, multiprocessors, tensor::forward_blocks(call.head_dim),
-                              tensor::kBlockRows, kStart)
-                   : cut_rows(call, multiprocessors, kSimpleBlocks, kSimpleRows, kStart);
+        params.call = call;
+        params.split =
+            use_mma
+                ? choose_num_splits(call, num_sms, mma::fwd_ctas_per_sm(call.head_dim),
+                                    mma::kBlockRows, kCtaOverheadUnits)
+                : choose_num_splits(call, num_sms, kSimtCtasPerSm, kSimtRows, kCtaOverheadUnits);
+        set_scale(params, call.scale);
         const int64_t heads = call.batch * call.heads;
         if (call.reference_key.data) {
-            arguments.partials = arena.floats(heads * arguments.cut.splits);
+            params.partials = arena.floats(heads * params.split.num_splits);
         }
         if (call.probs_count) {
-            arguments.attn_probs = call.probs_all_heads
-                                 ? call.attn_probs
-                                 : arena.floats(heads * call.probs_count * call.queries);
+            params.attn_probs = call.probs_all_heads
+                                    ? call.attn_probs
+                                    : arena.floats(heads * call.probs_count * call.queries);
         }
         bytes = arena.used();
     }
 };
 
-struct BackwardPlan {
-    bool tensor, one_pass;
-    BackwardArguments query, key_value;
+struct BwdPlan {
+    bool use_mma, fused;
+    BwdParams dq, dkdv;
     int64_t bytes;
 
-    BackwardPlan(const BackwardCall& call, void* scratch, int multiprocessors)
-        : tensor(tensor::takes(call)), one_pass(tensor && tensor::in_one_pass(call)) {
+    BwdPlan(const BackwardCall& call, void* scratch, int num_sms)
+        : use_mma(mma::supports(call)), fused(use_mma && mma::fuses_dq(call)) {
         Arena arena(scratch);
-        query.call = call;
-        query.with_reference = call.with_reference();
-        query.reference_grad = call.reference_grad && call.with_reference();
-        query.map_share = call.probs_all_heads ? 1.0f : 1.0f / float(call.heads);
-        // Whole tiles, so that a tile's statistics are read without a look at the end.
-        query.padded_rows = (call.queries + tensor::kBlockRows - 1) / tensor::kBlockRows;
-        query.padded_rows *= tensor::kBlockRows;
-        if (!one_pass) {
-            query.statistics =
-                arena.floats(call.batch * call.heads * kStatistics * query.padded_rows);
+        dq.call = call;
+        dq.with_reference = call.with_reference();
+        dq.reference_grad = call.reference_grad && call.with_reference();
+        dq.probs_grad_share = call.probs_all_heads ? 1.0f : 1.0f / float(call.heads);
+        set_scale(dq, call.scale);
+        // A multiple of a tile, so that reading a tile's statistics needs no bounds check.
+        dq.padded_rows = (call.queries + mma::kBlockRows - 1) / mma::kBlockRows * mma::kBlockRows;
+        if (!fused) {
+            dq.row_stats = arena.floats(call.batch * call.heads * kRowStats * dq.padded_rows);
         }
-        key_value = query;
-        if (one_pass) {
-            key_value.cut = cut_rows(call, multiprocessors, tensor::backward_blocks(call.head_dim),
-                                     tensor::kBlockRows, kKeysStart);
-        } else if (tensor) {
-            query.cut = cut_rows(call, multiprocessors, tensor::query_blocks(call.head_dim),
-                                 tensor::kBlockRows, kStart);
-            key_value.cut = cut_rows(call, multiprocessors, tensor::key_blocks(call.head_dim),
-                                     tensor::kBlockRows, kKeysStart);
-        } else {
-            query.cut = cut_rows(call, multiprocessors, kSimpleBlocks, kSimpleRows, kStart);
-            // Each tile of 16 keys is another block, and each split another partial sum.
-            key_value.cut = cut_rows(call, multiprocessors, 1, kSimpleRows, kKeysStart);
-        }
-        const int64_t partial =
-            call.batch * call.heads * key_value.cut.splits * call.keys * call.head_dim;
-        const auto partials = [&](const View& gradient, const View& input) {
-            const bool added_up = key_value.cut.splits > 1 || (input.shared && call.batch > 1);
-            const bool direct = tensor && !added_up && tensor::writes(call, gradient);
-            return gradient.data && !direct ? arena.floats(partial) : nullptr;
+        dkdv = dq;
+        const auto split = [&](int ctas_per_sm, int64_t unit, double overhead_units) {
+            return choose_num_splits(call, num_sms, ctas_per_sm, unit, overhead_units);
         };
-        key_value.key = partials(call.grad_key, call.key);
-        key_value.value = partials(call.grad_value, call.value);
-        key_value.reference = partials(call.grad_reference_key, call.reference_key);
+        const int64_t d = call.head_dim;
+        if (fused) {
+            dkdv.split = split(mma::bwd_ctas_per_sm(d), mma::kBlockRows, kDkdvCtaOverheadUnits);
+        } else if (use_mma) {
+            dq.split = split(mma::bwd_dq_ctas_per_sm(d), mma::kBlockRows, kCtaOverheadUnits);
+            dkdv.split =
+                split(mma::bwd_dkdv_ctas_per_sm(d), mma::kBlockRows, kDkdvCtaOverheadUnits);
+        } else {
+            dq.split = split(kSimtCtasPerSm, kSimtRows, kCtaOverheadUnits);
+            // Few splits, because each tile of 16 keys is a block already.
+            dkdv.split = split(1, kSimtRows, kDkdvCtaOverheadUnits);
+        }
+        const int64_t entries =
+            call.batch * call.heads * dkdv.split.num_splits * call.keys * call.head_dim;
+        const auto partials = [&](const View& gradient, const View& input) {
+            const bool summed = dkdv.split.num_splits > 1 || (input.shared && call.batch > 1);
+            const bool direct =
+                use_mma && !summed && mma::aligned(call, gradient, call.batch, call.keys);
+            return gradient.data && !direct ? arena.floats(entries) : nullptr;
+        };
+        dkdv.key = partials(call.grad_key, call.key);
+        dkdv.value = partials(call.grad_value, call.value);
+        dkdv.reference = partials(call.grad_reference_key, call.reference_key);
         bytes = arena.used();
     }
 
-    bool with_keys() const {
-        const BackwardCall& call = key_value.call;
+    bool with_dkdv() const {
+        const BackwardCall& call = dkdv.call;
         return call.grad_key.data || call.grad_value.data || call.grad_reference_key.data;
     }
 };
 
-View like(View result, const View& input) {
+SplitGradient split_gradient(const float* partials, View result, const View& input) {
     result.shared = input.shared;
-    return result;
+    return {partials, result};
 }
 
-const char* sentence(cudaError_t error) {
+const char* message(cudaError_t error) {
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-const char* refusal(const Problem& p) {
+const char* not_supported_reason(const Problem& p) {
     if (p.batch * p.heads > 2147483647) return "batch times heads must stay below 2**31";
     return nullptr;
 }
@@ -161,70 +200,62 @@ int driver_version() {
     return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-int64_t forward_scratch(const ForwardCall& call, int multiprocessors) {
-    return refusal(call) ? 0 : ForwardPlan(call, nullptr, multiprocessors).bytes;
+int64_t forward_scratch(const ForwardCall& call, int num_sms) {
+    return not_supported_reason(call) ? 0 : FwdPlan(call, nullptr, num_sms).bytes;
 }
 
-int64_t backward_scratch(const BackwardCall& call, int multiprocessors) {
-    return refusal(call) ? 0 : BackwardPlan(call, nullptr, multiprocessors).bytes;
+int64_t backward_scratch(const BackwardCall& call, int num_sms) {
+    return not_supported_reason(call) ? 0 : BwdPlan(call, nullptr, num_sms).bytes;
 }
 
-const char* forward(const ForwardCall& call, void* scratch, int multiprocessors, void* stream) {
-    if (const char* why = refusal(call)) return why;
-    const ForwardPlan plan(call, scratch, multiprocessors);
+const char* forward(const ForwardCall& call, void* scratch, int num_sms, void* stream) {
+    if (const char* reason = not_supported_reason(call)) return reason;
+    const FwdPlan plan(call, scratch, num_sms);
     if (plan.bytes && !scratch) return "the forward pass needs its scratch memory";
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
-    const ForwardArguments& a = plan.arguments;
-    cudaError_t error = plan.tensor ? tensor::forward(a, on) : simple::forward(a, on);
+    const FwdParams& params = plan.params;
+    cudaError_t error = plan.use_mma ? mma::attn_fwd(params, on) : simt::attn_fwd(params, on);
     if (error == cudaSuccess && call.subject_loss) {
-        SubjectLossArguments sums;
-        sums.partials = a.partials;
-        sums.subject_loss = call.subject_loss;
-        sums.heads = call.heads;
-        sums.batch = call.batch;
-        sums.splits = a.cut.splits;
-        error = sum_subject_loss(sums, on);
+        error = reduce_loss(
+            {params.partials, call.subject_loss, call.batch, call.heads, params.split.num_splits},
+            on);
     }
     if (error == cudaSuccess && call.probs_count && !call.probs_all_heads) {
-        MapArguments attn_probs;
-        attn_probs.all = a.attn_probs;
-        attn_probs.mean = call.attn_probs;
-        attn_probs.heads = call.heads;
-        attn_probs.entries = call.probs_count * call.queries;
-        attn_probs.count = call.batch * attn_probs.entries;
-        error = mean_maps(attn_probs, on);
+        const int64_t entries = call.probs_count * call.queries;
+        error = average_heads(
+            {params.attn_probs, call.attn_probs, call.heads, entries, call.batch * entries}, on);
     }
-    return sentence(error);
+    return message(error);
 }
 
-const char* backward(const BackwardCall& call, void* scratch, int multiprocessors, void* stream) {
-    if (const char* why = refusal(call)) return why;
-    const BackwardPlan plan(call, scratch, multiprocessors);
+const char* backward(const BackwardCall& call, void* scratch, int num_sms, void* stream) {
+    if (const char* reason = not_supported_reason(call)) return reason;
+    const BwdPlan plan(call, scratch, num_sms);
     if (plan.bytes && !scratch) return "the backward pass needs its scratch memory";
     const cudaStream_t on = static_cast<cudaStream_t>(stream);
-    if (!plan.with_keys() && !call.grad_query.data) return nullptr;
-    const BackwardArguments& a = plan.key_value;
+    if (!plan.with_dkdv() && !call.grad_query.data) return nullptr;
+    const BwdParams& params = plan.dkdv;
     cudaError_t error = cudaSuccess;
-    if (plan.one_pass) {
-        error = tensor::backward(a, on);
+    if (plan.fused) {
+        error = mma::attn_bwd(params, on);
     } else {
-        error = plan.tensor ? tensor::backward_query(plan.query, on)
-                            : simple::backward_query(plan.query, on);
-        if (error != cudaSuccess || !plan.with_keys()) return sentence(error);
-        error = plan.tensor ? tensor::backward_key_value(a, on) : simple::backward_key_value(a, on);
+        error = plan.use_mma ? mma::attn_bwd_dq(plan.dq, on) : simt::attn_bwd_dq(plan.dq, on);
+        if (error != cudaSuccess || !plan.with_dkdv()) return message(error);
+        error = plan.use_mma ? mma::attn_bwd_dkdv(params, on) : simt::attn_bwd_dkdv(params, on);
     }
-    if (error != cudaSuccess) return sentence(error);
-    TotalArguments totals;
-    totals.totals[0] = {a.key, like(call.grad_key, call.key)};
-    totals.totals[1] = {a.value, like(call.grad_value, call.value)};
-    totals.totals[2] = {a.reference, like(call.grad_reference_key, call.reference_key)};
-    totals.batch = call.batch;
-    totals.heads = call.heads;
-    totals.splits = a.cut.splits;
-    totals.keys = call.keys;
-    totals.head_dim = call.head_dim;
-    totals.dtype = call.dtype;
-    return sentence(sum_totals(totals, on));
+    if (error != cudaSuccess) return message(error);
+    const ReduceSplitsParams sums{
+        {split_gradient(params.key, call.grad_key, call.key),
+         split_gradient(params.value, call.grad_value, call.value),
+         split_gradient(params.reference, call.grad_reference_key, call.reference_key)},
+        call.batch,
+        call.heads,
+        params.split.num_splits,
+        call.keys,
+        call.head_dim,
+        1,
+        call.dtype};
+    return message(reduce_splits(sums, on));
 }
 
 }  // namespace sefi::cuda

@@ -1,61 +1,61 @@
-// Probabilities of 16 rows in a warp's registers; a row lies in four neighbouring lanes.
+// Softmax of 16 query rows in the registers of a warp. A row lies in the four lanes of a quad.
 #pragma once
 
-#include "cuda/tile.h"
+#include "cuda/mma_tile.h"
 
-namespace sefi::cuda::tensor {
+namespace sefi::cuda::mma {
 
-SEFI_DEVICE float row_sum(float x) {
+SEFI_DEVICE float quad_sum(float x) {
     x += __shfl_xor_sync(kAllLanes, x, 1);
     return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-SEFI_DEVICE float row_max(float x) {
+SEFI_DEVICE float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
     return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-// The keys' values of one number a key, as a lane's columns need them.
-SEFI_DEVICE float2 of_columns(const float* keys, int eight) {
-    return *reinterpret_cast<const float2*>(keys + 8 * eight + 2 * (lane() % 4));
+// Two entries of a per-key array: those of the columns of a lane.
+SEFI_DEVICE float2 of_columns(const float* keys, int n8) {
+    return *reinterpret_cast<const float2*>(keys + 8 * n8 + 2 * (lane() % 4));
 }
 
-template <int kEights>
-SEFI_DEVICE void clear(float (&map)[kEights][4]) {
+template <int kN8>
+SEFI_DEVICE void clear(float (&values)[kN8][4]) {
 #pragma unroll
-    for (int i = 0; i < 4 * kEights; ++i) map[i / 4][i % 4] = 0.0f;
+    for (int i = 0; i < 4 * kN8; ++i) values[i / 4][i % 4] = 0.0f;
 }
 
-// 0 for the keys of a tile that a sample may attend to, -inf for the others.
+// 0 for the visible keys of a tile, -inf for the hidden ones.
 struct Bias {
     const float* keys;
-    // The usual call hides none of them but in the last eight, which may lie past the last key.
+    // Without a mask only the last n8 has keys to hide: those past the last key.
     bool only_last;
 
-    template <int kEights>
-    SEFI_DEVICE void add(float (&map)[kEights][4]) const {
+    template <int kN8>
+    SEFI_DEVICE void add(float (&scores)[kN8][4]) const {
         if (!only_last) {
 #pragma unroll
-            for (int e = 0; e + 1 < kEights; ++e) add(e, map[e]);
+            for (int n = 0; n + 1 < kN8; ++n) add(n, scores[n]);
         }
-        add(kEights - 1, map[kEights - 1]);
+        add(kN8 - 1, scores[kN8 - 1]);
     }
 
-    // Whether more than one key can be attended to.
+    // Whether more than one key is visible.
     SEFI_DEVICE bool shows_several() const {
         if (only_last) return true;
         float shown = 0.0f;
 #pragma unroll
-        for (int e = 0; e < kKeyEights; ++e) {
-            const float2 own = of_columns(keys, e);
+        for (int n = 0; n < kKeyN8; ++n) {
+            const float2 own = of_columns(keys, n);
             shown += (own.x == 0.0f ? 1.0f : 0.0f) + (own.y == 0.0f ? 1.0f : 0.0f);
         }
-        return row_sum(shown) > 1.0f;
+        return quad_sum(shown) > 1.0f;
     }
 
 private:
-    SEFI_DEVICE void add(int eight, float (&scores)[4]) const {
-        const float2 own = of_columns(keys, eight);
+    SEFI_DEVICE void add(int n8, float (&scores)[4]) const {
+        const float2 own = of_columns(keys, n8);
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[i] += i % 2 ? own.y : own.x;
     }
@@ -63,117 +63,117 @@ private:
 
 SEFI_DEVICE bool hides_only_last(const Problem& p) { return !p.key_mask && p.keys > kKeys - 8; }
 
-// rows * tile^T, and -inf for keys that no row may attend to. `tile` is the tile's address with
-// score_offset.
-template <int D, class E, int kEights>
+// scores = rows * tile^T, -inf for hidden keys. `tile` is an address with score_offset.
+template <int D, class E, int kN8>
 SEFI_DEVICE void score_keys(const uint32_t (&rows)[D / 8][2], uint32_t tile, const Bias& bias,
-                            float (&map)[kEights][4]) {
-    clear(map);
-    multiply_keys<D, E>(rows, tile, map);
-    bias.add(map);
+                            float (&scores)[kN8][4]) {
+    clear(scores);
+    multiply_keys<D, E>(rows, tile, scores);
+    bias.add(scores);
 }
 
-// A map that becomes probabilities, and what a lane knows of its two rows.
-template <int kEights>
+// Scores that become probabilities in place, with the statistics of the two rows of a lane.
+template <int kN8>
 struct Softmax {
-    float (&map)[kEights][4];
-    float shift[2], total[2];
+    float (&probs)[kN8][4];
+    float shift[2], row_sum[2];
 
-    SEFI_DEVICE explicit Softmax(float (&scores)[kEights][4]) : map(scores) {}
+    SEFI_DEVICE explicit Softmax(float (&scores)[kN8][4]) : probs(scores) {}
 
-    // log2 of a row's sum of powers, +inf for a row without any key.
-    SEFI_DEVICE float log_sum(int r) const {
-        return total[r] == 0.0f ? INFINITY : shift[r] + log2f(total[r]);
+    // Base-2 logsumexp; +inf for a row without a visible key.
+    SEFI_DEVICE float lse(int r) const {
+        return row_sum[r] == 0.0f ? INFINITY : shift[r] + log2f(row_sum[r]);
     }
 
-    // kCentred: the powers are to be used as they are, and the rounding of a large shift would make
-    // the greatest of them any number but 1; then the scores are shifted instead.
-    template <bool kCentred>
-    SEFI_DEVICE void find_shift(int r, float scale_log2) {
-        float peak = -INFINITY;
+    // kCentered: the largest power must be 1. If rounding of a large shift would prevent that, the
+    // scores are shifted instead.
+    template <bool kCentered>
+    SEFI_DEVICE void find_shift(int r, float sm_scale_log2) {
+        float row_max = -INFINITY;
 #pragma unroll
-        for (int e = 0; e < kEights; ++e) {
-            peak = fmaxf(peak, fmaxf(map[e][2 * r], map[e][2 * r + 1]));
+        for (int n = 0; n < kN8; ++n) {
+            row_max = fmaxf(row_max, fmaxf(probs[n][2 * r], probs[n][2 * r + 1]));
         }
-        peak = row_max(peak);
-        shift[r] = peak == -INFINITY ? 0.0f : peak * scale_log2;
-        if (kCentred && fabsf(shift[r]) > 1048576.0f) {
+        row_max = quad_max(row_max);
+        shift[r] = row_max == -INFINITY ? 0.0f : row_max * sm_scale_log2;
+        if (kCentered && fabsf(shift[r]) > 1048576.0f) {
             shift[r] = 0.0f;
 #pragma unroll
-            for (int e = 0; e < kEights; ++e) {
-                map[e][2 * r] -= peak;
-                map[e][2 * r + 1] -= peak;
+            for (int n = 0; n < kN8; ++n) {
+                probs[n][2 * r] -= row_max;
+                probs[n][2 * r + 1] -= row_max;
             }
         }
     }
 
-    SEFI_DEVICE void find_powers(int r, float scale_log2) {
+    SEFI_DEVICE void find_powers(int r, float sm_scale_log2) {
         float even = 0.0f, odd = 0.0f;
 #pragma unroll
-        for (int e = 0; e < kEights; ++e) {
-            float &x = map[e][2 * r], &y = map[e][2 * r + 1];
-            x = power_of_two(fmaf(x, scale_log2, -shift[r]));
-            y = power_of_two(fmaf(y, scale_log2, -shift[r]));
+        for (int n = 0; n < kN8; ++n) {
+            float &x = probs[n][2 * r], &y = probs[n][2 * r + 1];
+            x = exp2_approx(fmaf(x, sm_scale_log2, -shift[r]));
+            y = exp2_approx(fmaf(y, sm_scale_log2, -shift[r]));
             even += x;
             odd += y;
         }
-        total[r] = row_sum(even + odd);
+        row_sum[r] = quad_sum(even + odd);
     }
 
-    // What makes probabilities of a row's powers.
-    SEFI_DEVICE float inverse(int r) const {
-        return total[r] == 0.0f ? 0.0f : reciprocal(total[r]);
+    // Factor that turns the powers of a row into probabilities.
+    SEFI_DEVICE float inv_sum(int r) const {
+        return row_sum[r] == 0.0f ? 0.0f : rcp_approx(row_sum[r]);
     }
 
-    SEFI_DEVICE void divide(int r) { scale(r, inverse(r)); }
+    SEFI_DEVICE void divide(int r) { scale(r, inv_sum(r)); }
 
-    // What the warp needs to know that has the row's other keys: shift and total.
+    // Shift and row_sum, for the warp that has the other half of the keys.
     SEFI_DEVICE float2 half(int r) const {
-        return make_float2(total[r] == 0.0f ? -INFINITY : shift[r], total[r]);
+        return make_float2(row_sum[r] == 0.0f ? -INFINITY : shift[r], row_sum[r]);
     }
 
-    // Probabilities among the keys of both.
+    // Probabilities among the keys of both halves.
     SEFI_DEVICE void divide(int r, float2 other) {
         const float2 own = half(r);
-        const float peak = fmaxf(own.x, other.x), joint = peak == -INFINITY ? 0.0f : peak;
-        const float toward = power_of_two(own.x - joint);
-        // The same in both warps.
-        const float all =
-            multiply(own.y, toward) + multiply(other.y, power_of_two(other.x - joint));
-        scale(r, all == 0.0f ? 0.0f : toward * reciprocal(all));
+        const float row_max = fmaxf(own.x, other.x), joint = row_max == -INFINITY ? 0.0f : row_max;
+        const float rescale = exp2_approx(own.x - joint);
+        // Both warps compute the same bits.
+        const float all = mul_rn(own.y, rescale) + mul_rn(other.y, exp2_approx(other.x - joint));
+        scale(r, all == 0.0f ? 0.0f : rescale * rcp_approx(all));
     }
 
 private:
-    SEFI_DEVICE void scale(int r, float inverse) {
-        // Not fused with what comes: equal scores of two maps must stay equal.
+    SEFI_DEVICE void scale(int r, float inv_sum) {
+        // Not fused with a later addition: equal scores must give equal probabilities.
 #pragma unroll
-        for (int e = 0; e < kEights; ++e) {
-            map[e][2 * r] = multiply(map[e][2 * r], inverse);
-            map[e][2 * r + 1] = multiply(map[e][2 * r + 1], inverse);
+        for (int n = 0; n < kN8; ++n) {
+            probs[n][2 * r] = mul_rn(probs[n][2 * r], inv_sum);
+            probs[n][2 * r + 1] = mul_rn(probs[n][2 * r + 1], inv_sum);
         }
     }
 };
 
-template <class Step, class... Maps>
-SEFI_DEVICE void for_rows(const Step& step, Maps&... softmaxes) {
+template <class Step, class... Softmaxes>
+SEFI_DEVICE void for_rows(const Step& step, Softmaxes&... softmaxes) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) (step(softmaxes, r), ...);
 }
 
-// Scores to powers; a row without any key becomes zeros. Two maps at once wait for each other's
-// latencies instead of their own.
-template <bool kCentred, class... Maps>
-SEFI_DEVICE void find_powers(float scale_log2, Maps&... softmaxes) {
-    const auto shift = [&](auto& one, int r) { one.template find_shift<kCentred>(r, scale_log2); };
+// Turn scores into powers; a row without a visible key becomes zeros. Interleaving two softmaxes
+// hides the latencies of each.
+template <bool kCentered, class... Softmaxes>
+SEFI_DEVICE void find_powers(float sm_scale_log2, Softmaxes&... softmaxes) {
+    const auto shift = [&](auto& one, int r) {
+        one.template find_shift<kCentered>(r, sm_scale_log2);
+    };
     for_rows(shift, softmaxes...);
-    for_rows([&](auto& one, int r) { one.find_powers(r, scale_log2); }, softmaxes...);
+    for_rows([&](auto& one, int r) { one.find_powers(r, sm_scale_log2); }, softmaxes...);
 }
 
-// Scores to probabilities.
-template <class... Maps>
-SEFI_DEVICE void normalise(float scale_log2, Maps&... softmaxes) {
-    find_powers<false>(scale_log2, softmaxes...);
+// Turn scores into probabilities.
+template <class... Softmaxes>
+SEFI_DEVICE void normalize(float sm_scale_log2, Softmaxes&... softmaxes) {
+    find_powers<false>(sm_scale_log2, softmaxes...);
     for_rows([&](auto& one, int r) { one.divide(r); }, softmaxes...);
 }
 
-}  // namespace sefi::cuda::tensor
+}  // namespace sefi::cuda::mma

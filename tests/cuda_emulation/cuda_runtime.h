@@ -1,4 +1,4 @@
-// Stands in for the CUDA runtime: device code runs on the host, every thread of a block a fiber.
+// The emulated CUDA runtime: device code runs on the host, every thread of a block as a fiber.
 #pragma once
 
 #include <cmath>

@@ -1,8 +1,8 @@
-// The emulated backend for ctypes: the same flat numbers as the native core's Python binding takes.
+// Entry points for ctypes. They take the arguments of the Python binding as flat numbers.
 #include <cstring>
 #include <vector>
 
-#include "cuda/calls.h"
+#include "cuda/api.h"
 #include "machine.h"
 
 namespace {
@@ -25,7 +25,7 @@ struct Numbers {
         v.row = take();
         return v;
     }
-    // (address, batch size, row length) of dense rows; gives the batch stride.
+    // (address, batch size, row length) of dense rows; also returns the batch stride.
     template <class T>
     const T* rows(int64_t& batch_stride, int64_t* length = nullptr) {
         const T* data = pointer<const T>();
@@ -53,7 +53,7 @@ struct Numbers {
     }
 };
 
-// Scratch memory full of NaN with a zone on either side that must stay as it was.
+// Call run with scratch memory full of NaN, and check the guard zones around it.
 template <class Run>
 const char* with_scratch(int64_t bytes, const Run& run) {
     constexpr int64_t kZone = 4096;
@@ -79,19 +79,19 @@ void sefi_schedule(uint32_t seed, int late_copies) {
 
 void sefi_shared_limit(int64_t bytes) { emulation::set_shared_limit(size_t(bytes)); }
 
-const char* sefi_forward(const int64_t* numbers, double scale, int multiprocessors) {
+const char* sefi_forward(const int64_t* numbers, double scale, int num_sms) {
     Numbers from{numbers};
     sefi::ForwardCall call;
     from.fill(call, scale);
     call.output = from.view();
     call.subject_loss = from.pointer<float>();
     call.attn_probs = from.pointer<float>();
-    return with_scratch(sefi::cuda::forward_scratch(call, multiprocessors), [&](void* scratch) {
-        return sefi::cuda::forward(call, scratch, multiprocessors, nullptr);
+    return with_scratch(sefi::cuda::forward_scratch(call, num_sms), [&](void* scratch) {
+        return sefi::cuda::forward(call, scratch, num_sms, nullptr);
     });
 }
 
-const char* sefi_backward(const int64_t* numbers, double scale, int multiprocessors) {
+const char* sefi_backward(const int64_t* numbers, double scale, int num_sms) {
     Numbers from{numbers};
     sefi::BackwardCall call;
     from.fill(call, scale);
@@ -103,8 +103,8 @@ const char* sefi_backward(const int64_t* numbers, double scale, int multiprocess
     call.grad_key = from.view();
     call.grad_value = from.view();
     call.grad_reference_key = from.view();
-    return with_scratch(sefi::cuda::backward_scratch(call, multiprocessors), [&](void* scratch) {
-        return sefi::cuda::backward(call, scratch, multiprocessors, nullptr);
+    return with_scratch(sefi::cuda::backward_scratch(call, num_sms), [&](void* scratch) {
+        return sefi::cuda::backward(call, scratch, num_sms, nullptr);
     });
 }
 }

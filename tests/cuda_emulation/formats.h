@@ -1,4 +1,4 @@
-// float16 and bfloat16 as bits, rounded to nearest even, for hosts whose compiler has neither.
+// float16 and bfloat16 as bits, rounded to nearest even, for compilers that have neither.
 #pragma once
 
 #include <cmath>
@@ -42,7 +42,7 @@ struct Half {
         } else if (size >= 65520.0f) {
             bits = uint16_t(sign | 0x7c00);
         } else if (size < 6.103515625e-5f) {
-            // Adding 0.5 leaves the multiples of 2**-24, rounded, in the lowest bits.
+            // Adding 0.5 rounds to multiples of 2**-24, which the lowest bits count.
             bits = uint16_t(sign | (bits_of(size + 0.5f) - bits_of(0.5f)));
         } else {
             const uint32_t wide = bits_of(size);

@@ -1,4 +1,4 @@
-"""Compiles the CUDA sources for the host and calls them with CPU tensors, for tests."""
+"""Compile the CUDA sources for the host and call them with CPU tensors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,11 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 FLAGS = (
     *("-std=c++17", "-O1", "-fPIC", "-fvisibility=default", "-Wall", "-Wextra", "-Werror"),
-    # longjmp from one fiber's stack to another's is what its check is meant to refuse.
+    # _FORTIFY_SOURCE refuses longjmp from the stack of one fiber to that of another.
     *("-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"),
+    # The emulation first: its cuda_runtime.h, cuda/ptx.h and cuda/launch.h replace the real ones.
+    *("-I", str(HERE), "-I", str(CSRC)),
 )
-
-
-def include_flags() -> list[str]:
-    """The emulation first: its cuda_runtime.h, cuda/ptx.h and cuda/start.h stand for the real."""
-    return ["-I", str(HERE), "-I", str(CSRC)]
-
-
-def sources() -> list[Path]:
-    """Device sources, the emulated machine and the entry points for ctypes."""
-    return [*sorted(CSRC.glob("cuda/*.cu")), HERE / "machine.cpp", HERE / "entry.cpp"]
 
 
 def build(folder: Path) -> Path:
@@ -36,27 +28,24 @@ def build(folder: Path) -> Path:
 
     Raises:
         pytest.skip.Exception: there is no C++ compiler.
-        RuntimeError: the compiler refuses a file; its messages are in the text.
+        RuntimeError: a file does not compile; the compiler's messages are in the text.
     """
     named = os.environ.get("CXX")
-    compiler = shlex.split(named) if named else []
-    if not compiler:
-        found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-        compiler = [found] if found else []
+    compiler = shlex.split(named or next(filter(shutil.which, ("c++", "g++", "clang++")), ""))
     if not compiler or shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler for the emulated CUDA kernels")
-    objects, waiting = [], []
-    for source in sources():
-        objects.append(folder / f"{source.stem}.o")
-        command = [*compiler, *FLAGS, *include_flags(), "-x", "c++", "-c", str(source)]
-        waiting.append((source, [*command, "-o", str(objects[-1])]))
-    while waiting:
-        now, waiting = waiting[:2], waiting[2:]
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), HERE / "machine.cpp", HERE / "entry.cpp"]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    commands = [
+        [*compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)]
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    for first in range(0, len(commands), 2):
         runs = [
-            (source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-            for source, command in now
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            for command in commands[first : first + 2]
         ]
-        for source, run in runs:
+        for source, run in zip(sources[first:], runs, strict=False):
             messages = run.communicate()[1]
             if run.returncode:
                 raise RuntimeError(f"{source.name} does not compile for the host:\n{messages}")
@@ -66,10 +55,7 @@ def build(folder: Path) -> Path:
 
 
 class Emulated:
-    """The native core's functions of the same name, run by the CUDA kernels on the host.
-
-    Takes the place of `sefi_fast._C` inside sefi_fast.ops.cpu, whose contract it shares.
-    """
+    """The functions of sefi_fast._C, computed by the CUDA kernels on the host."""
 
     def __init__(self, library: Path, multiprocessors: int = 2) -> None:
         self.multiprocessors = multiprocessors
@@ -82,56 +68,31 @@ class Emulated:
         self._library.sefi_shared_limit.argtypes = [ctypes.c_int64]
 
     def schedule(self, seed: int, late_copies: bool) -> None:
-        """The order in which a block's threads run, and when asynchronous copies land."""
+        """Set the order in which threads run, and when asynchronous copies arrive."""
         self._library.sefi_schedule(seed, int(late_copies))
 
     def shared_limit(self, size: int) -> None:
-        """The most shared memory, in bytes, that a block of the pretended device may have."""
+        """Set the shared memory of the emulated device, in bytes per block."""
         self._library.sefi_shared_limit(size)
 
-    def forward(
-        self,
-        sizes: Any,
-        code: int,
-        scale: float,
-        inputs: Any,
-        rows: Any,
-        probs_all_heads: bool,
-        output: Any,
-        subject_loss: int,
-        maps: int,
-        threads: int,
-    ) -> None:
-        """As sefi_fast._C.forward; `threads` means nothing here."""
-        numbers = [*sizes, code, *_flat(inputs), *_flat(rows), int(probs_all_heads)]
-        self._run("sefi_forward", [*numbers, *output, subject_loss, maps], scale)
+    def forward(self, *arguments: Any) -> None:
+        """Compute what sefi_fast._C.forward computes; the number of threads is ignored."""
+        self._run("sefi_forward", *arguments)
 
-    def backward(
-        self,
-        sizes: Any,
-        code: int,
-        scale: float,
-        inputs: Any,
-        rows: Any,
-        probs_all_heads: bool,
-        grad_output: Any,
-        grad_subject_loss: int,
-        grad_attn_probs: int,
-        reference_grad: bool,
-        gradients: Any,
-        threads: int,
-    ) -> None:
-        """As sefi_fast._C.backward; `threads` means nothing here."""
-        numbers = [*sizes, code, *_flat(inputs), *_flat(rows), int(probs_all_heads)]
-        numbers += [*grad_output, grad_subject_loss, grad_attn_probs, int(reference_grad)]
-        self._run("sefi_backward", [*numbers, *_flat(gradients)], scale)
+    def backward(self, *arguments: Any) -> None:
+        """Compute what sefi_fast._C.backward computes; the number of threads is ignored."""
+        self._run("sefi_backward", *arguments)
 
-    def _run(self, name: str, numbers: list[int], scale: float) -> None:
+    def _run(self, name: str, sizes: Any, dtype: int, scale: float, *rest: Any) -> None:
+        numbers = _flat((sizes, dtype, rest[:-1]))
         array = (ctypes.c_int64 * len(numbers))(*numbers)
         error = getattr(self._library, name)(array, scale, self.multiprocessors)
         if error is not None:
             raise RuntimeError(error.decode())
 
 
-def _flat(groups: Any) -> list[int]:
-    return [int(number) for group in groups for number in group]
+def _flat(value: Any) -> list[int]:
+    """Return the integers of nested sequences in order."""
+    if isinstance(value, int):
+        return [int(value)]
+    return [number for item in value for number in _flat(item)]

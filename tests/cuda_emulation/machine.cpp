@@ -58,7 +58,7 @@ struct Machine {
     const std::function<void()>* body = nullptr;
     std::string error = "no error";
     std::mt19937 random{0};
-    int hurried = 0;  // this warp runs ahead of the others
+    int fast_warp = 0;  // runs ahead of the others
     bool late_copies = true;
     size_t shared_limit = 227 * 1024;
     std::map<const void*, size_t> allowed;
@@ -82,7 +82,7 @@ void wait() {
     if (_setjmp(machine.fiber().state) == 0) _longjmp(machine.scheduler, 1);
 }
 
-// Returns once `count` threads have come; the last one runs `complete` before any goes on.
+// Wait until `count` threads have arrived; the last one runs `complete` before any continues.
 template <class Complete>
 void meet(Meeting& meeting, size_t count, const Complete& complete) {
     if (meeting.waiting.size() + 1 < count) {
@@ -104,7 +104,7 @@ void land(const Copy& copy) {
 void run_fiber() {
     (*machine.body)();
     for (const auto& group : machine.fiber().pending) {
-        if (!group.empty()) fail("a thread ended with copies under way");
+        if (!group.empty()) fail("a thread ended with pending copies");
     }
     machine.fiber().finished = true;
     _longjmp(machine.scheduler, 1);
@@ -121,18 +121,17 @@ void enter(Fiber& fiber) {
     setcontext(&fiber.entry);
 }
 
-// The place in `ready` of the thread that runs next. For some thousand turns one warp runs ahead of
-// the others, then another one: with all as fast as each other, no warp would come too early to what
-// a missing barrier leaves open.
-size_t draw() {
-    constexpr int kTurns = 8192, kTries = 8;
-    if (machine.random() % kTurns == 0) {
-        machine.hurried = int(machine.random() % machine.warps.size());
+// Index in `ready` of the thread that runs next. For thousands of steps one warp runs ahead of the
+// others, then another: at equal speed, no warp would arrive early at a missing barrier.
+size_t pick_thread() {
+    constexpr int kSteps = 8192, kTries = 8;
+    if (machine.random() % kSteps == 0) {
+        machine.fast_warp = int(machine.random() % machine.warps.size());
     }
     size_t place = 0;
     for (int i = 0; i < kTries; ++i) {
         place = machine.random() % machine.ready.size();
-        if (machine.ready[place] / kLanes == machine.hurried) break;
+        if (machine.ready[place] / kLanes == machine.fast_warp) break;
     }
     return place;
 }
@@ -150,7 +149,7 @@ bool run_block() {
     std::memset(machine.memory.data(), kPoison, machine.memory.size());
     machine.block.waiting.clear();
     machine.ready.clear();
-    machine.hurried %= int(machine.warps.size());
+    machine.fast_warp %= int(machine.warps.size());
     for (Warp& warp : machine.warps) warp.meeting.waiting.clear();
     for (Meeting& pair : machine.pairs) pair.waiting.clear();
     for (int t = 0; t < machine.threads; ++t) {
@@ -161,14 +160,9 @@ bool run_block() {
         fiber.pending.clear();
         machine.ready.push_back(t);
     }
-    switch (_setjmp(machine.scheduler)) {
-        case 2:
-            return false;
-        default:
-            break;
-    }
+    if (_setjmp(machine.scheduler) == 2) return false;
     if (!machine.ready.empty()) {
-        const size_t pick = draw();
+        const size_t pick = pick_thread();
         machine.current = machine.ready[pick];
         machine.ready[pick] = machine.ready.back();
         machine.ready.pop_back();
@@ -192,11 +186,13 @@ const Index& thread_index() { return machine.fiber().index; }
 const Index& block_index() { return machine.block_at; }
 const Index& grid_size() { return machine.grid; }
 
-void block_barrier() { meet(machine.block, size_t(machine.threads), [] {}); }
+void block_barrier() {
+    meet(machine.block, size_t(machine.threads), [] {});
+}
 
-void pair_barrier() {
+void warp_pair_barrier() {
     const size_t pair = size_t(machine.current / (2 * kLanes));
-    if (pair >= machine.pairs.size()) fail("a warp without a neighbour waits for one");
+    if (pair >= machine.pairs.size()) fail("a single warp waits at the barrier of a pair");
     meet(machine.pairs[pair], 2 * kLanes, [] {});
 }
 
@@ -205,7 +201,7 @@ Lane& my_lane() { return machine.warp().lanes[machine.current % kLanes]; }
 void collective(Collective operation) {
     Warp& warp = machine.warp();
     if (warp.meeting.waiting.empty()) warp.operation = operation;
-    if (warp.operation != operation) fail("lanes of one warp meet in different operations");
+    if (warp.operation != operation) fail("lanes of one warp call different operations");
     meet(warp.meeting, kLanes, [&] { operation(warp.lanes); });
 }
 
@@ -232,12 +228,12 @@ uint32_t shared_offset(const void* pointer) {
 }
 
 char* shared_at(uint32_t offset, size_t bytes) {
-    if (offset % 16) fail("a shared address is no multiple of 16 bytes");
+    if (offset % 16) fail("a shared address is not a multiple of 16 bytes");
     if (size_t(offset) + bytes > machine.shared) fail("a shared address lies outside");
     return machine.shared_begin() + offset;
 }
 
-void copy_async(uint32_t to, const void* from, int bytes) {
+void cp_async(uint32_t to, const void* from, int bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("a copy's source is not 16-byte aligned");
     shared_at(to, 16);
     const Copy copy{to, from, bytes};
@@ -248,13 +244,13 @@ void copy_async(uint32_t to, const void* from, int bytes) {
     }
 }
 
-void commit_copies() {
+void cp_async_commit() {
     Fiber& fiber = machine.fiber();
     fiber.pending.push_back(std::move(fiber.open));
     fiber.open.clear();
 }
 
-void wait_copies(int but) {
+void cp_async_wait(int but) {
     auto& pending = machine.fiber().pending;
     while (pending.size() > size_t(but)) {
         for (const Copy& copy : pending.front()) land(copy);
@@ -264,7 +260,7 @@ void wait_copies(int but) {
 
 bool allow_shared(const void* kernel, size_t bytes) {
     if (bytes > machine.shared_limit) {
-        machine.error = "more shared memory than a block may have";
+        machine.error = "more shared memory than the device has per block";
         return false;
     }
     machine.allowed[kernel] = bytes;
@@ -275,12 +271,12 @@ bool launch(const void* kernel, Index grid, int threads, size_t shared,
             const std::function<void()>& body) {
     const auto allowed = machine.allowed.find(kernel);
     if (shared > (allowed == machine.allowed.end() ? kFreeShared : allowed->second)) {
-        machine.error = "more shared memory than was allowed";
+        machine.error = "more shared memory than the kernel was allowed";
         return false;
     }
     if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || threads % kLanes ||
         threads < 1 || threads > 1024) {
-        machine.error = "a grid or block of an impossible size";
+        machine.error = "a grid or block of an invalid size";
         return false;
     }
     machine.grid = grid;

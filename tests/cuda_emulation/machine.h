@@ -17,18 +17,18 @@ const Index& block_index();
 const Index& grid_size();
 
 void block_barrier();
-void pair_barrier();  // of two neighbouring warps, the first an even one
+void warp_pair_barrier();  // of two adjacent warps, the first of them even
 void warp_barrier();
 float shuffle_xor(uint32_t mask, float value, int distance);
 
 // Dynamic shared memory of the running block; addresses are offsets into it.
 char* shared_memory();
 uint32_t shared_offset(const void* pointer);
-// Checks that the 16-byte aligned access lies inside, else ends the launch with an error.
+// Return the host address. An access that is unaligned or outside ends the launch with an error.
 char* shared_at(uint32_t offset, size_t bytes);
 
-// What all 32 lanes of a warp do together: the last to come computes for all. `kind` names the
-// operation, and lanes that meet in different ones end the launch with an error.
+// An operation of all 32 lanes of a warp; the last lane to arrive computes it for all. Lanes that
+// call different operations end the launch with an error.
 constexpr int kLanes = 32, kWords = 12;
 struct Lane {
     uint32_t in[kWords], out[kWords];
@@ -37,19 +37,20 @@ using Collective = void (*)(Lane* lanes);
 Lane& my_lane();
 void collective(Collective operation);
 
-// Asynchronous copies of 16 bytes; fewer than 16 are filled up with zeros.
-void copy_async(uint32_t to, const void* from, int bytes);
-void commit_copies();
-void wait_copies(int but);
+// Asynchronous copies of 16 bytes; fewer bytes are padded with zeros.
+void cp_async(uint32_t to, const void* from, int bytes);
+void cp_async_commit();
+void cp_async_wait(int but);
 
 bool allow_shared(const void* kernel, size_t bytes);
 bool launch(const void* kernel, Index grid, int threads, size_t shared,
             const std::function<void()>& body);
 const char* last_error();
 
-// The order in which ready threads run, and whether copies land at once or as late as they may.
+// Set the order in which ready threads run, and whether copies arrive at once or as late as
+// possible.
 void set_schedule(uint32_t seed, bool late_copies);
-// The most dynamic shared memory that a block of the pretended device may have.
+// Dynamic shared memory per block of the emulated device.
 void set_shared_limit(size_t bytes);
 size_t shared_limit();
 

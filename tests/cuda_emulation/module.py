@@ -1,4 +1,4 @@
-"""The emulated kernels behind the binding that a device's have: the module sefi_fast._cuda."""
+"""Compile the real binding of the emulated kernels: the module sefi_fast._cuda."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from cuda_emulation.library import CSRC, FLAGS, include_flags
+from cuda_emulation.library import CSRC, FLAGS
 
 TARGETS = "sm_80,compute_80,sm_90a"
 VERSION = 13000
 
 
 def build_module(library: Path) -> ModuleType:
-    """Compile csrc/cuda/bindings.cpp against the library that `build` made, and import it."""
+    """Compile csrc/cuda/bindings.cpp, link it to the library of `build`, and import it."""
     pybind11 = pytest.importorskip("pybind11")
     target = library.with_name(f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}")
     flags = [flag for flag in FLAGS if flag != "-fvisibility=default"]
     flags += ["-fvisibility=hidden", f'-DSEFI_CUDA_TARGETS="{TARGETS}"']
-    flags += [f"-DSEFI_CUDA_VERSION={VERSION}", *include_flags()]
+    flags.append(f"-DSEFI_CUDA_VERSION={VERSION}")
     for folder in (pybind11.get_include(), sysconfig.get_path("include")):
         flags += ["-isystem", folder]
     compiler = shlex.split(os.environ.get("CXX") or "c++")

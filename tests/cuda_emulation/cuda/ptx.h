@@ -1,4 +1,4 @@
-// The emulated twin of csrc/cuda/ptx.h: the same functions after the PTX ISA's tables.
+// The emulated csrc/cuda/ptx.h: the same functions by the tables of the PTX ISA.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,44 +17,44 @@ uint32_t pack(float first, float second) {
     return uint32_t(E(first).bits) | uint32_t(E(second).bits) << 16;
 }
 
-inline float widen(float x) { return x; }
-inline float widen(Half x) { return x.wide(); }
-inline float widen(BFloat16 x) { return x.wide(); }
-inline void narrow(float x, float& to) { to = x; }
+inline float to_float(float x) { return x; }
+inline float to_float(Half x) { return x.wide(); }
+inline float to_float(BFloat16 x) { return x.wide(); }
+inline void store_float(float x, float& to) { to = x; }
 template <class E>
-void narrow(float x, E& to) {
+void store_float(float x, E& to) {
     to = E(x);
 }
 
-inline float power_of_two(float x) {
+inline float exp2_approx(float x) {
     const float power = std::exp2(x);
     return power < 1.17549435e-38f ? 0.0f : power;
 }
 
-inline float reciprocal(float x) { return 1.0f / x; }
-inline float multiply(float x, float y) { return x * y; }
+inline float rcp_approx(float x) { return 1.0f / x; }
+inline float mul_rn(float x, float y) { return x * y; }
 
 inline char* shared_memory() { return ::emulation::shared_memory(); }
 inline uint32_t shared_address(const void* pointer) { return ::emulation::shared_offset(pointer); }
 
-inline void copy_async(uint32_t to, const void* from, bool inside) {
-    ::emulation::copy_async(to, from, inside ? 16 : 0);
+inline void cp_async(uint32_t to, const void* from, bool inside) {
+    ::emulation::cp_async(to, from, inside ? 16 : 0);
 }
-inline void commit_copies() { ::emulation::commit_copies(); }
+inline void cp_async_commit() { ::emulation::cp_async_commit(); }
 template <int kBut>
-void wait_copies() {
-    ::emulation::wait_copies(kBut);
+void cp_async_wait() {
+    ::emulation::cp_async_wait(kBut);
 }
 
-inline void let_next_start() {}
-inline void wait_for_previous() {}
+inline void launch_dependents() {}
+inline void wait_for_dependency() {}
 
-inline void meet_neighbour() { ::emulation::pair_barrier(); }
+inline void sync_warp_pair() { ::emulation::warp_pair_barrier(); }
 
-// Lane l receives elements (l / 4, 2 (l % 4)) and its right neighbour of each matrix, transposed
-// those of the transposed matrix.
+// Lane l receives elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) of each matrix or of its
+// transpose.
 template <int kCount, bool kTransposed>
-void load_eights(uint32_t (&r)[kCount], uint32_t row) {
+void ldmatrix_lanes(uint32_t (&r)[kCount], uint32_t row) {
     ::emulation::Lane& lane = ::emulation::my_lane();
     lane.in[0] = row;
     ::emulation::collective([](::emulation::Lane* lanes) {
@@ -75,17 +75,17 @@ void load_eights(uint32_t (&r)[kCount], uint32_t row) {
 }
 
 template <int kCount>
-void load_matrices(uint32_t (&r)[kCount], uint32_t row) {
-    load_eights<kCount, false>(r, row);
+void ldmatrix(uint32_t (&r)[kCount], uint32_t row) {
+    ldmatrix_lanes<kCount, false>(r, row);
 }
 template <int kCount>
-void load_transposed(uint32_t (&r)[kCount], uint32_t row) {
-    load_eights<kCount, true>(r, row);
+void ldmatrix_trans(uint32_t (&r)[kCount], uint32_t row) {
+    ldmatrix_lanes<kCount, true>(r, row);
 }
 
 // D = A B + C with A [16][kInner] by rows, B [kInner][8] by columns; in: A, then B, then C.
 template <class E, int kInner>
-void multiply_lanes(::emulation::Lane* lanes) {
+void mma_lanes(::emulation::Lane* lanes) {
     constexpr int kA = kInner / 4, kB = kInner / 8;
     static float a[16][kInner], b[kInner][8];
     const auto element = [](uint32_t word, int which) {
@@ -118,23 +118,23 @@ void multiply_lanes(::emulation::Lane* lanes) {
 }
 
 template <class E>
-void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma_sync(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     ::emulation::Lane& lane = ::emulation::my_lane();
     const uint32_t b[2] = {b0, b1};
     std::memcpy(lane.in, a, 16);
     std::memcpy(lane.in + 4, b, 8);
     std::memcpy(lane.in + 6, sums, 16);
-    ::emulation::collective(multiply_lanes<E, 16>);
+    ::emulation::collective(mma_lanes<E, 16>);
     std::memcpy(sums, lane.out, 16);
 }
 
 template <class E>
-void multiply_add(float (&sums)[4], const uint32_t (&a)[2], uint32_t b0) {
+void mma_sync(float (&sums)[4], const uint32_t (&a)[2], uint32_t b0) {
     ::emulation::Lane& lane = ::emulation::my_lane();
     std::memcpy(lane.in, a, 8);
     lane.in[2] = b0;
     std::memcpy(lane.in + 3, sums, 16);
-    ::emulation::collective(multiply_lanes<E, 8>);
+    ::emulation::collective(mma_lanes<E, 8>);
     std::memcpy(sums, lane.out, 16);
 }
 
