@@ -16,7 +16,7 @@ from kernel_report import (
     failures,
 )
 
-CSRC = ROOT / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 OTHERS = sorted(path for path in CSRC.glob("cuda/*.cu") if path.stem not in CUDA_SOURCES)
 pytestmark = pytest.mark.skipif(
     cuda_not_supported_reason() is not None, reason=str(cuda_not_supported_reason())
