@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sefi_fast import __version__
-from sefi_fast.errors import SefiError, is_out_of_memory
-from sefi_fast.utils.text import printable
+from sefi_fast.errors import SefiError, is_out_of_memory, printable
 
 _COMMANDS = (
     "train",

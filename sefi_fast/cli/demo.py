@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sefi_fast.cli.options import check_kept, report
-from sefi_fast.utils.files import atomic_write, user_path
+from sefi_fast.utils.files import atomic_write, check_folder, user_path
 from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
-from sefi_fast.utils.outputs import check_folder
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -80,7 +79,6 @@ def run_demo(
     from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, SUBJECT_SCENE, bundled_subject_image
     from sefi_fast.tiny_world.captions import SCENE_PHRASES
     from sefi_fast.training import load_image, train
-    from sefi_fast.utils.outputs import check_folder
 
     started = time.perf_counter()
     folder = check_folder(output)

@@ -15,11 +15,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sefi_fast.utils.files import atomic_write, expanded, remove_partials, user_path
+from sefi_fast.errors import printable
+from sefi_fast.utils.files import (
+    atomic_write,
+    check_folder,
+    check_output,
+    expanded,
+    is_one_of,
+    remove_partials,
+    user_path,
+)
 from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
-from sefi_fast.utils.outputs import check_folder, check_output, is_one_of
-from sefi_fast.utils.text import printable
-from sefi_fast.utils.words import mentions
+from sefi_fast.utils.text import mentions
 
 if TYPE_CHECKING:
     from PIL import Image

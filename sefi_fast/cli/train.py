@@ -19,16 +19,17 @@ from sefi_fast.cli.options import (
     leave_image,
     report,
 )
+from sefi_fast.errors import printable
 from sefi_fast.utils.files import (
     LONGEST_NAME,
+    check_folder,
+    check_output,
     expanded,
     fitting_name,
     remove_partials,
     user_path,
 )
 from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
-from sefi_fast.utils.outputs import check_folder, check_output
-from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,7 +13,7 @@ from sefi_fast import bundled_subject_image
 from sefi_fast.cli import main
 from sefi_fast.cli.options import write_image
 from sefi_fast.subject import Subject
-from sefi_fast.utils.outputs import check_folder
+from sefi_fast.utils.files import check_folder
 
 PICTURE = bundled_subject_image()
 QUICK = ["--quiet", "--steps", "1", "--batch-size", "1", "--stages", "1"]

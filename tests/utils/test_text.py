@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sefi_fast.errors import PromptError
-from sefi_fast.utils.text import LONGEST_MESSAGE, printable
+from sefi_fast.errors import LONGEST_MESSAGE, PromptError, printable
 
 
 @pytest.mark.parametrize(

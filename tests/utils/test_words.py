@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from sefi_fast.errors import PromptError
-from sefi_fast.utils.words import check_placeholder, composed, mentions, placeholder_for
+from sefi_fast.utils.text import check_placeholder, composed, mentions, placeholder_for
 
 DECOMPOSED = unicodedata.normalize("NFD", "café")
 NAMES = ["rex 1", "rex-1", "rex  1", "rex\u00a01", "rex_1", "😀", "😁", "हिन्दी", "a b-c", "a-b c"]
