@@ -290,7 +290,7 @@ def _content(subject: Subject) -> bytes:
         except (TypeError, ValueError) as error:
             raise ValueError(f"the subject's {name} cannot be kept as JSON: {error}") from error
     pairs = enumerate(zip(subject.tokens, subject.class_embeddings, strict=True))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for number, (tokens, rows) in pairs:
         tensors |= {f"tokens.{number}": tokens, f"class_embedding.{number}": rows}
     content = pack_tensors(tensors, metadata)

@@ -122,7 +122,7 @@ def import_embedding(
         paths = _with_twin(paths[0])
     named = [(name, tensor) for one in paths for name, tensor in _read(one).items()]
     files = " and ".join(map(str, paths))
-    widths = [int(token_table(encoder).embedding_dim) for _, encoder in parts]
+    widths: list[Any] = [token_table(encoder).embedding_dim for _, encoder in parts]
     named = _in_order(files, named, widths, len(paths))
     vectors, class_rows = [], []
     for (name, tensor), (tokenizer, encoder), width in zip(named, parts, widths, strict=True):
