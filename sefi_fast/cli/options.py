@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from sefi_fast.subject import Subject
 
-    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
-    Size: TypeAlias = tuple[int | None, int | None]
-
 logger = logging.getLogger(__name__)
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Size: TypeAlias = tuple[int | None, int | None]
 
 STRENGTH = 0.8
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
