@@ -132,13 +132,7 @@ def check_output(output: str | os.PathLike[str]) -> Path:
         raise IsADirectoryError(
             f"output {path} is a folder: give the name of a file, as {path / 'me.safetensors'}"
         )
-    try:
-        try_atomic_write(path)
-    except OSError as error:
-        raise OSError(
-            f"output {path} cannot be written ({error.strerror or error}): choose another place "
-            "or a shorter name"
-        ) from error
+    _check_writable(path, path, "another place or a shorter name")
     return path
 
 
@@ -151,15 +145,18 @@ def check_folder(output: str | os.PathLike[str], *, make: bool = True) -> Path:
     folder = user_path(output)
     if os.path.exists(folder) and not folder.is_dir():
         raise NotADirectoryError(f"output {folder} is a file: give the name of a folder")
-    try:
-        try_atomic_write(folder / f".{secrets.token_hex(4)}")
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"output {folder} cannot be written ({error.strerror or error}): choose another folder"
-        ) from error
+    _check_writable(folder, folder / f".{secrets.token_hex(4)}", "another folder")
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _check_writable(output: Path, file: Path, advice: str) -> None:
+    try:
+        try_atomic_write(file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"output {output} cannot be written ({reason}): choose {advice}") from error
 
 
 def is_one_of(path: Path, sources: Iterable[object]) -> bool:

@@ -20,7 +20,6 @@ import sefi_fast
 from sefi_fast import attach, detach, encode, export_embedding, regions, train, train_many
 from sefi_fast.cli import main
 from sefi_fast.subject import Subject
-from sefi_fast.training import TrainConfig
 
 BOX = (0, 0, 1, 1)
 QUICK = {"class_word": "cat", "steps": 1, "batch_size": 1, "stages": 1, "progress": False}
@@ -87,12 +86,6 @@ def work(models, tmp_path, monkeypatch, capsys):
 
 # Each case: words of the message, a call that raises it, and calls that follow its advice.
 CALLS = {
-    "no subject": lambda w: (
-        "give at least one, or call detach",
-        partial(attach, w.pipe, []),
-        partial(attach, w.pipe, [w.subject]),
-        partial(detach, w.pipe),
-    ),
     "a trace in a trace": lambda w: (
         "name all words in one trace",
         partial(traced, w.pipe, ["a"], ["<it>"]),
@@ -120,40 +113,11 @@ CALLS = {
         partial(staged, w.pipe, 11, 13),
         partial(staged, w.pipe, 5, 10),
     ),
-    "a class word in pieces": lambda w: (
-        r"choose words that are one token each.*\(person, dog",
-        partial(w.train, class_word="catt"),
-        partial(w.train, class_word="person"),
-        partial(w.train, class_word="dog"),
-    ),
-    "a mask without its loss": lambda w: (
-        "give a mask with attention_loss='mask'",
-        partial(w.train, attention_loss="mask"),
-        partial(w.train, attention_loss="mask", mask=w.image),
-    ),
-    "a preset and a config": lambda w: (
-        "give one of them",
-        partial(w.train, preset="sefi", config=TrainConfig()),
-        partial(w.train, preset="sefi", flip=False),
-    ),
     "no checkpoint": lambda w: (
         "or use resume='auto'",
         partial(w.train, resume=True),
         w.train,
         partial(w.train, output=w.output, resume="auto"),
-    ),
-    "an output that is a folder": lambda w: (
-        r"give the name of a file, as .*me\.safetensors",
-        partial(w.train, output=w.folder),
-        partial(w.train, output=w.folder / "me.safetensors"),
-    ),
-    "half precision on a CPU": lambda w: (
-        "use 'fp32' or 'bf16'",
-        *(partial(w.train, precision=name, device="cpu") for name in ("fp16", "fp32", "bf16")),
-    ),
-    "a graph on a CPU": lambda w: (
-        "give 'auto' or",
-        *(partial(w.train, capture=when, device="cpu") for when in ("always", "auto", "never")),
     ),
     "a home folder that is not there": lambda w: (
         r"or \./~me.safetensors for a file",
@@ -170,11 +134,6 @@ CALLS = {
         "pass --mean-of-stages",
         partial(w.command, "export", w.saved(), "-o", w.output),
         partial(w.command, "export", w.saved(), "-o", w.output, "--mean-of-stages"),
-    ),
-    "a command without the subject": lambda w: (
-        "add the file of each with -s FILE",
-        partial(w.generate, "a <it>"),
-        partial(w.generate, "a <it>", "-s", w.saved()),
     ),
     "a command with a subject of another name": lambda w: (
         "Write it in place of the cat",
