@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sefi_fast.cli.options import Commands, add_model, check_kept, check_suffix, report
-from sefi_fast.utils.files import check_output, user_path
+from sefi_fast.cli.options import Commands, add_model, check_file, report
+from sefi_fast.utils.files import user_path
 
 
 def add(commands: Commands) -> None:
@@ -43,9 +43,7 @@ def add(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    check_suffix(options.output, ".safetensors")
-    check_output(options.output)
-    check_kept([options.output], [options.subject])
+    check_file(options.output, [options.subject], ".safetensors")
     from sefi_fast.subject import Subject, export_embedding
 
     subject = Subject.load(options.subject)
@@ -63,9 +61,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    check_suffix(options.output, ".safetensors")
-    check_output(options.output)
-    check_kept([options.output], [*options.embedding, options.model, options.vae])
+    check_file(options.output, [*options.embedding, options.model, options.vae], ".safetensors")
     from sefi_fast.pipelines import load_pipeline
     from sefi_fast.subject import import_embedding
     from sefi_fast.training.base_model import model_settings

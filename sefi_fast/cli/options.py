@@ -64,11 +64,16 @@ def check_kept(outputs: Iterable[Path], inputs: Sequence[str | Path | None]) -> 
             )
 
 
+def check_file(path: Path, inputs: Sequence[str | Path | None], *known: str) -> None:
+    """Raise ValueError or OSError if an output has another suffix or cannot be written."""
+    check_suffix(path, *known)
+    check_output(path)
+    check_kept([path], inputs)
+
+
 def check_sheet(options: argparse.Namespace, path: Path) -> None:
     """Raise ValueError or OSError if a command with `add_sampling` cannot write its image."""
-    check_suffix(path, *_FORMATS)
-    check_output(path)
-    check_kept([path], [options.image, options.mask, *options.control_image])
+    check_file(path, [options.image, options.mask, *options.control_image], *_FORMATS)
 
 
 def check_images_folder(options: argparse.Namespace, folder: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sefi_fast.errors import ModelError, PathError
 from sefi_fast.pipelines import attach, load_pipeline
 from sefi_fast.pipelines.controlnet import load_controlnet
+from sefi_fast.tiny_world import bundled_model_path
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -232,6 +233,7 @@ def test_a_vae_that_does_not_fit_is_reported(sd15_folder, other_vae, tmp_path, c
         (tmp_path / "missing.safetensors", "no model file"),
         (tmp_path / "vae.pt", "pickled checkpoints are not loaded"),
         (tmp_path, "lacks the folder vae"),
+        (bundled_model_path(), "has 8 latent channels, but the U-Net"),
         ("nobody/no-such-vae", "the VAE nobody/no-such-vae cannot be loaded"),
         (edited(other_vae / VAES[4], cut, lack="conv_out"), "its AutoencoderKL lacks"),
     ):
@@ -446,6 +448,18 @@ FOLDERS = [
     (
         steps(remove(UNET), put("unet/diffusion_pytorch_model.bin", b"pickle")),
         r"no \.safetensors weights, only diffusion_pytorch_mod",
+    ),
+    (
+        steps(remove("tokenizer"), lambda root: (root / "tokenizer").mkdir()),
+        "tokenizer lacks vocab.json",
+    ),
+    (
+        steps(
+            remove("tokenizer"),
+            lambda root: (root / "tokenizer").mkdir(),
+            put("tokenizer/vocab.json", b"{}"),
+        ),
+        "tokenizer lacks merges.txt",
     ),
     (put("model_index.json", b"{"), "cannot be read"),
     (put("model_index.json", b"[]"), "not a JSON object"),
