@@ -9,28 +9,15 @@ from sefi_fast.utils.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "fused_cross_attention": "sefi_fast.ops",
-    "CrossAttentionOutput": "sefi_fast.ops",
-    "available_backends": "sefi_fast.ops",
-    "SeFiAttnProcessor": "sefi_fast.attention.processor",
-    "Subject": "sefi_fast.subject",
-    "export_embedding": "sefi_fast.subject",
-    "import_embedding": "sefi_fast.subject",
-    "encode": "sefi_fast.prompts",
-    "attach": "sefi_fast.pipelines",
-    "detach": "sefi_fast.pipelines",
-    "keep_freed_memory": "sefi_fast.utils.malloc",
-    "regions": "sefi_fast.pipelines",
-    "swap": "sefi_fast.pipelines",
-    "trace": "sefi_fast.pipelines",
-    "load_pipeline": "sefi_fast.pipelines",
-    "generate": "sefi_fast.pipelines",
-    "train": "sefi_fast.training",
-    "train_many": "sefi_fast.training",
-    "TrainConfig": "sefi_fast.training",
-    "bundled_model_path": "sefi_fast.tiny_world",
-    "bundled_subject_image": "sefi_fast.tiny_world",
+_HOMES = {
+    "attention.processor": ["SeFiAttnProcessor"],
+    "ops": ["CrossAttentionOutput", "available_backends", "fused_cross_attention"],
+    "pipelines": ["attach", "detach", "generate", "load_pipeline", "regions", "swap", "trace"],
+    "prompts": ["encode"],
+    "subject": ["Subject", "export_embedding", "import_embedding"],
+    "tiny_world": ["bundled_model_path", "bundled_subject_image"],
+    "training": ["TrainConfig", "train", "train_many"],
+    "utils.malloc": ["keep_freed_memory"],
 }
 _MODULES = (
     "attention",
@@ -68,8 +55,8 @@ __all__ = [
     "train_many",
 ]
 
-# An installed wheel carries the Triton kernels as sefi_fast/kernels. In a source checkout they
-# lie beside the package, so the checkout's root joins the places where submodules are looked for.
+# An installed wheel has the Triton kernels as sefi_fast/kernels. In a source checkout they are
+# next to the package, so the search path of submodules includes the root of the checkout.
 _root = Path(__file__).resolve().parent.parent
 if not (_root / "sefi_fast" / "kernels").is_dir() and (_root / "csrc").is_dir():
     __path__.append(str(_root))
@@ -84,8 +71,11 @@ if TYPE_CHECKING:
     from sefi_fast.training import TrainConfig, train, train_many
     from sefi_fast.utils.malloc import keep_freed_memory
 
-
-__getattr__ = lazy_names(__name__, _HOME, _MODULES)
+__getattr__ = lazy_names(
+    __name__,
+    {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names},
+    _MODULES,
+)
 
 
 def __dir__() -> list[str]:

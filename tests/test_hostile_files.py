@@ -8,6 +8,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +53,7 @@ def tensor_of(dice: random.Random) -> torch.Tensor:
 
 
 def damaged(content: bytes, dice: random.Random) -> bytes:
-    """The content with some bytes changed, cut out, put in or cut off."""
+    """Return the content with some bytes changed, removed, inserted or cut off."""
     changed = bytearray(content)
     for _ in range(dice.randint(1, 4)):
         place = dice.randrange(len(changed) or 1)
@@ -61,8 +62,8 @@ def damaged(content: bytes, dice: random.Random) -> bytes:
     return bytes(changed[: dice.choice([len(changed), len(changed), dice.randrange(999)])])
 
 
-def tensor_file(content: bytes, dice: random.Random, *, checksum: bool = False) -> bytes:
-    """A sound file with some of its metadata and tensors changed, left out or added; or not."""
+def tensor_file(content: bytes, dice: random.Random, *, checksum: bool) -> bytes:
+    """Return a sound file with changed, removed or added metadata and tensors, or a damaged one."""
     if dice.random() < 0.3:
         return damaged(content, dice)
     metadata, tensors = unpack_tensors(content, checksum=checksum)
@@ -74,14 +75,6 @@ def tensor_file(content: bytes, dice: random.Random, *, checksum: bool = False) 
             else:
                 changed[name] = make(dice)
     return pack_tensors(tensors, metadata, checksum=checksum)
-
-
-def subject_file(dice: random.Random) -> bytes:
-    return tensor_file(SUBJECT, dice)
-
-
-def checkpoint_file(dice: random.Random) -> bytes:
-    return tensor_file(CHECKPOINT, dice, checksum=True)
 
 
 def value_of(dice: random.Random) -> object:
@@ -139,18 +132,21 @@ def make_checkpoint() -> Checkpoint:
     return Checkpoint(3, settings, identity, tensors)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _sound(tmp_path_factory: pytest.TempPathFactory) -> None:
-    global SUBJECT, CHECKPOINT
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Content of sound files, which the cases change."""
     folder = tmp_path_factory.mktemp("sound")
     make_subject(2, True, (4,)).save(folder / "s.safetensors")
-    SUBJECT = (folder / "s.safetensors").read_bytes()
-    CHECKPOINT = CheckpointFolder(folder).write(make_checkpoint()).read_bytes()
+    return {
+        "subjects": (folder / "s.safetensors").read_bytes(),
+        "checkpoints": CheckpointFolder(folder).write(make_checkpoint()).read_bytes(),
+    }
 
 
-KINDS: dict[str, tuple[str, Callable, Callable, type[Exception]]] = {
-    "subjects": ("s.safetensors", subject_file, Subject.load, SubjectFileError),
-    "checkpoints": ("c.safetensors", checkpoint_file, read_whole_checkpoint, CheckpointError),
+# The name of a file, how to make it if not from a sound one, its reader and the reader's error.
+KINDS: dict[str, tuple[str, Callable | None, Callable, type[Exception]]] = {
+    "subjects": ("s.safetensors", None, Subject.load, SubjectFileError),
+    "checkpoints": ("c.safetensors", None, read_whole_checkpoint, CheckpointError),
     "manifests": ("m.jsonl", manifest_file, read_subjects, ManifestError),
     "tables": ("m.csv", table_file, read_subjects, ManifestError),
     "configs": ("c.yaml", config_file, TrainConfig.load, ConfigError),
@@ -160,8 +156,10 @@ KINDS: dict[str, tuple[str, Callable, Callable, type[Exception]]] = {
 
 @pytest.mark.parametrize("count", [pytest.param(100), pytest.param(5000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_hostile_files(tmp_path: Path, kind: str, count: int) -> None:
+def test_hostile_files(tmp_path: Path, sound: dict[str, bytes], kind: str, count: int) -> None:
     name, make, read, error = KINDS[kind]
+    if make is None:
+        make = partial(tensor_file, sound[kind], checksum=kind == "checkpoints")
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     path, refused = tmp_path / name, 0
     for seed in range(count):
@@ -193,33 +191,26 @@ READERS = {
 }
 
 
-def _pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def _device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def _loop(path: Path) -> None:
-    path.symlink_to(path)
-
-
-def _folder(path: Path) -> None:
-    path.mkdir()
-
-
-def _huge(path: Path) -> None:
+def huge(path: Path) -> None:
     with open(path, "wb") as stream:
         stream.truncate(2**40)
 
 
-@pytest.mark.parametrize("make", [_pipe, _device, _loop, _folder, _huge])
+NOT_FILES = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "loop": lambda path: path.symlink_to(path),
+    "folder": os.mkdir,
+    "huge": huge,
+}
+
+
+@pytest.mark.parametrize("make", NOT_FILES)
 @pytest.mark.parametrize("reader", list(READERS))
-def test_what_is_not_a_file_of_some_size_is_refused_at_once(tmp_path, reader, make):
+def test_anything_but_a_file_of_limited_size_is_refused_at_once(tmp_path, reader, make):
     read, suffix = READERS[reader]
     path = tmp_path / f"a{suffix}"
-    make(path)
+    NOT_FILES[make](path)
     started = time.process_time()
     with pytest.raises((SefiError, OSError)) as raised:
         read(path)
@@ -237,7 +228,7 @@ def test_no_reader_runs_code_from_a_file():
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"[" * 100_000, b"\xff", b'{"protocol": 1}', b"NaN"]
 )
-def test_results_of_a_study_that_are_damaged_are_not_there(tmp_path, content):
+def test_damaged_results_of_a_study_are_ignored(tmp_path, content):
     protocol = Protocol(1, 1, 1, 1.0, "fp32", 0, "model")
     task = Task(tmp_path, SimpleNamespace(key="v", name="v"), (0,), protocol)
     task.result(0).parent.mkdir(parents=True)
@@ -246,7 +237,7 @@ def test_results_of_a_study_that_are_damaged_are_not_there(tmp_path, content):
 
 
 @pytest.mark.parametrize("line", ["{", "3", "{}", '{"state": "learnt"}', "[" * 100_000])
-def test_a_damaged_part_of_a_summary_stays_and_is_told(tmp_path, caplog, line):
+def test_a_damaged_part_of_a_summary_is_kept_and_reported(tmp_path, caplog, line):
     summaries = [Summary(tmp_path, Shard(index, 2)) for index in range(2)]
     summaries[0].write([{"number": 0, "state": "learnt"}])
     part = tmp_path / ".summary.jsonl.2-of-2"

@@ -1,4 +1,4 @@
-"""Modules of the package import in one order of folders, and never in a circle."""
+"""Modules of the package import in one order of folders, without circles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODULES = modules()
 
 
 class Imports(ast.NodeVisitor):
-    """Collect what a module imports when it runs: everything except `if TYPE_CHECKING`."""
+    """Collect the imports of a module outside `if TYPE_CHECKING`."""
 
     def __init__(self, name: str) -> None:
         self.found: set[str] = set()
@@ -70,7 +70,7 @@ def imports_of(name: str) -> set[str]:
 
 
 def place_of(module: str) -> str:
-    """The folder of a module inside the package, or the module at its top."""
+    """Return the folder of a module inside the package, or the name of a top module."""
     place = module.split(".")[1] if "." in module else ""
     return "utils" if place == "errors" else place
 

@@ -63,7 +63,7 @@ def test_neither_the_import_nor_help_nor_wrong_options_wait_for_pytorch(code):
 
 def test_info_names_versions_machine_and_backends():
     run = subprocess.run(
-        [sys.executable, "-m", "sefi_fast.cli.info"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "sefi_fast.cli", "info"], cwd=ROOT, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -25,8 +25,8 @@ from evals.studies.variants import BASELINE, CONTROLS, Study, Variant, make_stud
 from sefi_fast.errors import TrainingError
 from sefi_fast.training import TrainConfig, TrainingInterrupted
 from sefi_fast.training.signals import Stop, graceful
+from sefi_fast.utils.files import check_folder
 from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
-from sefi_fast.utils.outputs import check_folder
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_SIGNALS = 5.0

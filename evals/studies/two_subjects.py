@@ -32,8 +32,7 @@ from sefi_fast.tiny_world.drawing import IMAGE_SIZE, SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
 from sefi_fast.tiny_world.pairs import HALVES, halves_of
 from sefi_fast.training import TrainConfig
-from sefi_fast.utils.files import atomic_write
-from sefi_fast.utils.outputs import check_folder
+from sefi_fast.utils.files import atomic_write, check_folder
 
 
 def pair_pipeline(dtype: torch.dtype) -> Any:

@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from sefi_fast.cli.options import add_model, check_kept, check_safetensors, report
+from sefi_fast.cli.options import Commands, add_model, check_file, report
 from sefi_fast.utils.files import user_path
 
 
-def add(commands: Any) -> None:
-    """Adds both subcommands."""
+def add(commands: Commands) -> None:
+    """Add both subcommands."""
     parser = commands.add_parser(
         "export", help="write a subject as an embedding for diffusers, A1111 or ComfyUI"
     )
     parser.add_argument("subject", type=user_path, help="a subject file")
     parser.add_argument(
         "-o", "--output", type=user_path, required=True, metavar="FILE",
-        help="the .safetensors file; A1111 and ComfyUI take its name for the word of the prompt",
+        help="the .safetensors file; A1111 and ComfyUI take its name as the word for prompts",
     )  # fmt: skip
     parser.add_argument(
         "--mean-of-stages", action="store_true",
-        help="write the mean over stages, keys and values, which is another, weaker subject",
+        help="write the mean over stages, keys and values, which is a weaker subject",
     )  # fmt: skip
     parser.set_defaults(run=_export)
 
     parser = commands.add_parser(
-        "import", help="make a subject of an embedding of diffusers, A1111 or ComfyUI"
+        "import", help="convert an embedding of diffusers, A1111 or ComfyUI to a subject"
     )
     parser.add_argument(
         "embedding", type=user_path, nargs="+",
         help="a .safetensors file, or one for each text encoder",
     )  # fmt: skip
     add_model(parser)
-    parser.add_argument("--class-word", required=True, help="what it is: person, cat …")
+    parser.add_argument("--class-word", required=True, help="what it shows: person, cat …")
     parser.add_argument("--placeholder", help="its name in prompts (default: its name in the file)")
     parser.add_argument(
         "-o", "--output", type=user_path, default=Path("subject.safetensors"), metavar="FILE",
@@ -44,8 +43,7 @@ def add(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    check_safetensors(options.output)
-    check_kept([options.output], [options.subject])
+    check_file(options.output, [options.subject], ".safetensors")
     from sefi_fast.subject import Subject, export_embedding
 
     subject = Subject.load(options.subject)
@@ -57,19 +55,18 @@ def _export(options: argparse.Namespace) -> int:
             "textual-inversion"
         )
     path = export_embedding(subject, options.output, lossy=not exact)
-    loss = "" if exact else ", the mean of its stages: it draws less like the subject"
+    loss = "" if exact else ", the mean of its stages: its images are less like the subject"
     report(f"{path}: {subject.placeholder} for pipe.load_textual_inversion{loss}")
     return 0
 
 
 def _import(options: argparse.Namespace) -> int:
-    check_safetensors(options.output)
-    check_kept([options.output], [*options.embedding, options.model, options.vae])
+    check_file(options.output, [*options.embedding, options.model, options.vae], ".safetensors")
     from sefi_fast.pipelines import load_pipeline
     from sefi_fast.subject import import_embedding
     from sefi_fast.training.base_model import model_settings
 
-    # On the CPU in float32: only the class word's row is read.
+    # On the CPU in float32: only the rows of the class word are read.
     pipe = load_pipeline(options.model, device="cpu", config=options.model_config, vae=options.vae)
     subject = import_embedding(
         options.embedding, pipe, class_word=options.class_word, placeholder=options.placeholder

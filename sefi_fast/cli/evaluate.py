@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from sefi_fast.cli.options import add_model, report
+from sefi_fast.cli.options import Commands, add_model, report
 from sefi_fast.utils.files import user_path
 from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Add the subcommand."""
     parser = commands.add_parser("evaluate", help="score trained subjects")
     parser.add_argument("subjects", type=user_path, nargs="+", help="subject files to score")
     add_model(parser)
     parser.add_argument(
-        "--prompts", metavar="FILE", help="a file of prompts, {} where the subject stands"
+        "--prompts", metavar="FILE", help="a file of prompts, with {} in place of the subject"
     )
     parser.add_argument(
         "--images", type=user_path, nargs="+", metavar="IMAGE",
         help="the image that each subject was trained on, for the image scores",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=4, help="images a prompt (default: 4)")
+    parser.add_argument("--seeds", type=int, default=4, help="images for each prompt (default: 4)")
     parser.add_argument("--sampling-steps", type=int, help="denoising steps of an image")
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--clip", metavar="MODEL", help="CLIP, a folder or hub id")
@@ -31,7 +30,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "-o", "--output", type=user_path, default="evaluation", help="folder (default: evaluation)"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     parser.set_defaults(run=_evaluate)
 
 

@@ -6,15 +6,32 @@ import argparse
 import importlib.metadata
 import os
 import platform
-from typing import Any
 
 from sefi_fast import __version__
+from sefi_fast.cli.options import Commands
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "xformers")
 
 
-def versions() -> dict[str, str]:
-    """Version of sefi_fast, of Python and of each package it works with ("not installed")."""
+def add(commands: Commands) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser("info", help="show versions, the machine and available backends")
+    parser.set_defaults(run=_info)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from sefi_fast.ops.dispatch import available_backends
+
+    backends = {name: reason or "available" for name, reason in available_backends().items()}
+    sections = {"versions": _versions(), "machine": _machine(), "backends": backends}
+    for title, entries in sections.items():
+        print(title)
+        for name, value in entries.items():
+            print(f"  {name:<14}{value}")
+    return 0
+
+
+def _versions() -> dict[str, str]:
     found = {"sefi_fast": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -24,8 +41,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, str]:
-    """The processor and its threads, what the native modules were built for, CUDA devices."""
+def _machine() -> dict[str, str]:
     import torch
 
     from sefi_fast.ops import cpu, cuda
@@ -43,33 +59,3 @@ def machine() -> dict[str, str]:
         "cuda kernels": "not built" if built is None else f"built for {', '.join(built)}",
         "cuda devices": ", ".join(devices) or "none",
     }
-
-
-def report() -> str:
-    """All of it as lines of text, the backends last: available, or why not."""
-    from sefi_fast.ops.dispatch import available_backends
-
-    backends = {name: reason or "available" for name, reason in available_backends().items()}
-    sections = {"versions": versions(), "machine": machine(), "backends": backends}
-    lines: list[str] = []
-    for title, entries in sections.items():
-        lines.append(title)
-        lines.extend(f"  {name:<14}{value}" for name, value in entries.items())
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(report())
-
-
-def add(commands: Any) -> None:
-    """Adds the subcommand."""
-    parser = commands.add_parser("info", help="versions, the machine, and which backends run here")
-    parser.set_defaults(run=_info)
-
-
-def _info(options: argparse.Namespace) -> int:
-    pass  # MOVED
-
-    print(report())
-    return 0

@@ -7,80 +7,106 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sefi_fast.cli.options import (
+    Commands,
     add_config_fields,
     add_model,
     add_preset,
     check_kept,
-    check_safetensors,
+    check_suffix,
     config_overrides,
-    leave_image,
     report,
+    try_write_image,
 )
+from sefi_fast.errors import printable
 from sefi_fast.utils.files import (
     LONGEST_NAME,
+    check_folder,
+    check_output,
     expanded,
     fitting_name,
     remove_partials,
     user_path,
 )
 from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
-from sefi_fast.utils.outputs import check_folder, check_output
-from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from sefi_fast.training import Callbacks, History, ManyResult, TrainConfig
-
+    from sefi_fast.training import History, ManyResult, TrainConfig
 
 logger = logging.getLogger(__name__)
 
+_VALIDATION = "images of the validation prompts during training"
 
-def add(commands: Any) -> None:
+
+def add(commands: Commands) -> None:
     """Add the subcommands."""
-    _add_train(commands)
-    _add_train_many(commands)
-
-
-def _add_train(commands: Any) -> None:
-    parser = commands.add_parser("train", help="learn a subject from one image")
+    parser = commands.add_parser("train", help="train a subject on one image")
     parser.add_argument(
-        "image", type=user_path, nargs="?", help="the image; may stand in the config file instead"
+        "image", type=user_path, nargs="?", help="the image, unless the config file names it"
     )
     add_model(parser)
     parser.add_argument("--class-word", help="what the subject is: person, cat, golden retriever …")
     parser.add_argument("--placeholder", help="its name in prompts (default: <it>)")
     parser.add_argument(
-        "--mask",
-        type=user_path,
-        help="image, white where the subject is, for --attention-loss mask",
-    )
+        "--mask", type=user_path,
+        help="image that is white on the subject, for --attention-loss mask",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=user_path, help="the subject file (default: subject.safetensors)"
     )
     parser.add_argument(
         "-c", "--config", type=user_path, metavar="FILE",
-        help="YAML or JSON with any of these options; those on the command line win",
+        help="YAML or JSON file of any of these options; the command line takes precedence",
     )  # fmt: skip
     parser.add_argument(
         "--save-config", type=user_path, metavar="FILE",
-        help="where to leave all options of this run (default: beside the output, as me.run.yaml)",
+        help="file for all options of this run (default: next to the output, as me.run.yaml)",
     )  # fmt: skip
     add_preset(parser)
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=None,
-        help="go on from the newest checkpoint; --no-resume removes it and begins anew",
+        help="resume from the newest checkpoint; --no-resume removes it and starts again",
     )  # fmt: skip
     parser.add_argument(
         "--resume-from", metavar="WHERE",
-        help="a checkpoint, a folder of them, or auto: go on where there is one, else begin",
+        help="a checkpoint, a folder of checkpoints, or auto: resume if there is one, else start",
     )  # fmt: skip
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     add_config_fields(parser)
     parser.set_defaults(run=_train)
+
+    parser = commands.add_parser(
+        "train-many", help="train many subjects, from a folder of images or a manifest"
+    )
+    parser.add_argument(
+        "manifest", type=user_path,
+        help="a folder of images, or a .csv, .tsv or .jsonl file with the columns image, "
+        "class_word, name, placeholder, seed, scene, mask, model, model_config, vae (only image is "
+        "needed)",
+    )  # fmt: skip
+    add_model(parser)
+    parser.add_argument(
+        "-o", "--output", type=user_path, required=True, help="folder for the subject files"
+    )
+    parser.add_argument("--class-word", help="class word of subjects without their own")
+    parser.add_argument(
+        "-n", "--batch-subjects", type=int, help="subjects to train at once (default: 8)"
+    )
+    add_preset(parser)
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="resume from checkpoints; --no-resume removes them and starts again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="train subjects again whose files exist"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    add_config_fields(parser)
+    parser.set_defaults(run=_train_many)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -91,7 +117,7 @@ def _train(options: argparse.Namespace) -> int:
         raise ValueError("--resume-from says all that --resume does: give one of them")
     output = Path("subject.safetensors" if given["output"] is None else given["output"])
     given["output"] = str(output)
-    check_safetensors(output)
+    check_suffix(output, ".safetensors")
     curves, sheet, run_file = (
         output.with_name(fitting_name(output.stem, LONGEST_NAME - len(end)) + end)
         for end in ("-training.png", "-validation.png", ".run.yaml")
@@ -121,24 +147,29 @@ def _train(options: argparse.Namespace) -> int:
     )
     report(f"{output}: use it as {placeholder} in a prompt")
     history, title = subject.history, printable(Path(given["image"]).name, 60)
-    if history is not None and history.loss:
-        _leave(curves, "the loss", lambda: training_curves(history, title=title))
-    if history is not None and history.validation:
+    if history and history.loss:
+        _save(curves, "the loss", lambda: training_curves(history, title=title))
+    if history and history.validation:
         prompts = [x.replace("{}", placeholder) for x in config.validation_prompts]
-        what = "the validation prompts as training went on"
-        _leave(sheet, what, lambda: validation_sheet(history, prompts))
+        _save(sheet, _VALIDATION, lambda: validation_sheet(history, prompts))
     return 0
 
 
+def _save(path: Path, what: str, make: Callable[[], Image.Image]) -> None:
+    if try_write_image(path, what, make):
+        report(f"{path}: {what}")
+
+
 def _settings(options: argparse.Namespace) -> tuple[TrainConfig, dict[str, str | None]]:
-    """The run's settings, and what it is given: the command line before the file."""
+    """Return the run's settings and inputs; the command line takes precedence over the file."""
     from sefi_fast.training import TrainConfig
     from sefi_fast.training.config import RUN_KEYS, RunFile, read_settings
 
-    names = tuple(name for name in RUN_KEYS if name != "preset")
     file = RunFile({}, {}) if options.config is None else read_settings(options.config)
     given: dict[str, str | None] = {}
-    for name in names:
+    for name in RUN_KEYS:
+        if name == "preset":
+            continue
         value = getattr(options, name)
         value = file.run.get(name) if value is None else str(value)
         if value is not None and name not in ("class_word", "placeholder"):
@@ -157,66 +188,27 @@ def _settings(options: argparse.Namespace) -> tuple[TrainConfig, dict[str, str |
 
 def _run_file_writer(
     options: argparse.Namespace, config: TrainConfig, given: dict[str, str | None], path: Path
-) -> Callbacks:
-    """Leaves the run's options in a file once training works."""
-    from sefi_fast.training import Callbacks
+) -> Callable[[int, History], None]:
+    """Return a callback that writes the run's options to a file after the first step."""
     from sefi_fast.training.config import write_settings
 
-    class WriteOnce(Callbacks):
-        written = False
-
-        def on_step(self, step: int, history: History) -> None:
-            if self.written:
-                return
-            self.written = True
-            if options.config is not None and os.path.realpath(options.config) == os.path.realpath(
-                path
-            ):
-                return
-            named = {name: value for name, value in given.items() if value is not None}
-            try:
-                remove_partials(path)
-                write_settings(path, {**named, **config.as_dict()})
-            except OSError as error:
-                logger.warning("the run's options could not be written to %s: %s", path, error)
-
-    return WriteOnce()
-
-
-def _leave(path: Path, what: str, draw: Callable[[], Image.Image]) -> None:
-    if leave_image(path, what, draw):
-        report(f"{path}: {what}")
-
-
-def _add_train_many(commands: Any) -> None:
-    parser = commands.add_parser(
-        "train-many", help="learn many subjects, from a folder of images or a manifest"
+    is_written = options.config is not None and os.path.realpath(options.config) == (
+        os.path.realpath(path)
     )
-    parser.add_argument(
-        "manifest", type=user_path,
-        help="a folder of images, or a .csv, .tsv or .jsonl file with the columns image, "
-        "class_word, name, placeholder, seed, scene, mask, model, model_config, vae (only image is "
-        "needed)",
-    )  # fmt: skip
-    add_model(parser)
-    parser.add_argument(
-        "-o", "--output", type=user_path, required=True, help="folder for the subject files"
-    )
-    parser.add_argument("--class-word", help="of the subjects that have none of their own")
-    parser.add_argument(
-        "-n", "--batch-subjects", type=int, help="how many train side by side (default: 8)"
-    )
-    add_preset(parser)
-    parser.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="go on from checkpoints; --no-resume removes them and begins anew",
-    )  # fmt: skip
-    parser.add_argument(
-        "--overwrite", action="store_true", help="learn those anew too whose file is there"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_config_fields(parser)
-    parser.set_defaults(run=_train_many)
+
+    def write_once(step: int, history: History) -> None:
+        nonlocal is_written
+        if is_written:
+            return
+        is_written = True
+        named = {name: value for name, value in given.items() if value is not None}
+        try:
+            remove_partials(path)
+            write_settings(path, {**named, **config.as_dict()})
+        except OSError as error:
+            logger.warning("the run's options could not be written to %s: %s", path, error)
+
+    return write_once
 
 
 def _train_many(options: argparse.Namespace) -> int:
@@ -225,9 +217,10 @@ def _train_many(options: argparse.Namespace) -> int:
     keep_freed_memory_on_cpu()
     overrides = config_overrides(options)
     prompts = overrides.get("validation_prompts", ())
-    pictures = options.output / "validation"
+    # Not next to the subjects' files: a folder that is its own manifest would train on the sheets.
+    sheets = options.output / "validation"
     if prompts:
-        _check_pictures(options, pictures)
+        _check_sheets(options, sheets)
     if options.batch_subjects is not None:
         overrides["batch_subjects"] = options.batch_subjects
     results = train_many(
@@ -241,38 +234,35 @@ def _train_many(options: argparse.Namespace) -> int:
         resume=options.resume,
         overwrite=options.overwrite,
         progress=not options.quiet,
-        on_result=lambda result: _leave_validation(pictures, result, prompts),
+        on_result=lambda result: _save_validation(sheets, result, prompts),
         **overrides,
     )
-    failed = [result for result in results if result.error is not None]
+    failed = [result.name for result in results if result.error is not None]
     before = sum(result.before for result in results)
-    learnt = len(results) - len(failed) - before
-    words = f"{learnt} subjects learnt"
-    words += f", {before} were there already" if before else ""
-    words += f", {len(failed)} failed: {', '.join(r.name for r in failed)}" if failed else ""
+    words = f"{len(results) - len(failed) - before} subjects trained"
+    words += f", {before} existed already" if before else ""
+    words += f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
     report(f"{options.output}: {words}")
-    if pictures.is_dir() and prompts:
-        report(f"{pictures}: the validation prompts as training went on")
+    if sheets.is_dir() and prompts:
+        report(f"{sheets}: {_VALIDATION}")
     return 1 if failed else 0
 
 
-def _leave_validation(folder: Path, result: ManyResult, prompts: Sequence[str]) -> None:
-    """A sheet of the images that were drawn while a subject trained, in a folder of their own.
-
-    Not beside the subject's file, where a folder that is its own manifest would have it learnt.
-    """
+def _save_validation(folder: Path, result: ManyResult, prompts: Sequence[str]) -> None:
+    """Save a sheet of the validation images of one subject."""
     history = None if result.subject is None else result.subject.history
     if result.subject is None or history is None or not history.validation:
         return
     from sefi_fast.evaluation import validation_sheet
 
     captions = [text.replace("{}", result.subject.placeholder) for text in prompts]
-    what = f"the validation prompts of {result.name}"
-    leave_image(_sheet(folder, result.name), what, lambda: validation_sheet(history, captions))
+    what = f"the sheet of validation prompts of {result.name}"
+    path = _sheet(folder, result.name)
+    try_write_image(path, what, lambda: validation_sheet(history, captions))
 
 
-def _check_pictures(options: argparse.Namespace, folder: Path) -> None:
-    """Raise ValueError or OSError if the sheets cannot be left, or lie where an image is read."""
+def _check_sheets(options: argparse.Namespace, folder: Path) -> None:
+    """Raise ValueError or OSError if sheets cannot be saved, or would overwrite an input image."""
     from sefi_fast.training.manifest import read_subjects
 
     check_folder(folder, make=False)

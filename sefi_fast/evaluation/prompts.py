@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from sefi_fast.errors import PromptError
+from sefi_fast.errors import PromptError, printable
 from sefi_fast.utils.files import read_regular, user_path
-from sefi_fast.utils.text import printable
 
 _SIZE_LIMIT = 2**20
 

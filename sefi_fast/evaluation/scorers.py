@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sefi_fast.errors import ModelError, PromptError
+from sefi_fast.errors import ModelError, PromptError, first_line
 from sefi_fast.tiny_world.captions import CLASS_WORD, PATTERN_NOUNS
 from sefi_fast.tiny_world.drawing import ACCESSORIES, POSITIONS, SCENES, Identity, identities
 from sefi_fast.tiny_world.judge import ATTRIBUTES, IDENTITY_ATTRIBUTES, Judge, Judgement
@@ -264,10 +264,9 @@ def _loaded(kind: Any, source: str | os.PathLike[str], what: str, **options: Any
     try:
         return kind.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{what} cannot be loaded from {where!r} ({first}): give the hub id or the folder of "
-            "such a model with safetensors weights"
+            f"{what} cannot be loaded from {where!r} ({first_line(error)}): give the "
+            "hub id or the folder of such a model with safetensors weights"
         ) from error
 
 

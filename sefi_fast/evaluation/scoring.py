@@ -25,8 +25,7 @@ from sefi_fast.pipelines.loading import kept_model
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD, SAMPLING
 from sefi_fast.training.image import load_image
-from sefi_fast.utils.files import atomic_write, user_path
-from sefi_fast.utils.outputs import check_folder
+from sefi_fast.utils.files import atomic_write, check_folder, user_path
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,6 +11,7 @@ from sefi_fast.pipelines.model_patch import LOCK
 from sefi_fast.pipelines.support import check_pipeline
 from sefi_fast.prompts.text_encoder import text_parts
 from sefi_fast.subject import Subject
+from sefi_fast.utils.text import check_distinct
 
 Pipeline = TypeVar("Pipeline")
 
@@ -70,12 +71,5 @@ def _load(
     loaded = tuple(s if isinstance(s, Subject) else Subject.load(s) for s in subjects)
     if not loaded:
         raise ValueError("attach got no subject: give at least one, or call detach(pipe)")
-    placeholders = [subject.placeholder for subject in loaded]
-    for placeholder in placeholders:
-        if placeholders.count(placeholder) > 1:
-            raise ValueError(
-                f"{placeholders.count(placeholder)} of the subjects have the placeholder "
-                f"{placeholder!r}: each needs one of its own; train one with another placeholder, "
-                "or rename it: s = Subject.load(file); s.placeholder = '<me>'; s.save(file)"
-            )
+    check_distinct([subject.placeholder for subject in loaded])
     return loaded

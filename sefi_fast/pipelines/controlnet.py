@@ -1,16 +1,16 @@
-"""Pipelines that take images beside the prompt: ControlNet hints, an image to change."""
+"""Pipelines that take images in addition to the prompt: ControlNet hints, an image to change."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
     ControlNetModel,
+    DiffusionPipeline,
 )
 
 from sefi_fast.errors import ModelError
@@ -20,12 +20,12 @@ from sefi_fast.pipelines.weight_files import check_config, read_header
 from sefi_fast.utils.files import expanded, user_path
 
 
-def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
+def load_controlnet(source: str | Path, pipe: DiffusionPipeline) -> ControlNetModel:
     """Load a ControlNet for a pipeline, in its dtype and on its device.
 
     Args:
         source: a diffusers folder, a hub id or a single .safetensors file.
-        pipe: the pipeline whose U-Net it shall steer.
+        pipe: the pipeline for whose U-Net it is.
 
     Raises:
         ModelError: there is none, its weights are not safetensors, or it was made for another
@@ -49,21 +49,25 @@ def load_controlnet(source: str | Path, pipe: Any) -> ControlNetModel:
     if wanted != found:
         raise ModelError(
             f"the ControlNet {source} takes prompts of width {found}, and this pipeline's are "
-            f"{wanted} wide: it was made for another family; give one of this model's family"
+            f"{wanted} wide. Give a ControlNet of this model's family"
         )
     return model.to(pipe.device).eval()
 
 
 def steered(
-    pipe: Any, *, controlnets: Sequence[Any] = (), image: bool = False, mask: bool = False
-) -> Any:
-    """A pipeline over the same models that takes images beside the prompt.
+    pipe: DiffusionPipeline,
+    *,
+    controlnets: Sequence[ControlNetModel] = (),
+    image: bool = False,
+    mask: bool = False,
+) -> DiffusionPipeline:
+    """Return a pipeline with the same models that takes images in addition to the prompt.
 
-    Attach subjects to what comes back: those attached to `pipe` stay with `pipe`.
+    Attach subjects to the pipeline that is returned. Those of `pipe` stay with `pipe`.
 
     Args:
         pipe: a text-to-image pipeline of Stable Diffusion 1.x, 2.x or SDXL.
-        controlnets: the models that the hints go to, in their order; one or several.
+        controlnets: one model for each hint, in their order.
         image: whether an image is to be changed (img2img).
         mask: whether only a part of it is (inpainting).
 
@@ -78,12 +82,12 @@ def steered(
     channels = unwrap(pipe.unet).config.in_channels
     if mask and channels not in (4, 9):
         raise ModelError(
-            f"a mask was given, and this model's U-Net takes latents of {channels} channels: "
-            "inpainting wants 4 or 9; give a model that has them (--model), or leave the mask out"
+            f"a mask was given, and this model's U-Net takes latents of {channels} channels. "
+            "Inpainting needs 4 or 9. Give such a model (--model), or leave the mask out"
         )
     kind = AutoPipelineForInpainting if mask else AutoPipelineForImage2Image
     kind = kind if image else AutoPipelineForText2Image
-    if not controlnets:
-        return kind.from_pipe(pipe)
     nets = list(controlnets)
+    if not nets:
+        return kind.from_pipe(pipe)
     return kind.from_pipe(pipe, controlnet=nets[0] if len(nets) == 1 else nets)

@@ -33,7 +33,7 @@ from sefi_fast.pipelines.support import check_scheduler, conditioned_models, is_
 from sefi_fast.prompts import Encoded, encode_with_pooled
 from sefi_fast.prompts.encoding import common_stages
 from sefi_fast.prompts.text_encoder import TextPart, text_parts
-from sefi_fast.utils.words import mentions
+from sefi_fast.utils.text import mentions
 
 if TYPE_CHECKING:
     pass

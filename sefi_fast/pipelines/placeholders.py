@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from sefi_fast.errors import PromptError
 from sefi_fast.pipelines.model_patch import LOCK
 from sefi_fast.prompts.tokenization import read_ids, readable
-from sefi_fast.utils.words import composed
+from sefi_fast.utils.text import composed
 
 if TYPE_CHECKING:
     from sefi_fast.pipelines.encode_prompt import PromptEncoder

@@ -25,7 +25,7 @@ from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.pipelines.encode_prompt import PipelineCall, PromptEncoder, watched
 from sefi_fast.pipelines.support import check_not_compiled, check_pipeline, unwrap
 from sefi_fast.prompts.tokenization import word_positions
-from sefi_fast.utils.words import composed
+from sefi_fast.utils.text import composed
 
 _INK = (30, 30, 34)
 _PAPER = (255, 255, 255)

@@ -6,18 +6,55 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.support import WORKS_WITH
 from sefi_fast.utils.files import open_regular, read_regular
 from sefi_fast.utils.strict_json import parse_json
 
-HOW_TO_GIVE_A_VAE = "give one (vae= in Python, --vae of the commands)"
+_FIRST_OF_SDXL = (
+    "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
+)
+_SECOND_OF_SDXL = "conditioner.embedders.1.model.positional_embedding"
+_EDM_MARKS = {"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"}
+_PREDICTIONS = {
+    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
+    **dict.fromkeys(
+        ("v", "v_prediction", "v-prediction", "v-pred", "vpred", "velocity"), "v_prediction"
+    ),
+}
+_LARGEST_JSON = 2**24
+"""Bytes: the index of a model in hundreds of shards has well under one million."""
+_LARGEST_NUMBER = 10**6
+"""Whole number in a configuration: the vocabulary of CLIP has 49,408 tokens."""
+
+_AGAIN = "Get the file again"
+# First bytes of files that are not what their names say.
+_OTHERS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights. Run git lfs pull there"),
+    (b"GGUF", "a GGUF file, whose weights are quantised. Get the model's safetensors weights"),
+    (b"PK", "a pickled checkpoint, which is not loaded. Get the model's safetensors weights"),
+    (b"\x80", "a pickled checkpoint, which is not loaded. Get the model's safetensors weights"),
+    (b"<", f"a web page, not the weights. {_AGAIN}"),
+    (b"{", f"a text file, not the weights. {_AGAIN}"),
+)  # fmt: skip
+
+# Names that ComfyUI, bitsandbytes and others use for parts of a quantised weight.
+_SCALES = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8", ".absmax", ".quant_map")
+# F8_E4M3 and F8_E5M2 without scales are plain roundings.
+_NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+class Header(NamedTuple):
+    """Names of a safetensors file's tensors, and its metadata."""
+
+    names: frozenset[str]
+    metadata: dict[str, str]
 
 
 def is_sdxl_checkpoint(file: Path, header: Header, needs_vae: bool) -> bool:
-    """Whether a .safetensors file is of SDXL or of Stable Diffusion 1.x or 2.x.
+    """Return whether a checkpoint is of SDXL, not of Stable Diffusion 1.x or 2.x.
 
     Raises:
         ModelError: by the names of its tensors it is neither, or it lacks a part.
@@ -27,12 +64,15 @@ def is_sdxl_checkpoint(file: Path, header: Header, needs_vae: bool) -> bool:
         kind = f" ({architecture})" if architecture else ""
         raise ModelError(f"{file} holds {other}{kind}; {WORKS_WITH}")
     if needs_vae and not any(name.startswith("first_stage_model.") for name in header.names):
-        raise ModelError(f"{file} holds a checkpoint without its VAE: {HOW_TO_GIVE_A_VAE}")
+        raise ModelError(
+            f"{file} holds a checkpoint without its VAE: give one (vae= in Python, --vae of the "
+            "commands)"
+        )
     return any("conditioner.embedders." in name for name in header.names)
 
 
 def _other_family(names: frozenset[str]) -> str | None:
-    """What a checkpoint with these tensor names is; None for SD 1.x, 2.x and SDXL base models."""
+    """Describe a checkpoint with these tensors; None for SD 1.x, 2.x and SDXL base models."""
 
     def any_with(part: str) -> bool:
         return any(part in name for name in names)
@@ -42,7 +82,7 @@ def _other_family(names: frozenset[str]) -> str | None:
     if any_with("double_blocks.") and any_with("single_blocks."):
         return "a model of the Flux family, which denoises with a transformer, not with a U-Net"
     if not any_with("model.diffusion_model.input_blocks."):
-        return "no Stable Diffusion checkpoint (a LoRA, an embedding or one part of a model?)"
+        return "something other than a Stable Diffusion checkpoint (a LoRA, an embedding, one part)"
     if any_with("conditioner.embedders."):
         if not any_with("conditioner.embedders.1.") and not any_with(".embedders.0.transformer."):
             return "an SDXL refiner, which has one text encoder; load the base model"
@@ -52,64 +92,49 @@ def _other_family(names: frozenset[str]) -> str | None:
         if _SECOND_OF_SDXL not in names:
             return "a checkpoint of SDXL without its second text encoder"
         return None
-    if not any_with("cond_stage_model."):
-        return "a checkpoint without its text encoder"
-    return None
-
-
-_FIRST_OF_SDXL = (
-    "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
-)
-_SECOND_OF_SDXL = "conditioner.embedders.1.model.positional_embedding"
+    return None if any_with("cond_stage_model.") else "a checkpoint without its text encoder"
 
 
 def noise_settings(file: Path, header: Header, guess: bool) -> dict[str, Any]:
-    """What a single file says of its prediction, as settings of a scheduler; {} if nothing.
+    """Return the prediction type that a single file names, as settings of a scheduler, or {}.
 
-    The keys are those that ComfyUI and the trainers of SDXL write, empty tensors that only mark.
+    The marks are those that ComfyUI and the trainers of SDXL write: empty tensors and metadata.
 
     Args:
-        guess: read it from the weights of a Stable Diffusion 2.x model that does not say.
+        guess: infer it from the weights of a Stable Diffusion 2.x model without a mark.
 
     Raises:
-        ModelError: it predicts something else than noise or velocity at the steps of a schedule.
+        ModelError: it predicts something other than noise or velocity at the steps of a schedule.
     """
     names, metadata = header
-    if edm := sorted(names & {"edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"}):
+    if edm := names & _EDM_MARKS:
         raise ModelError(
-            f"{file} is marked by {listed(edm)}: it was trained with EDM's continuous times, as "
-            "Playground 2.5 and CosXL, which take no subject; load a model of another training"
+            f"{file} is marked by {listed(edm)}: it was trained with EDM's continuous times, like "
+            "Playground 2.5 and CosXL, which do not support subjects. Load another model"
         )
-    said = _said_prediction(metadata)
-    if "v_pred" in names:
-        said = "v_prediction"
-    elif said is None and guess:
-        said = _guessed_prediction(file, names)
-    elif said not in (None, "epsilon", "v_prediction"):
-        raise ModelError(
-            f"{file} says that it predicts {said!r}; sefi_fast works with models that predict the "
-            "noise (epsilon) or the velocity (v). Load another model"
-        )
-    if said is None:
+    prediction = "v_prediction" if "v_pred" in names else _named_prediction(metadata)
+    if prediction is None and guess:
+        prediction = _guessed_prediction(file, names)
+    if prediction is None:
         return {}
+    if prediction not in _PREDICTIONS.values():
+        raise ModelError(
+            f"{file} says that it predicts {prediction!r}. Models that predict the noise (epsilon) "
+            "or the velocity (v) are supported. Load another model"
+        )
+    settings: dict[str, Any] = {"prediction_type": prediction}
     zero = "ztsnr" in names or _is_true(metadata, "ss_zero_terminal_snr")
-    if said == "v_prediction" and zero:
+    if prediction == "v_prediction" and zero:
         # Sampling has to begin at the last step, the one without signal.
-        return {
-            "prediction_type": said,
-            "rescale_betas_zero_snr": True,
-            "timestep_spacing": "trailing",
-        }
-    return {"prediction_type": said}
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return settings
 
 
-def _said_prediction(metadata: dict[str, str]) -> str | None:
-    """What the metadata of a checkpoint says that the model predicts, in diffusers' words."""
+def _named_prediction(metadata: dict[str, str]) -> str | None:
+    """Return the prediction type in a checkpoint's metadata, in diffusers' words if known."""
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         if word := metadata.get(key, "").strip().lower():
-            velocity = word in ("v", "v_prediction", "v-prediction", "v-pred", "vpred", "velocity")
-            noise = word in ("epsilon", "eps")
-            return "v_prediction" if velocity else "epsilon" if noise else word
+            return _PREDICTIONS.get(word, word)
     if _is_true(metadata, "ss_v_parameterization"):
         return "v_prediction"
     architecture = metadata.get("modelspec.architecture", "")
@@ -123,9 +148,9 @@ def _is_true(metadata: dict[str, str], key: str) -> bool:
 
 
 def _guessed_prediction(file: Path, names: frozenset[str]) -> str | None:
-    """Of Stable Diffusion 2.x, by the spread of a bias that is small in the models of noise.
+    """Infer the prediction type of Stable Diffusion 2.x, which diffusers takes for velocity.
 
-    diffusers takes every such file for one of 2.1, which predicts the velocity.
+    The spread of one bias is small in the models of noise.
     """
     width = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
     bias = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -138,35 +163,6 @@ def _guessed_prediction(file: Path, names: frozenset[str]) -> str | None:
     return "v_prediction" if spread > 0.09 else "epsilon"
 
 
-MOST_JSON = 2**24
-"""Bytes: the index of a model in hundreds of shards has well under one million."""
-_LARGEST = 10**6
-"""Whole number in a configuration: the vocabulary of CLIP has 49,408 tokens."""
-
-_AGAIN = "Get the file again"
-# How a file begins that is not what its name says.
-_OTHERS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights. Run git lfs pull there"),
-    (b"GGUF", "a GGUF file, whose weights are quantised. Get the model's safetensors weights"),
-    (b"PK", "a pickled checkpoint, which is not loaded. Get the model's safetensors weights"),
-    (b"\x80", "a pickled checkpoint, which is not loaded. Get the model's safetensors weights"),
-    (b"<", f"a web page, not the weights. {_AGAIN}"),
-    (b"{", f"a text file, not the weights. {_AGAIN}"),
-)  # fmt: skip
-
-# How ComfyUI, bitsandbytes and others name what belongs to a quantised weight.
-_SCALES = (".scale_weight", ".weight_scale", ".comfy_quant", "scaled_fp8", ".absmax", ".quant_map")
-# F8_E4M3 and F8_E5M2 without scales are plain roundings.
-_NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
-class Header(NamedTuple):
-    """The names of a safetensors file's tensors, and its metadata."""
-
-    names: frozenset[str]
-    metadata: dict[str, str]
-
-
 def read_header(file: Path) -> Header:
     """Read the header of a .safetensors file.
 
@@ -174,14 +170,13 @@ def read_header(file: Path) -> Header:
         ModelError: the file is missing, incomplete or of another kind, which is named, or its
             weights are quantised.
     """
-    from safetensors import SafetensorError, safe_open
-
     if file.suffix.lower() != ".safetensors":
         raise ModelError(
             f"{file} is not a .safetensors file, and pickled checkpoints are not loaded. Convert "
             "it, or get the safetensors file of the model"
         )
     try:
+        # safe_open would wait for the writer of a FIFO.
         with open_regular(file) as stream:
             start = stream.read(64)
         with safe_open(str(file), framework="pt") as opened:
@@ -196,7 +191,7 @@ def read_header(file: Path) -> Header:
         what = f"damaged, half downloaded or not a safetensors file ({error}). {_AGAIN}"
         # The length of a damaged header can begin like any of the others.
         if start[8:9] != b"{":
-            what = next((told for sign, told in _OTHERS if start.startswith(sign)), what)
+            what = next((other for sign, other in _OTHERS if start.startswith(sign)), what)
         raise ModelError(f"{file} is {what if start else f'empty. {_AGAIN}'}") from error
     # Loaded without these, every weight would be wrong by its scale.
     if scales := [name for name in header.names if name.endswith(_SCALES)]:
@@ -221,11 +216,11 @@ def read_json(file: Path, largest: int | None = None) -> dict[str, Any]:
     """
     try:
         # Schedulers write -Infinity.
-        found = parse_json(read_regular(file, MOST_JSON), finite=False, largest=largest)
+        found = parse_json(read_regular(file, _LARGEST_JSON), finite=False, largest=largest)
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read ({error}). Get the model again") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{file} holds no description of a model. Get the model again")
+        raise ModelError(f"{file} is not a JSON object. Get the model again")
     return found
 
 
@@ -236,19 +231,20 @@ def check_config(folder: Path, part: str, file: str = "config.json") -> None:
     if not (folder / part / file).is_file():
         raise ModelError(f"{folder / part} lacks {file}. Get the whole model")
     if file.endswith("config.json"):
-        read_json(folder / part / file, _LARGEST)
+        read_json(folder / part / file, _LARGEST_NUMBER)
 
 
 def check_weights(folder: Path, wanted: str | None) -> str | None:
-    """Look at the weights of one part of a model, and return the variant to load.
+    """Check the weights of one part of a model, and return the variant to load.
 
     Args:
-        folder: of the part.
-        wanted: a variant asked for; None for the usual files, or fp16 where there are no others.
+        folder: folder of the part.
+        wanted: variant that was asked for; None for the usual files, or fp16 if there are no
+            others.
 
     Raises:
         ModelError: there are no safetensors weights, or not of that variant, or one of the files
-            is missing or is not whole.
+            is missing or not complete.
     """
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not files:
@@ -270,25 +266,20 @@ def check_weights(folder: Path, wanted: str | None) -> str | None:
         variant = "fp16"
     for index in folder.glob("*.safetensors.index*.json"):
         if (f".{variant}." in index.name) if variant else index.name.endswith(".index.json"):
-            _check_index(index, files)
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise ModelError(f"{index} names no files. Get the model again")
+            # A name that is not of a safetensors file here could be of a pickled one.
+            if missing := {str(name) for name in shards.values()} - set(files):
+                raise ModelError(f"{folder} lacks {listed(missing)}. Get the files again")
     for name in plain if variant is None else files:
         if variant is None or f".{variant}" in name:
             read_header(folder / name)
     return variant
 
 
-def _check_index(index: Path, files: Iterable[str]) -> None:
-    """Raise ModelError unless every shard that an index names is one of these files."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ModelError(f"{index} names no files. Get the model again")
-    # A name that is not of a safetensors file here could be of a pickled one.
-    if missing := sorted({str(name) for name in shards.values()} - set(files)):
-        raise ModelError(f"{index.parent} lacks {listed(missing)}. Get the files again")
-
-
 def listed(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
+    """Return the first three names, and how many more there are."""
     every = sorted(names)
     more = f" and {len(every) - 3} more" if len(every) > 3 else ""
     return ", ".join(every[:3]) + more

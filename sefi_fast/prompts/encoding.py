@@ -21,8 +21,8 @@ from sefi_fast.prompts.text_encoder import (
     token_table,
 )
 from sefi_fast.prompts.tokenization import tokenize_prompts, with_all_vectors
-from sefi_fast.utils.limits import MOST_STAGES
-from sefi_fast.utils.words import mentions
+from sefi_fast.utils.files import MOST_STAGES
+from sefi_fast.utils.text import check_distinct, mentions
 
 if TYPE_CHECKING:
     from sefi_fast.subject import Subject
@@ -255,12 +255,7 @@ def _subjects(pipe: Any, subjects: Subject | Iterable[Subject] | None) -> list[S
         # Subjects are attached to what stands in for the pipeline's own encode_prompt.
         subjects = getattr(vars(pipe).get("encode_prompt"), "subjects", ())
     chosen = list(subjects) if isinstance(subjects, Iterable) else [subjects]
-    names = [subject.placeholder for subject in chosen]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"{names.count(name)} subjects share the placeholder {name!r}; give each its own"
-            )
+    check_distinct([subject.placeholder for subject in chosen])
     return chosen
 
 

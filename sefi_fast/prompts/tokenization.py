@@ -14,9 +14,8 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
-from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.utils.text import printable
-from sefi_fast.utils.words import check_placeholder, composed
+from sefi_fast.errors import ModelError, PromptError, printable
+from sefi_fast.utils.text import check_placeholder, composed
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The subject that training leaves behind, its file, and the module that makes its tokens."""
+"""A trained subject, its file, and the module that computes its tokens during training."""
 
 from __future__ import annotations
 

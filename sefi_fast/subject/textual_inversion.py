@@ -1,8 +1,8 @@
-"""Textual Inversion files: subjects for other programs, and other programs' embeddings as subjects.
+"""Textual Inversion files: export of subjects, and import of embeddings as subjects.
 
-A Textual Inversion file of one text encoder holds one tensor [W, C] under the word's name, which
-diffusers' `load_textual_inversion`, A1111 and ComfyUI all read; one of SDXL holds `clip_l` and
-`clip_g`. W is the number of vectors that stand for the word.
+A Textual Inversion file of one text encoder holds one tensor [W, C] under the placeholder's name,
+which diffusers' `load_textual_inversion`, A1111 and ComfyUI all read. One of SDXL holds `clip_l`
+and `clip_g`. W is the number of vectors of the placeholder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,28 +18,29 @@ from torch import Tensor
 from sefi_fast.errors import SubjectFileError
 from sefi_fast.prompts.text_encoder import token_table
 from sefi_fast.prompts.tokenization import class_token_ids, padded
-from sefi_fast.subject.subject import Subject
-from sefi_fast.utils.files import atomic_write, read_regular, user_path
-from sefi_fast.utils.limits import MOST_VECTORS
+from sefi_fast.subject.subject import Subject, embedding_rows, read_tensor_file
+from sefi_fast.utils.files import MOST_VECTORS, atomic_write, user_path
 from sefi_fast.utils.tensor_file import pack_tensors, unpack_tensors
-from sefi_fast.utils.words import placeholder_for
+from sefi_fast.utils.text import placeholder_for
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # Of A1111, ComfyUI, kohya and diffusers' advanced scripts; of the latter's older versions.
 _SDXL_NAMES = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
-_READ_LIMIT = 64 * 2**20
 
 
 def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False) -> Path:
-    """Write the subject as a Textual Inversion embedding in a safetensors file.
+    """Write a subject as a Textual Inversion embedding to a safetensors file.
 
-    Such a file has one row a vector for all stages and for keys and values alike. A tied subject of
-    one stage is kept exactly; of any other only the mean of its rows is left, which is another,
-    weaker subject, so it must be asked for.
+    The file has one row for each vector, for all stages and for both keys and values. A tied
+    subject of one stage is kept exactly. Of any other only the mean of its rows is kept, which is a
+    weaker subject and needs `lossy`.
 
     Args:
-        subject: what to export.
-        path: the file to write, replaced whole or not at all. A1111 and ComfyUI take its name for
-            the word of the prompt.
+        subject: the subject to export.
+        path: the file to write, replaced whole or not at all. A1111 and ComfyUI take its name as
+            the word for prompts.
         lossy: allow the mean over stages and over keys and values.
 
     Returns:
@@ -49,6 +50,10 @@ def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False)
         ValueError: the subject has several stages or split tokens and `lossy` is False, the path
             does not end in .safetensors, or there are more than two text encoders.
         OSError: the file cannot be written.
+
+    Example:
+        >>> subject = Subject.load("me.safetensors")  # doctest: +SKIP
+        >>> export_embedding(subject, "embedding.safetensors", lossy=True)  # doctest: +SKIP
     """
     path = user_path(path)
     if path.suffix != ".safetensors":
@@ -78,49 +83,53 @@ def export_embedding(subject: Subject, path: str | Path, *, lossy: bool = False)
 
 def import_embedding(
     path: str | Path | Sequence[str | Path],
-    pipe: Any,
+    pipe: DiffusionPipeline,
     *,
     class_word: str,
     placeholder: str | None = None,
 ) -> Subject:
-    """A Textual Inversion embedding as a tied subject of one stage.
+    """Return a Textual Inversion embedding as a tied subject of one stage.
 
     Args:
         path: a safetensors file with rows [W, C], or [C], for each text encoder of `pipe`; or a
-            file for each. Of diffusers' `learned_embeds.safetensors` and
-            `learned_embeds_2.safetensors` one is enough where the other lies next to it.
-        pipe: the pipeline it was made for.
-        class_word: the general word for it, of at most W tokens: what the subject-wise loss and
-            `attach` compare with.
-        placeholder: its word in prompts; default: the name in the file where that is a word of its
-            own, else the file's name in angle brackets.
+            file for each. Either of diffusers' `learned_embeds.safetensors` and
+            `learned_embeds_2.safetensors` suffices if they are in one folder.
+        pipe: the pipeline it was trained for.
+        class_word: the general word for it, of at most W tokens: the subject-wise loss and `attach`
+            compare with its embedding.
+        placeholder: the word for prompts; default: the name in the file if it is one word, else the
+            file's name in angle brackets.
 
     Raises:
-        SubjectFileError: a file is missing, of another format (.pt and .bin are never opened: they
-            can run code), damaged, or of another width than the pipeline.
-        PromptError: the tokenizer does not know the class word, or it is of more than W tokens.
+        SubjectFileError: a file is missing, of another format (.pt and .bin are never opened,
+            because they can run code), damaged, or of another width than the pipeline.
+        PromptError: the tokenizer does not know the class word, or cuts it into more than W tokens.
+
+    Example:
+        >>> pipe = sefi_fast.load_pipeline("stabilityai/sd-turbo")  # doctest: +SKIP
+        >>> subject = import_embedding("cat.safetensors", pipe, class_word="cat")  # doctest: +SKIP
+        >>> sefi_fast.attach(pipe, subject)  # doctest: +SKIP
     """
     paths = [user_path(one) for one in ([path] if isinstance(path, (str, Path)) else path)]
     if not paths:
         raise SubjectFileError("no file was given: give the .safetensors file of an embedding")
     parts: list[tuple[Any, Any]] = [
-        (getattr(pipe, "tokenizer" + end, None), getattr(pipe, "text_encoder" + end, None))
+        (getattr(pipe, "tokenizer" + end, None), encoder)
         for end in ("", "_2")
+        if (encoder := getattr(pipe, "text_encoder" + end, None)) is not None
     ]
-    parts = [(tokenizer, encoder) for tokenizer, encoder in parts if encoder is not None]
-    tables: list[Any] = [token_table(encoder) for _, encoder in parts]
     if len(paths) == 1 and len(parts) == 2:
         paths = _with_twin(paths[0])
     named = [(name, tensor) for one in paths for name, tensor in _read(one).items()]
     files = " and ".join(map(str, paths))
-    named = _in_order(files, named, [table.embedding_dim for table in tables], len(paths))
+    widths: list[Any] = [token_table(encoder).embedding_dim for _, encoder in parts]
+    named = _in_order(files, named, widths, len(paths))
     vectors, class_rows = [], []
-    for (name, tensor), (tokenizer, encoder), table in zip(named, parts, tables, strict=True):
-        rows = _rows(files, name, tensor, table.embedding_dim)
+    for (name, tensor), (tokenizer, encoder), width in zip(named, parts, widths, strict=True):
+        rows = _rows(files, name, tensor, width)
         class_ids = class_token_ids(tokenizer, class_word)
         padded(class_ids, len(rows), class_word)
-        with torch.no_grad():
-            class_rows.append(table(torch.tensor(class_ids, device=encoder.device)).float().cpu())
+        class_rows.append(embedding_rows(encoder, class_ids))
         vectors.append(rows)
     if len({len(rows) for rows in vectors}) > 1:
         raise SubjectFileError(
@@ -138,7 +147,7 @@ def import_embedding(
 
 
 def _with_twin(path: Path) -> list[Path]:
-    """The file, or both files of diffusers' script in the order of the text encoders."""
+    """Return both files of diffusers' script in the order of the text encoders, or the one."""
     found = re.fullmatch(r"learned_embeds(_2)?(.*)", path.name)
     if found is None:
         return [path]
@@ -149,27 +158,27 @@ def _with_twin(path: Path) -> list[Path]:
 def _in_order(
     files: str, named: list[tuple[str, Tensor]], widths: list[int], count: int
 ) -> list[tuple[str, Tensor]]:
-    """Tensors in the order of the text encoders: by their names, their files or their widths."""
-    names = [name for name, _ in named]
+    """Order tensors as the text encoders, by their names, their files or their widths."""
+    names = sorted(name for name, _ in named)
     if len(named) != len(widths):
         raise SubjectFileError(
-            f"{files} holds {len(named)} tensors ({', '.join(sorted(names))}), and this pipeline "
-            f"has {len(widths)} text encoders: wanted one tensor for each. Where each has a file, "
+            f"{files} holds {len(named)} tensors ({', '.join(names)}), and this pipeline has "
+            f"{len(widths)} text encoders: wanted one tensor for each. Where each has a file, "
             "give both files"
         )
     for known in _SDXL_NAMES:
-        if sorted(names) == sorted(known):
+        if names == sorted(known):
             return sorted(named, key=lambda pair: known.index(pair[0]))
     fitting = [
         order
         for order in (named, named[::-1])
         if [tensor.shape[-1:] for _, tensor in order] == [(width,) for width in widths]
     ]
-    # Files are in the order given; the tensors of one file are in none.
+    # Files have the order in which they were given, the tensors of one file have none.
     if count == 1 and len(widths) == len(fitting) == 2:
         raise SubjectFileError(
-            f"{files} holds {' and '.join(sorted(names))}, and either fits both text encoders: "
-            f"name them {' and '.join(_SDXL_NAMES[0])}"
+            f"{files} holds {' and '.join(names)}, and either fits both text encoders: name them "
+            f"{' and '.join(_SDXL_NAMES[0])}"
         )
     return fitting[0] if fitting else named
 
@@ -181,18 +190,11 @@ def _read(path: Path) -> dict[str, Tensor]:
             ".safetensors where you trust it, and give that file"
         )
     try:
-        return unpack_tensors(read_regular(path, _READ_LIMIT))[1]
-    except FileNotFoundError as error:
-        raise SubjectFileError(
-            f"{path} is not there: give the .safetensors file of an embedding"
-        ) from error
-    except OSError as error:
-        raise SubjectFileError(
-            f"{path} cannot be read: {error.strerror or error}; give the .safetensors file of an "
-            "embedding"
-        ) from error
+        return unpack_tensors(read_tensor_file(path, "an embedding"))[1]
+    except SubjectFileError:
+        raise
     except ValueError as error:
-        raise SubjectFileError(f"{path} is no readable safetensors file ({error})") from error
+        raise SubjectFileError(f"{path} is not a readable safetensors file ({error})") from error
 
 
 def _rows(path: str, name: str, tensor: Tensor, width: int) -> Tensor:
@@ -212,7 +214,7 @@ def _rows(path: str, name: str, tensor: Tensor, width: int) -> Tensor:
 
 
 def _word(path: Path, name: str) -> str:
-    # The names that programs write where they know no word.
+    # Names that programs write for an embedding without one.
     unknown = ("emb_params", "*", "string_to_param.*", *sum(_SDXL_NAMES, ()))
     if name in unknown or name.split() != [name]:
         return placeholder_for(path.stem)

@@ -1,4 +1,4 @@
-"""The trainable module that turns the class embedding into tokens for each stage and stream."""
+"""Trainable module that computes the tokens of each stage and stream from the class embedding."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
-def _dividing_heads(width: int, heads: int) -> int:
-    return next(count for count in range(min(heads, width), 0, -1) if width % count == 0)
-
-
 def mixed_rows(tensors: Mapping[str, Tensor], heads: int) -> Tensor:
-    """Equation 2 of docs/method.md: the rows [..., n, C] of one subject, or of many side by side.
+    """Return the rows [..., n, C] of equation 2 in docs/method.md, of one subject or several.
 
-    Row j is of vector j mod W, and is added to that vector's base embedding.
+    Row j belongs to vector j mod W, and is added to that vector's base embedding.
 
     Args:
         tensors: parameters and buffers of `SubjectTokens` with ``module="attention"`` by name, all
-            with the same leading axes, one entry a subject, or none.
+            with the same leading axes: an axis of subjects, or none.
         heads: attention heads.
     """
     slots, base = tensors["slots"], tensors["base"]
@@ -30,42 +26,44 @@ def mixed_rows(tensors: Mapping[str, Tensor], heads: int) -> Tensor:
     normed = nn.functional.layer_norm(base + slots, base.shape[-1:])
     normed = normed * tensors["norm.weight"].unsqueeze(-2) + tensors["norm.bias"].unsqueeze(-2)
     projected = normed @ tensors["in_weight"].mT + tensors["in_bias"].unsqueeze(-2)
-    # A few dozen rows: plain products are as fast as a fused kernel, and deterministic.
-    query, key, value = projected.unflatten(-1, (3, heads, -1)).transpose(-4, -2).unbind(-3)
+    # For a few dozen rows plain products are as fast as a fused kernel, and deterministic.
+    split = projected.reshape(*projected.shape[:-1], 3, heads, -1)
+    query, key, value = split.transpose(-4, -2).unbind(-3)
     scores = query @ key.mT * query.shape[-1] ** -0.5
     mixed = (scores.softmax(-1) @ value).transpose(-3, -2).flatten(-2)
-    return base + mixed @ tensors["out_weight"].mT * tensors["scale"][..., None, None]
+    change: Tensor = mixed @ tensors["out_weight"].mT * tensors["scale"][..., None, None]
+    return base + change
 
 
 class SubjectTokens(nn.Module):
-    """Tokens ``P_i^K, P_i^V`` of a placeholder, W pairs a stage (docs/method.md §1).
+    """Tokens ``P_i^K, P_i^V`` of a placeholder, W pairs for each stage (docs/method.md §1).
 
     With ``module="attention"`` each of the ``n = 2·S·W`` tokens (``S·W`` when tied) is
 
         ``token_j = P_t + W_out · attention(LayerNorm(P_t + slot))_j``
 
-    where ``P_t`` is its vector's base embedding, ``slot`` are learned slot embeddings, the
+    where ``P_t`` is its vector's base embedding, ``slot`` are trained slot embeddings, the
     attention is one multi-head self-attention over the ``n`` slots, and ``W_out`` (no bias) starts
-    at zero. The slot embeddings stand inside the attention only, so at the start every token equals
-    its class embedding bit for bit. ``W_out`` is kept in units of the class embeddings' root mean
-    square, so that a learning rate means the same on text encoders of different scale.
-    With ``module="free"`` the tokens are plain trainable rows with the same start.
+    at zero. Slot embeddings enter the attention only, so at the start every token equals its class
+    embedding bit for bit. ``W_out`` is kept in units of the class embeddings' root mean square, so
+    that a learning rate means the same on text encoders of different scale. With
+    ``module="free"`` the tokens are plain trainable rows with the same start.
 
-    All parameters are float32; the forward pass leaves autocast off.
+    All parameters are float32; the forward pass disables autocast.
 
     Args:
-        class_embedding: [W, C], what each vector starts from: the class word's rows of the text
+        class_embedding: [W, C], the start of each vector: the class word's rows of the text
             encoder's token table; or [C] for W = 1.
         stages: number of stages S, at least 1.
-        split: True for a K and a V token a stage, False for one token used in both streams.
-        heads: most attention heads; the largest count not above it that divides C is used.
+        split: True for a K and a V token in each stage, False for one token for both streams.
+        heads: most attention heads; the largest divisor of C up to it is used.
         train_base: whether ``P_t`` itself is trained (``module="attention"`` only).
         module: ``"attention"`` or ``"free"``.
         generator: source of the random start values; the result depends on nothing else.
 
     Raises:
-        ValueError: for a class embedding of another shape or not finite, or an argument out of
-            range.
+        ValueError: the class embedding has another shape or is not finite, or an argument is out
+            of range.
     """
 
     class_embedding: Tensor
@@ -104,7 +102,7 @@ class SubjectTokens(nn.Module):
         self.stages = stages
         self.split = split
         self.module = module
-        self.heads = _dividing_heads(width, heads)
+        self.heads = next(n for n in range(min(heads, width), 0, -1) if width % n == 0)
         self.register_buffer("class_embedding", start)
         count = stages * self.streams * vectors
         if module == "free":
@@ -119,12 +117,12 @@ class SubjectTokens(nn.Module):
             self.register_buffer("base", start.clone())
 
         def uniform(bound: float, *shape: int) -> Tensor:
-            # Drawn on the generator's device, so that a CPU generator gives one start everywhere.
+            # On the generator's device, so that a CPU generator gives one start everywhere.
             source = generator.device if generator is not None else torch.device("cpu")
-            drawn = torch.empty(shape, dtype=torch.float32, device=source)
-            return drawn.uniform_(-bound, bound, generator=generator).to(device)
+            values = torch.empty(shape, dtype=torch.float32, device=source)
+            return values.uniform_(-bound, bound, generator=generator).to(device)
 
-        # √3 makes the uniform draw as strong as the embedding it is added to.
+        # √3 gives the slots the root mean square of the embedding they are added to.
         self.slots = nn.Parameter(uniform(3**0.5 * float(self.scale), count, width))
         self.norm = nn.LayerNorm(width, dtype=torch.float32, device=device)
         self.in_weight = nn.Parameter(uniform((3 / width) ** 0.5, 3 * width, width))
@@ -133,7 +131,7 @@ class SubjectTokens(nn.Module):
 
     @property
     def streams(self) -> int:
-        """Tokens a stage: 2 when K and V are split, 1 when tied."""
+        """Streams of a stage: 2 if K and V are split, 1 if tied."""
         return 2 if self.split else 1
 
     @property
@@ -143,11 +141,11 @@ class SubjectTokens(nn.Module):
 
     @property
     def vectors(self) -> int:
-        """Tokens W that stand side by side for the placeholder."""
+        """Number of tokens W of the placeholder in a prompt."""
         return self.class_embedding.shape[0]
 
     def forward(self) -> Tensor:
-        """The tokens, float32 [S, 2, W, C] (axis 1: K row, V row), or [S, 1, W, C] when tied."""
+        """Return tokens, float32 [S, 2, W, C] (axis 1: K row, V row), or [S, 1, W, C] if tied."""
         shape = (self.stages, self.streams, self.vectors, self.width)
         if self.module == "free":
             return self.rows.view(shape)
@@ -156,11 +154,11 @@ class SubjectTokens(nn.Module):
             return mixed_rows(own, self.heads).view(shape)
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Groups for ``torch.optim``: the embedding rows, and the attention's weights.
+        """Return groups for ``torch.optim``: embedding rows, and weights of the attention.
 
-        ``learning_rate`` is in the units of Textual Inversion, that is of the token table. The
-        attention's matrices get it divided by ``scale · C``, with which one Adam step through
-        ``W_out`` moves a token about as far as one step of the row itself does.
+        ``learning_rate`` is in the units of Textual Inversion, that is of the token table. For the
+        attention's matrices it is divided by ``scale · C``: one Adam step through ``W_out`` then
+        moves a token about as far as one step of the row itself.
         """
         if self.module == "free":
             return [{"params": [self.rows], "lr": learning_rate, "name": "rows"}]

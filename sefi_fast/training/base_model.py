@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.attention.processor import AttentionRecord, SeFiAttnProcessor, TrainingProcessor
-from sefi_fast.errors import ModelError
+from sefi_fast.errors import ModelError, first_line
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.pipelines.model_patch import LOCK, check_replaceable
 from sefi_fast.pipelines.support import WORKS_WITH, check_pipeline, is_sdxl, unwrap
@@ -41,9 +41,8 @@ def choose_device(wanted: str | None, current: torch.device | None = None) -> to
         device = torch.device(wanted)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"device {wanted!r} cannot be used here ({reason}); give 'cpu' or None"
+            f"device {wanted!r} cannot be used here ({first_line(error)}); give 'cpu' or None"
         ) from error
     return _checked(device)
 

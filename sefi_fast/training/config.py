@@ -17,12 +17,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
-from sefi_fast.errors import ConfigError
-from sefi_fast.utils.files import atomic_write, read_regular, user_path
-from sefi_fast.utils.limits import MOST_STAGES
+from sefi_fast.errors import ConfigError, printable
+from sefi_fast.utils.files import MOST_STAGES, atomic_write, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
-from sefi_fast.utils.text import is_unicode, printable
-from sefi_fast.utils.words import composed
+from sefi_fast.utils.text import composed, is_unicode
 
 RUN_KEYS = (
     "image", "mask", "model", "model_config", "vae", "class_word", "placeholder", "output", "preset"

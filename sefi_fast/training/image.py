@@ -16,9 +16,8 @@ import torch
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from sefi_fast.errors import ImageError, PathError
+from sefi_fast.errors import ImageError, PathError, printable
 from sefi_fast.utils.files import open_regular, user_path
-from sefi_fast.utils.text import printable
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from sefi_fast.errors import PathError, SefiError, TrainingError
+from sefi_fast.errors import PathError, SefiError, TrainingError, printable
 from sefi_fast.utils.files import expanded, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
-from sefi_fast.utils.text import is_unicode, printable
-from sefi_fast.utils.words import check_placeholder, composed, placeholder_for
+from sefi_fast.utils.text import check_placeholder, composed, is_unicode, placeholder_for
 
 if TYPE_CHECKING:
     import numpy as np

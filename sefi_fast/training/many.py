@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from sefi_fast.errors import SubjectFileError, TrainingError, is_out_of_memory
+from sefi_fast.errors import (
+    SubjectFileError,
+    TrainingError,
+    first_line,
+    is_out_of_memory,
+    printable,
+)
 from sefi_fast.prompts import placeholder_ids, text_parts
 from sefi_fast.subject import Subject
 from sefi_fast.training.base_model import MODEL_KEYS, ModelPath, Source, model_settings
@@ -37,9 +43,7 @@ from sefi_fast.training.subject_state import Job, Outcome, class_word_for, seen_
 from sefi_fast.training.summary import FILE as SUMMARY_FILE
 from sefi_fast.training.summary import ManyResult, Summary, row_of
 from sefi_fast.training.trainer import Run, running
-from sefi_fast.utils.files import expanded
-from sefi_fast.utils.outputs import check_folder, check_output
-from sefi_fast.utils.text import printable
+from sefi_fast.utils.files import check_folder, check_output, expanded
 
 
 def finished_subject(
@@ -331,7 +335,7 @@ class _Many:
             self._limit = (len(left) + 1) // 2
             logger.warning(
                 "%d subjects at once are too many for the memory (%s): from here on %d at once",
-                len(left), _first_line(fault), self._limit,
+                len(left), first_line(fault), self._limit,
             )  # fmt: skip
             self._groups.appendleft(left)
             return
@@ -348,7 +352,7 @@ class _Many:
                 continue
             if is_out_of_memory(own):
                 own = TrainingError(
-                    f"the memory is too small for even one subject ({_first_line(own)}): lower "
+                    f"the memory is too small for even one subject ({first_line(own)}): lower "
                     "batch_size or resolution, or use gradient_checkpointing=True or "
                     "low_memory=True"
                 )
@@ -472,7 +476,3 @@ def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -21,14 +21,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sefi_fast.errors import TrainingError
+from sefi_fast.errors import TrainingError, printable
 from sefi_fast.pipelines import attach, detach, generate
 from sefi_fast.pipelines.support import is_sdxl
 from sefi_fast.subject import Subject
 from sefi_fast.training.base_model import Source, autocast, borrowed
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.image import decode
-from sefi_fast.utils.text import printable
 
 if TYPE_CHECKING:
     from PIL import Image

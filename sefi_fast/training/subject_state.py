@@ -30,10 +30,8 @@ from sefi_fast.training.latents import encode_image
 from sefi_fast.training.monitor import History
 from sefi_fast.training.optimizer import LaneState, MovingAverage
 from sefi_fast.training.prompts import TrainingPrompts
-from sefi_fast.utils.files import checksum, expanded, remove_partials
-from sefi_fast.utils.outputs import check_folder, check_output
-from sefi_fast.utils.text import is_unicode
-from sefi_fast.utils.words import check_placeholder, composed
+from sefi_fast.utils.files import check_folder, check_output, checksum, expanded, remove_partials
+from sefi_fast.utils.text import check_placeholder, composed, is_unicode
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sefi_fast.errors import printable
 from sefi_fast.subject import Subject
 from sefi_fast.subject.subject import summarise
 from sefi_fast.training.manifest import Entry, Shard
 from sefi_fast.utils.files import atomic_write, read_regular, remove_partials
 from sefi_fast.utils.strict_json import parse_json
-from sefi_fast.utils.text import printable
 
 logger = logging.getLogger(__name__)
 

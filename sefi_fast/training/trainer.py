@@ -42,8 +42,7 @@ from sefi_fast.training.subject_state import (
     save_partial,
     unsaved_error,
 )
-from sefi_fast.utils.files import expanded, user_path
-from sefi_fast.utils.outputs import check_output, is_one_of
+from sefi_fast.utils.files import check_output, expanded, is_one_of, user_path
 
 if TYPE_CHECKING:
     import numpy as np

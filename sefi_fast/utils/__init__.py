@@ -1,1 +1,1 @@
-"""Files and text, independent of torch."""
+"""Files, text and memory of the process."""

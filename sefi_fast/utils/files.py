@@ -1,4 +1,4 @@
-"""Turn what users give into paths; read regular files only; write files whole or not at all."""
+"""Paths of users, reading of regular files with a limit, and atomic writing."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ import re
 import secrets
 import stat
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from sefi_fast.errors import PathError
 
-_PIECE = 2**20
+MOST_STAGES = 100
+"""Stages of a subject: more than a sampler has steps. A prompt of SDXL then takes 126 MB."""
+MOST_VECTORS = 75
+"""Vectors of a subject: the tokens of a CLIP prompt between its start and its end."""
+MOST_TEXT_ENCODERS = 4
 LONGEST_NAME = 255
 """Bytes of a file name that almost every file system takes."""
+
+_CHUNK = 2**20
 _LONGEST_STEM = 32
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def expanded(given: str | os.PathLike[str]) -> str:
-    """Return a path as the user means it: ~ and ~name in front are home folders.
+    """Expand ~ and ~name at the start of a path to home folders.
 
     Raises:
         PathError: there is no such home folder, or the text cannot be a path.
@@ -46,7 +53,7 @@ def expanded(given: str | os.PathLike[str]) -> str:
 
 
 def user_path(given: str | os.PathLike[str]) -> Path:
-    """Return the path that the user means by a text or a path.
+    """Return `expanded` as a Path. Applying it twice changes nothing.
 
     Raises:
         PathError: as `expanded`.
@@ -57,20 +64,20 @@ def user_path(given: str | os.PathLike[str]) -> Path:
 
 
 def fitting_name(name: str, limit: int) -> str:
-    """Return a file name, or a short one made of it if it is longer than `limit` bytes."""
+    """Return a file name, or a short hash of it if it is longer than `limit` bytes."""
     encoded = os.fsencode(name)
     return name if len(encoded) <= limit else hashlib.sha256(encoded).hexdigest()[:_LONGEST_STEM]
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading, or a link to one.
+    """Open a regular file, or a link to one, for reading.
 
     Raises:
         OSError: the file is missing or unreadable, or it is a folder, a device, a FIFO or a socket.
-            Nothing was read and nothing waits.
+            Nothing was read.
     """
     try:
-        # A FIFO without a writer would wait for one.
+        # Without O_NONBLOCK, open waits for the writer of a FIFO.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except ValueError as error:
         raise OSError(errno.EINVAL, str(error), str(path)) from error
@@ -101,8 +108,8 @@ def checksum(path: str | os.PathLike[str], limit: int) -> str:
     value = 0
     with open_regular(path) as stream:
         _check_size(stream, path, limit)
-        while piece := stream.read(_PIECE):
-            value = zlib.crc32(piece, value)
+        while chunk := stream.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
     return f"{value:08x}"
 
 
@@ -114,14 +121,60 @@ def _check_size(stream: BinaryIO, path: str | os.PathLike[str], limit: int) -> i
     return size
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write a temporary file next to `path`, sync it and rename it; make missing folders.
-
-    Where `path` is a link, the file that it leads to is written, and the link stays.
+def check_output(output: str | os.PathLike[str]) -> Path:
+    """Return the path of a file to write if it can be written. Nothing is left on disk.
 
     Raises:
-        OSError: the file cannot be written, or the link leads nowhere. An earlier file at `path`
-            is unchanged, and no temporary file remains.
+        OSError: the path is a folder or a dangling link, or saving would fail.
+    """
+    path = user_path(output)
+    if os.path.isdir(path):
+        raise IsADirectoryError(
+            f"output {path} is a folder: give the name of a file, as {path / 'me.safetensors'}"
+        )
+    _check_writable(path, path, "another place or a shorter name")
+    return path
+
+
+def check_folder(output: str | os.PathLike[str], *, make: bool = True) -> Path:
+    """Return a folder if files can be written in it. Create it if `make` is True.
+
+    Raises:
+        OSError: the path is a file or a dangling link, or nothing can be written there.
+    """
+    folder = user_path(output)
+    if os.path.exists(folder) and not folder.is_dir():
+        raise NotADirectoryError(f"output {folder} is a file: give the name of a folder")
+    _check_writable(folder, folder / f".{secrets.token_hex(4)}", "another folder")
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _check_writable(output: Path, file: Path, advice: str) -> None:
+    try:
+        try_atomic_write(file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"output {output} cannot be written ({reason}): choose {advice}") from error
+
+
+def is_one_of(path: Path, sources: Iterable[object]) -> bool:
+    """Return whether a path is the same file as one of `sources`; ignore those without a path."""
+    # Path.resolve raises RuntimeError for links that lead to each other.
+    place = os.path.realpath(path)
+    files = (user_path(x) for x in sources if isinstance(x, (str, os.PathLike)))
+    return any(os.path.realpath(file) == place for file in files)
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a temporary file next to `path`, sync it and rename it. Create missing folders.
+
+    If `path` is a link, its target is written and the link stays.
+
+    Raises:
+        OSError: the file cannot be written, or the link is dangling. An earlier file at `path` is
+            unchanged, and no temporary file remains.
     """
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,15 +183,21 @@ def atomic_write(path: Path, content: bytes) -> None:
         _write_synced(partial, content)
         os.replace(partial, target)
     except OSError as error:
-        # A full disk names no file, and other errors name the temporary one.
+        # The error of a full disk names no file, others name the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    # Some systems cannot sync a folder, which only a power cut would show.
+    with suppress(OSError):
+        handle = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def try_atomic_write(path: Path) -> None:
-    """Do all that `atomic_write` does and take it back; a file that is there stays as it is.
+    """Do what `atomic_write` does and undo it. An existing file is unchanged.
 
     Raises:
         OSError: `atomic_write` would fail.
@@ -146,25 +205,26 @@ def try_atomic_write(path: Path) -> None:
     target = _target(path.absolute())
     folder = _nearest_folder(target.parent)
     for name in target.relative_to(folder).parts:
-        # It tells a name that is too long, in folders that are yet to be made too.
+        # Raises for a name that is too long.
         with suppress(FileNotFoundError):
             os.lstat(folder / name)
-    own = folder == target.parent and not target.exists()
     if target.is_file():
         _check_mutable(target)
-    written = [_partial(folder, target.name), target if own else _partial(folder, target.name)]
+    source = _partial(folder, target.name)
+    is_new = folder == target.parent and not target.exists()
+    destination = target if is_new else _partial(folder, target.name)
     try:
-        _write_synced(written[0], b"try")
-        if not own:
-            _write_synced(written[1], b"try")
-        os.replace(*written)
+        _write_synced(source, b"try")
+        if not is_new:
+            _write_synced(destination, b"try")
+        os.replace(source, destination)
     finally:
-        for place in written:
-            place.unlink(missing_ok=True)
+        source.unlink(missing_ok=True)
+        destination.unlink(missing_ok=True)
 
 
 def remove_partials(path: Path) -> None:
-    """Remove temporary files of `atomic_write` to this path that killed processes left."""
+    """Remove temporary files that killed processes left while they wrote to this path."""
     target = Path(os.path.realpath(path))
     stem = re.escape(fitting_name(target.name, _LONGEST_STEM))
     pattern = re.compile(rf"\.{stem}\.[0-9a-f]{{8}}")
@@ -174,18 +234,9 @@ def remove_partials(path: Path) -> None:
                 entry.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+def _partial(folder: Path, name: str) -> Path:
+    """Return a new temporary name, short even if the final name has the maximal length."""
+    return folder / f".{fitting_name(name, _LONGEST_STEM)}.{secrets.token_hex(4)}"
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -195,7 +246,7 @@ def _write_synced(path: Path, content: bytes) -> None:
         try:
             os.fsync(stream.fileno())
         except OSError as error:
-            # Mounted cloud folders cannot sync, and take the file all the same.
+            # Mounted cloud folders cannot sync.
             if error.errno not in _NO_SYNC:
                 raise
 
@@ -209,30 +260,25 @@ def _check_mutable(path: Path) -> None:
             raise
 
 
-def _partial(folder: Path, name: str) -> Path:
-    """A new temporary name, short even where the final one is as long as can be."""
-    return folder / f".{fitting_name(name, _LONGEST_STEM)}.{secrets.token_hex(4)}"
-
-
 def _target(path: Path) -> Path:
-    """The file that a link leads to; of anything else the path itself.
+    """Return the target of a link, or the path itself.
 
     Raises:
-        OSError: the link leads nowhere, or a device, a pipe or a socket is there.
+        OSError: the link is dangling, or the path is a device, a pipe or a socket.
     """
     target = path
     if path.is_symlink():
         try:
             target = Path(os.path.realpath(path, strict=True))
         except OSError as error:
-            raise _leads_nowhere(path) from error
+            raise _dangling(path) from error
     if os.path.exists(target) and not (target.is_file() or target.is_dir()):
         raise OSError(errno.EINVAL, "it is a device, a pipe or a socket", str(path))
     return target
 
 
 def _nearest_folder(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or the nearest existing one above it."""
     for place in (folder, *folder.parents):
         try:
             os.lstat(place)
@@ -241,10 +287,10 @@ def _nearest_folder(folder: Path) -> Path:
         if place.is_dir():
             return place
         if place.is_symlink():
-            raise _leads_nowhere(place)
+            raise _dangling(place)
         raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder", str(place))
     raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(folder))
 
 
-def _leads_nowhere(link: Path) -> FileNotFoundError:
+def _dangling(link: Path) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, f"{link} is a link that leads nowhere", str(link))

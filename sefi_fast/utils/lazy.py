@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562)."""
+"""Lazy imports: names of a package that are imported at first use (PEP 562)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 def lazy_names(
     package: str, homes: Mapping[str, str], modules: Collection[str] = ()
 ) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose names need heavy imports.
+    """Return a `__getattr__` for a package whose names need heavy imports.
 
     Args:
-        package: its `__name__`.
-        homes: for each name the module that has it.
-        modules: of the package, that are attributes without being imported by themselves.
+        package: `__name__` of the package.
+        homes: the module that defines each name.
+        modules: submodules that are attributes of the package without an import of their own.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Keep the C library from handing freed memory back to the kernel, which slows a CPU down."""
+"""Keep the C library from returning freed memory to the kernel, which slows a CPU down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PAD_BYTES = 2**26
 
 
 def keep_freed_memory_on_cpu() -> None:
-    """`keep_freed_memory` where there is no CUDA device, so that the CPU has all the work."""
+    """Call `keep_freed_memory` if there is no CUDA device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -21,20 +21,24 @@ def keep_freed_memory_on_cpu() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep freed memory for its next tensors. Linux with glibc.
+    """Let this process keep freed memory for its next tensors (Linux with glibc only).
 
-    By default glibc returns the end of its heap to the kernel as soon as it is free, and fetches
-    large blocks there. Every step of training or sampling on a CPU then gets its tensors on new
-    pages, each of which the kernel must clear: about a tenth of a training step
-    (docs/performance-steps.md). With the setting, blocks below 1 GiB come from the heap and go back
-    to it, and the heap's end is returned only when more than 1 GiB of it is free.
+    By default glibc returns freed memory at the end of its heap, and every large block, to the
+    kernel. Each step of training or sampling on a CPU then gets new pages for its tensors, which
+    the kernel must clear: about a tenth of a training step (docs/performance-steps.md). After this
+    call blocks below 1 GiB stay in the heap, and only more than 1 GiB of free memory is returned.
 
-    It holds for the whole process until it ends, so `import sefi_fast` does not make it; the
-    command `sefi-fast` does where there is no CUDA device. Whoever has set malloc's own variables
-    (MALLOC_TRIM_THRESHOLD_ and the like, GLIBC_TUNABLES) keeps what they say.
+    The setting holds until the process ends, so `import sefi_fast` does not make it. The command
+    `sefi-fast` makes it if there is no CUDA device. malloc's own variables (MALLOC_TRIM_THRESHOLD_
+    and the like, GLIBC_TUNABLES) take precedence.
 
     Returns:
         Whether the setting was made.
+
+    Example:
+        >>> import sefi_fast
+        >>> sefi_fast.keep_freed_memory()  # doctest: +SKIP
+        True
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -46,7 +50,7 @@ def keep_freed_memory() -> bool:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    # Before all else, since the other settings end glibc's own adapting of this threshold.
+    # First, because the other settings stop glibc from adapting this threshold.
     for threshold in (_KEPT_BYTES, _MOST_OF_OLDER_GLIBC):
         if set_option(_MMAP_THRESHOLD, threshold) == 1:
             break

@@ -1,4 +1,4 @@
-"""JSON from files: what a reader could take in two ways is refused, and so is what has no end."""
+"""JSON from files: ambiguous and unbounded content is refused."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _MOST_DIGITS = 32
 
 
 def parse_json(text: str | bytes, *, finite: bool = True, largest: int | None = None) -> Any:
-    """Parse JSON of keys that stand once, short numbers and at most 32 levels.
+    """Parse JSON of unique keys, short numbers and at most 32 levels.
 
     Args:
-        text: to parse.
+        text: the JSON text.
         finite: refuse NaN and infinity.
-        largest: of the whole numbers, below zero too; None for any.
+        largest: the largest magnitude of a whole number; None for any.
 
     Raises:
-        ValueError: the text is something else.
+        ValueError: the text is not such JSON.
 
     Example:
         >>> parse_json('{"steps": 600}')
@@ -31,7 +31,7 @@ def parse_json(text: str | bytes, *, finite: bool = True, largest: int | None = 
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_without_twins,
+            object_pairs_hook=_unique,
             parse_constant=number,
             parse_float=number,
             parse_int=number,
@@ -42,7 +42,7 @@ def parse_json(text: str | bytes, *, finite: bool = True, largest: int | None = 
     return value
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         twin = Counter(key for key, _ in pairs).most_common(1)[0][0]

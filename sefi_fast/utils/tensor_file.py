@@ -1,4 +1,4 @@
-"""safetensors files as bytes: one content is one file, and whatever a file holds is checked."""
+"""safetensors files as bytes: equal content gives equal bytes, and what is read is checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pack_tensors(
     """Return a safetensors file; the same content gives the same bytes.
 
     Args:
-        tensors: on any device.
+        tensors: tensors by name, on any device.
         metadata: text by name.
         checksum: add a CRC-32 of all bytes to the metadata.
     """
@@ -32,7 +32,7 @@ def pack_tensors(
     if checksum:
         header["__metadata__"]["checksum"] = _checksum(header, data)
     # safetensors writes a header in any order.
-    text = _in_order(header)
+    text = _sorted_json(header)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data
 
@@ -44,7 +44,7 @@ def unpack_tensors(
 
     Args:
         content: the file's bytes.
-        checksum: the file must have the CRC-32 that `pack_tensors` adds.
+        checksum: require the CRC-32 that `pack_tensors` adds.
 
     Raises:
         ValueError: the file is damaged, its header is larger than 4 MB, or the checksum is wrong.
@@ -54,7 +54,7 @@ def unpack_tensors(
         raise ValueError("its checksum is wrong")
     try:
         return metadata, safetensors.torch.load(content)
-    # safetensors and torch raise whatever they meet on types and shapes that they do not know.
+    # safetensors and torch raise many types for unknown dtypes and impossible shapes.
     except Exception as error:
         raise ValueError(f"it is not a sound safetensors file ({error})") from error
 
@@ -69,7 +69,7 @@ def read_metadata(content: bytes) -> dict[str, str]:
 
 
 def _split(content: bytes) -> tuple[dict[str, str], dict[str, Any], memoryview]:
-    """Return the metadata, the header that a checksum is taken of, and the data."""
+    """Return the metadata, the header without its checksum, and the data."""
     start = 8 + int.from_bytes(content[:8], "little")
     if start > 8 + _HEADER_LIMIT:
         raise ValueError(f"it does not begin with a header of at most {_HEADER_LIMIT:,} bytes")
@@ -81,13 +81,13 @@ def _split(content: bytes) -> tuple[dict[str, str], dict[str, Any], memoryview]:
         raise ValueError("its header is not one of a safetensors file")
     if not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its metadata is not text")
-    own = {name: text for name, text in metadata.items() if name != "checksum"}
-    return metadata, {**header, "__metadata__": own}, memoryview(content)[start:]
+    signed = {name: text for name, text in metadata.items() if name != "checksum"}
+    return metadata, {**header, "__metadata__": signed}, memoryview(content)[start:]
 
 
 def _checksum(header: Mapping[str, Any], data: bytes | memoryview) -> str:
-    return f"{zlib.crc32(data, zlib.crc32(_in_order(header))):08x}"
+    return f"{zlib.crc32(data, zlib.crc32(_sorted_json(header))):08x}"
 
 
-def _in_order(header: Mapping[str, Any]) -> bytes:
+def _sorted_json(header: Mapping[str, Any]) -> bytes:
     return json.dumps(header, sort_keys=True, separators=(",", ":")).encode()

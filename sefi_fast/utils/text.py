@@ -1,48 +1,68 @@
-"""Text from files and users, made safe to print."""
+"""Placeholders and prompts in one Unicode form, so that equal words are equal text."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
-LONGEST_MESSAGE = 2000
-"""Characters: about one screen of a terminal."""
-_MOST_LINES = 40
-_GAP = " […] "
-
-
-def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
-    r"""Escape what a terminal would obey or an encoding refuse, and shorten the middle.
-
-    Control characters, text-direction marks and lone surrogates become backslash escapes, and so do
-    line feeds where there are more than 40. Text longer than `limit` characters keeps its beginning
-    and its end.
-
-    Example:
-        >>> printable("\x1b[31m<me>")
-        '\\x1b[31m<me>'
-    """
-    text = _shortened(text, limit)
-    if text.isascii() and text.isprintable():
-        return text
-    # The joiners of Hindi, Persian and emoji are of the same kind as direction marks.
-    kept = "\n\u200c\u200d" if text.count("\n") <= _MOST_LINES else "\u200c\u200d"
-    # An escape has up to ten characters.
-    return _shortened("".join(x if x in kept else _escaped(x) for x in text), limit)
+from sefi_fast.errors import PromptError
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written: it has no lone surrogate, half of a character."""
+    """Return whether a text can be encoded: it has no lone surrogate (half a character)."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _shortened(text: str, limit: int) -> str:
-    if len(text) <= limit:
-        return text
-    head = limit * 2 // 3
-    return text[:head] + _GAP + text[head + len(_GAP) - limit :]
+def composed(text: str) -> str:
+    """Return a text in Unicode's composed form (NFC), as CLIP's tokenizers read it.
+
+    Raises:
+        PromptError: the text holds half a character, which no tokenizer takes.
+    """
+    if not is_unicode(text):
+        raise PromptError(f"The text {text!r} holds half a character. Write it again.")
+    return unicodedata.normalize("NFC", text)
 
 
-def _escaped(character: str) -> str:
-    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return character
-    return character.encode("unicode_escape").decode("ascii")
+def check_placeholder(placeholder: object) -> str:
+    """Return a placeholder in composed form.
+
+    Raises:
+        TypeError: the placeholder is not a string.
+        PromptError: the placeholder is not one word.
+    """
+    if not isinstance(placeholder, str):
+        raise TypeError(f"placeholder must be a string, got {type(placeholder).__name__}")
+    if placeholder.split() != [placeholder]:
+        raise PromptError(
+            f"placeholder must be one word without spaces, such as '<it>', got {placeholder!r}"
+        )
+    return composed(placeholder)
+
+
+def check_distinct(placeholders: Sequence[str]) -> None:
+    """Raise PromptError if two subjects have the same placeholder."""
+    for placeholder in placeholders:
+        if (count := placeholders.count(placeholder)) > 1:
+            raise PromptError(
+                f"{count} of the subjects have the placeholder {placeholder!r}. Each needs its "
+                "own. Train one with another placeholder, or rename it: s = Subject.load(file); "
+                "s.placeholder = '<me>'; s.save(file)"
+            )
+
+
+def placeholder_for(name: str, *, space: str = "-") -> str:
+    """Return the placeholder made of a name: the name in angle brackets, spaces replaced.
+
+    With a `space` that names cannot hold, distinct names give distinct placeholders.
+    """
+    letters = (
+        letter if not letter.isspace() else space if letter == " " else f"|{ord(letter):x}|"
+        for letter in composed(name)
+    )
+    return f"<{''.join(letters)}>"
+
+
+def mentions(prompt: str, placeholder: str) -> bool:
+    """Return whether a prompt contains a placeholder."""
+    return placeholder in composed(prompt)

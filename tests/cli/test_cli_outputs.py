@@ -1,8 +1,7 @@
-"""What the commands write: told at once where it cannot be, and nothing that they read is lost."""
+"""Outputs of the commands are checked first, and no input is overwritten."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -13,46 +12,43 @@ from sefi_fast import bundled_subject_image
 from sefi_fast.cli import main
 from sefi_fast.cli.options import write_image
 from sefi_fast.subject import Subject
-from sefi_fast.utils.outputs import check_folder
 
-PICTURE = bundled_subject_image()
 QUICK = ["--quiet", "--steps", "1", "--batch-size", "1", "--stages", "1"]
+IMAGE = bundled_subject_image()
+IMPORT = ["import", "e.safetensors", "--class-word", "cat"]
+SWAP = ["swap", "--key-prompt", "a", "--value-prompt", "b"]
 
 
 @pytest.fixture
 def photo(tmp_path, monkeypatch) -> Path:
-    """A photo of the user's in the current folder, me.png."""
+    """A photo of the user in the current folder, me.png."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "me.png"
-    path.write_bytes(PICTURE.read_bytes())
+    path.write_bytes(IMAGE.read_bytes())
     return path
 
 
 @pytest.fixture
-def nothing_begins(monkeypatch):
-    """What takes time fails the test that reaches it."""
+def nothing_loads(monkeypatch):
+    """Loading a model fails the test."""
 
-    def begun(*arguments, **settings):
-        raise AssertionError("the command began to work")
+    def load(*arguments, **settings):
+        raise AssertionError("the command loads a model")
 
-    for name in ("training.train", "pipelines.load_pipeline", "cli.demo.run_demo"):
-        monkeypatch.setattr(f"sefi_fast.{name}", begun)
+    for name in ("pipelines.load_pipeline", "training.base_model.load_pipeline"):
+        monkeypatch.setattr(f"sefi_fast.{name}", load)
 
 
-def test_a_photo_of_the_subjects_name_is_kept(photo, capsys):
+@pytest.mark.parametrize("is_blocked", [False, True])
+def test_train_keeps_a_photo_of_the_subjects_name(photo, capsys, caplog, is_blocked):
+    if is_blocked:
+        photo.with_name("me-training.png").mkdir()
     assert main(["train", "me.png", "-o", "me.safetensors", *QUICK]) == 0
-    assert photo.read_bytes() == PICTURE.read_bytes()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("me.safetensors: use it as <it>")
-    assert lines[1] == "me-training.png: the loss"
-
-
-def test_a_curve_that_cannot_be_saved_is_a_warning(photo, capsys, caplog):
-    photo.with_name("me-training.png").mkdir()
-    with caplog.at_level(logging.WARNING):
-        assert main(["train", "me.png", "-o", "me.safetensors", *QUICK]) == 0
-    assert "the loss could not be drawn to me-training.png" in caplog.text
-    assert capsys.readouterr().out.splitlines() == ["me.safetensors: use it as <it> in a prompt"]
+    assert photo.read_bytes() == IMAGE.read_bytes()
+    curves = [] if is_blocked else ["me-training.png: the loss"]
+    expected = ["me.safetensors: use it as <it> in a prompt", *curves]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert ("the loss could not be saved to me-training.png" in caplog.text) == is_blocked
 
 
 @pytest.mark.parametrize(
@@ -66,7 +62,7 @@ def test_a_curve_that_cannot_be_saved_is_a_warning(photo, capsys, caplog):
     ],
 )
 def test_train_overwrites_nothing_that_it_reads(
-    photo, monkeypatch, nothing_begins, name, arguments, capsys
+    photo, monkeypatch, nothing_loads, name, arguments, capsys
 ):
     folder = photo.parent / "here"
     folder.mkdir()
@@ -95,47 +91,37 @@ def test_train_overwrites_nothing_that_it_reads(
         (["maps", "a", "-w", "a", "--image", "me.png", "-o", "me.png"], "would be overwritten"),
         (["swap", "--sheet", "a", "b", "-o", "maps.xyz"], "'maps.xyz' must end in .png or .jpg"),
         (["swap", "--sheet", "a", "b", "--image", "me.png", "-o", "me.png"], "be overwritten"),
-        (["swap", "--key-prompt", "a", "--value-prompt", "b", "-o", "me.png"], "me.png is a file"),
+        ([*SWAP, "-o", "me.png"], "me.png is a file"),
         (["demo", "-o", "me.png"], "output me.png is a file"),
         (["demo", "--image", "sheet.png", "-o", "."], "sheet.png would be overwritten"),
-        (["import", "e.safetensors", "--class-word", "cat", "-o", "me.png"], ".safetensors"),
-        (["import", "e.safetensors", "--class-word", "cat", "-o", "f.safetensors"], "a folder"),
+        ([*IMPORT, "-o", "me.png"], ".safetensors"),
+        ([*IMPORT, "-o", "f.safetensors"], "a folder"),
+        ([*IMPORT, "-o", "e.safetensors"], "would be overwritten"),
         (["export", "e.safetensors", "-o", "f.safetensors"], "is a folder"),
+        (["export", "e.safetensors", "-o", "e.pt"], "must end in .safetensors"),
+        (["export", "e.safetensors", "-o", "./e.safetensors"], "would be overwritten"),
     ],
 )
-def test_an_output_that_cannot_be_is_told_first(photo, nothing_begins, command, words, capsys):
-    for folder in ("folder.png", "f.safetensors"):
+def test_an_output_that_cannot_be_written_is_refused_first(
+    photo, nothing_loads, command, words, capsys
+):
+    for folder in ("folder.png", "f.safetensors", "links"):
         photo.with_name(folder).mkdir()
-    photo.with_name("links").mkdir()
     (photo.with_name("links") / "00003.png").symlink_to("gone")
-    before = sorted(photo.parent.rglob("*"))
+    subject = Subject("<me>", "cat", [torch.ones(1, 1, 4)], [torch.ones(4)], base_model="none")
+    subject.save("e.safetensors")
+    before = {p: p.is_file() and p.read_bytes() for p in photo.parent.rglob("*")}
     assert main(command) == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith(f"sefi-fast {command[0]}:") and words in message
-    assert sorted(photo.parent.rglob("*")) == before
-
-
-def test_export_does_not_overwrite_the_subject(tmp_path, capsys):
-    file = tmp_path / "me.safetensors"
-    Subject("<me>", "cat", [torch.ones(1, 1, 4)], [torch.ones(4)], base_model="none").save(file)
-    before = file.read_bytes()
-    assert main(["export", str(file), "-o", str(tmp_path / "." / file.name)]) == 1
-    assert "would be overwritten" in capsys.readouterr().err
-    assert file.read_bytes() == before
+    assert {p: p.is_file() and p.read_bytes() for p in photo.parent.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
     ("name", "kind"), [("a.png", "PNG"), ("a.JPG", "JPEG"), ("a.jpeg", "JPEG"), ("a.webp", "WEBP")]
 )
-def test_a_picture_is_written_in_the_format_of_its_name(tmp_path, name, kind):
+def test_an_image_is_written_in_the_format_of_its_name(tmp_path, name, kind):
     path = tmp_path / "new" / "folder" / name
     write_image(path, Image.new("RGB", (8, 8), "red"))
     assert Image.open(path).format == kind
     assert [entry.name for entry in path.parent.iterdir()] == [name]
-
-
-def test_a_folder_is_made_only_when_asked(tmp_path):
-    folder = tmp_path / "new" / "folder"
-    assert check_folder(folder, make=False) == folder and not folder.parent.exists()
-    assert check_folder(folder) == folder and folder.is_dir()
-    assert list(folder.iterdir()) == []

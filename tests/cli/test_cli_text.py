@@ -15,8 +15,9 @@ from sefi_fast import bundled_subject_image
 from sefi_fast.cli import main
 from sefi_fast.subject import Subject
 
-PICTURE = bundled_subject_image()
+IMAGE = bundled_subject_image()
 COMMANDS = ("train", "train-many", "generate", "maps", "swap", "export", "import", "evaluate")
+ENCODINGS = ["cp1252", "cp1251", "cp437", "ascii"]
 QUICK = ["--quiet", "--steps", "1", "--batch-size", "1", "--stages", "1"]
 HOSTILE = "<\x1b[31m\x9b1m\u202eme>"
 
@@ -28,7 +29,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    (tmp_path / "home" / "me.png").write_bytes(PICTURE.read_bytes())
+    (tmp_path / "home" / "me.png").write_bytes(IMAGE.read_bytes())
     subject = Subject(HOSTILE, "creature\x1b[2J", [torch.ones(2, 1, 4)], [torch.ones(4)], "none")
     subject.save("hostile.safetensors")
     return tmp_path / "here"
@@ -36,7 +37,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Run the command with streams of an encoding: its status, output and errors."""
+    """Run the command with streams of an encoding; return its status, output and errors."""
 
     def run(encoding, *arguments):
         streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
@@ -55,14 +56,14 @@ def terminal(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "cp1251", "cp437", "ascii"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_printed_in_every_encoding(terminal, encoding, command):
     status, out, errors = terminal(encoding, command, "--help")
     assert status == 0 and out.startswith("usage") and not errors
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "cp1251", "cp437", "ascii"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_good_run_ends_well_in_every_encoding(terminal, place, encoding):
     arguments = ["train", "~/me.png", "--placeholder", "<猫>", "-o", "é猫.safetensors", *QUICK]
     status, out, errors = terminal(encoding, *arguments)
@@ -81,7 +82,7 @@ def test_a_good_run_ends_well_in_every_encoding(terminal, place, encoding):
         ["train", "~/me.png", "--placeholder", f"{HOSTILE} b"],
         ["train", "~/me.png", "-c", "hostile.yaml"],
         ["train-many", "hostile.jsonl", "-o", "many"],
-        ["train-many", "pictures", "-o", "many", *QUICK],
+        ["train-many", "photos", "-o", "many", *QUICK],
         ["train", "~/me.png", f"--{HOSTILE}"],
         ["train", "~/me.png", "--steps", HOSTILE],
         ["train", "~/me.png", "--crop", HOSTILE],
@@ -100,8 +101,8 @@ def test_nothing_printed_moves_the_terminal_or_fills_more_than_a_screen(
     quoted = json.dumps(HOSTILE)
     (place / "hostile.yaml").write_text(f"{quoted}: {quoted}\n")
     (place / "hostile.jsonl").write_text(json.dumps({HOSTILE: HOSTILE, "name": HOSTILE}))
-    (place / "pictures").mkdir()
-    (place / "pictures" / "\x9b1m\u202ea.png").write_bytes(b"no image")
+    (place / "photos").mkdir()
+    (place / "photos" / "\x9b1m\u202ea.png").write_bytes(b"no image")
     for logger in (logging.getLogger("sefi_fast"), logging.getLogger()):
         monkeypatch.setattr(logger, "handlers", [])
     status, out, errors = terminal("utf-8", *arguments)
@@ -118,15 +119,18 @@ def test_a_home_folder_is_expanded_in_every_option(place, capsys):
     assert main(["train", "~/me.png", "--output=~/me.safetensors", *QUICK]) == 0
     assert main(["train", "-c", "c.yaml", "--save-config=~/run.yaml", *QUICK]) == 0
     assert f"image: {home / 'me.png'}" in (home / "run.yaml").read_text()
-    drawing = ["--steps", "1", "--width", "64", "--height", "64"]
+    sampling = ["--steps", "1", "--width", "64", "--height", "64"]
     for named in ("-s", "<me>=~/me.safetensors"), ("-s=<me>=~/me.safetensors",):
-        assert main(["generate", "a <me>", *named, "-n", "1", "-o", "~/drawn", *drawing]) == 0
+        assert main(["generate", "a <me>", *named, "-n", "1", "-o", "~/images", *sampling]) == 0
     exported = ["export", "~/me.safetensors", "--mean-of-stages", "-o=~/e.safetensors"]
     assert main(exported) == 0
     assert main(["train-many", "~/missing", "-o", "~/many"]) == 1
-    told = capsys.readouterr()
-    assert str(home / "missing") in told.err and "~" not in told.out + told.err.splitlines()[-1]
-    made = {"me.safetensors", "two.safetensors", "run.yaml", "drawn", "e.safetensors"}
+    printed = capsys.readouterr()
+    assert (
+        str(home / "missing") in printed.err
+        and "~" not in printed.out + printed.err.splitlines()[-1]
+    )
+    made = {"me.safetensors", "two.safetensors", "run.yaml", "images", "e.safetensors"}
     assert made <= set(os.listdir(home)) and not os.path.lexists("~")
 
 
@@ -142,6 +146,6 @@ def test_a_home_folder_is_expanded_in_every_option(place, capsys):
         ["generate", "a", "-s"],
     ],
 )
-def test_a_home_folder_that_is_not_there_is_told(place, capsys, arguments):
+def test_a_missing_home_folder_is_refused(place, capsys, arguments):
     assert main([*arguments, "~nosuchuser/me.safetensors"]) == 1
     assert ": The path ~nosuchuser/me.safetensors begins with" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Write a pipeline as the one file in which models were first published, in their own names."""
+"""Write a pipeline as a single file with the names of the first published models."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _OPEN_CLIP = {
 
 
 def save_checkpoint(pipe: Any, path: Path) -> None:
-    """One .safetensors file of a Stable Diffusion 1.x or an SDXL pipeline."""
+    """Write a Stable Diffusion 1.x or an SDXL pipeline to one .safetensors file."""
     tensors = {f"model.diffusion_model.{n}": t for n, t in _unet(pipe.unet).items()}
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in _vae(pipe.vae).items()}
     second = getattr(pipe, "text_encoder_2", None)
@@ -106,18 +106,11 @@ def _vae(vae: Any) -> dict[str, Tensor]:
             tensor = tensor[:, :, None, None]
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
         if "mid_block.attentions.0" in name:
-            name = name.replace("mid_block.attentions.0", "mid.attn_1")
-            name = _renamed(name, _VAE_ATTENTION)
-        name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
-        name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
-        name = re.sub(
-            r"up_blocks\.(\d)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name
-        )
-        name = re.sub(
-            r"up_blocks\.(\d)\.upsamplers\.0",
-            lambda m: f"up.{levels - 1 - int(m[1])}.upsample",
-            name,
-        )
+            name = _renamed(name, {"mid_block.attentions.0": "mid.attn_1", **_VAE_ATTENTION})
+        name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
+        name = re.sub(r"up_blocks\.(\d)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+        name = re.sub(r"((?:down|up)\.\d)\.resnets", r"\1.block", name)
+        name = re.sub(r"((?:down|up)\.\d)\.(down|up)samplers\.0", r"\1.\2sample", name)
         name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         found[name] = tensor
     return found

@@ -20,66 +20,51 @@ from sefi_fast.pipelines import attach
 SHORT = {"num_inference_steps": 3, "height": 64, "width": 64}
 
 
-def projections(pipe) -> list[nn.Linear]:
-    """The layers that project the prompt to keys and values."""
-    layers = cross_attention_layers(pipe.unet).values()
-    return [projection for attn in layers for projection in (attn.to_k, attn.to_v)]
-
-
-def shifted(pipe) -> list[nn.Parameter]:
-    """Other parameters of the U-Net, as an average of its training would have."""
-    return [nn.Parameter(p.detach() * 1.3) for p in pipe.unet.parameters()]
-
-
 class Scaled(nn.Module):
     def forward(self, weight):
         return weight * 1.5
 
 
-def scale_data(pipe):
-    for projection in projections(pipe):
-        projection.weight.data.mul_(1.5)
+def each_projection(change):
+    """Return a change of every layer that projects the prompt to keys or values."""
+
+    def change_all(pipe):
+        for attn in cross_attention_layers(pipe.unet).values():
+            for projection in (attn.to_k, attn.to_v):
+                change(projection)
+
+    return change_all
+
+
+def write_by_numpy(projection):
+    projection.weight.detach().numpy()[:] *= 1.5
 
 
 @torch.no_grad()
-def set_storage(pipe):
-    for projection in projections(pipe):
-        projection.weight.set_(projection.weight * 1.5)
+def set_storage(projection):
+    projection.weight.set_(projection.weight * 1.5)
 
 
-def write_by_numpy(pipe):
-    for projection in projections(pipe):
-        projection.weight.detach().numpy()[:] *= 1.5
+def swap_tensors(projection):
+    torch.utils.swap_tensors(projection.weight, nn.Parameter(projection.weight.detach() * 1.5))
+
+
+def take_optimizer_step(projection):
+    projection.weight.grad = projection.weight.detach().clone()
+    torch.optim.SGD([projection.weight], lr=0.4).step()
+
+
+scale_data = each_projection(lambda projection: projection.weight.data.mul_(1.5))
 
 
 def copy_averages(pipe):
-    EMAModel(shifted(pipe)).copy_to(pipe.unet.parameters())
+    averages = [nn.Parameter(p.detach() * 1.3) for p in pipe.unet.parameters()]
+    EMAModel(averages).copy_to(pipe.unet.parameters())
 
 
 def assign_state(pipe):
     state = {name: value * 1.3 for name, value in pipe.unet.state_dict().items()}
     pipe.unet.load_state_dict(state, assign=True)
-
-
-def take_optimizer_step(pipe):
-    weights = [projection.weight for projection in projections(pipe)]
-    for weight in weights:
-        weight.grad = weight.detach().clone()
-    torch.optim.SGD(weights, lr=0.4).step()
-
-
-def swap_tensors(pipe):
-    for projection in projections(pipe):
-        torch.utils.swap_tensors(projection.weight, nn.Parameter(projection.weight.detach() * 1.5))
-
-
-def parametrize_weights(pipe):
-    for projection in projections(pipe):
-        parametrize.register_parametrization(projection, "weight", Scaled())
-
-
-def change_dtype(pipe):
-    pipe.unet.to(torch.float8_e4m3fn).to(torch.float32)
 
 
 def offload(pipe):
@@ -92,29 +77,31 @@ def fuse_lora(pipe):
     pipe.fuse_lora()
 
 
-WAYS = [
-    scale_data,
-    set_storage,
-    write_by_numpy,
-    copy_averages,
-    assign_state,
-    take_optimizer_step,
-    swap_tensors,
-    parametrize_weights,
-    change_dtype,
-    offload,
-    fuse_lora,
-]
+WAYS = {
+    "scale data": scale_data,
+    "set storage": each_projection(set_storage),
+    "write by numpy": each_projection(write_by_numpy),
+    "copy averages": copy_averages,
+    "assign a state": assign_state,
+    "take a step": each_projection(take_optimizer_step),
+    "swap tensors": each_projection(swap_tensors),
+    "parametrize": each_projection(
+        lambda projection: parametrize.register_parametrization(projection, "weight", Scaled())
+    ),
+    "change the dtype": lambda pipe: pipe.unet.to(torch.float8_e4m3fn).to(torch.float32),
+    "offload": offload,
+    "fuse a LoRA": fuse_lora,
+}
 
 
-@pytest.mark.parametrize("change", WAYS, ids=lambda way: way.__name__)
-def test_weights_changed_between_steps(sd15_pipeline, change):
-    if "lora" in change.__name__ and find_spec("peft") is None:
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_changed_between_steps(sd15_pipeline, way):
+    if "LoRA" in way and find_spec("peft") is None:
         pytest.skip("peft is missing")
 
     def after_the_first_step(pipe, step, timestep, tensors):
         if step == 0:
-            change(pipe)
+            WAYS[way](pipe)
         return tensors
 
     def changed(pipe, prompt):

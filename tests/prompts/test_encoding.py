@@ -181,7 +181,7 @@ def test_a_single_subject_may_have_any_number_of_stages(sd15_pipeline):
 def test_wrong_calls_are_told(sd15_pipeline):
     pipe = sd15_pipeline
     me = make_subject(pipe)
-    with pytest.raises(ValueError, match="2 subjects share the placeholder '<me>'"):
+    with pytest.raises(ValueError, match="2 of the subjects have the placeholder '<me>'"):
         encode(pipe, "a", subjects=[me, make_subject(pipe, word="dog")])
     many = [make_subject(pipe, f"<{s}>", stages=s) for s in (11, 13)]
     with pytest.raises(ValueError, match="11, 13 stages need 143"):

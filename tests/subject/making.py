@@ -9,7 +9,7 @@ from sefi_fast.subject import Subject
 
 def make_subject(
     stages: int = 5, split: bool = True, widths=(48,), seed: int = 0, vectors: int = 1, **fields
-):
+) -> Subject:
     generator = torch.Generator().manual_seed(seed)
     streams = 2 if split else 1
     values = {

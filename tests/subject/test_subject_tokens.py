@@ -1,4 +1,4 @@
-"""The token module: exact start, determinism, what trains, and that it can reach any tokens."""
+"""SubjectTokens: exact start, determinism, trained parameters, and reach of any tokens."""
 
 from __future__ import annotations
 
@@ -39,34 +39,25 @@ def test_every_token_starts_as_the_class_embedding(
     assert torch.equal(tokens, start.float().expand_as(tokens))
 
 
-def test_a_class_embedding_of_zeros_still_starts_exactly():
+def test_zeros_and_a_vector_without_an_axis_start_exactly_too():
     tokens = SubjectTokens(torch.zeros(16), generator=seeded())()
     assert torch.equal(tokens, torch.zeros(5, 2, 1, 16))
-
-
-def test_one_vector_may_come_without_an_axis():
     one = SubjectTokens(embedding(), generator=seeded()).state_dict()
     same = SubjectTokens(embedding()[None], generator=seeded()).state_dict()
     assert all(torch.equal(one[name], same[name]) for name in same)
 
 
-def test_generator_alone_decides_the_start():
+def test_the_generator_alone_determines_the_start():
     torch.manual_seed(1)
+    state = torch.get_rng_state()
     first = SubjectTokens(embedding(), generator=seeded(3)).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     second = SubjectTokens(embedding(), generator=seeded(3)).state_dict()
     other = SubjectTokens(embedding(), generator=seeded(4)).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["slots"], other["slots"])
     assert not torch.equal(first["in_weight"], other["in_weight"])
-
-
-def test_generator_leaves_the_global_one_alone():
-    torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
-    SubjectTokens(embedding(), generator=seeded())
-    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.parametrize("vectors", [1, 3])
@@ -84,7 +75,7 @@ def test_everything_moves_after_one_step(vectors):
 
 @pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("module", ["attention", "free"])
-def test_tokens_of_all_stages_streams_and_vectors_can_become_different(module, vectors):
+def test_tokens_of_all_stages_streams_and_vectors_can_differ(module, vectors):
     start = embedding().expand(vectors, -1)
     tokens = SubjectTokens(start, stages=3, module=module, generator=seeded())
     target = embedding() + 0.014 * torch.randn(3, 2, vectors, 48, generator=seeded(1))
@@ -124,19 +115,12 @@ def test_one_step_moves_a_token_as_far_through_the_attention_as_by_its_row():
         assert 0.2 * rate < moved[False] < 2 * rate
 
 
-def test_autocast_leaves_the_tokens_in_float32():
-    tokens = SubjectTokens(embedding(), generator=seeded())
-    torch.nn.init.normal_(tokens.out_weight, generator=seeded(2))
-    plain = tokens()
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = tokens()
-    assert cast.dtype == torch.float32
-    assert torch.equal(cast, plain)
-
-
-def test_state_dict_restores_the_tokens():
+def test_autocast_and_a_state_dict_keep_the_tokens():
     trained = SubjectTokens(embedding(), generator=seeded())
     torch.nn.init.normal_(trained.out_weight, generator=seeded(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = trained()
+    assert cast.dtype == torch.float32 and torch.equal(cast, trained())
     fresh = SubjectTokens(embedding(seed=9), generator=seeded(7))
     fresh.load_state_dict(trained.state_dict())
     assert torch.equal(fresh(), trained())
@@ -153,6 +137,6 @@ def test_state_dict_restores_the_tokens():
         ({"module": "mlp"}, "module"),
     ],
 )
-def test_wrong_arguments_are_told(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SubjectTokens(**{"class_embedding": embedding(), **arguments})

@@ -532,9 +532,9 @@ def test_the_command(tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--steps", "1", "--batch-size", "1", "--resolution", "32", "--quiet"]
     assert main(["train-many", str(folder), "--output", str(out), *options]) == 1
-    assert capsys.readouterr().out == f"{out}: 1 subjects learnt, 1 failed: two\n"
+    assert capsys.readouterr().out == f"{out}: 1 subjects trained, 1 failed: two\n"
     (folder / "two.png").unlink()
     assert main(["train-many", str(folder), "--output", str(out), *options]) == 0
-    assert capsys.readouterr().out == f"{out}: 0 subjects learnt, 1 were there already\n"
+    assert capsys.readouterr().out == f"{out}: 0 subjects trained, 1 existed already\n"
     assert main(["train-many", str(out), "--output", str(out)]) == 1
     assert "holds no image" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every file is written whole or not at all, and its renaming reaches the disk."""
+"""Files are written whole or not at all and reach the disk; regular files alone are read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import builtins
 import errno
 import os
 import stat
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from sefi_fast.errors import PathError
 from sefi_fast.subject import Subject
 from sefi_fast.utils.files import (
     atomic_write,
+    check_folder,
     checksum,
     read_regular,
     remove_partials,
@@ -30,9 +30,20 @@ WRITERS = {
     "a subject": lambda path: SUBJECT.save(path),
     "an embedding": lambda path: export_embedding(SUBJECT, path),
 }
+every_writer = pytest.mark.parametrize("write", WRITERS.values(), ids=list(WRITERS))
+write_or_try = pytest.mark.parametrize(
+    "write", [try_atomic_write, lambda path: atomic_write(path, b"")], ids=["try", "write"]
+)
 
 
-@pytest.mark.parametrize("write", WRITERS.values(), ids=list(WRITERS))
+def failing(code):
+    def fail(*arguments, **settings):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@every_writer
 def test_the_file_and_then_its_folder_reach_the_disk(tmp_path, monkeypatch, write):
     synced, honest = [], os.fsync
 
@@ -47,61 +58,63 @@ def test_the_file_and_then_its_folder_reach_the_disk(tmp_path, monkeypatch, writ
     assert os.listdir(path.parent) == [path.name] and path.stat().st_size
 
 
-@pytest.mark.parametrize("write", WRITERS.values(), ids=list(WRITERS))
-def test_a_full_disk_leaves_what_lay_there(tmp_path, monkeypatch, write):
+@every_writer
+def test_a_full_disk_leaves_the_earlier_file(tmp_path, monkeypatch, write):
     path = tmp_path / "me.safetensors"
     path.write_bytes(b"before")
-    monkeypatch.setattr(os, "fsync", _failing(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         write(path)
     assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+def test_a_write_that_fails_names_the_file_and_not_the_temporary_one(tmp_path, monkeypatch, call):
+    path = tmp_path / "me.safetensors"
+    monkeypatch.setattr(builtins if call == "open" else os, call, failing(errno.ENOSPC))
+    with pytest.raises(OSError) as caught:
+        atomic_write(path, b"half")
+    assert str(caught.value).endswith(f": {str(path)!r}")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-@pytest.mark.parametrize("write", WRITERS.values(), ids=list(WRITERS))
-def test_a_file_system_that_cannot_sync_takes_the_file(tmp_path, monkeypatch, write, code):
-    monkeypatch.setattr(os, "fsync", _failing(code))
-    try_atomic_write(tmp_path / "me.safetensors")
-    write(tmp_path / "me.safetensors")
-    assert (tmp_path / "me.safetensors").stat().st_size
+def test_a_file_system_that_cannot_sync_takes_the_file(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(os, "fsync", failing(code))
+    path = tmp_path / "me.safetensors"
+    try_atomic_write(path)
+    atomic_write(path, b"content")
+    assert path.read_bytes() == b"content"
 
 
-def _failing(code):
-    def fail(*arguments, **settings):
-        raise OSError(code, os.strerror(code))
-
-    return fail
-
-
-@pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV, errno.EIO, errno.ENOSPC])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("place", ["me.safetensors", "there", "new/folder/me.safetensors"])
-def test_a_trial_meets_what_a_save_will_meet(tmp_path, monkeypatch, place, call, code):
+def test_a_trial_fails_as_a_save_would(tmp_path, monkeypatch, place, call):
     (tmp_path / "there").write_bytes(b"mine")
     path = tmp_path / place
     try_atomic_write(path)
-    with monkeypatch.context() as patched:
-        patched.setattr(os, call, _failing(code))
-        with pytest.raises(OSError, match=os.strerror(code)):
-            try_atomic_write(path)
+    for code in (errno.EPERM, errno.EXDEV, errno.EIO, errno.ENOSPC):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, failing(code))
+            with pytest.raises(OSError, match=os.strerror(code)):
+                try_atomic_write(path)
     assert os.listdir(tmp_path) == ["there"] and (tmp_path / "there").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("name", ["m" * 243 + ".safetensors", "é" * 127, "猫" * 85])
 @pytest.mark.parametrize("folder", ["", "new"])
-def test_a_name_as_long_as_can_be_is_written(tmp_path, folder, name):
+def test_a_name_of_maximal_length_is_written(tmp_path, folder, name):
     path = tmp_path / folder / name
     assert 254 <= len(os.fsencode(name)) <= 255
     try_atomic_write(path)
     atomic_write(path, b"content")
     assert os.listdir(path.parent) == [name]
-    longer = path.with_name(name + "mm")
     for write in (try_atomic_write, lambda place: atomic_write(place, b"")):
         with pytest.raises(OSError, match="too long"):
-            write(longer)
+            write(path.with_name(name + "mm"))
 
 
-def test_a_link_is_written_through(tmp_path):
+def test_the_target_of_a_link_is_written(tmp_path):
     (tmp_path / "far").mkdir()
     target, link = tmp_path / "far" / "target", tmp_path / "link"
     target.write_bytes(b"before")
@@ -114,8 +127,8 @@ def test_a_link_is_written_through(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["nowhere", "nowhere/me", "nowhere/new/me", "loop", "loop/me"])
-@pytest.mark.parametrize("write", [try_atomic_write, lambda path: atomic_write(path, b"")])
-def test_a_link_that_leads_nowhere_is_not_written(tmp_path, place, write):
+@write_or_try
+def test_a_dangling_link_is_not_written(tmp_path, place, write):
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "file")
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError):
@@ -123,33 +136,59 @@ def test_a_link_that_leads_nowhere_is_not_written(tmp_path, place, write):
     assert sorted(os.listdir(tmp_path)) == ["loop", "nowhere"]
 
 
-def test_only_regular_files_are_replaced(tmp_path):
+@write_or_try
+def test_only_regular_files_are_replaced(tmp_path, write):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "null").symlink_to("/dev/null")
     for path in (tmp_path / "fifo", tmp_path / "null", Path("/dev/null")):
-        for write in (try_atomic_write, lambda place: atomic_write(place, b"content")):
-            with pytest.raises(OSError, match="a device, a pipe or a socket"):
-                write(path)
+        with pytest.raises(OSError, match="a device, a pipe or a socket"):
+            write(path)
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
-def test_a_file_without_write_permission_is_replaced_and_an_immutable_one_told(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM])
+def test_a_file_without_write_permission_is_replaced_and_an_immutable_one_is_not(
+    tmp_path, monkeypatch, code
 ):
     path = tmp_path / "me"
     path.write_bytes(b"before")
     honest = os.open
 
-    def opened(code, place, flags, *more, **settings):
+    def opened(place, flags, *more, **settings):
         if place == path and flags & os.O_WRONLY:
             raise OSError(code, os.strerror(code))
         return honest(place, flags, *more, **settings)
 
-    monkeypatch.setattr(os, "open", partial(opened, errno.EACCES))
-    try_atomic_write(path)
-    monkeypatch.setattr(os, "open", partial(opened, errno.EPERM))
-    with pytest.raises(OSError, match="not permitted"):
+    monkeypatch.setattr(os, "open", opened)
+    if code == errno.EACCES:
         try_atomic_write(path)
+    else:
+        with pytest.raises(OSError, match="not permitted"):
+            try_atomic_write(path)
+
+
+@pytest.mark.parametrize("name", ["me.safetensors", "m" * 243 + ".safetensors"])
+def test_temporary_files_of_killed_processes_are_removed_and_no_others(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", failing(errno.EIO))
+        patched.setattr(Path, "unlink", lambda *arguments, **settings: None)
+        with pytest.raises(OSError):
+            atomic_write(path, b"half")
+    assert len(os.listdir(tmp_path)) == 1
+    kept = {"me.safetensors", ".me.safetensors.x", ".other.safetensors.0123abcd"}
+    for other in kept:
+        (tmp_path / other).write_bytes(b"")
+    remove_partials(path)
+    assert set(os.listdir(tmp_path)) == kept
+
+
+@pytest.mark.parametrize("make", [True, False])
+def test_a_folder_is_created_only_if_asked(tmp_path, make):
+    folder = tmp_path / "new" / "folder"
+    assert check_folder(folder, make=make) == folder
+    assert folder.is_dir() == folder.parent.exists() == make
+    assert not make or list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -165,7 +204,7 @@ def test_a_file_without_write_permission_is_replaced_and_an_immutable_one_told(
         ("some/model", "some/model"),
     ],
 )
-def test_a_tilde_in_front_is_the_home_folder(tmp_path, monkeypatch, given, path):
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch, given, path):
     here = tmp_path / "here"
     here.mkdir()
     (here / "~draft.png").touch()
@@ -176,65 +215,25 @@ def test_a_tilde_in_front_is_the_home_folder(tmp_path, monkeypatch, given, path)
 
 
 @pytest.mark.parametrize("given", ["~nosuchuser/x", "~nosuchuser", "a\0b", "\ud800.png"])
-def test_what_cannot_be_a_path_is_told(given):
+def test_text_that_cannot_be_a_path_is_refused(given):
     with pytest.raises(PathError, match=r"^The path .*\. (Give|Leave|Write)") as caught:
         user_path(given)
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["me.safetensors", "m" * 243 + ".safetensors"])
-def test_the_temporary_file_of_a_killed_process_is_removed(tmp_path, monkeypatch, name):
-    path = tmp_path / name
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", _failing(errno.EIO))
-        patched.setattr(Path, "unlink", lambda *arguments, **settings: None)
-        with pytest.raises(OSError):
-            atomic_write(path, b"half")
-    assert len(os.listdir(tmp_path)) == 1
-    remove_partials(tmp_path / "other")
-    assert len(os.listdir(tmp_path)) == 1
-    remove_partials(path)
-    assert os.listdir(tmp_path) == []
-
-
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
-    path = tmp_path / "me.safetensors"
-    kept = {path.name, ".me.safetensors.x", ".other.safetensors.0123abcd"}
-    for name in {*kept, ".me.safetensors.0123abcd"}:
-        (tmp_path / name).write_bytes(b"")
-    remove_partials(path)
-    assert set(os.listdir(tmp_path)) == kept
-
-
-def _not_a_file(folder):
-    os.mkfifo(folder / "fifo")
-    (folder / "loop").symlink_to(folder / "loop")
-    (folder / "to-device").symlink_to("/dev/zero")
-    return [folder, folder / "fifo", folder / "loop", folder / "to-device", folder / "none"]
-
-
-@pytest.mark.parametrize(
-    "read", [lambda path: read_regular(path, 10), lambda path: checksum(path, 10)]
-)
+@pytest.mark.parametrize("read", [read_regular, checksum])
 def test_only_regular_files_up_to_the_limit_are_read(tmp_path, read):
-    for path in [*_not_a_file(tmp_path), "/dev/zero", "a\0b"]:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    names = ["", "fifo", "loop", "device", "none"]
+    for path in [*(tmp_path / name for name in names), "/dev/zero", "a\0b"]:
         with pytest.raises(OSError):
-            read(path)
+            read(path, 10)
     (tmp_path / "small").write_bytes(b"0123456789")
     (tmp_path / "link").symlink_to("small")
-    assert read(tmp_path / "link") in (b"0123456789", "a684c7c6")
+    assert read(tmp_path / "link", 10) in (b"0123456789", "a684c7c6")
     with open(tmp_path / "large", "wb") as stream:
         stream.truncate(2**40)
     with pytest.raises(OSError, match="1,099,511,627,776 bytes, and at most 10"):
-        read(tmp_path / "large")
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
-def test_a_write_that_fails_names_the_file_and_not_the_temporary_one(tmp_path, monkeypatch, call):
-    path = tmp_path / "me.safetensors"
-    module = builtins if call == "open" else os
-    monkeypatch.setattr(module, call, _failing(errno.ENOSPC))
-    with pytest.raises(OSError) as caught:
-        atomic_write(path, b"half")
-    assert str(caught.value).endswith(f": {str(path)!r}")
-    assert os.listdir(tmp_path) == []
+        read(tmp_path / "large", 10)
