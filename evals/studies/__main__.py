@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ _NOT_OF_TWO = ("prompts", "sampling_steps", "variants", "workers", "batch_subjec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the studies that are named. Return the exit status."""
+    """Run the studies that are named. Return 0, 1 for an error, or 128 + the signal's number."""
     parser = argparse.ArgumentParser(prog="python -m evals.studies", description=__doc__)
     parser.add_argument(
         "study", nargs="+", metavar="NAME",
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SefiError, ValueError) as error:
         print(f"evals.studies: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"evals.studies: {error or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
     for path in files:
         report(path)
     return 1 if failures else 0

@@ -37,7 +37,6 @@ IMAGE_SIZE = 192
 """Side in pixels of the images that subjects are trained on."""
 _BATCH = 16
 _RESULT_LIMIT = 64 * 2**20
-_PARTS = {"images", "overfit", "open", "training"}
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,8 @@ class Task:
         return f"{self.protocol.model}-s{self.protocol.seed}-{number:02d}"
 
     def is_done(self, number: int) -> bool:
-        """Whether an identity has all scores of this protocol."""
-        found = self.load(number)
-        return found is not None and found.keys() >= _PARTS
+        """Whether an identity has scores of this protocol."""
+        return self.load(number) is not None
 
     def load(self, number: int) -> dict[str, Any] | None:
         """Return an identity's scores; None if there are none of this protocol."""
@@ -187,30 +185,28 @@ class Worker:
         return failures
 
     def _score(self, task: Task, one: StudySubject, subject: Subject | None) -> None:
-        """Generate, score and write the file of one identity; finished parts stay."""
+        """Generate, score and write the file of one identity."""
         pipe, protocol = self._pipe(task.protocol.dtype), task.protocol
-        found = task.load(one.number) or {
+        if subject is not None:
+            attach(pipe, subject)
+        try:
+            images = _generate(pipe, _texts(task, one, one.prompts), protocol)
+            open_images = _generate(pipe, _texts(task, one, one.open_prompts), protocol)
+            overfit = subject and _overfit(pipe, subject, one)
+        finally:
+            detach(pipe)
+        atomic_write(task.strip(one.number), png(_strip(images[:: protocol.seeds])))
+        found = {
             "variant": task.variant.name,
             "protocol": asdict(protocol),
             "subject": one.number,
             "image": asdict(one.image),
             # A subject that an earlier run trained has the summary in its file.
             "training": subject and dict(summarise(subject.history) or subject.summary or {}),
+            "images": self._rows(images, one.prompts, one, protocol.seeds),
+            "open": self._rows(open_images, one.open_prompts, one, protocol.seeds),
+            "overfit": overfit,
         }
-        if subject is not None:
-            attach(pipe, subject)
-        try:
-            if "images" not in found:
-                images = _generate(pipe, _texts(task, one, one.prompts), protocol)
-                found["images"] = self._rows(images, one.prompts, one, protocol.seeds)
-                atomic_write(task.strip(one.number), png(_strip(images[:: protocol.seeds])))
-            if "overfit" not in found:
-                found["overfit"] = subject and _overfit(pipe, subject, one)
-            if "open" not in found:
-                images = _generate(pipe, _texts(task, one, one.open_prompts), protocol)
-                found["open"] = self._rows(images, one.open_prompts, one, protocol.seeds)
-        finally:
-            detach(pipe)
         text = json.dumps(found, indent=1, ensure_ascii=False)
         atomic_write(task.result(one.number), text.encode())
 
