@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +15,9 @@ from evals.studies.variants import BASELINE, CONTROLS, Study, Variant
 from sefi_fast.evaluation import Panel, contact_sheet
 from sefi_fast.evaluation.sheets import png
 from sefi_fast.evaluation.statistics import Interval, bootstrap, paired_difference
+from sefi_fast.evaluation.tables import csv_bytes, markdown_table, write_files
 from sefi_fast.tiny_world.drawing import ACCESSORIES, draw
 from sefi_fast.tiny_world.judge import Judge, Judgement
-from sefi_fast.utils.files import atomic_write
 
 _SCORED = ("id", "rank", "prompt", "share", "id_p", "leak", "open_leak", "open_id")
 _MEASURED = ("inside", "class_inside", "correlation", "taken", "final_loss", "final_subject_loss",
@@ -54,7 +52,8 @@ def write_report(
         shown = [variant for variant in every if results.numbers(variant)]
         if not shown:
             continue
-        contents[f"{study.name}.csv"] = _csv(shown, results, baseline).encode()
+        rows = [_cells(variant, results, baseline) for variant in shown]
+        contents[f"{study.name}.csv"] = csv_bytes(rows)
         contents[f"{study.name}.md"] = _markdown(study, shown, results, baseline).encode()
         images = {"": plot_study(study, results), "-sheet": _sheet(folder, study, shown, results)}
         for suffix, image in images.items():
@@ -63,9 +62,7 @@ def write_report(
     verdicts = judge_sheet(results)
     if verdicts is not None:
         contents["judge-sheet.png"] = png(verdicts)
-    for name, content in contents.items():
-        atomic_write(folder / name, content)
-    return [folder / name for name in contents]
+    return write_files(folder, contents)
 
 
 def _difference(
@@ -99,37 +96,24 @@ def _cells(variant: Variant, results: Results, baseline: Variant) -> dict[str, s
     return cells | {"identities": str(len(results.numbers(variant)))}
 
 
-def _csv(shown: Sequence[Variant], results: Results, baseline: Variant) -> str:
-    rows = [_cells(variant, results, baseline) for variant in shown]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
-
-
 def _markdown(study: Study, shown: Sequence[Variant], results: Results, baseline: Variant) -> str:
     protocol = results.protocol
     titles = ["variant", "identities", *_TITLES.values()]
     titles += [f"{title} − {BASELINE}" for title in _TITLES.values()]
-    lines = [
-        f"# {study.title}",
-        "",
-        f"{protocol.prompts} prompts × {protocol.seeds} seeds per identity, "
-        f"{protocol.sampling_steps} sampling steps, guidance {protocol.guidance:g}, "
-        f"{protocol.precision}. Brackets: 95 % bootstrap interval over identities. Bold: the "
-        f"paired difference excludes zero. All scores: {study.name}.csv.",
-        "",
-        f"| {' | '.join(titles)} |",
-        "|" + "---|" * len(titles),
-    ]
+    rows = []
     for variant in shown:
         cells = [variant.name, str(len(results.numbers(variant)))]
         cells += [str(bootstrap(results.values(variant, score))) for score in _TITLES]
         less = [_difference(variant, score, results, baseline) for score in _TITLES]
-        cells += ["—" if found is None else found.signed() for found in less]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells + ["—" if found is None else found.signed() for found in less])
+    return (
+        f"# {study.title}\n\n"
+        f"{protocol.prompts} prompts × {protocol.seeds} seeds per identity, "
+        f"{protocol.sampling_steps} sampling steps, guidance {protocol.guidance:g}, "
+        f"{protocol.precision}. Brackets: 95 % bootstrap interval over identities. Bold: the "
+        f"paired difference excludes zero. All scores: {study.name}.csv.\n\n"
+        + markdown_table(titles, rows)
+    )
 
 
 def _sheet(

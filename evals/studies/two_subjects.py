@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -24,6 +22,7 @@ from evals.studies.variants import BASELINE, Variant
 from sefi_fast.errors import ModelError, TrainingError
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap, paired_difference
+from sefi_fast.evaluation.tables import csv_bytes, markdown_table, write_files
 from sefi_fast.pipelines import attach, load_pipeline, regions
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD, two_creatures_lora
@@ -32,7 +31,6 @@ from sefi_fast.tiny_world.drawing import IMAGE_SIZE, SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
 from sefi_fast.tiny_world.pairs import HALVES, halves_of
 from sefi_fast.training import TrainConfig
-from sefi_fast.utils.files import atomic_write
 from sefi_fast.utils.outputs import check_folder
 
 
@@ -205,13 +203,11 @@ def compare_two_subjects(
     )
     sheet = contact_sheet(rows, title="two subjects in one image", panel_size=PANEL_SIZE)
     contents = {
-        "two.csv": _csv(scores).encode(),
+        "two.csv": csv_bytes(_rows(scores)),
         "two.md": f"{about}\n\n{_table(scores)}".encode(),
         "two-sheet.png": png(sheet),
     }
-    for name, content in contents.items():
-        atomic_write(folder / name, content)
-    return [folder / name for name in contents]
+    return write_files(folder, contents)
 
 
 def score_halves(
@@ -277,21 +273,16 @@ def _generate(
     return images
 
 
-def _csv(scores: Scores) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["way", "pair", "image", *TwoScore._fields])
+def _rows(scores: Scores) -> Iterator[dict[str, object]]:
     for way, pairs in scores.items():
         for pair, found in pairs.items():
             for number, score in enumerate(found):
-                writer.writerow([way, pair, number, *(round(value, 4) for value in score)])
-    return stream.getvalue()
+                rounded = {name: round(value, 4) for name, value in score._asdict().items()}
+                yield {"way": way, "pair": pair, "image": number, **rounded}
 
 
 def _table(scores: Scores) -> str:
     """Tabulate the means over pairs with intervals."""
-    titles = ("two creatures", "ID", "own attributes", "confused", "confused − one sentence")
-    lines = [f"| asked for by | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
 
     def means(way: str, place: int) -> dict[int, float]:
         return {
@@ -299,9 +290,10 @@ def _table(scores: Scores) -> str:
             for pair, found in scores[way].items()
         }
 
+    titles = ("asked for by", "two creatures", "ID", "own attributes", "confused")
+    rows = []
     for way in scores:
         cells = [str(bootstrap(means(way, place))) for place in range(len(TwoScore._fields))]
         less = paired_difference(means(way, 3), means(_COMPARED_TO, 3))
-        cells.append("—" if way == _COMPARED_TO else less.signed())
-        lines.append(f"| {way} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([way, *cells, "—" if way == _COMPARED_TO else less.signed()])
+    return markdown_table([*titles, "confused − one sentence"], rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from evals.tiny_world.judge_training import train_judge
+from evals.tiny_world.loop import Settings
 from evals.tiny_world.rates import measure, measure_pairs
 from evals.tiny_world.train import STAGES, make_model
 from evals.tiny_world.two_creatures import train_two_creatures
@@ -66,10 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--images must be at least 128")
     if command == "pair-rates" and options["count"] > 33:
         parser.error(f"--count is {options['count']}. There are 33 pairs of held-out identities.")
+    if "minutes" in options:
+        torch.set_num_threads(threads := options.pop("threads"))
+        settings = {name: options.pop(name) for name in ("seed", "device")}
+        options["settings"] = Settings(60 * options.pop("minutes"), **settings)
     if command == "model":
-        make_model(**options)
+        make_model(processes=threads, **options)
     elif command == "judge":
-        torch.set_num_threads(options.pop("threads"))
         for name, share in train_judge(**options).items():
             print(f"{name:14s} {share:.3f}")
     elif command == "lora":

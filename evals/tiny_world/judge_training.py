@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evals.tiny_world.images import draw_all, to_tensor
-from evals.tiny_world.loop import Loop
+from evals.tiny_world.loop import Loop, Settings
 from sefi_fast.tiny_world.drawing import ImageSpec, draw, held_out_identities, random_spec
 from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, JudgeNetwork, right_answers, true_values
 
@@ -20,34 +20,22 @@ _UNSEEN = -100
 
 
 def train_judge(
-    out: Path,
-    *,
-    minutes: float,
-    images: int,
-    seed: int,
-    device: str,
-    max_steps: int | None = None,
-    batch_size: int = 64,
-    progress: bool = True,
+    out: Path, images: int, settings: Settings, batch_size: int = 64
 ) -> dict[str, float]:
     """Train and save a judge.
 
     Args:
         out: safetensors file.
-        minutes: training time, after drawing.
         images: number of drawn images. Unlike the generator's, they show held-out identities too.
-        seed: seed of the images, the weights and every random choice, unlike the generator's.
-        device: "cpu" or "cuda".
-        max_steps: ends training earlier.
+        settings: settings of the training, with another seed than the generator's.
         batch_size: images per step.
-        progress: whether to show a progress bar.
 
     Returns:
         Share of right answers for each attribute on 1,000 fresh images of held-out identities.
     """
-    torch.manual_seed(seed)
-    place = torch.device(device)
-    rng, held_out = random.Random(seed), held_out_identities()
+    torch.manual_seed(settings.seed)
+    place = settings.place
+    rng, held_out = random.Random(settings.seed), held_out_identities()
     specs = []
     for _ in range(images):
         identity = rng.choice(held_out) if rng.random() < _HELD_OUT_SHARE else None
@@ -57,9 +45,8 @@ def train_judge(
     network = JudgeNetwork().to(place)
     network.body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loop = Loop(
-        "judge", network.parameters(), 2e-3, seconds=minutes * 60, max_steps=max_steps,
-        progress=progress, warm_up=100, flat=0.2, end=0.01, beta2=0.99, decay=0.02,
-        clip=float("inf"),
+        "judge", network.parameters(), 2e-3, settings, warm_up=100, flat=0.2, end=0.01, beta2=0.99,
+        decay=0.02, clip=float("inf"),
     )  # fmt: skip
     for step in loop.steps():
         picks = torch.randint(len(drawn), (batch_size,))
@@ -74,7 +61,7 @@ def train_judge(
         loop.descend(torch.stack(losses).sum() / batch_size, step)
     judge = Judge(network.cpu())
     judge.save(out)
-    rng = random.Random(seed + 1)
+    rng = random.Random(settings.seed + 1)
     specs = [random_spec(rng, rng.choice(held_out), grey_share=_GREY_SHARE) for _ in range(1000)]
     return right_answers(specs, judge([draw(spec)[0] for spec in specs]))
 

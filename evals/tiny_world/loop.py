@@ -5,10 +5,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of every training.
+
+    Attributes:
+        seconds: training time. Two runs of the same time differ in their number of steps.
+        seed: seed of the images, the weights and every random choice.
+        device: "cpu" or "cuda".
+        max_steps: ends training earlier.
+        progress: whether to show a progress bar.
+    """
+
+    seconds: float
+    seed: int = 0
+    device: str = "cpu"
+    max_steps: int | None = None
+    progress: bool = True
+
+    @property
+    def place(self) -> torch.device:
+        """Return the device."""
+        return torch.device(self.device)
 
 
 class Loop:
@@ -21,9 +46,7 @@ class Loop:
         name: title of the progress bar.
         weights: weights that are trained.
         rate: peak of the learning rate.
-        seconds: time of the loop.
-        max_steps: ends the loop earlier; its share of the budget then counts in steps.
-        progress: whether to show a progress bar.
+        settings: settings of the training. With max_steps the budget counts in steps.
         warm_up, flat, end: shape of the learning rate.
         beta2, decay: settings of AdamW.
         clip: largest norm of the gradient.
@@ -36,10 +59,8 @@ class Loop:
         name: str,
         weights: Iterable[nn.Parameter],
         rate: float,
+        settings: Settings,
         *,
-        seconds: float,
-        max_steps: int | None,
-        progress: bool,
         warm_up: int,
         flat: float,
         end: float,
@@ -49,8 +70,7 @@ class Loop:
         slow: Sequence[nn.Parameter] = (),
         slow_rate: float = 1.0,
     ) -> None:
-        self._name, self._seconds, self._max_steps = name, seconds, max_steps
-        self._progress, self._rate, self._clip = progress, rate, clip
+        self._name, self._settings, self._rate, self._clip = name, settings, rate, clip
         self._warm_up, self._flat, self._end = warm_up, flat, end
         self.weights = list(weights)
         groups = [{"params": self.weights, "share": 1.0}]
@@ -74,10 +94,11 @@ class Loop:
 
     def steps(self) -> Iterator[int]:
         """Yield step numbers 0, 1, ... until the budget is spent; at least one."""
-        started, step = time.perf_counter(), 0
+        started, step, settings = time.perf_counter(), 0, self._settings
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        hidden = not settings.progress
         with tqdm(
-            total=1.0, desc=self._name, disable=not self._progress, bar_format=form, mininterval=2
+            total=1.0, desc=self._name, disable=hidden, bar_format=form, mininterval=2
         ) as bar:
             while self.share < 1.0:
                 fall = max(0.0, self.share - self._flat) / (1 - self._flat)
@@ -88,9 +109,9 @@ class Loop:
                     group["lr"] = peak * factor * (self._end + (1 - self._end) * cosine)
                 yield step
                 step += 1
-                before, self.share = self.share, (time.perf_counter() - started) / self._seconds
-                if self._max_steps is not None:
-                    self.share = max(self.share, step / self._max_steps)
+                before, self.share = self.share, (time.perf_counter() - started) / settings.seconds
+                if settings.max_steps is not None:
+                    self.share = max(self.share, step / settings.max_steps)
                 bar.set_postfix_str(f"step {step} {self.note}", refresh=False)
                 bar.update(min(self.share, 1.0) - before)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from evals.tiny_world.loop import Loop
+from evals.tiny_world.loop import Loop, Settings
 from evals.tiny_world.tokenizer import MAX_LENGTH, CaptionCodes
 from sefi_fast.tiny_world.captions import PATTERN_NOUNS, caption
 from sefi_fast.tiny_world.drawing import (
@@ -80,38 +80,25 @@ def named_attributes(text: str, spec: ImageSpec) -> list[int]:
     return [0 if value is None else 1 + classes.index(value) for classes, value in values]
 
 
-def pretrain_text_encoder(
-    tokenizer: CLIPTokenizer,
-    out: Path,
-    *,
-    seconds: float,
-    seed: int,
-    device: torch.device,
-    max_steps: int | None = None,
-    progress: bool = True,
-) -> float:
+def pretrain_text_encoder(tokenizer: CLIPTokenizer, out: Path, settings: Settings) -> float:
     """Train the encoder to classify, at the end token and the last padding, what a caption names.
 
     Args:
         tokenizer: the model's tokenizer.
         out: folder of the model.
-        seconds: training time.
-        seed: seed of the weights and of every random choice.
-        device: CPU or CUDA.
-        max_steps: ends training earlier.
-        progress: whether to show a progress bar.
+        settings: settings of the training.
 
     Returns:
         Share of right answers over all attributes in the last step.
     """
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
+    torch.manual_seed(settings.seed)
+    rng, device = random.Random(settings.seed), settings.place
     codes = CaptionCodes(tokenizer)
     encoder = make_text_encoder(tokenizer).to(device)
     heads = nn.ModuleList(nn.Linear(WIDTH, 1 + len(c)) for c in _CLASSES.values()).to(device)
     loop = Loop(
-        "text encoder", [*encoder.parameters(), *heads.parameters()], 1.5e-3, seconds=seconds,
-        max_steps=max_steps, progress=progress, warm_up=50, flat=0.0, end=0.05,
+        "text encoder", [*encoder.parameters(), *heads.parameters()], 1.5e-3, settings,
+        warm_up=50, flat=0.0, end=0.05,
     )  # fmt: skip
     accuracy, batch_size = 0.0, 96
     for step in loop.steps():

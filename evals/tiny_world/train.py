@@ -7,14 +7,14 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from evals.tiny_world.images import drawn_images
+from evals.tiny_world.loop import Settings
 from evals.tiny_world.text_encoder import pretrain_text_encoder
 from evals.tiny_world.tokenizer import train_tokenizer
 from evals.tiny_world.unet import train_unet
@@ -26,16 +26,12 @@ _SHARES = {"vae": 0.12, "text": 0.025, "unet": 0.855}
 
 def make_model(
     out: Path,
+    images: int,
+    settings: Settings,
     *,
     work: Path | None = None,
-    minutes: float,
-    threads: int,
-    seed: int,
-    device: str,
-    images: int,
+    processes: int = 1,
     stages: Sequence[str] = STAGES,
-    max_steps: int | None = None,
-    progress: bool = True,
 ) -> None:
     """Train the model and write it as a StableDiffusionPipeline folder in float16.
 
@@ -44,45 +40,33 @@ def make_model(
     Args:
         out: folder of the pipeline, replaced when the last stage is done, and every four minutes
             before with the state of the training.
-        work: folder of the stages. Default: "<out>.work".
-        minutes: training time of all stages together.
-        threads: CPU threads of PyTorch, and processes that draw.
-        seed: seed of the images, the weights and every random choice. The budget is in time, so
-            two runs differ in their number of steps.
-        device: "cpu" or "cuda".
         images: number of drawn images.
+        settings: settings of the training of all stages together.
+        work: folder of the stages. Default: "<out>.work".
+        processes: number of processes that draw.
         stages: stages to run now, of STAGES.
-        max_steps: ends each training loop earlier.
-        progress: whether to show progress bars.
     """
-    torch.set_num_threads(threads)
     work = work or out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
 
     def wanted(stage: str) -> bool:
         return stage in stages and not (work / stage).exists()
 
-    def settings(stage: str) -> dict[str, Any]:
-        return {
-            "seconds": _SHARES[stage] * minutes * 60,
-            "seed": seed,
-            "device": torch.device(device),
-            "max_steps": max_steps,
-            "progress": progress,
-        }
+    def part(stage: str) -> Settings:
+        return replace(settings, seconds=_SHARES[stage] * settings.seconds)
 
     if wanted("tokenizer"):
         with _stage(work, "tokenizer") as folder:
             train_tokenizer(folder)
     if wanted("vae"):
         with _stage(work, "vae") as folder:
-            drawn, _ = drawn_images(images, seed, work, threads)
-            quality = train_vae(drawn, folder, **settings("vae"))
+            drawn, _ = drawn_images(images, settings.seed, work, processes)
+            quality = train_vae(drawn, folder, part("vae"))
         print(f"vae: {quality:.1f} dB on the kept images", flush=True)
     if wanted("text"):
         tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
         with _stage(work, "text") as folder:
-            accuracy = pretrain_text_encoder(tokenizer, folder, **settings("text"))
+            accuracy = pretrain_text_encoder(tokenizer, folder, part("text"))
         print(f"text encoder: {accuracy:.3f} of the attributes are right", flush=True)
     if wanted("unet"):
         with _stage(work, "unet") as folder:
@@ -95,7 +79,7 @@ def make_model(
                 path.write_text(json.dumps(config, indent=2) + "\n")
                 replace_folder(folder, out)
 
-            drawn, specs = drawn_images(images, seed, work, threads)
+            drawn, specs = drawn_images(images, settings.seed, work, processes)
             loss = train_unet(
                 drawn,
                 specs,
@@ -103,7 +87,7 @@ def make_model(
                 AutoencoderKL.from_pretrained(work / "vae"),
                 CLIPTextModel.from_pretrained(work / "text"),
                 save,
-                **settings("unet"),
+                part("unet"),
             )
         print(f"u-net: loss {loss:.4f}", flush=True)
     elif (work / "unet").exists():

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from evals.tiny_world.loop import Loop
+from evals.tiny_world.loop import Loop, Settings
 from evals.tiny_world.tokenizer import CaptionCodes
 from evals.tiny_world.unet import CAPTION_DROPOUT, Noising
 from evals.tiny_world.vae import encode_images
@@ -47,17 +47,7 @@ class LowRank(nn.Module):
 
 
 def train_two_creatures(
-    out: Path,
-    *,
-    minutes: float,
-    threads: int,
-    seed: int,
-    device: str,
-    images: int,
-    rank: int,
-    batch_size: int = 16,
-    max_steps: int | None = None,
-    progress: bool = True,
+    out: Path, images: int, rank: int, settings: Settings, batch_size: int = 16
 ) -> float:
     """Train low-rank additions to the bundled U-Net on images of two creatures, and write them.
 
@@ -66,28 +56,21 @@ def train_two_creatures(
 
     Args:
         out: .safetensors file, float16, in the layout of diffusers' `load_lora_weights`.
-        minutes: training time.
-        threads: CPU threads of PyTorch.
-        seed: seed of the images and every random choice. The budget is in time, so two runs differ
-            in their number of steps.
-        device: "cpu" or "cuda".
         images: number of drawn images.
         rank: rank of the additions.
+        settings: settings of the training.
         batch_size: images per step.
-        max_steps: ends training earlier.
-        progress: whether to show a progress bar.
 
     Returns:
         The running mean of the loss.
     """
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
+    torch.manual_seed(settings.seed)
+    rng, device = random.Random(settings.seed), settings.device
     specs = [random_pair(rng) for _ in range(images)]
     pipe = load_pipeline(dtype=torch.float32, device=device)
     vae = pipe.vae.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     drawn = np.stack([np.asarray(draw_pair(spec)) for spec in specs])
-    latents = encode_images(vae, drawn, torch.device(device))
+    latents = encode_images(vae, drawn, settings.place)
     unet = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     unet.set_attn_processor(SeFiAttnProcessor())
     text_encoder = pipe.text_encoder.eval().requires_grad_(False)
@@ -102,10 +85,9 @@ def train_two_creatures(
         parametrize.register_parametrization(layer, "weight", added[name], unsafe=True)
     loop = Loop(
         "two creatures", (weight for one in added.values() for weight in one.parameters()), 2e-3,
-        seconds=60 * minutes, max_steps=max_steps, progress=progress, warm_up=100, flat=0.2,
-        end=0.01,
+        settings, warm_up=100, flat=0.2, end=0.01,
     )  # fmt: skip
-    noising, by_halves = Noising(torch.device(device)), round(_SHARE_BY_HALVES * batch_size)
+    noising, by_halves = Noising(settings.place), round(_SHARE_BY_HALVES * batch_size)
     for step in loop.steps():
         picks = rng.choices(range(images), k=batch_size)
         clean = latents[picks].to(device)

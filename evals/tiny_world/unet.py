@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from evals.tiny_world.loop import Loop
+from evals.tiny_world.loop import Loop, Settings
 from evals.tiny_world.text_encoder import WIDTH
 from evals.tiny_world.tokenizer import CaptionCodes
 from evals.tiny_world.vae import DOWNSCALING, LATENT_CHANNELS, encode_images
@@ -97,12 +97,7 @@ def train_unet(
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     save: Callable[[StableDiffusionPipeline], None],
-    *,
-    seconds: float,
-    seed: int,
-    device: torch.device,
-    max_steps: int | None = None,
-    progress: bool = True,
+    settings: Settings,
 ) -> float:
     """Train the U-Net and, more slowly, the text encoder, and save pipelines of averaged weights.
 
@@ -113,17 +108,13 @@ def train_unet(
         vae: the trained autoencoder, frozen here.
         text_encoder: the pretrained text encoder.
         save: receives the pipeline (float16) every four minutes and at the end.
-        seconds: training time.
-        seed: seed of the weights and of every random choice.
-        device: CPU or CUDA.
-        max_steps: ends training earlier.
-        progress: whether to show a progress bar.
+        settings: settings of the training.
 
     Returns:
         The running mean of the loss.
     """
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
+    torch.manual_seed(settings.seed)
+    rng, device = random.Random(settings.seed), settings.place
     codes = CaptionCodes(tokenizer)
     vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     latents = encode_images(vae, images, device)
@@ -133,8 +124,8 @@ def train_unet(
     averaged = copy.deepcopy(unet), copy.deepcopy(text_encoder)
     average = [weight for model in averaged for weight in model.requires_grad_(False).parameters()]
     loop = Loop(
-        "unet", unet.parameters(), 1.5e-3, seconds=seconds, max_steps=max_steps, progress=progress,
-        warm_up=100, flat=0.3, end=0.03, slow=list(text_encoder.parameters()), slow_rate=0.3,
+        "unet", unet.parameters(), 1.5e-3, settings, warm_up=100, flat=0.3, end=0.03,
+        slow=list(text_encoder.parameters()), slow_rate=0.3,
     )  # fmt: skip
     noising, batch_size = Noising(device), 32
     saved = time.perf_counter()

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from evals.tiny_world.images import to_tensor
-from evals.tiny_world.loop import Loop
+from evals.tiny_world.loop import Loop, Settings
 from sefi_fast.tiny_world.drawing import IMAGE_SIZE
 
 LATENT_CHANNELS = 8
@@ -38,16 +38,7 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(
-    images: np.ndarray,
-    out: Path,
-    *,
-    seconds: float,
-    seed: int,
-    device: torch.device,
-    max_steps: int | None = None,
-    progress: bool = True,
-) -> float:
+def train_vae(images: np.ndarray, out: Path, settings: Settings) -> float:
     """Train the autoencoder on crops, then whole images; save it with unit-variance latents.
 
     The first three latent channels are tied to the local mean color. That keeps the latents
@@ -56,22 +47,17 @@ def train_vae(
     Args:
         images: uint8 [N, 48, 48, 3]; the first 64 are kept for measuring.
         out: folder of the model.
-        seconds: training time.
-        seed: seed of the weights and of every random choice.
-        device: CPU or CUDA.
-        max_steps: ends training earlier.
-        progress: whether to show a progress bar.
+        settings: settings of the training.
 
     Returns:
         Peak signal-to-noise ratio on the kept images, in dB.
     """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    torch.manual_seed(settings.seed)
+    rng, device = np.random.default_rng(settings.seed), settings.place
     model = make_vae().to(device, memory_format=torch.channels_last)
     loop = Loop(
-        "vae", model.parameters(), 3e-3, seconds=seconds, max_steps=max_steps, progress=progress,
-        warm_up=60, flat=0.3, end=0.03, decay=1e-3,
-    )  # fmt: skip
+        "vae", model.parameters(), 3e-3, settings, warm_up=60, flat=0.3, end=0.03, decay=1e-3
+    )
     average = [weight.detach().clone() for weight in loop.weights]
     for step in loop.steps():
         # Small batches learn more per second on a CPU.

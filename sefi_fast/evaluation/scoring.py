@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +17,7 @@ from sefi_fast.evaluation.prompts import Prompts, check_prompt, filled, prompts_
 from sefi_fast.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, ImageScorer
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap
+from sefi_fast.evaluation.tables import csv_bytes, markdown_table, write_files
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
 from sefi_fast.pipelines.encode_prompt import PromptEncoder
 from sefi_fast.pipelines.loading import kept_model
@@ -341,45 +340,37 @@ def _write(
     folder: Path, found: Evaluation, panels: Mapping[str, Sequence[Panel]], names: Sequence[str]
 ) -> list[Path]:
     """Write scores (CSV), means (Markdown) and a sheet with the first image of each prompt."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [*_TEXT_COLUMNS, *found.scores], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found.rows)
     rows = [
         (name if start == 0 else "", row[start : start + _PANELS_PER_ROW])
         for name, row in panels.items()
         for start in range(0, len(row), _PANELS_PER_ROW)
     ]
     contents = {
-        "scores.csv": stream.getvalue().encode(),
-        "scores.md": _markdown(found, names).encode(),
+        "scores.csv": csv_bytes(found.rows),
+        "scores.md": _means(found, names).encode(),
         "sheet.png": png(contact_sheet(rows, title="first seed, nothing picked")),
     }
-    for name, content in contents.items():
-        atomic_write(folder / name, content)
-    return [folder / name for name in contents]
+    return write_files(folder, contents)
 
 
-def _markdown(found: Evaluation, names: Sequence[str]) -> str:
+def _means(found: Evaluation, names: Sequence[str]) -> str:
     """Tabulate the means: control, all subjects with an interval, each kind, each subject."""
-    lines = [f"| images of | {' | '.join(found.scores)} |", "|---" * (len(found.scores) + 1) + "|"]
 
-    def add(title: str, cells: Iterable[str]) -> None:
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    def of_one(subject: str) -> list[str]:
+        means = (found.mean(score, subject) for score in found.scores)
+        return ["—" if mean is None else f"{mean:.3f}" for mean in means]
 
-    def number(score: str, subject: str) -> str:
-        value = found.mean(score, subject)
-        return "—" if value is None else f"{value:.3f}"
+    def of_all(kind: str | None = None) -> list[str]:
+        cells = []
+        for score in found.scores:
+            means = {place: found.mean(score, name, kind) for place, name in enumerate(names)}
+            known = {place: mean for place, mean in means.items() if mean is not None}
+            cells.append(str(bootstrap(known)) if known else "—")
+        return cells
 
-    def over_subjects(score: str, kind: str | None = None) -> str:
-        means = {place: found.mean(score, name, kind) for place, name in enumerate(names)}
-        known = {place: mean for place, mean in means.items() if mean is not None}
-        return str(bootstrap(known)) if known else "—"
-
-    add(f"the {CONTROL}", (number(score, CONTROL) for score in found.scores))
-    add("all subjects", (over_subjects(score) for score in found.scores))
-    for kind in dict.fromkeys(row["kind"] for row in found.rows):
-        add(f"all subjects, {kind}", (over_subjects(score, kind) for score in found.scores))
-    for name in dict.fromkeys(row["subject"] for row in found.rows if row["subject"] != CONTROL):
-        add(name, (number(score, name) for score in found.scores))
-    return "\n".join(lines) + "\n"
+    kinds = dict.fromkeys(row["kind"] for row in found.rows)
+    subjects = dict.fromkeys(row["subject"] for row in found.rows if row["subject"] != CONTROL)
+    rows = [[f"the {CONTROL}", *of_one(CONTROL)], ["all subjects", *of_all()]]
+    rows += [[f"all subjects, {kind}", *of_all(kind)] for kind in kinds]
+    rows += [[subject, *of_one(subject)] for subject in subjects]
+    return markdown_table(["images of", *found.scores], rows)

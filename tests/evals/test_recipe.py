@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from evals.tiny_world.__main__ import main
 from evals.tiny_world.images import drawn_images, to_tensor
 from evals.tiny_world.judge_training import spoil, train_judge
-from evals.tiny_world.loop import Loop
+from evals.tiny_world.loop import Loop, Settings
 from evals.tiny_world.rates import Asked, obeyed, prompt_sets
 from evals.tiny_world.text_encoder import named_attributes
 from evals.tiny_world.tokenizer import MAX_LENGTH, CaptionCodes
@@ -29,13 +29,13 @@ from sefi_fast.tiny_world.captions import VOCABULARY
 from sefi_fast.tiny_world.drawing import Identity, ImageSpec, random_specs
 from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, Judgement
 
-SMALL = {"minutes": 1, "seed": 0, "device": "cpu", "max_steps": 2, "progress": False}
+SMALL = Settings(60, max_steps=2, progress=False)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("recipe") / "model"
-    make_model(out, threads=1, images=128, **SMALL)
+    make_model(out, 128, SMALL)
     return out
 
 
@@ -65,7 +65,7 @@ def test_latents_have_unit_variance(made):
 def test_a_finished_stage_is_skipped(made, capsys):
     work, again = made.with_name("model.work"), made.with_name("again")
     before = {p: p.stat().st_mtime_ns for p in work.rglob("*.safetensors")}
-    make_model(again, work=work, threads=1, images=128, **SMALL)
+    make_model(again, 128, SMALL, work=work)
     assert before == {p: p.stat().st_mtime_ns for p in work.rglob("*.safetensors")}
     assert (again / "model_index.json").exists() and "dB" not in capsys.readouterr().out
 
@@ -109,8 +109,8 @@ def test_named_attributes_reads_a_caption():
 
 def test_a_loop_ends_and_its_rate_rises_then_falls():
     weight = torch.nn.Parameter(torch.ones(1))
-    loop = Loop("test", [weight], 1.0, seconds=1000.0, max_steps=20, progress=False, warm_up=5,
-                flat=0.5, end=0.1)  # fmt: skip
+    settings = Settings(1000, max_steps=20, progress=False)
+    loop = Loop("test", [weight], 1.0, settings, warm_up=5, flat=0.5, end=0.1)
     rates = [loop.rate for _ in loop.steps()]
     assert len(rates) == 20 and rates[0] == pytest.approx(0.2)
     assert rates[5:10] == pytest.approx([1.0] * 5) and rates[-1] < 0.2
@@ -126,7 +126,7 @@ def test_spoiled_images_stay_images():
 
 def test_training_writes_a_judge_that_loads(tmp_path):
     path = tmp_path / "judge.safetensors"
-    assert set(train_judge(path, images=128, batch_size=16, **SMALL)) == set(ATTRIBUTES)
+    assert set(train_judge(path, 128, SMALL, batch_size=16)) == set(ATTRIBUTES)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert Judge.load(path)([Image.new("RGB", (48, 48))])[0].labels.keys() == ATTRIBUTES.keys()
 
@@ -134,7 +134,7 @@ def test_training_writes_a_judge_that_loads(tmp_path):
 def test_two_steps_give_a_lora_that_diffusers_adds_as_it_was_trained(tmp_path):
     pytest.importorskip("peft")
     file = tmp_path / "new" / "lora.safetensors"
-    train_two_creatures(file, threads=1, images=16, batch_size=4, rank=3, **SMALL)
+    train_two_creatures(file, 16, 3, SMALL, batch_size=4)
     assert [path.name for path in file.parent.iterdir()] == ["lora.safetensors"]
     added, pipe = load_file(file), load_pipeline()
     before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
