@@ -154,17 +154,7 @@ def evaluate(
             "A ready pipeline was given, and model_config and vae are for a model that is loaded. "
             "Leave them out, and set pipe.vae instead."
         )
-    images = None if references is None else [load_image(one) for one in references]
-    if images is not None and len(images) != len(loaded):
-        raise ValueError(
-            f"There are {len(images)} reference images for {len(loaded)} subjects. Give one for "
-            "each, in the same order."
-        )
-    if (dino or face) and images is None:
-        raise ValueError("DINO and face scores compare with the subject. Give reference images.")
-    if not (bundled or clip or dino or face):
-        raise ValueError("There is nothing to score with. Name a clip, dino or face model.")
-    scorers = _Scorers(clip, dino, face, bundled, images)
+    scorers = _Scorers(loaded, references, clip, dino, face, bundled)
     names = _names(given)
     trials = list(_trials(_prompts(prompts, loaded[0], bundled), names))
     if not trials:
@@ -191,7 +181,7 @@ def evaluate(
     for trial in tqdm(trials, unit="prompt", disable=not progress):
         found = _generate(pipe, trial, loaded, folder / "images", seeds, sampling, parts)
         panels.setdefault(trial.name, []).append(Panel(found[0], trial.prompt))
-        for seed, scores in enumerate(scorers(found, trial, loaded)):
+        for seed, scores in enumerate(scorers(found, trial)):
             row = {"subject": trial.name, "kind": trial.kind, "prompt": trial.prompt, "seed": seed}
             rows.append(row | scores)
     result = Evaluation(tuple(rows), ())
@@ -240,17 +230,28 @@ class _Scorers:
 
     def __init__(
         self,
+        subjects: Sequence[Subject],
+        references: Sequence[ImageSource] | None,
         clip: str | os.PathLike[str] | None,
         dino: str | os.PathLike[str] | None,
         face: str | os.PathLike[str] | None,
         bundled: bool,
-        references: Sequence[Image.Image] | None,
     ) -> None:
+        if not (bundled or clip or dino or face):
+            raise ValueError("There is nothing to score with. Name a clip, dino or face model.")
+        if (dino or face) and references is None:
+            raise ValueError("DINO and face scores compare with the subject. Give references.")
+        if references is not None and len(references) != len(subjects):
+            raise ValueError(
+                f"There are {len(references)} reference images for {len(subjects)} subjects. Give "
+                "one for each, in the same order."
+            )
+        self._subjects = subjects
+        self._references = [load_image(one) for one in references or ()]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._clip = ClipScorer(clip, device) if clip else None
-        self._references = references
         self._by_image: dict[str, ImageScorer] = {}
-        if self._clip is not None and references is not None:
+        if self._clip is not None and references:
             self._by_image["clip image"] = self._clip
         if dino:
             self._by_image["dino image"] = DinoScorer(dino, device)
@@ -270,14 +271,12 @@ class _Scorers:
             for trial in trials:
                 asked_by(trial.prompt)
 
-    def __call__(
-        self, images: Sequence[Image.Image], trial: _Trial, subjects: Sequence[Subject]
-    ) -> list[dict[str, float]]:
+    def __call__(self, images: Sequence[Image.Image], trial: _Trial) -> list[dict[str, float]]:
         """Return the scores of each image; with two subjects, the mean of their image scores."""
         columns: dict[str, list[float]] = {}
         references = [self._references[place] for place in trial.subjects if self._references]
         if self._clip is not None:
-            words = [subjects[place].class_word for place in trial.subjects]
+            words = [self._subjects[place].class_word for place in trial.subjects]
             columns["clip text"] = self._clip.text(images, filled(trial.prompt, words))
         for name, scorer in self._by_image.items():
             each = [scorer.image(images, reference) for reference in references]

@@ -142,7 +142,7 @@ def test_a_ready_pipeline_keeps_its_parts_and_its_subjects(files, clip_folder, t
         ({"subjects": []}, ValueError, "no subject"),
         ({"seeds": 0}, ValueError, "seeds must be at least 1"),
         ({"references": []}, ValueError, "0 reference images for 1 subjects"),
-        ({"dino": "x"}, ValueError, "Give reference images"),
+        ({"dino": "x"}, ValueError, "Give references"),
         ({"prompts": ["a creature"]}, ValueError, "has {} 0 times"),
         ({"prompts": ["{} {} {}"]}, ValueError, "has {} 3 times"),
         ({"prompts": [*SNOW, "a {} on the moon"]}, PromptError, "obeys 'moon'"),
