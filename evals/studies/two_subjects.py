@@ -218,7 +218,7 @@ def score_halves(
     Args:
         halves: left and right half.
         pair: the two subjects.
-        ordered: whether the first was asked for on the left. If not, the assignment with the
+        ordered: whether the prompt puts the first on the left. If not, the assignment with the
             higher likeness counts.
     """
     orders = [(0, 1)] if ordered else [(0, 1), (1, 0)]

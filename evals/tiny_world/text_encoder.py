@@ -1,4 +1,4 @@
-"""The text encoder of the bundled model, pretrained to classify what a caption names."""
+"""The text encoder of the bundled model, pretrained to classify the attributes of captions."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def named_attributes(text: str, spec: ImageSpec) -> list[int]:
 
 
 def pretrain_text_encoder(tokenizer: CLIPTokenizer, out: Path, settings: Settings) -> float:
-    """Train the encoder to classify, at the end token and the last padding, what a caption names.
+    """Train the encoder to classify a caption's attributes, at its end token and last padding.
 
     Args:
         tokenizer: the model's tokenizer.

@@ -24,7 +24,7 @@ class AskedAttributes:
     """Attributes that a prompt asks for.
 
     Attributes:
-        wanted: attribute of the judge → the value asked for.
+        wanted: attribute of the judge → the value that the prompt asks for.
         change: attributes of the identity that the prompt overrides, with their values.
     """
 
@@ -61,7 +61,7 @@ def score_image(
 
     Args:
         judgement: the judge's answers for the image.
-        prompt: the attributes asked for.
+        prompt: the attributes that the prompt asks for.
         identity: the subject's identity.
         reference_scene: scene of the image that the subject was trained on.
     """
