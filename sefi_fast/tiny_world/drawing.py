@@ -12,86 +12,6 @@ from PIL import Image, ImageDraw
 
 CANVAS = 192
 """Side in pixels of the canvas on which an image is drawn before it is reduced."""
-
-Box = tuple[tuple[float, float], tuple[float, float]]
-
-
-def box(x0: float, y0: float, x1: float, y1: float) -> Box:
-    """Return a box from its upper left to its lower right corner, in canvas pixels."""
-    return (x0, y0), (x1, y1)
-
-
-def oval(x: float, y: float, half_width: float, half_height: float) -> Box:
-    """Return the box around an ellipse."""
-    return box(x - half_width, y - half_height, x + half_width, y + half_height)
-
-
-def draw_scene(pen: ImageDraw.ImageDraw, scene: str, mirrored: bool, width: int = CANVAS) -> None:
-    """Fill the canvas with a scene.
-
-    Args:
-        pen: pen of the canvas.
-        scene: one of SCENES.
-        mirrored: whether the sun, moon or cactus is on the left.
-        width: width of the canvas, a multiple of CANVAS; trees, houses and stars repeat.
-    """
-    side, right = CANVAS, width
-    starts = range(0, width, CANVAS)
-
-    def fill(x0: float, y0: float, x1: float, y1: float, color: tuple[int, int, int]) -> None:
-        pen.rectangle(box(x0, y0, x1, y1), fill=color)
-
-    horizon = int(side * 0.55)
-    x_side = 0.13 * side if mirrored else right - 0.13 * side
-    if scene == "beach":
-        fill(0, 0, right, side, (150, 215, 250))
-        fill(0, side * 0.4, right, horizon + 8, (35, 120, 200))
-        fill(0, horizon + 8, right, side, (240, 215, 150))
-        pen.ellipse(box(x_side - 17, 10, x_side + 17, 44), fill=(255, 240, 110))
-    elif scene == "forest":
-        fill(0, 0, right, side, (175, 215, 190))
-        fill(0, horizon + 12, right, side, (70, 110, 55))
-        for k, x in enumerate(s + x for s in starts for x in (16, 56, 96, 136, 176)):
-            height = 88 if k % 5 % 2 else 104
-            fill(x - 5, horizon - 16, x + 5, horizon + 14, (95, 65, 35))
-            tip, hem = (x, horizon + 14 - height), horizon - 8
-            pen.polygon([tip, (x - 22, hem), (x + 22, hem)], fill=(20, 80, 40))
-    elif scene == "snow":
-        fill(0, 0, right, side, (150, 175, 215))
-        fill(0, horizon, right, side, (225, 235, 250))
-        high = (20, 20), (60, 40), (100, 16), (140, 44), (176, 22)
-        low = (36, 76), (84, 80), (128, 84), (170, 78)
-        for x, y in ((s + x, y) for s in starts for x, y in (*high, *low)):
-            pen.ellipse(oval(x, y, 6, 6), fill=(255, 255, 255))
-    elif scene == "desert":
-        fill(0, 0, right, side, (253, 205, 150))
-        fill(0, horizon, right, side, (205, 140, 75))
-        middle, foot, cactus = x_side, horizon + 16, (45, 110, 60)
-        fill(middle - 8, foot - 66, middle + 8, foot, cactus)
-        fill(middle - 24, foot - 50, middle - 15, foot - 24, cactus)
-        fill(middle - 24, foot - 32, middle, foot - 23, cactus)
-        fill(middle + 15, foot - 56, middle + 24, foot - 32, cactus)
-        fill(middle, foot - 40, middle + 24, foot - 31, cactus)
-    elif scene == "city":
-        fill(0, 0, right, side, (200, 215, 225))
-        houses = (0, 80), (40, 110), (80, 70), (116, 100), (154, 84)
-        for k, (left, height) in enumerate((s + x, h) for s in starts for x, h in houses):
-            roof, walls = horizon + 12 - height, ((105, 100, 120), (125, 115, 125))
-            fill(left, roof, left + 36, horizon + 12, walls[k % 5 % 2])
-            for y in range(roof + 8, horizon - 4, 22):
-                for x in (left + 6, left + 21):
-                    fill(x, y, x + 9, y + 10, (250, 230, 130))
-        fill(0, horizon + 12, right, side, (80, 80, 88))
-    else:
-        fill(0, 0, right, side, (18, 20, 62))
-        fill(0, horizon + 10, right, side, (22, 48, 52))
-        stars = (70, 18), (110, 36), (40, 66), (96, 72), (150, 70), (128, 14), (60, 44)
-        for x, y in ((s + x, y) for s in starts for x, y in stars):
-            pen.ellipse(oval(x, y, 4, 4), fill=(255, 255, 220))
-        pen.ellipse(box(x_side - 20, 10, x_side + 20, 50), fill=(245, 240, 200))
-        pen.ellipse(box(x_side - 8, 6, x_side + 26, 42), fill=(18, 20, 62))
-
-
 IMAGE_SIZE = 48
 """Side in pixels of the bundled model's images."""
 
@@ -270,6 +190,25 @@ def random_specs(count: int, seed: int) -> list[ImageSpec]:
     return [random_spec(rng) for _ in range(count)]
 
 
+Box = tuple[tuple[float, float], tuple[float, float]]
+
+
+def box(x0: float, y0: float, x1: float, y1: float) -> Box:
+    """Return a box from its upper left to its lower right corner, in canvas pixels."""
+    return (x0, y0), (x1, y1)
+
+
+def oval(x: float, y: float, half_width: float, half_height: float) -> Box:
+    """Return the box around an ellipse."""
+    return box(x - half_width, y - half_height, x + half_width, y + half_height)
+
+
+def color_rgb(name: str) -> tuple[int, int, int]:
+    """Return the RGB value, 0..255, of one of COLOURS."""
+    red, green, blue = colorsys.hsv_to_rgb(*_HSV[name])
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
 def draw(spec: ImageSpec, size: int = IMAGE_SIZE) -> tuple[Image.Image, Image.Image]:
     """Draw an image.
 
@@ -295,6 +234,72 @@ def draw(spec: ImageSpec, size: int = IMAGE_SIZE) -> tuple[Image.Image, Image.Im
     return image.reduce(factor), mask.reduce(factor)
 
 
+def draw_scene(pen: ImageDraw.ImageDraw, scene: str, mirrored: bool, width: int = CANVAS) -> None:
+    """Fill the canvas with a scene.
+
+    Args:
+        pen: pen of the canvas.
+        scene: one of SCENES.
+        mirrored: whether the sun, moon or cactus is on the left.
+        width: width of the canvas, a multiple of CANVAS; trees, houses and stars repeat.
+    """
+    side, right = CANVAS, width
+    starts = range(0, width, CANVAS)
+
+    def fill(x0: float, y0: float, x1: float, y1: float, color: tuple[int, int, int]) -> None:
+        pen.rectangle(box(x0, y0, x1, y1), fill=color)
+
+    horizon = int(side * 0.55)
+    x_side = 0.13 * side if mirrored else right - 0.13 * side
+    if scene == "beach":
+        fill(0, 0, right, side, (150, 215, 250))
+        fill(0, side * 0.4, right, horizon + 8, (35, 120, 200))
+        fill(0, horizon + 8, right, side, (240, 215, 150))
+        pen.ellipse(box(x_side - 17, 10, x_side + 17, 44), fill=(255, 240, 110))
+    elif scene == "forest":
+        fill(0, 0, right, side, (175, 215, 190))
+        fill(0, horizon + 12, right, side, (70, 110, 55))
+        for k, x in enumerate(s + x for s in starts for x in (16, 56, 96, 136, 176)):
+            height = 88 if k % 5 % 2 else 104
+            fill(x - 5, horizon - 16, x + 5, horizon + 14, (95, 65, 35))
+            tip, hem = (x, horizon + 14 - height), horizon - 8
+            pen.polygon([tip, (x - 22, hem), (x + 22, hem)], fill=(20, 80, 40))
+    elif scene == "snow":
+        fill(0, 0, right, side, (150, 175, 215))
+        fill(0, horizon, right, side, (225, 235, 250))
+        high = (20, 20), (60, 40), (100, 16), (140, 44), (176, 22)
+        low = (36, 76), (84, 80), (128, 84), (170, 78)
+        for x, y in ((s + x, y) for s in starts for x, y in (*high, *low)):
+            pen.ellipse(oval(x, y, 6, 6), fill=(255, 255, 255))
+    elif scene == "desert":
+        fill(0, 0, right, side, (253, 205, 150))
+        fill(0, horizon, right, side, (205, 140, 75))
+        middle, foot, cactus = x_side, horizon + 16, (45, 110, 60)
+        fill(middle - 8, foot - 66, middle + 8, foot, cactus)
+        fill(middle - 24, foot - 50, middle - 15, foot - 24, cactus)
+        fill(middle - 24, foot - 32, middle, foot - 23, cactus)
+        fill(middle + 15, foot - 56, middle + 24, foot - 32, cactus)
+        fill(middle, foot - 40, middle + 24, foot - 31, cactus)
+    elif scene == "city":
+        fill(0, 0, right, side, (200, 215, 225))
+        houses = (0, 80), (40, 110), (80, 70), (116, 100), (154, 84)
+        for k, (left, height) in enumerate((s + x, h) for s in starts for x, h in houses):
+            roof, walls = horizon + 12 - height, ((105, 100, 120), (125, 115, 125))
+            fill(left, roof, left + 36, horizon + 12, walls[k % 5 % 2])
+            for y in range(roof + 8, horizon - 4, 22):
+                for x in (left + 6, left + 21):
+                    fill(x, y, x + 9, y + 10, (250, 230, 130))
+        fill(0, horizon + 12, right, side, (80, 80, 88))
+    else:
+        fill(0, 0, right, side, (18, 20, 62))
+        fill(0, horizon + 10, right, side, (22, 48, 52))
+        stars = (70, 18), (110, 36), (40, 66), (96, 72), (150, 70), (128, 14), (60, 44)
+        for x, y in ((s + x, y) for s in starts for x, y in stars):
+            pen.ellipse(oval(x, y, 4, 4), fill=(255, 255, 220))
+        pen.ellipse(box(x_side - 20, 10, x_side + 20, 50), fill=(245, 240, 200))
+        pen.ellipse(box(x_side - 8, 6, x_side + 26, 42), fill=(18, 20, 62))
+
+
 def draw_creature(
     image: Image.Image, mask: Image.Image, spec: ImageSpec, left: float = 0.0
 ) -> None:
@@ -312,12 +317,6 @@ def draw_creature(
     ground = 0.89 * CANVAS + spec.shift[1]
     _draw_body(image, mask, spec.identity, centre, ground)
     _draw_accessories(ImageDraw.Draw(image), spec, centre, ground)
-
-
-def color_rgb(name: str) -> tuple[int, int, int]:
-    """Return the RGB value, 0..255, of one of COLOURS."""
-    red, green, blue = colorsys.hsv_to_rgb(*_HSV[name])
-    return int(255 * red), int(255 * green), int(255 * blue)
 
 
 def _body(identity: Identity, ground: float) -> tuple[float, float, float, float]:
