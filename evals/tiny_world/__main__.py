@@ -31,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def add_training(
         one: argparse.ArgumentParser, minutes: float, images: int, seed: int, threads: int
     ) -> None:
-        for option, default, kind in (("minutes", minutes, float), ("images", images, int),
-                                      ("seed", seed, int), ("threads", threads, int)):  # fmt: skip
-            one.add_argument(
-                f"--{option}", type=kind, default=default, help=f"(default: {default})"
-            )
+        for option, default, words in (
+            ("minutes", minutes, "training time"),
+            ("images", images, "drawn images"),
+            ("seed", seed, "seed of all random choices"),
+            ("threads", threads, "CPU threads"),
+        ):
+            words = f"{words} (default: {default})"
+            one.add_argument(f"--{option}", type=type(default), default=default, help=words)
         one.add_argument("--device", default="cpu", help="cpu (default) or cuda")
 
     cores = os.cpu_count() or 1
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_training(judge, 2.5, 16_000, 1, 1)
     lora = add("lora", "train the LoRA for two creatures", "safetensors file")
     add_training(lora, 25.0, 12_000, 0, cores)
-    lora.add_argument("--rank", type=int, default=32, help="(default: 32)")
+    lora.add_argument("--rank", type=int, default=32, help="of the additions (default: 32)")
     rates = add("rates", "measure how often prompts are obeyed", "folder of rates.json, sheet.png")
     rates.add_argument("--model", type=Path, help="pipeline folder (default: the bundled one)")
     rates.add_argument("--count", type=int, default=66, help="prompts per set (default: 66)")
