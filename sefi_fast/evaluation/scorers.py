@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class ImageScorer(Protocol):
         """Return the similarity of each image to the reference image, -1..1."""
 
 
-class _EmbeddingScorer:
+class _EmbeddingScorer(ABC):
     """Cosine similarity of a transformers model's image embeddings."""
 
     def __init__(self, kind: Any, source: str | os.PathLike[str], name: str, device: str) -> None:
@@ -38,8 +39,9 @@ class _EmbeddingScorer:
         self._model = model.to(device).eval()
         self._processor = _load(AutoImageProcessor, source, f"{name}'s image processor")
 
+    @abstractmethod
     def _features(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the embeddings of prepared images."""
 
     @torch.inference_mode()
     def image(self, images: Sequence[Image.Image], reference: Image.Image) -> list[float]:

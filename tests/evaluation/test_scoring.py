@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -116,6 +117,20 @@ def test_other_models_are_scored_by_clip_and_dino_without_the_tiny_world(
         "import sys, sefi_fast.evaluation.scoring; sys.exit('sefi_fast.tiny_world' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_face_score_is_the_identity_where_there_is_one(
+    pipe, clip_folder, tmp_path, monkeypatch
+):
+    faces = SimpleNamespace(image=lambda images, reference: [0.5] * len(images))
+    monkeypatch.setattr(scoring, "FaceScorer", lambda pack: faces)
+    found = evaluate(
+        subject_of(pipe, "red"), model=load_pipeline(None), prompts=["a {}"], clip=clip_folder,
+        face="pack", references=[sefi_fast.bundled_subject_image()], output=tmp_path, **FAST,
+    )  # fmt: skip
+    assert found.scores == ["clip text", "clip image", "face", "id(p)"]
+    for row in found.rows:
+        assert row["id(p)"] == pytest.approx(0.5 * max(0, row["clip text"]), abs=1e-4)
 
 
 def test_a_ready_pipeline_keeps_its_parts_and_its_subjects(files, clip_folder, tmp_path):
