@@ -1,4 +1,4 @@
-"""Prompts of the tiny world's studies: hard enough that the plain class word fails some."""
+"""Prompts of the tiny world's studies, so hard that the class word fails some."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import TypeVar
 
-from sefi_fast.evaluation.scorers import AskedAttributes
-from sefi_fast.tiny_world.captions import (
-    CLASS_WORD,
-    PATTERN_NOUNS,
-    POSITION_PHRASES,
-    SCENE_PHRASES,
-)
+from sefi_fast.evaluation.judge_scorer import AskedAttributes
+from sefi_fast.tiny_world import CLASS_WORD
+from sefi_fast.tiny_world.captions import PATTERN_NOUNS, POSITION_PHRASES, SCENE_PHRASES
 from sefi_fast.tiny_world.drawing import (
     ACCESSORIES,
     COLOURS,
@@ -27,22 +23,11 @@ from sefi_fast.tiny_world.drawing import (
     held_out_identities,
 )
 
-KINDS = ("place", "together", "pair", "attribute", "rare", "markings")
-"""Kinds of prompts, in the order in which a list of prompts goes round them.
-
-place: a position in a scene. together: an accessory as well. pair: two accessories, scene and
-position. attribute: other ears or another shape than the identity's, with accessory, scene and
-position. rare: three accessories, which no training picture of the bundled model has together,
-scene and position. markings: stripes or spots of another colour than the identity's, with accessory
-and scene.
-"""
-
-
 _SINGLE = tuple((accessory,) for accessory in ACCESSORIES)
+# A hat and a crown sit in the same place.
 _ACCESSORIES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "place": ((),),
     "together": _SINGLE,
-    "attribute": _SINGLE,
-    "markings": _SINGLE,
     "pair": (
         ("hat", "ball"),
         ("crown", "scarf"),
@@ -50,19 +35,26 @@ _ACCESSORIES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("hat", "scarf"),
         ("crown", "ball"),
     ),
+    "attribute": _SINGLE,
     "rare": (("hat", "scarf", "ball"), ("crown", "scarf", "ball")),
+    "markings": _SINGLE,
 }
-"""Accessories that a kind asks for, in turn. A hat and a crown sit in the same place."""
+"""Kind of prompts → accessories that its prompts ask for, one after the other."""
+KINDS = tuple(_ACCESSORIES)
+"""Kinds of prompts, in the order in which they alternate. All name a scene, all but "markings" a
+position. "attribute" asks for other ears or another shape than the identity's, "rare" for three
+accessories, which no training image of the bundled model shows together, and "markings" for
+stripes or spots of another color than the identity's."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class StudyPrompt(AskedAttributes):
-    """A prompt and what a picture must show to obey it.
+    """A prompt and the attributes that an image must show to obey it.
 
     Attributes:
-        kind: one of KINDS.
+        kind: one of KINDS, or "open" for a prompt without a scene.
         tail: the words after the subject.
     """
 
@@ -71,7 +63,7 @@ class StudyPrompt(AskedAttributes):
 
     @property
     def text(self) -> str:
-        """The prompt, {} where the subject stands."""
+        """Return the prompt, {} in place of the subject."""
         shape = f"{self.change['shape']} " if "shape" in self.change else ""
         after = ""
         if "ears" in self.change:
@@ -82,39 +74,39 @@ class StudyPrompt(AskedAttributes):
         return f"a photo of a {shape}{{}} {after}{self.tail}".rstrip()
 
     def spelled_out(self, identity: Identity) -> str:
-        """The prompt with the identity in words, as the model's captions would have it."""
+        """Return the prompt with the identity in words, as in the model's captions."""
         seen = replace(identity, **self.change)
         return f"a photo of a {identity_words(seen)} {self.tail}".rstrip()
 
 
 @dataclass(frozen=True)
 class StudySubject:
-    """An identity to be learnt, its one picture, and the prompts it is tried on.
+    """An identity to train, its one image, and its prompts.
 
     Attributes:
-        number: of the subject in the study.
-        picture: what the picture shows; its identity is held out from the bundled model.
-        prompts: in none of them is the scene that of the picture.
+        number: number of the subject in the study.
+        image: contents of the image; its identity is held out from the bundled model.
+        prompts: prompts in other scenes than the image's.
     """
 
     number: int
-    picture: ImageSpec
+    image: ImageSpec
     prompts: tuple[StudyPrompt, ...]
 
     @property
     def identity(self) -> Identity:
-        """Whom the picture shows."""
-        assert self.picture.identity is not None
-        return self.picture.identity
+        """Return the identity that the image shows."""
+        assert self.image.identity is not None
+        return self.image.identity
 
     @property
     def open_prompts(self) -> tuple[StudyPrompt, ...]:
-        """Prompts that leave the scene open: bare, with an accessory, with a position.
+        """Return prompts without a scene: bare, with an accessory, with a position.
 
-        What a subject puts there by itself shows whether it has learnt its picture's scene.
+        The scenes of their images show whether a subject was trained on its image's scene too.
         """
         accessory = _pick(ACCESSORIES, self.number)
-        position = _pick([p for p in POSITIONS if p != self.picture.position], self.number)
+        position = _pick([p for p in POSITIONS if p != self.image.position], self.number)
         asked = {"creature": "yes"}
         return (
             StudyPrompt(asked),
@@ -124,17 +116,17 @@ class StudySubject:
 
     @property
     def scene(self) -> str:
-        """Where the picture was taken, in words, for `TrainConfig.scene`."""
-        return SCENE_PHRASES[self.picture.scene]
+        """Return the scene of the image in words, for `TrainConfig.scene`."""
+        return SCENE_PHRASES[self.image.scene]
 
     @property
     def place(self) -> str:
-        """Where in the picture the creature stands, in words."""
-        return POSITION_PHRASES[self.picture.position]
+        """Return the position of the creature in words."""
+        return POSITION_PHRASES[self.image.position]
 
 
 def identity_words(identity: Identity) -> str:
-    """An identity in words: 'round red creature with blue spots and big ears'."""
+    """Return an identity in words: 'round red creature with blue spots and big ears'."""
     if identity.second_colour is None:
         coat = f"{identity.colour} plain {CLASS_WORD} with"
     else:
@@ -144,14 +136,14 @@ def identity_words(identity: Identity) -> str:
 
 
 def study_subjects(count: int, prompts: int, seed: int = 0) -> list[StudySubject]:
-    """Held-out identities in a fixed random order, each with one picture and prompts of its own.
+    """Return held-out identities in a fixed random order, each with one image and prompts.
 
     A larger `count` or `prompts` begins with the same ones.
 
     Args:
         count: number of identities, at most 66.
         prompts: number of prompts for each.
-        seed: of every choice.
+        seed: seed of every choice.
 
     Raises:
         ValueError: a number is out of range.
@@ -165,64 +157,50 @@ def study_subjects(count: int, prompts: int, seed: int = 0) -> list[StudySubject
     subjects = []
     for number, identity in enumerate(held_out[:count]):
         rng = random.Random(f"{seed}/{number}")
-        picture = ImageSpec(
+        image = ImageSpec(
             identity,
             SCENES[number % len(SCENES)],
             position=rng.choice(POSITIONS),
             mirrored=rng.random() < 0.5,
             shift=(rng.uniform(-4, 4), rng.uniform(-4, 4)),
         )
-        made = tuple(_prompts(picture, prompts, rng))
-        subjects.append(StudySubject(number, picture, made))
+        subjects.append(StudySubject(number, image, _prompts(image, prompts, rng)))
     return subjects
 
 
-def _prompts(picture: ImageSpec, count: int, rng: random.Random) -> list[StudyPrompt]:
-    others = [scene for scene in SCENES if scene != picture.scene]
+def _prompts(image: ImageSpec, count: int, rng: random.Random) -> tuple[StudyPrompt, ...]:
+    assert image.identity is not None
+    others = [scene for scene in SCENES if scene != image.scene]
     rng.shuffle(others)
-    scenes = cycle(others)
     turns = {kind: rng.randrange(60) for kind in KINDS}
     prompts = []
-    for kind in islice(cycle(KINDS), count):
-        prompts.append(_prompt(kind, turns[kind], next(scenes), picture))
+    for kind, scene in islice(zip(cycle(KINDS), cycle(others)), count):
+        turn = turns[kind]
         turns[kind] += 1
-    return prompts
-
-
-def _prompt(kind: str, turn: int, scene: str, picture: ImageSpec) -> StudyPrompt:
-    assert picture.identity is not None
-    accessories: tuple[str, ...] = ()
-    if kind in _ACCESSORIES:
         accessories = _pick(_ACCESSORIES[kind], turn)
-    position: str | None = None
-    if kind != "markings":
-        position = _pick([p for p in POSITIONS if p != picture.position], turn)
-    change: dict[str, str] = {}
+        change = _change(kind, image.identity, turn)
+        wanted = {"creature": "yes", "scene": scene} | dict.fromkeys(accessories, "yes") | change
+        parts = ["with a " + " and a ".join(accessories)] if accessories else []
+        parts.append(SCENE_PHRASES[scene])
+        if kind != "markings":
+            position = _pick([p for p in POSITIONS if p != image.position], turn)
+            parts.append(POSITION_PHRASES[position])
+            wanted["position"] = position
+        prompts.append(StudyPrompt(wanted, change, kind, " ".join(parts)))
+    return tuple(prompts)
+
+
+def _change(kind: str, identity: Identity, turn: int) -> dict[str, str]:
+    """Return the attributes of the identity that a prompt of this kind overrides."""
     if kind == "attribute":
-        change = _other_attribute(picture.identity, turn)
-    elif kind == "markings":
-        change = _other_markings(picture.identity, turn)
-    parts = ["with a " + " and a ".join(accessories)] if accessories else []
-    parts.append(SCENE_PHRASES[scene])
-    if position is not None:
-        parts.append(POSITION_PHRASES[position])
-    wanted = {"creature": "yes", "scene": scene} | dict.fromkeys(accessories, "yes") | change
-    wanted |= {} if position is None else {"position": position}
-    return StudyPrompt(wanted, change, kind, " ".join(parts))
-
-
-def _other_attribute(identity: Identity, turn: int) -> dict[str, str]:
-    name, values = (("ears", EARS), ("shape", SHAPES))[turn % 2]
-    others = [value for value in values if value != getattr(identity, name)]
-    return {name: _pick(others, turn // 2)}
-
-
-def _other_markings(identity: Identity, turn: int) -> dict[str, str]:
-    colours = [c for c in COLOURS if c not in (identity.colour, identity.second_colour)]
-    return {
-        "pattern": _pick(tuple(PATTERN_NOUNS), turn),
-        "second_colour": _pick(colours, turn // 2),
-    }
+        name, values = (("ears", EARS), ("shape", SHAPES))[turn % 2]
+        others = [value for value in values if value != getattr(identity, name)]
+        return {name: _pick(others, turn // 2)}
+    if kind == "markings":
+        colours = [c for c in COLOURS if c not in (identity.colour, identity.second_colour)]
+        pattern = _pick(tuple(PATTERN_NOUNS), turn)
+        return {"pattern": pattern, "second_colour": _pick(colours, turn // 2)}
+    return {}
 
 
 def _pick(values: Sequence[T], turn: int) -> T:

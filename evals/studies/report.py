@@ -2,113 +2,43 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from evals.studies.plots import plot_study
 from evals.studies.results import Results
-from evals.studies.tasks import Task
+from evals.studies.tasks import Task, images_of
 from evals.studies.variants import BASELINE, CONTROLS, Study, Variant
-from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
+from sefi_fast.evaluation import Panel, contact_sheet
+from sefi_fast.evaluation.sheets import png
 from sefi_fast.evaluation.statistics import Interval, bootstrap, paired_difference
-from sefi_fast.tiny_world.drawing import ACCESSORIES
+from sefi_fast.evaluation.tables import csv_bytes, markdown_table, write_files
+from sefi_fast.tiny_world.drawing import ACCESSORIES, draw
 from sefi_fast.tiny_world.judge import Judge, Judgement
-from sefi_fast.training.image import load_image
-from sefi_fast.utils.files import atomic_write
 
-_COLUMNS = 8
-
-
-def judge_sheet(results: Results, count: int = 48, seed: int = 0) -> Image.Image | None:
-    """Draw random images of all variants, each over the judge's verdict; None if there are none.
-
-    Whether the judge reads generated images as a person would is to be seen here; its accuracy on
-    drawings is in docs/tiny-world.md.
-
-    Args:
-        results: of the study.
-        count: most images.
-        seed: of the choice.
-    """
-    folder = results.folder / "pictures"
-    name = f"{results.protocol.model}-s{results.protocol.seed}-*.png"
-    strips = [path for key in sorted(results.found) for path in sorted((folder / key).glob(name))]
-    places = [(path, k) for path in strips for k in range(results.protocol.prompts)]
-    random.Random(seed).shuffle(places)
-    images = [_cut(path, place) for path, place in places[:count]]
-    if not images:
-        return None
-    panels = [
-        Panel(image, verdict(judgement))
-        for image, judgement in zip(images, Judge.load()(images), strict=True)
-    ]
-    rows = [("", panels[start : start + _COLUMNS]) for start in range(0, len(panels), _COLUMNS)]
-    title = f"what the judge says of {len(panels)} random images of the study"
-    return contact_sheet(rows, title=title, panel_size=120)
-
-
-def verdict(judgement: Judgement) -> str:
-    """All that the judge sees, in a line."""
-    labels = judgement.labels
-    if labels["creature"] == "no":
-        return f"no creature, {labels['scene']}"
-    coat = f"{labels['colour']} {labels['pattern']}"
-    if labels["second_colour"] != "none":
-        coat = f"{labels['colour']}/{labels['second_colour']} {labels['pattern']}"
-    parts = [coat, f"{labels['ears']} ears", labels["shape"]]
-    parts += [name for name in ACCESSORIES if labels[name] == "yes"]
-    return ", ".join([*parts, labels["scene"], labels["position"]])
-
-
-def _cut(path: Path, place: int) -> Image.Image:
-    strip = load_image(path)
-    side = strip.height
-    return strip.crop((side * place, 0, side * (place + 1), side))
-
-
-SCORED = ("id", "rank", "prompt", "share", "id_p", "leak", "open_leak", "open_id")
-COMPARED = ("id", "prompt", "id_p", "open_leak")
-MEASURED = ("inside", "class_inside", "correlation", "taken", "final_loss", "final_subject_loss",
-            "seconds")  # fmt: skip
-TITLES = {
-    "id": "ID",
-    "rank": "ID rank",
-    "prompt": "Prompt",
-    "share": "attributes",
-    "id_p": "ID(P)",
-    "leak": "leak",
-    "open_leak": "open leak",
-    "open_id": "open ID",
-    "inside": "map inside",
-    "class_inside": "class word's",
-    "correlation": "others' maps",
-    "taken": "taken",
-    "final_loss": "loss",
-    "final_subject_loss": "subject_loss",
-    "seconds": "seconds",
-}
+_SCORED = ("id", "rank", "prompt", "share", "id_p", "leak", "open_leak", "open_id")
+_MEASURED = ("inside", "class_inside", "correlation", "taken", "final_loss", "final_subject_loss",
+             "seconds")  # fmt: skip
+_TITLES = {"id": "ID", "prompt": "Prompt", "id_p": "ID(P)"}
 _SHEET_IDENTITIES = 3
 _SHEET_PROMPTS = 6
+_JUDGED_IMAGES = 48
+_JUDGE_COLUMNS = 8
 
 
 def write_report(
     folder: Path, studies: Sequence[Study], results: Results, baseline: Variant
 ) -> list[Path]:
-    """Write what is known so far: a table, a CSV, a plot and a sheet for each study; JSON of all.
+    """Write a CSV, a short table (Markdown), a plot and a sheet of each study.
 
     Args:
-        folder: where to.
-        studies: what is compared.
-        results: the scores.
-        baseline: what the others' differences are taken to.
+        folder: folder of the files.
+        studies: the studies.
+        results: the scores so far.
+        baseline: the variant that differences are taken to.
 
     Returns:
         The files.
@@ -116,171 +46,123 @@ def write_report(
     Raises:
         OSError: a file cannot be written.
     """
-    files: list[Path] = []
-    summary: dict[str, Any] = {}
+    contents: dict[str, bytes] = {}
     for study in studies:
-        shown = [v for v in (*_controls(), *study.variants) if results.numbers(v)]
+        every = [*(Variant(name, None) for name in CONTROLS), *study.variants]
+        shown = [variant for variant in every if results.numbers(variant)]
         if not shown:
             continue
-        rows = [_row(variant, results, baseline) for variant in shown]
-        summary[study.name] = [_plain(row) for row in rows]
-        texts = {"md": _markdown(study, rows, results, shown), "csv": _csv(rows)}
-        for suffix, text in texts.items():
-            files.append(folder / f"{study.name}.{suffix}")
-            atomic_write(files[-1], text.encode())
-        pictures = {
-            folder / f"{study.name}.png": plot_study(study, results),
-            folder / f"{study.name}-sheet.png": _sheet(folder, study, results),
-        }
-        for path, picture in pictures.items():
-            if picture is not None:
-                atomic_write(path, png(picture))
-                files.append(path)
+        rows = [_cells(variant, results, baseline) for variant in shown]
+        contents[f"{study.name}.csv"] = csv_bytes(rows)
+        contents[f"{study.name}.md"] = _markdown(study, shown, results, baseline).encode()
+        images = {"": plot_study(study, results), "-sheet": _sheet(folder, study, shown, results)}
+        for suffix, image in images.items():
+            if image is not None:
+                contents[f"{study.name}{suffix}.png"] = png(image)
     verdicts = judge_sheet(results)
     if verdicts is not None:
-        files.append(folder / "judge-sheet.png")
-        atomic_write(files[-1], png(verdicts))
-    files.append(folder / "summary.json")
-    text = json.dumps(
-        {"protocol": asdict(results.protocol), "studies": summary}, indent=1, ensure_ascii=False
-    )
-    atomic_write(files[-1], text.encode())
-    return files
+        contents["judge-sheet.png"] = png(verdicts)
+    return write_files(folder, contents)
 
 
-def _controls() -> list[Variant]:
-    return [Variant(name, None) for name in CONTROLS]
-
-
-def _row(variant: Variant, results: Results, baseline: Variant) -> dict[str, Any]:
-    row: dict[str, Any] = {"variant": variant.name, "key": variant.key}
-    for score in (*SCORED, *MEASURED):
-        values = results.values(variant, score)
-        row[score] = bootstrap(values) if values else None
-        if score not in SCORED or variant.key == baseline.key:
-            continue
-        before = results.values(baseline, score)
-        if values.keys() & before.keys():
-            row[f"{score} − {BASELINE}"] = paired_difference(values, before)
-    return row
-
-
-def _markdown(
-    study: Study, rows: Sequence[dict[str, Any]], results: Results, shown: Sequence[Variant]
-) -> str:
-    protocol = results.protocol
-    head = [
-        f"# {study.title}",
-        "",
-        f"{protocol.prompts} prompts × {protocol.seeds} seeds for each identity, "
-        f"{protocol.sampling_steps} sampling steps, guidance {protocol.guidance:g}. In brackets: "
-        "95 % bootstrap interval over identities. Leak: share of images that show the training "
-        "image's scene though another was asked for; open leak: though none was asked for.",
-        "",
-    ]
-    table = _table(
-        ["variant", "identities", *(TITLES[s] for s in SCORED)],
-        [
-            [r["variant"], str(r["id"].identities), *(str(r[s] or "—") for s in SCORED)]
-            for r in rows
-        ],
-    )
-    paired = _table(
-        ["variant", *(f"{TITLES[s]} − {BASELINE}" for s in COMPARED)],
-        [[r["variant"], *(_signed(r.get(f"{s} − {BASELINE}")) for s in COMPARED)] for r in rows],
-    )
-    attention = _table(
-        ["variant", *(TITLES[s] for s in MEASURED)],
-        [[r["variant"], *(_brief(r[s]) for s in MEASURED)] for r in rows],
-    )
-    kinds = results.kinds()
-    by_kind = _table(
-        ["variant", *kinds],
-        [[v.name, *(_by_kind(results, v, kind) for kind in kinds)] for v in shown],
-    )
-    parts = [
-        *head, *table, "",
-        f"Paired differences to {BASELINE}, identity by identity; bold: the interval excludes 0.",
-        "", *paired, "",
-        "Attention and training (means):", "", *attention, "",
-        "ID / Prompt by kind of prompt:", "", *by_kind, "",
-    ]  # fmt: skip
-    return "\n".join(parts)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _by_kind(results: Results, variant: Variant, kind: str) -> str:
-    both = []
-    for score in ("id", "prompt"):
-        values = results.values(variant, score, [kind])
-        both.append(f"{sum(values.values()) / len(values):.2f}" if values else "—")
-    return " / ".join(both)
-
-
-def _signed(value: Interval | None) -> str:
-    return "—" if value is None else value.signed()
-
-
-def _brief(value: Interval | None) -> str:
-    return "—" if value is None else f"{value.mean:.3g}"
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value._asdict() if isinstance(value, Interval) else value
-        for name, value in row.items()
-    }
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    stream = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = []
-    for name in names:
-        columns += [name] if name in ("variant", "key") else [name, f"{name} low", f"{name} high"]
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([*columns, "identities"])
-    for row in rows:
-        cells: list[Any] = []
-        for name in names:
-            value = row.get(name)
-            if name in ("variant", "key"):
-                cells.append(value)
-            elif value is None:
-                cells += ["", "", ""]
-            else:
-                cells += [f"{number:.5g}" for number in value[:3]]
-        writer.writerow([*cells, row["id"].identities])
-    return stream.getvalue()
-
-
-def _sheet(folder: Path, study: Study, results: Results) -> Image.Image | None:
-    """The first identities, the variants below one another, the first image of some prompts."""
-    from sefi_fast.tiny_world.drawing import draw
-
-    shown = [v for v in (*_controls(), *study.variants) if results.numbers(v)]
-    shared = sorted(set.intersection(*(set(results.numbers(v)) for v in shown)))
-    if not shared:
+def _difference(
+    variant: Variant, score: str, results: Results, baseline: Variant
+) -> Interval | None:
+    values, before = results.values(variant, score), results.values(baseline, score)
+    if variant.key == baseline.key or not values.keys() & before.keys():
         return None
+    return paired_difference(values, before)
+
+
+def _cells(variant: Variant, results: Results, baseline: Variant) -> dict[str, str]:
+    """Return column → text: scores, differences, and means of each kind of prompt."""
+    columns: dict[str, Interval | None] = {}
+    for score in (*_SCORED, *_MEASURED):
+        values = results.values(variant, score)
+        columns[score] = bootstrap(values) if values else None
+        if score in _SCORED:
+            columns[f"{score} − {BASELINE}"] = _difference(variant, score, results, baseline)
+    cells = {"variant": variant.name}
+    for name, interval in columns.items():
+        numbers = interval[:3] if interval else (None,) * 3
+        for suffix, number in zip(("", " low", " high"), numbers, strict=True):
+            cells[name + suffix] = "" if number is None else f"{number:.5g}"
+    for kind in results.kinds():
+        for score in ("id", "prompt"):
+            values = results.values(variant, score, [kind])
+            cells[f"{score}, {kind}"] = (
+                f"{sum(values.values()) / len(values):.5g}" if values else ""
+            )
+    return cells | {"identities": str(len(results.numbers(variant)))}
+
+
+def _markdown(study: Study, shown: Sequence[Variant], results: Results, baseline: Variant) -> str:
+    protocol = results.protocol
+    titles = ["variant", "identities", *_TITLES.values()]
+    titles += [f"{title} − {BASELINE}" for title in _TITLES.values()]
+    rows = []
+    for variant in shown:
+        cells = [variant.name, str(len(results.numbers(variant)))]
+        cells += [str(bootstrap(results.values(variant, score))) for score in _TITLES]
+        less = [_difference(variant, score, results, baseline) for score in _TITLES]
+        rows.append(cells + ["—" if found is None else found.signed() for found in less])
+    return (
+        f"# {study.title}\n\n"
+        f"{protocol.prompts} prompts × {protocol.seeds} seeds per identity, "
+        f"{protocol.sampling_steps} sampling steps, guidance {protocol.guidance:g}, "
+        f"{protocol.precision}. Brackets: 95 % bootstrap interval over identities. Bold: the "
+        f"paired difference excludes zero. All scores: {study.name}.csv.\n\n"
+        + markdown_table(titles, rows)
+    )
+
+
+def _sheet(
+    folder: Path, study: Study, shown: Sequence[Variant], results: Results
+) -> Image.Image | None:
+    """Show the first identities: a row per variant, with the first image of some prompts."""
+    shared = sorted(set.intersection(*(set(results.numbers(variant)) for variant in shown)))
     rows: list[tuple[str, list[Panel]]] = []
-    for one in results.protocol.subjects(max(shared) + 1):
-        if one.number not in shared[:_SHEET_IDENTITIES]:
-            continue
-        rows.append((f"identity {one.number}: its one image", [Panel(draw(one.picture)[0])]))
+    for number in shared[:_SHEET_IDENTITIES]:
+        one = results.protocol.subjects(number + 1)[-1]
+        rows.append((f"identity {number}: its one image", [Panel(draw(one.image)[0])]))
         for variant in shown:
-            path = Task(folder, variant, (one.number,), results.protocol).pictures(one.number)
-            if not path.exists():
-                continue
-            strip = load_image(path)
-            side = strip.height
-            panels = [
-                Panel(strip.crop((side * k, 0, side * (k + 1), side)), prompt.text)
-                for k, prompt in enumerate(one.prompts[:_SHEET_PROMPTS])
-            ]
-            # The font of the sheets has no Greek letters.
-            rows.append((variant.name.replace("λ", "lambda"), panels))
-    return contact_sheet(rows, title=f"{study.title}: first seed, nothing picked", panel_size=96)
+            path = Task(folder, variant, (number,), results.protocol).strip(number)
+            if path.exists():
+                texts = [prompt.text for prompt in one.prompts[:_SHEET_PROMPTS]]
+                # The font of the sheets has no Greek letters.
+                name = variant.name.replace("λ", "lambda")
+                rows.append((name, list(map(Panel, images_of(path), texts))))
+    title = f"{study.title}: first seed, nothing picked"
+    return contact_sheet(rows, title=title, panel_size=96) if rows else None
+
+
+def judge_sheet(results: Results) -> Image.Image | None:
+    """Show random images of all variants over the judge's verdict; None if there are none.
+
+    A reader can compare the judge with their own eyes. Its accuracy on drawings is in
+    docs/tiny-world.md.
+    """
+    folder = results.folder / "images"
+    name = f"{results.protocol.model}-s{results.protocol.seed}-*.png"
+    strips = [path for key in sorted(results.found) for path in sorted((folder / key).glob(name))]
+    places = [(path, k) for path in strips for k in range(results.protocol.prompts)]
+    random.Random(0).shuffle(places)
+    images = [images_of(path)[k] for path, k in places[:_JUDGED_IMAGES]]
+    if not images:
+        return None
+    panels = list(map(Panel, images, map(verdict, Judge.load()(images))))
+    starts = range(0, len(panels), _JUDGE_COLUMNS)
+    rows = [("", panels[start : start + _JUDGE_COLUMNS]) for start in starts]
+    title = f"the judge's verdict on {len(panels)} random images of the study"
+    return contact_sheet(rows, title=title, panel_size=120)
+
+
+def verdict(judgement: Judgement) -> str:
+    """Return all of the judge's answers in a line."""
+    labels = judgement.labels
+    if labels["creature"] == "no":
+        return f"no creature, {labels['scene']}"
+    second = "" if labels["second_colour"] == "none" else f"/{labels['second_colour']}"
+    parts = [f"{labels['colour']}{second} {labels['pattern']}", f"{labels['ears']} ears"]
+    parts += [labels["shape"], *(name for name in ACCESSORIES if labels[name] == "yes")]
+    return ", ".join([*parts, labels["scene"], labels["position"]])

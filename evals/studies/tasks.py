@@ -1,4 +1,4 @@
-"""One piece of a study: train some identities with one variant's settings, draw, and score."""
+"""One piece of a study: train some identities with one variant's settings, generate, score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evals.studies.overfit import attention_overfit
 from evals.studies.prompts import StudyPrompt, StudySubject, study_subjects
 from evals.studies.variants import SPELLED_OUT, Variant
 from sefi_fast.errors import TrainingError
-from sefi_fast.evaluation.scorers import score_image
+from sefi_fast.evaluation import score_image
 from sefi_fast.evaluation.sheets import png
 from sefi_fast.pipelines import attach, detach, load_pipeline
 from sefi_fast.subject import Subject
@@ -26,7 +26,7 @@ from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, bundled_model_path
 from sefi_fast.tiny_world.drawing import draw
 from sefi_fast.tiny_world.judge import JUDGE_PATH, Judge
 from sefi_fast.training import ManyResult, TrainConfig, train_many
-from sefi_fast.training.image import prepare
+from sefi_fast.training.image import load_image, prepare
 from sefi_fast.training.latents import load_mask
 from sefi_fast.training.summary import FILE as SUMMARY_FILE
 from sefi_fast.utils.files import atomic_write, read_regular
@@ -34,22 +34,21 @@ from sefi_fast.utils.strict_json import parse_json
 
 PLACEHOLDER = "<it>"
 IMAGE_SIZE = 192
-"""Side in pixels of the images that subjects are learnt from."""
+"""Side in pixels of the images that subjects are trained on."""
 _BATCH = 16
 _RESULT_LIMIT = 64 * 2**20
-_PARTS = {"pictures", "overfit", "open", "training"}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How subjects are tried; results of another protocol are made anew.
+    """The way that subjects are scored. Results of another protocol are made again.
 
     Attributes:
-        prompts: for each identity.
-        seeds: images of each prompt.
-        sampling_steps, guidance: of the sampler.
-        precision: that images are drawn in, "fp32" or "bf16".
-        seed: of the identities, their images and prompts.
+        prompts: prompts per identity.
+        seeds: images per prompt.
+        sampling_steps, guidance: settings of the sampler.
+        precision: precision of the images' generation, "fp32" or "bf16".
+        seed: seed of the identities, their images and prompts.
         model: checksum of the bundled model and the judge.
     """
 
@@ -71,22 +70,30 @@ class Protocol:
         seed: int,
         sampling_steps: int | None = None,
     ) -> Protocol:
-        """How subjects trained with these settings are tried; sampling as suits the bundled model.
+        """Return the protocol for these settings, with the bundled model's sampling as default.
 
-        With precision="bf16" images are drawn in it too.
+        With precision="bf16" images are generated in it too.
         """
-        steps = SAMPLING["steps"] if sampling_steps is None else sampling_steps
-        precision = "bf16" if config.precision == "bf16" else "fp32"
-        guidance = SAMPLING["guidance"]
-        return cls(prompts, seeds, steps, guidance, precision, seed, model_checksum())
+        digest = hashlib.sha256()
+        for path in (*sorted(bundled_model_path().rglob("*.safetensors")), JUDGE_PATH):
+            digest.update(path.read_bytes())
+        return cls(
+            prompts=prompts,
+            seeds=seeds,
+            sampling_steps=SAMPLING["steps"] if sampling_steps is None else sampling_steps,
+            guidance=SAMPLING["guidance"],
+            precision="bf16" if config.precision == "bf16" else "fp32",
+            seed=seed,
+            model=digest.hexdigest()[:8],
+        )
 
     @property
     def dtype(self) -> torch.dtype:
-        """That images are drawn in."""
+        """Return the dtype of the images' generation."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def subjects(self, count: int) -> list[StudySubject]:
-        """The first `count` identities with their images and prompts."""
+        """Return the first `count` identities with their images and prompts."""
         return study_subjects(count, self.prompts, self.seed)
 
 
@@ -95,10 +102,10 @@ class Task:
     """Some identities of one variant.
 
     Attributes:
-        folder: of the study.
+        folder: folder of the study.
         variant: the settings.
-        numbers: of the identities.
-        protocol: how they are tried.
+        numbers: numbers of the identities.
+        protocol: the way they are scored.
     """
 
     folder: Path
@@ -107,28 +114,27 @@ class Task:
     protocol: Protocol
 
     def result(self, number: int) -> Path:
-        """File with the scores of an identity."""
+        """Return the file with the scores of an identity."""
         return self._file("results", number, "json")
 
     def subject(self, number: int) -> Path:
-        """File with the learnt subject."""
+        """Return the file with the trained subject."""
         return self._file("subjects", number, "safetensors")
 
-    def pictures(self, number: int) -> Path:
-        """File with the first image of each prompt, side by side."""
-        return self._file("pictures", number, "png")
+    def strip(self, number: int) -> Path:
+        """Return the file with the first image of each prompt in a row."""
+        return self._file("images", number, "png")
 
     def name(self, number: int) -> str:
-        """Of an identity's files."""
+        """Return the name of an identity's files."""
         return f"{self.protocol.model}-s{self.protocol.seed}-{number:02d}"
 
     def is_done(self, number: int) -> bool:
-        """Whether an identity has all scores by this very protocol."""
-        found = self.load(number)
-        return found is not None and found.keys() >= _PARTS
+        """Whether an identity has scores of this protocol."""
+        return self.load(number) is not None
 
     def load(self, number: int) -> dict[str, Any] | None:
-        """An identity's scores; None if there are none by this protocol."""
+        """Return an identity's scores; None if there are none of this protocol."""
         try:
             found = parse_json(read_regular(self.result(number), _RESULT_LIMIT))
         except (FileNotFoundError, ValueError):
@@ -141,16 +147,15 @@ class Task:
         return self.folder / kind / self.variant.key / f"{self.name(number)}.{suffix}"
 
 
-def model_checksum() -> str:
-    """Eight hexadecimal digits that change with the bundled model or the judge."""
-    digest = hashlib.sha256()
-    for path in (*sorted(bundled_model_path().rglob("*.safetensors")), JUDGE_PATH):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
+def images_of(strip: Path) -> list[Image.Image]:
+    """Return the square images of a file of `Task.strip`."""
+    row = load_image(strip)
+    side = row.height
+    return [row.crop((left, 0, left + side, side)) for left in range(0, row.width, side)]
 
 
 class Worker:
-    """Does tasks; the model and the judge are loaded once."""
+    """Does tasks with one model and one judge."""
 
     @cache  # noqa: B019 - a worker lives as long as its process
     def _pipe(self, dtype: torch.dtype) -> Any:
@@ -163,63 +168,49 @@ class Worker:
         return Judge.load()
 
     def __call__(self, task: Task) -> dict[int, str]:
-        """Do what of a task is not done yet.
-
-        Returns:
-            For identities that could not be learnt, why.
-        """
-        open_ones = [number for number in task.numbers if not task.is_done(number)]
-        if not open_ones:
+        """Do the unfinished part of a task. Return identities whose training failed → the error."""
+        unfinished = [number for number in task.numbers if not task.is_done(number)]
+        if not unfinished:
             return {}
-        chosen = {one.number: one for one in task.protocol.subjects(max(open_ones) + 1)}
-        subjects = [chosen[number] for number in open_ones]
-        trained: dict[int, ManyResult | None] = dict.fromkeys(open_ones)
+        subjects = [task.protocol.subjects(number + 1)[-1] for number in unfinished]
+        trained: list[ManyResult | None] = [None] * len(subjects)
         if task.variant.config is not None:
-            trained.update(zip(open_ones, train(task, subjects), strict=True))
+            trained[:] = train(task, subjects)
         failures = {}
-        for one in subjects:
-            result = trained[one.number]
+        for one, result in zip(subjects, trained, strict=True):
             if result is not None and result.error is not None:
                 failures[one.number] = f"{task.variant.name}, {result.name}: {result.error}"
-                continue
-            self._try(task, one, None if result is None else result.subject)
+            else:
+                self._score(task, one, None if result is None else result.subject)
         return failures
 
-    def _try(self, task: Task, one: StudySubject, subject: Subject | None) -> None:
-        """Draw, score and write the file of one identity; parts that are there stay."""
+    def _score(self, task: Task, one: StudySubject, subject: Subject | None) -> None:
+        """Generate, score and write the file of one identity."""
         pipe, protocol = self._pipe(task.protocol.dtype), task.protocol
-        found = task.load(one.number) or {
-            "variant": task.variant.name,
-            "protocol": asdict(protocol),
-            "subject": one.number,
-            "picture": asdict(one.picture),
-            "training": None if subject is None else _training(subject),
-        }
         if subject is not None:
             attach(pipe, subject)
         try:
-            if "pictures" not in found:
-                images = _draw(pipe, self._texts(task, one, one.prompts), protocol)
-                found["pictures"] = self._scores(images, one.prompts, one, protocol.seeds)
-                atomic_write(task.pictures(one.number), png(_strip(images[:: protocol.seeds])))
-            if "overfit" not in found:
-                found["overfit"] = None if subject is None else _overfit(pipe, subject, one)
-            if "open" not in found:
-                images = _draw(pipe, self._texts(task, one, one.open_prompts), protocol)
-                found["open"] = self._scores(images, one.open_prompts, one, protocol.seeds)
+            images = _generate(pipe, _texts(task, one, one.prompts), protocol)
+            open_images = _generate(pipe, _texts(task, one, one.open_prompts), protocol)
+            overfit = subject and _overfit(pipe, subject, one)
         finally:
             detach(pipe)
+        atomic_write(task.strip(one.number), png(_strip(images[:: protocol.seeds])))
+        found = {
+            "variant": task.variant.name,
+            "protocol": asdict(protocol),
+            "subject": one.number,
+            "image": asdict(one.image),
+            # A subject that an earlier run trained has the summary in its file.
+            "training": subject and dict(summarise(subject.history) or subject.summary or {}),
+            "images": self._rows(images, one.prompts, one, protocol.seeds),
+            "open": self._rows(open_images, one.open_prompts, one, protocol.seeds),
+            "overfit": overfit,
+        }
         text = json.dumps(found, indent=1, ensure_ascii=False)
         atomic_write(task.result(one.number), text.encode())
 
-    def _texts(self, task: Task, one: StudySubject, prompts: Sequence[StudyPrompt]) -> list[str]:
-        """The prompts with the subject, or what the control has in its place."""
-        if task.variant.name == SPELLED_OUT:
-            return [prompt.spelled_out(one.identity) for prompt in prompts]
-        word = CLASS_WORD if task.variant.config is None else PLACEHOLDER
-        return [prompt.text.format(word) for prompt in prompts]
-
-    def _scores(
+    def _rows(
         self,
         images: Sequence[Image.Image],
         prompts: Sequence[StudyPrompt],
@@ -229,25 +220,26 @@ class Worker:
         rows = []
         repeated = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
         for judgement, (prompt, seed) in zip(self._judge(images), repeated, strict=True):
-            score = score_image(judgement, prompt, one.identity, one.picture.scene)
-            rounded = {name: round(value, 4) for name, value in score.as_dict().items()}
+            score = score_image(judgement, prompt, one.identity, one.image.scene)._asdict()
+            rounded = {name: round(value, 4) for name, value in score.items()}
             rows.append({"kind": prompt.kind, "text": prompt.text, "seed": seed, **rounded})
         return rows
 
 
 def train(task: Task, subjects: Sequence[StudySubject]) -> list[ManyResult]:
-    """Learn identities by the settings of a task's variant; what its folder holds is not redone."""
-    config = task.variant.config
+    """Train identities by the settings of a task's variant, unless the folder holds them."""
+    variant, config = task.variant, task.variant.config
     assert config is not None
     entries = []
     for one in subjects:
-        picture, mask = draw(one.picture, IMAGE_SIZE)
+        image, mask = draw(one.image, IMAGE_SIZE)
+        scene = [one.scene] * variant.scene_named + [one.place] * variant.place_named
         entries.append(
             {
-                "image": picture,
+                "image": image,
                 "name": task.name(one.number),
                 "placeholder": PLACEHOLDER,
-                "scene": _scene(one, task.variant),
+                "scene": " ".join(scene) or None,
                 "seed": config.seed + one.number,
                 "mask": mask if config.attention_loss == "mask" else None,
             }
@@ -261,19 +253,21 @@ def train(task: Task, subjects: Sequence[StudySubject]) -> list[ManyResult]:
         # Several tasks share the folder, and each would leave its own rows only.
         (folder / SUMMARY_FILE).unlink(missing_ok=True)
     if len(results) != len(entries):
-        raise TrainingError("a study cannot run under torchrun or accelerate: give it workers=")
+        raise TrainingError("A study cannot run under torchrun or accelerate. Give it workers.")
     return results
 
 
-def _scene(one: StudySubject, variant: Variant) -> str | None:
-    """What the training sentence says behind the subject."""
-    named = [one.scene] if variant.scene_named else []
-    return " ".join([*named, one.place] if variant.place_named else named) or None
+def _texts(task: Task, one: StudySubject, prompts: Sequence[StudyPrompt]) -> list[str]:
+    """Return the prompts with the subject, or with the control in its place."""
+    if task.variant.name == SPELLED_OUT:
+        return [prompt.spelled_out(one.identity) for prompt in prompts]
+    word = CLASS_WORD if task.variant.config is None else PLACEHOLDER
+    return [prompt.text.format(word) for prompt in prompts]
 
 
 @torch.inference_mode()
-def _draw(pipe: Any, texts: Sequence[str], protocol: Protocol) -> list[Image.Image]:
-    """All seeds of the first prompt, then of the next one; noise by prompt and seed alone."""
+def _generate(pipe: Any, texts: Sequence[str], protocol: Protocol) -> list[Image.Image]:
+    """Return all seeds of the first prompt, then of the next; noise by prompt and seed alone."""
     wanted = [
         (text, 1000 * place + seed)
         for place, text in enumerate(texts)
@@ -292,16 +286,11 @@ def _draw(pipe: Any, texts: Sequence[str], protocol: Protocol) -> list[Image.Ima
 
 
 def _overfit(pipe: Any, subject: Subject, one: StudySubject) -> dict[str, float]:
-    picture, mask = draw(one.picture, IMAGE_SIZE)
+    image, mask = draw(one.image, IMAGE_SIZE)
     size = pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    pixels, shown = prepare(picture, size), load_mask(mask, picture, size)
+    pixels, shown = prepare(image, size), load_mask(mask, image, size)
     found = attention_overfit(pipe, subject, pixels, shown, f"a photo of a {{}} {one.scene}")
-    return {name: round(value, 4) for name, value in found.as_dict().items()}
-
-
-def _training(subject: Subject) -> dict[str, Any]:
-    """What the run was like; a subject that an earlier run had learnt has it in its file."""
-    return dict(summarise(subject.history) or subject.summary or {})
+    return {name: round(value, 4) for name, value in found._asdict().items()}
 
 
 def _strip(images: Sequence[Image.Image]) -> Image.Image:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -21,10 +19,11 @@ from evals.studies.prompts import StudySubject, identity_words
 from evals.studies.tasks import IMAGE_SIZE as PANEL_SIZE
 from evals.studies.tasks import Protocol, Task, train
 from evals.studies.variants import BASELINE, Variant
-from sefi_fast.errors import ModelError
+from sefi_fast.errors import ModelError, TrainingError
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap, paired_difference
-from sefi_fast.pipelines import attach, detach, load_pipeline, regions
+from sefi_fast.evaluation.tables import csv_bytes, markdown_table, write_files
+from sefi_fast.pipelines import attach, load_pipeline, regions
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD, two_creatures_lora
 from sefi_fast.tiny_world.captions import SCENE_PHRASES
@@ -32,20 +31,17 @@ from sefi_fast.tiny_world.drawing import IMAGE_SIZE, SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
 from sefi_fast.tiny_world.pairs import HALVES, halves_of
 from sefi_fast.training import TrainConfig
-from sefi_fast.utils.files import atomic_write, check_folder
+from sefi_fast.utils.files import check_folder
 
 
 def pair_pipeline(dtype: torch.dtype) -> Any:
-    """The bundled model with its LoRA for two creatures, merged in float32; without a bar.
+    """Return the bundled model with its LoRA for two creatures, merged in float32.
 
     Raises:
-        ModelError: peft, through which diffusers loads a LoRA, is not installed.
+        ModelError: peft is not installed.
     """
     if find_spec("peft") is None:
-        raise ModelError(
-            "two creatures in an image take a LoRA, which diffusers loads through peft: "
-            "pip install peft"
-        )
+        raise ModelError("The LoRA for two creatures needs peft. Run pip install peft.")
     unet = load_pipeline(None, dtype=torch.float32).unet
     unet.load_lora_adapter(two_creatures_lora(), prefix="unet")
     unet.fuse_lora()
@@ -67,15 +63,15 @@ def generate_pair(
     steps: int,
     guidance: float,
 ) -> list[Image.Image]:
-    """Draw two creatures, one image a seed, 96×48 pixels.
+    """Generate images of two creatures, 96×48 pixels, one per seed.
 
     Args:
-        pipe: of `pair_pipeline`; subjects may be attached.
-        words: what stands for the left and the right creature, such as "a <a>".
-        scene: of drawing.SCENES.
-        seeds: of the noise.
-        by_halves: a sentence for each half (`regions`) instead of one for both.
-        steps: of the sampler.
+        pipe: pipeline of `pair_pipeline`; subjects may be attached.
+        words: names of the left and the right creature, such as "a <a>".
+        scene: one of drawing.SCENES.
+        seeds: seeds of the noise.
+        by_halves: whether each half has a sentence (`regions`) instead of one for both.
+        steps: denoising steps.
         guidance: guidance scale.
     """
     where = SCENE_PHRASES[scene]
@@ -94,19 +90,18 @@ def generate_pair(
     return images
 
 
-_SCENES_A_PAIR = 2
+_SCENES_PER_PAIR = 2
 _SHEET_PAIRS = 4
-# Training several in one batch is half as fast again as one by one.
-_SIDE_BY_SIDE = 4
+# A batch of several trains faster per subject than one by one.
+_BATCH_SUBJECTS = 4
 
 
-@dataclass(frozen=True)
-class TwoScore:
-    """What the judge says of the halves of one image.
+class TwoScore(NamedTuple):
+    """Scores of one image of two subjects.
 
     Attributes:
         both: 1 if each half shows a creature.
-        id: mean over the halves of the likeness to its own subject (`scores.ImageScore.id`).
+        id: mean over the halves of the likeness to its own subject.
         own: share of the attributes in which the two subjects differ that each half shows as its
             own subject has them; an empty half shows none.
         confused: share of those that it shows as the *other* subject has them.
@@ -120,21 +115,23 @@ class TwoScore:
 
 @dataclass(frozen=True)
 class _Way:
-    """How two creatures are asked for: what stands for each, and whether each half has a prompt."""
+    """A way to ask for two creatures: a name for each, in one sentence or one for each half."""
 
     name: str
     words: Callable[[StudySubject, int], str]
     by_halves: bool
 
 
+_COMPARED_TO = "subjects, one sentence"
 _WAYS = (
     _Way("class words, one sentence", lambda one, place: f"a {CLASS_WORD}", False),
-    _Way("subjects, one sentence", lambda one, place: ("a <a>", "a <b>")[place], False),
+    _Way(_COMPARED_TO, lambda one, place: ("a <a>", "a <b>")[place], False),
     _Way("subjects, a region each", lambda one, place: ("a <a>", "a <b>")[place], True),
     _Way("spelled out, one sentence", lambda one, _: f"a {identity_words(one.identity)}", False),
     _Way("spelled out, a region each", lambda one, _: f"a {identity_words(one.identity)}", True),
 )
-_COMPARED_TO = "subjects, one sentence"
+Scores = dict[str, dict[int, list[TwoScore]]]
+"""Name of a way → number of a pair → scores of its images."""
 
 
 def compare_two_subjects(
@@ -147,19 +144,19 @@ def compare_two_subjects(
     progress: bool = True,
     **overrides: Any,
 ) -> list[Path]:
-    """Draw pairs of learnt subjects in double-wide images, and judge how far they mix.
+    """Generate pairs of trained subjects in double-wide images, and judge how far they mix.
 
-    The subjects are learnt from the bundled model as it is; for the images it has its LoRA for
-    two creatures (`sefi_fast.tiny_world.two_creatures_lora`), which never saw the subjects.
-    Subject i stands beside subject i + 1, the last one beside the first. Each is in two pairs, and
-    the intervals, which resample pairs, are a little too narrow for that. What an earlier study in
-    the folder has learnt by the same settings is not learnt again. In one sentence the model is
-    free in who stands where, so there the better of both assignments counts.
+    The subjects are trained on the bundled model, and generated with its LoRA for two creatures
+    (`sefi_fast.tiny_world.two_creatures_lora`), which never saw them. Subject i is next to subject
+    i + 1, and the last next to the first. Each is in two pairs, so the intervals, which resample
+    pairs, are a little too narrow. Subjects that an earlier study in the folder trained by the same
+    settings are not trained again. In one sentence the model chooses the order of the two, so there
+    the better of both assignments counts.
 
     Args:
-        output: folder; `two.md`, `two.csv` and `two-sheet.png` come there.
-        identities: subjects, and pairs of them; 2 to 66.
-        seeds: images of each pair, scene and way of asking.
+        output: folder of `two.csv`, `two.md` and `two-sheet.png`.
+        identities: number of subjects, and of pairs; 2 to 66.
+        seeds: images of each pair, scene and way to ask.
         seed, config, progress, **overrides: as for `run_study`.
 
     Returns:
@@ -167,7 +164,7 @@ def compare_two_subjects(
 
     Raises:
         ValueError, TypeError: a number or a setting is out of range.
-        ModelError: peft, through which diffusers loads a LoRA, is not installed.
+        ModelError: peft is not installed.
         OSError: the folder cannot be written.
     """
     for name, value, least in (("identities", identities, 2), ("seeds", seeds, 1)):
@@ -178,41 +175,51 @@ def compare_two_subjects(
     protocol = Protocol.of(settings, prompts=1, seeds=seeds, seed=seed)
     chosen = protocol.subjects(identities)
     pipe = pair_pipeline(protocol.dtype)
-    learnt = _learn(folder, settings, chosen, protocol, progress)
+    trained = _train(Task(folder, Variant(BASELINE, settings), (), protocol), chosen, progress)
     judge = Judge.load()
-    scores: dict[str, dict[int, list[TwoScore]]] = {way.name: {} for way in _WAYS}
+    scores: Scores = {way.name: {} for way in _WAYS}
     rows: list[tuple[str, list[Panel]]] = []
     for place in tqdm(range(identities), unit="pair", disable=not progress):
         pair = chosen[place], chosen[(place + 1) % identities]
-        names = zip((learnt[one.number] for one in pair), ("<a>", "<b>"), strict=True)
+        names = zip((trained[one.number] for one in pair), ("<a>", "<b>"), strict=True)
         attach(pipe, [replace(subject, placeholder=name) for subject, name in names])
-        panels = [Panel(draw(one.picture, IMAGE_SIZE)[0], "learnt from") for one in pair]
+        panels = [Panel(draw(one.image, IMAGE_SIZE)[0], "trained on") for one in pair]
         for way in _WAYS:
-            pictures = _draw_pair(pipe, way, pair, protocol)
-            scores[way.name][place] = _judge(judge, pictures, pair, way.by_halves)
-            panels.append(Panel(pictures[0], way.name))
+            images = _generate(pipe, way, pair, protocol)
+            halves = [judge([halves_of(image)[k] for image in images]) for k in (0, 1)]
+            identity = pair[0].identity, pair[1].identity
+            scores[way.name][place] = [
+                score_halves(both, identity, ordered=way.by_halves)
+                for both in zip(*halves, strict=True)
+            ]
+            panels.append(Panel(images[0], way.name))
         if place < _SHEET_PAIRS:
             rows.append(("", panels))
-        detach(pipe)
     about = (
-        f"{identities} pairs of {identities} learnt subjects, {_SCENES_A_PAIR} scenes, {seeds} "
+        f"{identities} pairs of {identities} trained subjects, {_SCENES_PER_PAIR} scenes, {seeds} "
         f"images each of {2 * IMAGE_SIZE}×{IMAGE_SIZE} pixels, {settings.steps} training and "
         f"{protocol.sampling_steps} sampling steps, {protocol.precision}. "
         "95 % intervals over pairs."
     )
-    return _report(folder, about, scores, rows)
+    sheet = contact_sheet(rows, title="two subjects in one image", panel_size=PANEL_SIZE)
+    contents = {
+        "two.csv": csv_bytes(_rows(scores)),
+        "two.md": f"{about}\n\n{_table(scores)}".encode(),
+        "two-sheet.png": png(sheet),
+    }
+    return write_files(folder, contents)
 
 
 def score_halves(
     halves: tuple[Judgement, Judgement], pair: tuple[Identity, Identity], *, ordered: bool
 ) -> TwoScore:
-    """Score an image by what the judge says of its left and its right half.
+    """Score an image by the judge's answers for its left and its right half.
 
     Args:
-        halves: left and right.
-        pair: who was asked for.
-        ordered: whether the first was asked for on the left; else the better of both assignments
-            by likeness counts.
+        halves: left and right half.
+        pair: the two subjects.
+        ordered: whether the prompt puts the first on the left. If not, the assignment with the
+            higher likeness counts.
     """
     orders = [(0, 1)] if ordered else [(0, 1), (1, 0)]
     likeness = {
@@ -222,47 +229,39 @@ def score_halves(
     order = max(likeness, key=likeness.__getitem__)
     first, second = pair
     differing = [name for name in IDENTITY_ATTRIBUTES if first.value(name) != second.value(name)]
-    own = other = 0
+    creatures = own = other = 0
     for half, who in zip(halves, order, strict=True):
         labels = half.labels
-        if labels["creature"] != "yes":
-            continue
-        own += sum(labels[name] == pair[who].value(name) for name in differing)
-        other += sum(labels[name] == pair[1 - who].value(name) for name in differing)
+        if labels["creature"] == "yes":
+            creatures += 1
+            own += sum(labels[name] == pair[who].value(name) for name in differing)
+            other += sum(labels[name] == pair[1 - who].value(name) for name in differing)
     asked = 2 * len(differing)
-    both = all(half.labels["creature"] == "yes" for half in halves)
-    return TwoScore(float(both), likeness[order], own / asked, other / asked)
+    return TwoScore(float(creatures == 2), likeness[order], own / asked, other / asked)
 
 
-def _learn(
-    folder: Path,
-    settings: TrainConfig,
-    chosen: Sequence[StudySubject],
-    protocol: Protocol,
-    progress: bool,
-) -> dict[int, Subject]:
-    """Identity → its subject, from the folder where it lies there."""
-    task = Task(folder, Variant(BASELINE, settings), tuple(one.number for one in chosen), protocol)
+def _train(task: Task, chosen: Sequence[StudySubject], progress: bool) -> dict[int, Subject]:
+    """Return identity → its subject, from the folder if it is there."""
     with tqdm(total=len(chosen), unit="subject", disable=not progress) as bar:
-        for start in range(0, len(chosen), _SIDE_BY_SIDE):
-            group = chosen[start : start + _SIDE_BY_SIDE]
+        for start in range(0, len(chosen), _BATCH_SUBJECTS):
+            group = chosen[start : start + _BATCH_SUBJECTS]
             for result in train(task, group):
                 if result.error is not None:
-                    raise ValueError(f"{result.name} could not be learnt: {result.error}")
+                    raise TrainingError(f"{result.name} could not be trained: {result.error}")
             bar.update(len(group))
-    return {number: Subject.load(task.subject(number)) for number in task.numbers}
+    return {one.number: Subject.load(task.subject(one.number)) for one in chosen}
 
 
-def _draw_pair(
+def _generate(
     pipe: Any, way: _Way, pair: tuple[StudySubject, StudySubject], protocol: Protocol
 ) -> list[Image.Image]:
-    """All seeds of the first scene, then of the next; equal noise for every way."""
-    taken = {one.picture.scene for one in pair}
+    """Return all seeds of the first scene, then of the next; the same noise for every way."""
+    taken = {one.image.scene for one in pair}
     scenes = [scene for scene in SCENES if scene not in taken]
     random.Random(pair[0].number).shuffle(scenes)
-    pictures: list[Image.Image] = []
-    for scene in scenes[:_SCENES_A_PAIR]:
-        pictures += generate_pair(
+    images: list[Image.Image] = []
+    for scene in scenes[:_SCENES_PER_PAIR]:
+        images += generate_pair(
             pipe,
             (way.words(pair[0], 0), way.words(pair[1], 1)),
             scene,
@@ -271,66 +270,30 @@ def _draw_pair(
             steps=protocol.sampling_steps,
             guidance=protocol.guidance,
         )
-    return pictures
+    return images
 
 
-def _judge(
-    judge: Judge,
-    pictures: Sequence[Image.Image],
-    pair: tuple[StudySubject, StudySubject],
-    ordered: bool,
-) -> list[TwoScore]:
-    left, right = (judge([halves_of(picture)[place] for picture in pictures]) for place in (0, 1))
-    identities = pair[0].identity, pair[1].identity
-    return [
-        score_halves(halves, identities, ordered=ordered)
-        for halves in zip(left, right, strict=True)
-    ]
-
-
-def _report(
-    folder: Path,
-    about: str,
-    scores: dict[str, dict[int, list[TwoScore]]],
-    rows: Sequence[tuple[str, Sequence[Panel]]],
-) -> list[Path]:
-    columns = {"both": "two creatures", "id": "ID", "own": "own attributes", "confused": "confused"}
-    means = {
-        way: {
-            column: {
-                pair: sum(getattr(score, column) for score in found) / len(found)
-                for pair, found in pairs.items()
-            }
-            for column in columns
-        }
-        for way, pairs in scores.items()
-    }
-    titles = [*columns.values(), "confused less one sentence's"]
-    lines = [
-        about,
-        "",
-        "| asked for by | " + " | ".join(titles) + " |",
-        "|---" * (len(titles) + 1) + "|",
-    ]
-    for way, by_column in means.items():
-        cells = [str(bootstrap(by_column[column])) for column in columns]
-        less = paired_difference(by_column["confused"], means[_COMPARED_TO]["confused"])
-        cells.append("—" if way == _COMPARED_TO else less.signed())
-        lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["way", "pair", "picture", *columns])
+def _rows(scores: Scores) -> Iterator[dict[str, object]]:
     for way, pairs in scores.items():
         for pair, found in pairs.items():
             for number, score in enumerate(found):
-                values = [round(value, 4) for value in asdict(score).values()]
-                writer.writerow([way, pair, number, *values])
-    sheet = contact_sheet(rows, title="two subjects in one image", panel_size=PANEL_SIZE)
-    files = {
-        "two.md": ("\n".join(lines) + "\n").encode(),
-        "two.csv": table.getvalue().encode(),
-        "two-sheet.png": png(sheet),
-    }
-    for name, content in files.items():
-        atomic_write(folder / name, content)
-    return [folder / name for name in files]
+                rounded = {name: round(value, 4) for name, value in score._asdict().items()}
+                yield {"way": way, "pair": pair, "image": number, **rounded}
+
+
+def _table(scores: Scores) -> str:
+    """Tabulate the means over pairs with intervals."""
+
+    def means(way: str, place: int) -> dict[int, float]:
+        return {
+            pair: sum(score[place] for score in found) / len(found)
+            for pair, found in scores[way].items()
+        }
+
+    titles = ("asked for by", "two creatures", "ID", "own attributes", "confused")
+    rows = []
+    for way in scores:
+        cells = [str(bootstrap(means(way, place))) for place in range(len(TwoScore._fields))]
+        less = paired_difference(means(way, 3), means(_COMPARED_TO, 3))
+        rows.append([way, *cells, "—" if way == _COMPARED_TO else less.signed()])
+    return markdown_table([*titles, "confused − one sentence"], rows)

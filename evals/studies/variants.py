@@ -1,10 +1,10 @@
-"""What the studies compare: named settings, each trained once however many studies want it."""
+"""Settings that the studies compare, each trained once for all studies."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,7 +15,7 @@ BASELINE = "sefi"
 """Name of the variant with the default settings, to which all others are compared."""
 SPELLED_OUT = "spelled out"
 CONTROLS = ("class word", SPELLED_OUT)
-"""What needs no training: the class word in the subject's place, and the identity in words."""
+"""Controls without training: the class word in place of the subject, and the identity in words."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,11 @@ class Variant:
     """Settings under one name, or a control.
 
     Attributes:
-        name: as the tables show it.
+        name: name in the tables.
         config: the settings; None for a control.
-        value: where it stands on the axis of its study's plot; None where that has no scale.
+        value: position on the axis of the study's plot; None if the plot has no axis.
         scene_named: whether the training sentence names the image's scene.
-        place_named: whether it names the creature's place too. A mirrored image would have it
-            wrong.
+        place_named: whether it names the creature's position too, which a mirrored image changes.
     """
 
     name: str
@@ -39,33 +38,30 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """The settings in 12 characters: variants of the same key are the same training."""
+        """Return 12 characters that are equal for variants of equal training."""
         if self.config is None:
             return self.name.replace(" ", "-")
-        kept = {f.name: getattr(self.config, f.name) for f in fields(TrainConfig)
-                if not f.metadata["free"]}  # fmt: skip
+        kept: dict[str, Any] = {
+            field.name: getattr(self.config, field.name)
+            for field in fields(TrainConfig)
+            if not field.metadata["free"]
+        }
         if kept["weight_lambda"] == 0 or kept["attention_loss"] == "none":
             kept |= {"weight_lambda": 0.0, "attention_loss": "none"}
-        if kept["num_vectors"] is None:
-            # As before there was the setting, so that older results are found again.
-            del kept["num_vectors"]
-        if not self.scene_named:
-            kept["scene_named"] = False
-        if self.place_named:
-            kept["place_named"] = True
+        kept |= {"scene_named": self.scene_named, "place_named": self.place_named}
         text = json.dumps(kept, sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Study:
-    """Variants beside one another.
+    """Variants that are compared with one another.
 
     Attributes:
-        name: as the command takes it.
-        title: what is compared.
+        name: name on the command line.
+        title: subject of the comparison.
         variants: in the order of the table.
-        axis: label of the variants' values; empty where they have none.
+        axis: label of the variants' values; empty if they have none.
         log: whether that axis is logarithmic.
     """
 
@@ -76,24 +72,10 @@ class Study:
     log: bool = False
 
 
-STUDIES = (
-    "lambda",
-    "loss",
-    "pairs",
-    "vectors",
-    "peers",
-    "module",
-    "rate",
-    "steps",
-    "choices",
-    "better",
-)
-
-
 def make_studies(
     names: str | Iterable[str] = "all", base: TrainConfig | None = None
 ) -> list[Study]:
-    """The studies of these names.
+    """Make the studies of these names.
 
     Args:
         names: one of STUDIES, "all", or several.
@@ -107,8 +89,7 @@ def make_studies(
     unknown = [name for name in asked if name not in STUDIES]
     if unknown or not asked:
         raise ValueError(f"study must be all or of {', '.join(STUDIES)}; got {unknown or asked}")
-    base = base or TrainConfig()
-    return [_MAKERS[name](base) for name in dict.fromkeys(asked)]
+    return [_MAKERS[name](base or TrainConfig()) for name in dict.fromkeys(asked)]
 
 
 def _variant(base: TrainConfig, name: str, value: float | None = None, **fields: Any) -> Variant:
@@ -116,9 +97,14 @@ def _variant(base: TrainConfig, name: str, value: float | None = None, **fields:
 
 
 def _preset(base: TrainConfig, preset: str, name: str, **same: Any) -> Variant:
-    """What a preset sets, over the base, but with the steps and the batch of the others."""
+    """Return a preset over the base, with the base's steps and batch."""
     equal = {"steps": base.steps, "batch_size": base.batch_size, **same}
     return _variant(base, name, **{**preset_settings(preset), **equal})
+
+
+def _recipe(base: TrainConfig) -> dict[str, Any]:
+    same = ("schedule", "flip", "learning_rate", "snr_gamma")
+    return {name: getattr(base, name) for name in same}
 
 
 def _lambda(base: TrainConfig) -> Study:
@@ -145,17 +131,13 @@ def _pairs(base: TrainConfig) -> Study:
 
 
 def _vectors(base: TrainConfig) -> Study:
-    more = [_variant(base, f"{n} vectors", num_vectors=n) for n in (2, 3, 5)]
     weights = (0.0, 0.01, 0.05)
-    three = [
-        _variant(base, f"3 vectors, λ = {w:g}", num_vectors=3, weight_lambda=w) for w in weights
-    ]
     likeness = {"num_vectors": 3, "weight_lambda": 0.01}
     half = max(1, base.steps // 2)
     variants = (
         Variant("1 vector", base),
-        *more,
-        *three,
+        *(_variant(base, f"{n} vectors", num_vectors=n) for n in (2, 3, 5)),
+        *(_variant(base, f"3 vectors, λ = {w:g}", num_vectors=3, weight_lambda=w) for w in weights),
         _variant(base, "3 vectors, λ = 0.01, half the steps", **likeness, steps=half),
         _variant(base, "3 vectors, λ = 0.01, 1 stage", **likeness, stages=1),
         _variant(base, "3 vectors, λ = 0.01, 1 tied stage", **likeness, stages=1, split=False),
@@ -164,12 +146,7 @@ def _vectors(base: TrainConfig) -> Study:
             num_vectors=3, **_recipe(base),
         ),
     )  # fmt: skip
-    return Study("vectors", "tokens that stand for the placeholder", variants)
-
-
-def _recipe(base: TrainConfig) -> dict[str, Any]:
-    same = ("schedule", "flip", "learning_rate", "snr_gamma")
-    return {name: getattr(base, name) for name in same}
+    return Study("vectors", "tokens per placeholder", variants)
 
 
 def _peers(base: TrainConfig) -> Study:
@@ -189,7 +166,7 @@ def _module(base: TrainConfig) -> Study:
         _variant(base, "self-attention module", module="attention"),
         _variant(base, "free rows", module="free"),
     )
-    return Study("module", "what makes the tokens", variants)
+    return Study("module", "parameters of the tokens", variants)
 
 
 def _rate(base: TrainConfig) -> Study:
@@ -205,29 +182,27 @@ def _steps(base: TrainConfig) -> Study:
 
 
 def _choices(base: TrainConfig) -> Study:
+    batch, steps = base.batch_size, base.steps
+    changes: dict[str, dict[str, Any]] = {
+        "constant rate": {"schedule": "constant"},
+        "warm-up of a tenth": {"warmup_steps": max(1, steps // 10)},
+        "average of the last tokens": {"ema_decay": 0.98},
+        "base embedding kept": {"train_base": False},
+        "gradient through the reference": {"reference_grad": True},
+        "loss at 12×12 alone": {"loss_resolutions": (12,)},
+        "loss at 6×6 alone": {"loss_resolutions": (6,)},
+        "loss at 6×6 and 3×3": {"loss_resolutions": (3, 6)},
+        "loss at 6×6 alone, λ = 0.01": {"loss_resolutions": (6,), "weight_lambda": 0.01},
+        "half the copies, twice the steps": {"batch_size": max(1, batch // 2), "steps": 2 * steps},
+        "twice the copies, half the steps": {"batch_size": 2 * batch, "steps": max(1, steps // 2)},
+        "ended on a plateau": {"patience": max(1, steps // 6)},
+    }
     variants = (
         Variant(BASELINE, base),
         Variant("scene not named", base, scene_named=False),
-        _variant(base, "constant rate", schedule="constant"),
-        _variant(base, "warm-up of a tenth", warmup_steps=max(1, base.steps // 10)),
-        _variant(base, "average of the last tokens", ema_decay=0.98),
-        _variant(base, "base embedding kept", train_base=False),
-        _variant(base, "gradient through the reference", reference_grad=True),
-        _variant(base, "loss at 12×12 alone", loss_resolutions=(12,)),
-        _variant(base, "loss at 6×6 alone", loss_resolutions=(6,)),
-        _variant(base, "loss at 6×6 and 3×3", loss_resolutions=(3, 6)),
-        _variant(base, "loss at 6×6 alone, λ = 0.01", loss_resolutions=(6,), weight_lambda=0.01),
-        _variant(
-            base, "half the copies, twice the steps",
-            batch_size=max(1, base.batch_size // 2), steps=2 * base.steps,
-        ),
-        _variant(
-            base, "twice the copies, half the steps",
-            batch_size=2 * base.batch_size, steps=max(1, base.steps // 2),
-        ),
-        _variant(base, "ended on a plateau", patience=max(1, base.steps // 6)),
-    )  # fmt: skip
-    return Study("choices", "what the authors leave open", variants)
+        *(_variant(base, name, **fields) for name, fields in changes.items()),
+    )
+    return Study("choices", "choices that the authors leave open", variants)
 
 
 def _better(base: TrainConfig) -> Study:
@@ -240,10 +215,10 @@ def _better(base: TrainConfig) -> Study:
         Variant("no mirrored image", unmirrored),
         Variant("no mirrored image, place named", unmirrored, place_named=True),
     )
-    return Study("better", "attempts to do better than the seed", variants)
+    return Study("better", "attempts to beat the defaults", variants)
 
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[TrainConfig], Study]] = {
     "lambda": _lambda,
     "loss": _loss,
     "pairs": _pairs,
@@ -255,3 +230,4 @@ _MAKERS = {
     "choices": _choices,
     "better": _better,
 }
+STUDIES = tuple(_MAKERS)

@@ -1,1 +1,1 @@
-"""How the bundled model is made: `python -m evals.tiny_world --out FOLDER`."""
+"""Recipe of the bundled model, its judge and its LoRA: `python -m evals.tiny_world --help`."""

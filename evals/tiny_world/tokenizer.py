@@ -1,4 +1,4 @@
-"""The tokenizer of the bundled model: CLIP's byte-pair kind, every word of the world one token."""
+"""The tokenizer of the bundled model: byte pairs as CLIP's, and one token per word of the world."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ _END = "</w>"
 
 
 def train_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Learn the merges of VOCABULARY's words and save the tokenizer.
+    """Find the merges of VOCABULARY's words, save the tokenizer, and return it as loaded.
 
-    Any other word falls apart into letters; bytes cover every other character.
-
-    Args:
-        folder: where the tokenizer is saved; made when missing.
-
-    Returns:
-        The tokenizer as loaded back from the folder.
+    Any other word falls into letters, and any other character into bytes.
     """
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_END))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -37,8 +31,8 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(VOCABULARY, trainer)
-    learned = json.loads(tokenizer.to_str())["model"]["merges"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in learned]
+    found = json.loads(tokenizer.to_str())["model"]["merges"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in found]
     pieces = [*alphabet, *(letter + _END for letter in alphabet)]
     pieces += [merge.replace(" ", "") for merge in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
@@ -50,20 +44,18 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
     made = CLIPTokenizer(str(vocabulary_file), str(merges_file), model_max_length=MAX_LENGTH)
     made.save_pretrained(folder)
     loaded = CLIPTokenizer.from_pretrained(folder)
-    split = [word for word in VOCABULARY if len(loaded(word).input_ids) != 3]
-    if split:
-        raise RuntimeError(f"words of the captions that are not one token: {split}")
+    assert all(len(loaded(word).input_ids) == 3 for word in VOCABULARY)
     return loaded
 
 
 class CaptionCodes:
-    """Turns captions into token ids by table, which is faster than the tokenizer itself."""
+    """A table of token ids, which is faster than the tokenizer."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self._ids = {word: tokenizer(word).input_ids[1] for word in VOCABULARY}
         self._start, self._end = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def __call__(self, text: str) -> list[int]:
-        """MAX_LENGTH ids: start, one a word, end and padding (the end token again)."""
+        """Return MAX_LENGTH ids: start, one per word, end, and end tokens as padding."""
         ids = [self._start, *(self._ids[word] for word in text.split())][: MAX_LENGTH - 1]
         return ids + [self._end] * (MAX_LENGTH - len(ids))

@@ -1,4 +1,4 @@
-"""Score trained subjects, and make images to look at."""
+"""Scores of trained subjects, contact sheets and training curves."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sefi_fast.evaluation.sheets import (
 )
 from sefi_fast.utils.lazy import lazy_names
 
-# Scores need transformers and training; sheets need neither.
+# Scores need transformers and training. Sheets need neither.
 _HOME = {
     "Evaluation": "sefi_fast.evaluation.scoring",
     "evaluate": "sefi_fast.evaluation.scoring",
-    "score_image": "sefi_fast.evaluation.scorers",
+    "score_image": "sefi_fast.evaluation.judge_scorer",
 }
 __all__ = [
     "Evaluation",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sefi_fast.evaluation.scorers import score_image
+    from sefi_fast.evaluation.judge_scorer import score_image
     from sefi_fast.evaluation.scoring import Evaluation, evaluate
 
 __getattr__ = lazy_names(__name__, _HOME)

@@ -1,4 +1,4 @@
-"""Prompts to try a subject on: scenes, actions, attributes, several subjects; and files of them."""
+"""Prompts for scoring a subject on scenes, actions, attributes and with another subject."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sefi_fast.utils.files import read_regular, user_path
 _SIZE_LIMIT = 2**20
 
 Prompts = Mapping[str, tuple[str, ...]]
-"""Class of prompts → sentences with {} where the subject stands, twice for two subjects."""
+"""Class of prompts → sentences with {} in place of the subject, twice for two subjects."""
 
 PERSON_PROMPTS: Prompts = {
     "scenes": (
@@ -45,8 +45,8 @@ PERSON_PROMPTS: Prompts = {
         "a photo of {} hugging {}",
     ),
 }
-"""For people. The authors' page names the Eiffel Tower, the basketball, the cup, closed eyes, the
-beard, old age and the books; the other prompts of these classes are ours."""
+"""Prompts for people. The authors' page names the Eiffel Tower, the basketball, the cup, closed
+eyes, the beard, old age and the books. The other prompts of these classes are ours."""
 
 THING_PROMPTS: Prompts = {
     "scenes": (
@@ -74,7 +74,7 @@ THING_PROMPTS: Prompts = {
         "a photo of a {} next to a {}",
     ),
 }
-"""For animals and things; all of them ours."""
+"""Prompts for animals and things, all of them ours."""
 
 TINY_PROMPTS: Prompts = {
     "scenes": (
@@ -96,37 +96,46 @@ TINY_PROMPTS: Prompts = {
         "a photo of a {} with green stripes with a crown in the city",
     ),
 }
-"""For the bundled model."""
+"""Prompts for the bundled model."""
 
 _PEOPLE = {"person", "man", "woman", "boy", "girl", "child", "baby", "lady", "guy", "face"}
 
 
 def prompts_for(class_word: str, bundled: bool = False) -> Prompts:
-    """The prompts that suit a class word, on the bundled model or another."""
+    """Return the prompts that suit a class word, on the bundled model or another."""
     if bundled:
         return TINY_PROMPTS
     return PERSON_PROMPTS if class_word.lower() in _PEOPLE else THING_PROMPTS
 
 
 def filled(prompt: str, words: Iterable[str]) -> str:
-    """The prompt with a word for each {}; other braces stand as they are."""
+    """Return the prompt with a word for each {}. Other braces stay."""
     parts = prompt.split("{}")
     return "".join(part for pair in zip(parts, [*words, ""], strict=True) for part in pair)
 
 
+def check_prompt(prompt: str, place: str = "The prompt") -> None:
+    """Raise PromptError if a prompt is not for one subject or two."""
+    if not 1 <= (count := prompt.count("{}")) <= 2:
+        raise PromptError(
+            f"{place} {printable(prompt, 200)!r} has {{}} {count} times. Write it in place of the "
+            "subject, or twice for two subjects."
+        )
+
+
 def read_prompts(path: str | Path) -> Prompts:
-    """Prompts from a text file, one a line; a line "# scenes" begins a class of that name.
+    """Read prompts from a text file, one per line. A line "# scenes" begins a class of that name.
 
     Raises:
         OSError: the file cannot be read.
-        PromptError: it is no UTF-8 text, or holds no prompt, or one without {} or with more than
-            two.
+        PromptError: the file is not UTF-8 text, or holds no prompt, or one without {} or with more
+            than two.
     """
     try:
         text = read_regular(user_path(path), _SIZE_LIMIT).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"{path} cannot be read as UTF-8 text ({error}): give a text file, one prompt a line"
+            f"{path} cannot be read as UTF-8 text ({error}). Give a text file, one prompt per line."
         ) from error
     classes: dict[str, list[str]] = {}
     name = "prompts"
@@ -135,14 +144,10 @@ def read_prompts(path: str | Path) -> Prompts:
         if line.startswith("#"):
             name = line.lstrip("# ") or name
         elif line:
-            if not 1 <= line.count("{}") <= 2:
-                raise PromptError(
-                    f"{path}, line {number}: {printable(line, 200)!r} has {line.count('{}')} times "
-                    "{}: write it where the subject stands, or twice for two subjects"
-                )
+            check_prompt(line, f"{path}, line {number}:")
             classes.setdefault(name, []).append(line)
     if not classes:
         raise PromptError(
-            f"{path} holds no prompt: write one a line, {{}} where the subject stands"
+            f"{path} holds no prompt. Write one per line, with {{}} in place of the subject."
         )
     return {name: tuple(lines) for name, lines in classes.items()}

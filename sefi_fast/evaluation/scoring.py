@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,40 +13,42 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sefi_fast.evaluation.prompts import Prompts, filled, prompts_for, read_prompts
-from sefi_fast.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, TinyScorer, asked_by
+from sefi_fast.evaluation.prompts import Prompts, check_prompt, filled, prompts_for, read_prompts
+from sefi_fast.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, ImageScorer
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap
+from sefi_fast.evaluation.tables import csv_bytes, markdown_table, write_files
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
 from sefi_fast.pipelines.encode_prompt import PromptEncoder
 from sefi_fast.pipelines.loading import kept_model
 from sefi_fast.subject import Subject
-from sefi_fast.tiny_world import CLASS_WORD, SAMPLING
 from sefi_fast.training.image import load_image
 from sefi_fast.utils.files import atomic_write, check_folder, user_path
 
 if TYPE_CHECKING:
     import numpy as np
 
-    Picture = str | os.PathLike[str] | Image.Image | np.ndarray
-
+    ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
 CONTROL = "class word"
-"""Name of the rows whose images have the class word in the subject's place."""
+"""Name of the rows whose images have the class word in place of the subject."""
 _TEXT_COLUMNS = ("subject", "kind", "prompt", "seed")
-_PANELS_A_ROW = 8
+_PANELS_PER_ROW = 8
+_JUDGE_COLUMNS = {"prompt": "prompt score", "share": "attributes"}
+_JUDGE_ID_COLUMNS = {"id": "id", "rank": "id rank", "id_p": "id(p)", "leak": "leak"}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
-        rows: one an image: subject, kind, prompt, seed, and each score by name. "prompt score" and
-            "id" are of the bundled model's judge; "clip text", "clip image", "dino image" and
-            "face" are cosine similarities; "id(p)" is ID · Prompt, which is our reading, with the
-            judge's scores, or else the face's, DINO's or CLIP's image score times CLIP's text.
-        files: what was written.
+        rows: one per image: subject, kind, prompt, seed, and each score by name. "prompt score",
+            "attributes", "id", "id rank" and "leak" are the bundled model's judge's. "clip text",
+            "clip image", "dino image" and "face" are cosine similarities. "id(p)" is ID · Prompt,
+            our reading of the authors' score. ID is the judge's, else the face's, DINO's or CLIP's
+            image score; Prompt is the judge's, else CLIP's text score.
+        files: the files that were written.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -56,12 +56,12 @@ class Evaluation:
 
     @property
     def scores(self) -> list[str]:
-        """Names of the scores."""
+        """Return the names of the scores."""
         names = dict.fromkeys(name for row in self.rows for name in row)
         return [name for name in names if name not in _TEXT_COLUMNS]
 
     def mean(self, score: str, subject: str, kind: str | None = None) -> float | None:
-        """Mean over a subject's images, of one kind or all; None if it has none."""
+        """Return the mean over a subject's images of one kind or all; None if there are none."""
         values = [
             row[score]
             for row in self.rows
@@ -71,15 +71,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The images of one prompt with some subjects, or with their class words.
+class _Trial:
+    """One prompt with some subjects, or with their class words.
 
     Attributes:
-        name: of the subjects together, or CONTROL.
+        name: name of the subjects together, or CONTROL.
         kind: class of the prompt.
-        prompt: {} where a subject stands.
-        subjects: places of the subjects in the list given.
-        control: whether the class words stand in their place.
+        prompt: the sentence, {} in place of each subject.
+        subjects: indices in the list of subjects.
+        control: whether the class words replace the subjects.
     """
 
     name: str
@@ -89,157 +89,6 @@ class Drawn:
     control: bool
 
 
-def write_evaluation(
-    folder: Path,
-    found: Evaluation,
-    shown: Sequence[tuple[Drawn, Image.Image]],
-    names: Sequence[str],
-) -> list[Path]:
-    """Write scores (CSV), the means (Markdown) and a sheet with the first image of each prompt.
-
-    Args:
-        folder: where to.
-        found: the scores.
-        shown: an image of each job.
-        names: of the subjects, without those of pairs.
-
-    Returns:
-        The files.
-    """
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [*_TEXT_COLUMNS, *found.scores], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found.rows)
-    rows: dict[str, list[Panel]] = {}
-    for job, image in shown:
-        rows.setdefault(job.name, []).append(Panel(image, job.prompt))
-    cut = [
-        (name if start == 0 else "", panels[start : start + _PANELS_A_ROW])
-        for name, panels in rows.items()
-        for start in range(0, len(panels), _PANELS_A_ROW)
-    ]
-    sheet = contact_sheet(cut, title="first seed, nothing picked")
-    contents = {
-        "scores.csv": stream.getvalue().encode(),
-        "scores.md": _markdown(found, names).encode(),
-        "sheet.png": png(sheet),
-    }
-    for name, content in contents.items():
-        atomic_write(folder / name, content)
-    return [folder / name for name in contents]
-
-
-def _markdown(found: Evaluation, names: Sequence[str]) -> str:
-    """The mean of each score: control, all subjects with an interval, each kind, each subject."""
-    scores, kinds = found.scores, list(dict.fromkeys(row["kind"] for row in found.rows))
-    lines = [f"| images of | {' | '.join(scores)} |", "|" + "---|" * (len(scores) + 1)]
-
-    def add(title: str, cells: Iterable[str]) -> None:
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-
-    def number(value: float | None) -> str:
-        return "—" if value is None else f"{value:.3f}"
-
-    def over_subjects(score: str, kind: str | None = None) -> str:
-        means = {place: found.mean(score, name, kind) for place, name in enumerate(names)}
-        known = {place: mean for place, mean in means.items() if mean is not None}
-        return str(bootstrap(known)) if known else "—"
-
-    add(f"the {CONTROL}", (number(found.mean(score, CONTROL)) for score in scores))
-    add("all subjects", (over_subjects(score) for score in scores))
-    for kind in kinds:
-        add(f"all subjects, {kind}", (over_subjects(score, kind) for score in scores))
-    for name in dict.fromkeys(row["subject"] for row in found.rows if row["subject"] != CONTROL):
-        add(name, (number(found.mean(score, name)) for score in scores))
-    return "\n".join(lines) + "\n"
-
-
-class Scorers:
-    """Scores images by the models given; the arguments are those of `evaluate`.
-
-    Args:
-        clip, dino, face: models, or None for no such score.
-        bundled: whether the bundled model's judge scores too.
-        references: the image that each subject was learnt from.
-    """
-
-    def __init__(
-        self,
-        clip: Any,
-        dino: Any,
-        face: Any,
-        bundled: bool,
-        references: Sequence[Image.Image] | None,
-    ) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._clip = ClipScorer(clip, device) if clip else None
-        self._dino = DinoScorer(dino, device) if dino else None
-        self._face = FaceScorer(face) if face else None
-        self._tiny = TinyScorer() if bundled else None
-        self._references = references
-
-    def check(self, prompts: Iterable[str]) -> None:
-        """Raise PromptError if what a prompt, {} for the subject, asks for cannot be scored."""
-        for prompt in prompts if self._tiny is not None else ():
-            asked_by(_to_the_judge(prompt))
-
-    def __call__(
-        self, images: Sequence[Image.Image], job: Drawn, subjects: Sequence[Subject]
-    ) -> list[dict[str, float]]:
-        """Scores of each image; with two subjects the mean of their image scores."""
-        columns: dict[str, list[float]] = {}
-        text = filled(job.prompt, [subjects[place].class_word for place in job.subjects])
-        if self._clip is not None:
-            columns["clip text"] = self._clip.text(images, [text] * len(images))
-        if self._references is not None:
-            scorers = (("clip image", self._clip), ("dino image", self._dino), ("face", self._face))
-            for name, scorer in scorers:
-                if scorer is not None:
-                    each = [scorer.image(images, self._references[p]) for p in job.subjects]
-                    columns[name] = [
-                        sum(values) / len(values) for values in zip(*each, strict=True)
-                    ]
-        if self._tiny is not None:
-            columns |= self._judged(images, job)
-        else:
-            columns |= _id_p(columns)
-        return [
-            {name: round(values[place], 5) for name, values in columns.items()}
-            for place in range(len(images))
-        ]
-
-    def _judged(self, images: Sequence[Image.Image], job: Drawn) -> dict[str, list[float]]:
-        assert self._tiny is not None
-        # The judge knows one creature an image.
-        reference = self._references[job.subjects[0]] if self._references else None
-        texts = [_to_the_judge(job.prompt)] * len(images)
-        found = self._tiny(images, texts, reference or images[0])
-        columns = {
-            "prompt score": [score.prompt for score in found],
-            "attributes": [score.share for score in found],
-        }
-        if reference is not None and len(job.subjects) == 1:
-            columns["id"] = [score.id for score in found]
-            columns["id rank"] = [score.rank for score in found]
-            columns["id(p)"] = [score.id_p for score in found]
-            columns["leak"] = [score.leak for score in found]
-        return columns
-
-
-def _to_the_judge(prompt: str) -> str:
-    """The prompt as the judge reads it: whatever stands for the subject is a creature to it."""
-    return filled(prompt, [CLASS_WORD] * prompt.count("{}"))
-
-
-def _id_p(columns: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """ID · Prompt of the best identity score there is; neither counts below zero."""
-    identity = next((n for n in ("face", "dino image", "clip image") if n in columns), None)
-    if identity is None or "clip text" not in columns:
-        return {}
-    both = zip(columns[identity], columns["clip text"], strict=True)
-    return {"id(p)": [max(0.0, one) * max(0.0, text) for one, text in both]}
-
-
 def evaluate(
     subjects: Subject | str | os.PathLike[str] | Sequence[Subject | str | os.PathLike[str]],
     *,
@@ -247,7 +96,7 @@ def evaluate(
     model_config: str | os.PathLike[str] | None = None,
     vae: str | os.PathLike[str] | None = None,
     prompts: Prompts | Sequence[str] | str | os.PathLike[str] | None = None,
-    references: Sequence[Picture] | None = None,
+    references: Sequence[ImageSource] | None = None,
     seeds: int = 4,
     steps: int | None = None,
     guidance: float | None = None,
@@ -257,98 +106,89 @@ def evaluate(
     output: str | os.PathLike[str] = "evaluation",
     progress: bool = True,
 ) -> Evaluation:
-    """Draw prompts with finished subjects, and with their class words, and score the images.
+    """Generate images of trained subjects, and of their class words, and score them.
 
-    Images that the folder already holds are not drawn again, so a run that was ended goes on with
-    the same call. On the bundled model the judge scores without any further model. The models of
-    the scores are the user's: a hub id is downloaded by transformers, a folder is not.
+    Images that the folder already holds are not generated again, so the same call resumes an
+    interrupted run. On the bundled model the judge scores without any other model. The models of
+    the scores are the user's: transformers downloads a hub id, and loads a folder as it is.
 
     Args:
-        subjects: one or several, or their files.
-        model: as for `load_pipeline`, or a pipeline; default: what the first was trained on.
-        model_config, vae: as `config` and `vae` for `load_pipeline`; default with the first
-            subject's model: what that was trained with.
-        prompts: class → sentences, sentences, or a file of them (`prompt_classes.read_prompts`);
-            {} where the subject stands, twice for two subjects, which are then taken in turn.
-            Default: scenes, actions, attributes and several subjects that suit the class word.
-        references: the image that each subject was learnt from, for the image scores.
-        seeds: images of each prompt.
-        steps, guidance: of the sampler; default: what suits the model.
+        subjects: one or several subjects, or their files.
+        model: as for `load_pipeline`, or a pipeline. Default: the first subject's model.
+        model_config, vae: as `config` and `vae` for `load_pipeline`. Default with the first
+            subject's model: those that it was trained with.
+        prompts: class → sentences, sentences, or a file of them (`prompts.read_prompts`). Each has
+            {} in place of the subject, or twice for two subjects, which follow one another in the
+            list. Default: prompts that suit the class word.
+        references: the image that each subject was trained on, for the image scores.
+        seeds: images per prompt.
+        steps, guidance: settings of the sampler. Default: those that suit the model.
         clip: a CLIP model for text and image scores.
         dino: a DINO or DINOv2 model for image scores.
         face: an insightface model pack for face scores.
-        output: folder for images, scores (CSV), table (Markdown) and sheet.
-        progress: show a progress bar.
+        output: folder of images, scores (CSV), table (Markdown) and sheet.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: there is nothing to draw or to score with, or the references are of another
-            number than the subjects.
-        PromptError: of the bundled model a prompt asks for what its judge does not tell; or as for
-            generating.
-        SubjectFileError, ModelError, ImageError: as for attaching and generating.
+        ValueError: there is nothing to generate or to score with, or the number of references
+            differs from the number of subjects.
+        PromptError: a prompt for the bundled model asks for something that its judge cannot read,
+            or as for `generate`.
+        SubjectFileError, ModelError, ImageError: as for `attach` and `generate`.
     """
     given = [subjects] if isinstance(subjects, (Subject, str, os.PathLike)) else list(subjects)
     if not given:
-        raise ValueError("evaluate got no subject: give at least one")
+        raise ValueError("evaluate got no subject. Give at least one.")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     loaded = [one if isinstance(one, Subject) else Subject.load(os.fspath(one)) for one in given]
-    names = _names(given)
-    pictures = None if references is None else [load_image(one) for one in references]
-    if pictures is not None and len(pictures) != len(loaded):
-        raise ValueError(
-            f"there are {len(pictures)} reference images for {len(loaded)} subjects: give one "
-            "for each, in the same order"
-        )
-    wanted_model = {"model": model, "config": model_config, "vae": vae}
+    source = {"model": model, "config": model_config, "vae": vae}
     if model is None:
         kept = kept_model(loaded[0])
-        wanted_model = {n: kept[n] if given is None else given for n, given in wanted_model.items()}
-    model = wanted_model["model"]
-    bundled = model is None
-    ready = not (bundled or isinstance(model, (str, os.PathLike)))
+        source = {n: kept[n] if value is None else value for n, value in source.items()}
+    bundled = source["model"] is None
+    ready = not (bundled or isinstance(source["model"], (str, os.PathLike)))
     if ready and (model_config is not None or vae is not None):
         raise ValueError(
-            "model_config and vae are for a model that is loaded, and a ready pipeline was given: "
-            "leave them out, and set pipe.vae instead"
+            "A ready pipeline was given, and model_config and vae are for a model that is loaded. "
+            "Leave them out, and set pipe.vae instead."
         )
-    if (dino or face) and pictures is None:
-        raise ValueError("DINO and face scores compare with the subject: give reference images")
-    if not (bundled or clip or dino or face):
-        raise ValueError("there is nothing to score with: name a clip, dino or face model")
-    scorers = Scorers(clip, dino, face, bundled, pictures)
-    wanted = _wanted(prompts, loaded[0], bundled)
-    drawn = list(_jobs(wanted, names))
-    if not drawn:
-        raise ValueError("the prompts are for two subjects, and there is one: give two, or others")
-    scorers.check(job.prompt for job in drawn)
-    usual = SAMPLING if bundled else {"steps": 30, "guidance": 7.5}
-    sampling = {
-        "steps": usual["steps"] if steps is None else steps,
-        "guidance": usual["guidance"] if guidance is None else guidance,
-    }
+    scorers = _Scorers(loaded, references, clip, dino, face, bundled)
+    names = _names(given)
+    trials = list(_trials(_prompts(prompts, loaded[0], bundled), names))
+    if not trials:
+        raise ValueError(
+            "The prompts are for two subjects, and one was given. Give two, or others."
+        )
+    scorers.check(trials)
+    sampling = {"steps": 30, "guidance": 7.5}
+    if bundled:
+        from sefi_fast.tiny_world import SAMPLING
+
+        sampling = dict(SAMPLING)
+    asked = {"steps": steps, "guidance": guidance}
+    sampling |= {name: value for name, value in asked.items() if value is not None}
     folder = user_path(output)
-    check_folder(folder / "pictures")
-    pipe = model
+    check_folder(folder / "images")
+    pipe = source["model"]
     if not ready:
-        pipe = load_pipeline(**wanted_model)
+        pipe = load_pipeline(**source)
         pipe.set_progress_bar_config(disable=True)
-    loaded_with = "".join(f"|{wanted_model[n]}" for n in ("config", "vae") if wanted_model[n])
+    parts = "".join(f"|{source[name]}" for name in ("config", "vae") if source[name])
     rows: list[dict[str, Any]] = []
-    shown: list[tuple[Drawn, Image.Image]] = []
-    for job in tqdm(drawn, unit="prompt", disable=not progress):
-        images = _draw(pipe, job, loaded, folder / "pictures", seeds, sampling, loaded_with)
-        shown.append((job, images[0]))
-        scored = scorers(images, job, loaded)
-        for seed, scores in enumerate(scored):
-            row = {"subject": job.name, "kind": job.kind, "prompt": job.prompt, "seed": seed}
+    panels: dict[str, list[Panel]] = {}
+    for trial in tqdm(trials, unit="prompt", disable=not progress):
+        found = _generate(pipe, trial, loaded, folder / "images", seeds, sampling, parts)
+        panels.setdefault(trial.name, []).append(Panel(found[0], trial.prompt))
+        for seed, scores in enumerate(scorers(found, trial)):
+            row = {"subject": trial.name, "kind": trial.kind, "prompt": trial.prompt, "seed": seed}
             rows.append(row | scores)
-    found = Evaluation(tuple(rows), ())
-    return replace(found, files=tuple(write_evaluation(folder, found, shown, names)))
+    result = Evaluation(tuple(rows), ())
+    return replace(result, files=tuple(_write(folder, result, panels, names)))
 
 
-def _names(given: Iterable[Any]) -> list[str]:
-    """Of files their names, of others their placeholders; numbered where two are alike."""
+def _names(given: Iterable[Subject | str | os.PathLike[str]]) -> list[str]:
+    """Name subjects by placeholder or file, with numbers if two are alike."""
     plain = [one.placeholder if isinstance(one, Subject) else Path(one).stem for one in given]
     return [
         f"{name} ({place + 1})" if plain.count(name) > 1 or name == CONTROL else name
@@ -356,68 +196,179 @@ def _names(given: Iterable[Any]) -> list[str]:
     ]
 
 
-def _wanted(prompts: Any, subject: Subject, bundled: bool) -> Prompts:
+def _prompts(
+    prompts: Prompts | Sequence[str] | str | os.PathLike[str] | None,
+    subject: Subject,
+    bundled: bool,
+) -> Prompts:
     if prompts is None:
         return prompts_for(subject.class_word, bundled)
     if isinstance(prompts, (str, os.PathLike)):
         return read_prompts(os.fspath(prompts))
     found = prompts if isinstance(prompts, Mapping) else {"prompts": tuple(prompts)}
-    for sentence in (sentence for sentences in found.values() for sentence in sentences):
-        if not 1 <= sentence.count("{}") <= 2:
-            raise ValueError(
-                f"the prompt {sentence!r} has {sentence.count('{}')} times {{}}: write it where "
-                "the subject stands, or twice for two subjects"
-            )
+    for sentences in found.values():
+        for sentence in sentences:
+            check_prompt(sentence)
     return found
 
 
-def _jobs(prompts: Prompts, names: Sequence[str]) -> Iterator[Drawn]:
-    """Each prompt with each subject, or each two in a row, first with their class words."""
-    count = len(names)
+def _trials(prompts: Prompts, names: Sequence[str]) -> Iterator[_Trial]:
+    """Yield each prompt with each subject, or each two that follow one another, and the control."""
     for kind, sentences in prompts.items():
         for prompt in sentences:
-            for first in range(count):
-                places = (first, (first + 1) % count)[: prompt.count("{}")]
-                if len(set(places)) < len(places):
-                    continue
-                for control in (True, False):
-                    name = CONTROL if control else " + ".join(names[place] for place in places)
-                    yield Drawn(name, kind, prompt, places, control)
+            for first in range(len(names)):
+                places = (first, (first + 1) % len(names))[: prompt.count("{}")]
+                if len(set(places)) == len(places):
+                    yield _Trial(CONTROL, kind, prompt, places, True)
+                    name = " + ".join(names[place] for place in places)
+                    yield _Trial(name, kind, prompt, places, False)
 
 
-def _draw(
+class _Scorers:
+    """Scores of images by the models given. The arguments are those of `evaluate`."""
+
+    def __init__(
+        self,
+        subjects: Sequence[Subject],
+        references: Sequence[ImageSource] | None,
+        clip: str | os.PathLike[str] | None,
+        dino: str | os.PathLike[str] | None,
+        face: str | os.PathLike[str] | None,
+        bundled: bool,
+    ) -> None:
+        if not (bundled or clip or dino or face):
+            raise ValueError("There is nothing to score with. Name a clip, dino or face model.")
+        if (dino or face) and references is None:
+            raise ValueError("DINO and face scores compare with the subject. Give references.")
+        if references is not None and len(references) != len(subjects):
+            raise ValueError(
+                f"There are {len(references)} reference images for {len(subjects)} subjects. Give "
+                "one for each, in the same order."
+            )
+        self._subjects = subjects
+        self._references = [load_image(one) for one in references or ()]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._clip = ClipScorer(clip, device) if clip else None
+        self._by_image: dict[str, ImageScorer] = {}
+        if self._clip is not None and references:
+            self._by_image["clip image"] = self._clip
+        if dino:
+            self._by_image["dino image"] = DinoScorer(dino, device)
+        if face:
+            self._by_image["face"] = FaceScorer(face)
+        self._judge = None
+        if bundled:
+            from sefi_fast.evaluation.judge_scorer import JudgeScorer
+
+            self._judge = JudgeScorer()
+
+    def check(self, trials: Iterable[_Trial]) -> None:
+        """Raise PromptError if the judge cannot read something that a prompt asks for."""
+        if self._judge is not None:
+            from sefi_fast.evaluation.judge_scorer import asked_by
+
+            for trial in trials:
+                asked_by(trial.prompt)
+
+    def __call__(self, images: Sequence[Image.Image], trial: _Trial) -> list[dict[str, float]]:
+        """Return the scores of each image; with two subjects, the mean of their image scores."""
+        columns: dict[str, list[float]] = {}
+        references = [self._references[place] for place in trial.subjects if self._references]
+        if self._clip is not None:
+            words = [self._subjects[place].class_word for place in trial.subjects]
+            columns["clip text"] = self._clip.text(images, filled(trial.prompt, words))
+        for name, scorer in self._by_image.items():
+            each = [scorer.image(images, reference) for reference in references]
+            columns[name] = [sum(values) / len(values) for values in zip(*each, strict=True)]
+        if self._judge is not None:
+            # The judge reads one creature per image.
+            scores = self._judge(images, trial.prompt, (references or images)[0])
+            names = _JUDGE_COLUMNS | (_JUDGE_ID_COLUMNS if len(references) == 1 else {})
+            columns |= {names[n]: [getattr(score, n) for score in scores] for n in names}
+        else:
+            identity = next((n for n in ("face", "dino image", "clip image") if n in columns), "")
+            if identity and self._clip is not None:
+                both = zip(columns[identity], columns["clip text"], strict=True)
+                columns["id(p)"] = [max(0.0, one) * max(0.0, text) for one, text in both]
+        return [
+            {name: round(values[place], 5) for name, values in columns.items()}
+            for place in range(len(images))
+        ]
+
+
+def _generate(
     pipe: Any,
-    job: Drawn,
+    trial: _Trial,
     subjects: Sequence[Subject],
     folder: Path,
     seeds: int,
     sampling: Mapping[str, Any],
-    loaded_with: str,
+    parts: str,
 ) -> list[Image.Image]:
-    """The images of a job, from the folder if they are all there."""
-    # Two subjects may have the same placeholder; here each gets one by its place.
-    own = [replace(subjects[p], placeholder=f"<subject-{p + 1}>") for p in job.subjects]
-    words = [one.class_word if job.control else one.placeholder for one in own]
-    text = filled(job.prompt, words)
+    """Return the images of a trial, from the folder if all are there."""
+    # Two subjects may have the same placeholder, so each gets one by its place.
+    own = [replace(subjects[p], placeholder=f"<subject-{p + 1}>") for p in trial.subjects]
+    words = [one.class_word if trial.control else one.placeholder for one in own]
+    text = filled(trial.prompt, words)
     digest = hashlib.sha256(f"{text}|{sorted(sampling.items())}".encode())
-    digest.update((str(getattr(pipe.config, "_name_or_path", "")) + loaded_with).encode())
-    for one in own if not job.control else ():
+    digest.update((str(getattr(pipe.config, "_name_or_path", "")) + parts).encode())
+    for one in own if not trial.control else ():
         for tokens in one.tokens:
             digest.update(tokens.numpy().tobytes())
     paths = [folder / f"{digest.hexdigest()[:16]}-{seed}.png" for seed in range(seeds)]
     if all(path.exists() for path in paths):
         return [load_image(path) for path in paths]
-    # A pipeline that was given may have subjects of its own, which are to be there afterwards.
+    # A pipeline of the user's gets its own subjects back.
     encoder = PromptEncoder.of(pipe)
     before = () if encoder is None else encoder.subjects
-    if not job.control:
+    if not trial.control:
         attach(pipe, own)
     try:
         with torch.inference_mode():
             images = generate(pipe, text, n=seeds, **sampling)
     finally:
-        if not job.control:
+        if not trial.control:
             attach(pipe, before) if before else detach(pipe)
     for path, image in zip(paths, images, strict=True):
         atomic_write(path, png(image))
     return images
+
+
+def _write(
+    folder: Path, found: Evaluation, panels: Mapping[str, Sequence[Panel]], names: Sequence[str]
+) -> list[Path]:
+    """Write scores (CSV), means (Markdown) and a sheet with the first image of each prompt."""
+    rows = [
+        (name if start == 0 else "", row[start : start + _PANELS_PER_ROW])
+        for name, row in panels.items()
+        for start in range(0, len(row), _PANELS_PER_ROW)
+    ]
+    contents = {
+        "scores.csv": csv_bytes(found.rows),
+        "scores.md": _means(found, names).encode(),
+        "sheet.png": png(contact_sheet(rows, title="first seed, nothing picked")),
+    }
+    return write_files(folder, contents)
+
+
+def _means(found: Evaluation, names: Sequence[str]) -> str:
+    """Tabulate the means: control, all subjects with an interval, each kind, each subject."""
+
+    def of_one(subject: str) -> list[str]:
+        means = (found.mean(score, subject) for score in found.scores)
+        return ["—" if mean is None else f"{mean:.3f}" for mean in means]
+
+    def of_all(kind: str | None = None) -> list[str]:
+        cells = []
+        for score in found.scores:
+            means = {place: found.mean(score, name, kind) for place, name in enumerate(names)}
+            known = {place: mean for place, mean in means.items() if mean is not None}
+            cells.append(str(bootstrap(known)) if known else "—")
+        return cells
+
+    kinds = dict.fromkeys(row["kind"] for row in found.rows)
+    subjects = dict.fromkeys(row["subject"] for row in found.rows if row["subject"] != CONTROL)
+    rows = [[f"the {CONTROL}", *of_one(CONTROL)], ["all subjects", *of_all()]]
+    rows += [[f"all subjects, {kind}", *of_all(kind)] for kind in kinds]
+    rows += [[subject, *of_one(subject)] for subject in subjects]
+    return markdown_table(["images of", *found.scores], rows)

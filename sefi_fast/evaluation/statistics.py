@@ -10,14 +10,11 @@ import numpy as np
 
 RESAMPLES = 10_000
 FEWEST = 5
-"""Identities below which resampling them says nothing, and no interval is given."""
+"""Fewest identities for an interval. Resampling fewer says nothing."""
 
 
 class Interval(NamedTuple):
-    """A mean and its 95 % interval; NaN bounds where there are too few identities for one.
-
-    identities: how many.
-    """
+    """A mean over identities and its 95 % interval, with NaN bounds below FEWEST identities."""
 
     mean: float
     low: float
@@ -26,52 +23,46 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside of the interval."""
+        """Whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        if math.isnan(self.low):
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self._text("")
 
     def signed(self) -> str:
-        """As a difference in Markdown: with signs, and bold where zero lies outside."""
-        if math.isnan(self.low):
-            return f"{self.mean:+.3f}"
-        text = f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-        return f"**{text}**" if self.excludes_zero else text
+        """Return a difference in Markdown: with signs, and bold if the interval excludes zero."""
+        return f"**{self._text('+')}**" if self.excludes_zero else self._text("+")
+
+    def _text(self, sign: str) -> str:
+        mean, low, high = (f"{value:{sign}.3f}" for value in self[:3])
+        return mean if math.isnan(self.low) else f"{mean} [{low}, {high}]"
 
 
-def bootstrap(values: Mapping[int, float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """The mean over identities and its percentile bootstrap interval, identities resampled.
+def bootstrap(values: Mapping[int, float]) -> Interval:
+    """Return the mean over identities and its percentile bootstrap interval, always by one seed.
 
     Args:
         values: identity → its mean score.
-        seed: of the resampling.
-        resamples: how many.
 
     Raises:
         ValueError: there is no value.
     """
     if not values:
-        raise ValueError("bootstrap got no values: give at least one identity's")
+        raise ValueError("bootstrap got no values. Give at least one identity's.")
     array = np.array([values[number] for number in sorted(values)], dtype=np.float64)
-    if len(array) < FEWEST:
-        return Interval(float(array.mean()), math.nan, math.nan, len(array))
-    places = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    mean, count = float(array.mean()), len(array)
+    if count < FEWEST:
+        return Interval(mean, math.nan, math.nan, count)
+    places = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     low, high = np.quantile(array[places].mean(1), [0.025, 0.975])
-    return Interval(float(array.mean()), float(low), float(high), len(array))
+    return Interval(mean, float(low), float(high), count)
 
 
-def paired_difference(
-    values: Mapping[int, float], baseline: Mapping[int, float], seed: int = 0
-) -> Interval:
-    """Mean of `values` less `baseline` over the identities that both have, with its interval.
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Interval:
+    """Return the mean of `values` − `baseline` over the identities of both, with its interval.
 
     Raises:
         ValueError: they have no identity in common.
     """
     shared = values.keys() & baseline.keys()
-    if not shared:
-        raise ValueError("the two variants have no identity in common: nothing can be paired")
-    return bootstrap({number: values[number] - baseline[number] for number in shared}, seed)
+    return bootstrap({number: values[number] - baseline[number] for number in shared})

@@ -1,9 +1,11 @@
-"""Captions of drawn pictures, worded anew each time; every word is one token of the vocabulary."""
+"""Captions of drawn images, with random wording. Every word is one token of the vocabulary."""
 
 from __future__ import annotations
 
 import random
+from itertools import chain
 
+from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.tiny_world.drawing import (
     ACCESSORIES,
     COLOURS,
@@ -15,7 +17,6 @@ from sefi_fast.tiny_world.drawing import (
     ImageSpec,
 )
 
-CLASS_WORD = "creature"
 SCENE_PHRASES = {
     scene: {"beach": "on the beach", "night": "at night"}.get(scene, f"in the {scene}")
     for scene in SCENES
@@ -27,31 +28,27 @@ POSITION_PHRASES = {
 PATTERN_NOUNS = {"striped": "stripes", "spotted": "spots"}
 _STRUCTURE = "a an the of in on at and with photo picture image drawing ears grey"
 _SPARE = "my one wearing next to sks xyz background big small cute holding this that"
-VOCABULARY: tuple[str, ...] = tuple(
-    sorted(
-        {
-            *_STRUCTURE.split(),
-            *_SPARE.split(),
-            CLASS_WORD,
-            *COLOURS,
-            *PATTERNS,
-            *PATTERN_NOUNS.values(),
-            *EARS,
-            *SHAPES,
-            *SCENES,
-            *ACCESSORIES,
-            *POSITIONS,
-        }
-    )
+_ATTRIBUTES = (
+    COLOURS,
+    PATTERNS,
+    PATTERN_NOUNS.values(),
+    EARS,
+    SHAPES,
+    SCENES,
+    ACCESSORIES,
+    POSITIONS,
 )
-"""Every word of every caption, and a few more that prompts may want; each is one token."""
+VOCABULARY: tuple[str, ...] = tuple(
+    sorted({*_STRUCTURE.split(), *_SPARE.split(), CLASS_WORD, *chain(*_ATTRIBUTES)})
+)
+"""Every word of every caption, and a few more for prompts. Each is one token."""
 
 
 def caption(spec: ImageSpec, rng: random.Random) -> str:
-    """Word a picture: a random part of what it shows, in plain lower-case words.
+    """Name a random part of an image's contents in plain lower-case words.
 
     One caption in five is brief: the bare class word with an accessory or the scene. The others
-    mostly name the ears and the place, which are the hardest to obey.
+    mostly name the ears and the position, which are the hardest to obey.
     """
     chance = rng.random
     opener = _opener(spec, rng)
@@ -66,9 +63,9 @@ def caption(spec: ImageSpec, rng: random.Random) -> str:
 
 
 def pair_caption(left: ImageSpec, right: ImageSpec, rng: random.Random) -> str:
-    """Word a picture of two creatures in one scene; the one on the left is named first.
+    """Name the two creatures of one scene, the one on the left first.
 
-    Each is now and then the bare class word, like the one of `caption`.
+    Each may be the bare class word, as in a brief `caption`.
     """
     words = [*_creature(left, rng, rng.random() < 0.2), "and"]
     words += _creature(right, rng, rng.random() < 0.2)
@@ -78,7 +75,7 @@ def pair_caption(left: ImageSpec, right: ImageSpec, rng: random.Random) -> str:
 
 
 def _creature(spec: ImageSpec, rng: random.Random, brief: bool) -> list[str]:
-    """A creature and what it wears, with its article; brief: without its attributes."""
+    """Name a creature and its accessories, with an article. A brief one has no attributes."""
     before, after = _attributes(spec, rng) if not brief else ([], [])
     if spec.accessories and rng.random() < (0.6 if brief else 0.95):
         after.append("with a " + " and a ".join(spec.accessories))
@@ -95,7 +92,7 @@ def _opener(spec: ImageSpec, rng: random.Random) -> str:
 
 
 def _attributes(spec: ImageSpec, rng: random.Random) -> tuple[list[str], list[str]]:
-    """Words before and phrases after the class word that tell the creature's identity."""
+    """Return words before and phrases after the class word that name the identity."""
     identity, chance = spec.identity, rng.random
     assert identity is not None
     before: list[str] = []

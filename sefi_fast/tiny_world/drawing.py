@@ -11,35 +11,243 @@ from itertools import product
 from PIL import Image, ImageDraw
 
 CANVAS = 192
-"""Side in pixels of the canvas on which a picture is drawn before it is reduced."""
+"""Side in pixels of the canvas on which an image is drawn before it is reduced."""
+IMAGE_SIZE = 48
+"""Side in pixels of the bundled model's images."""
+
+_HSV = {
+    "red": (0.99, 0.88, 0.85),
+    "orange": (0.075, 0.95, 0.98),
+    "yellow": (0.145, 0.85, 0.98),
+    "green": (0.29, 0.80, 0.80),
+    "blue": (0.61, 0.85, 0.90),
+    "purple": (0.76, 0.70, 0.62),
+    "pink": (0.91, 0.45, 1.00),
+    "white": (0.10, 0.02, 0.98),
+}
+COLOURS = tuple(_HSV)
+PATTERNS = ("plain", "striped", "spotted")
+EARS = ("pointy", "big", "long")
+SHAPES = ("round", "tall")
+SCENES = ("beach", "forest", "snow", "desert", "city", "night")
+ACCESSORIES = ("hat", "crown", "scarf", "ball")
+POSITIONS = ("left", "middle", "right")
+STYLES = ("colour", "grey")
+
+# Share of random images without a creature.
+_EMPTY_SHARE = 0.02
+_OUTLINE = (25, 20, 30)
+_OUTLINE_WIDTH = 5
+_CENTRES = {"left": 0.28, "middle": 0.5, "right": 0.72}
+
+
+def _check_values(spec: Identity | ImageSpec, **allowed: tuple[str | None, ...]) -> None:
+    for name, values in allowed.items():
+        if getattr(spec, name) not in values:
+            raise ValueError(f"{name} is {getattr(spec, name)!r}. It must be one of {values}.")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Attributes by which a creature is recognised in any scene.
+
+    Attributes:
+        colour: body colour, one of COLOURS.
+        second_colour: colour of the pattern; None exactly when the pattern is "plain".
+        pattern: one of PATTERNS.
+        ears: one of EARS.
+        shape: one of SHAPES.
+    """
+
+    colour: str
+    second_colour: str | None
+    pattern: str
+    ears: str
+    shape: str
+
+    def __post_init__(self) -> None:
+        _check_values(
+            self, colour=COLOURS, second_colour=(None, *COLOURS), pattern=PATTERNS, ears=EARS,
+            shape=SHAPES,
+        )  # fmt: skip
+        if (self.pattern == "plain") != (self.second_colour is None):
+            raise ValueError(
+                f"A {self.pattern} creature has second_colour={self.second_colour!r}. "
+                "None is for the plain pattern, and only for it."
+            )
+        if self.colour == self.second_colour:
+            raise ValueError(f"Both colours are {self.colour!r}. They must differ.")
+
+    def value(self, attribute: str) -> str:
+        """Return an attribute as the judge names it: "none" for a missing second colour."""
+        return getattr(self, attribute) or "none"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training image of the generator shows it: one patterned one in twelve."""
+        if self.second_colour is None:
+            return False
+        return (
+            COLOURS.index(self.colour) * 7
+            + COLOURS.index(self.second_colour) * 5
+            + PATTERNS.index(self.pattern) * 3
+            + EARS.index(self.ears) * 2
+            + SHAPES.index(self.shape) * 11
+        ) % 12 == 0
+
+
+SUBJECT_IDENTITY = Identity("purple", "orange", "spotted", "big", "round")
+"""The creature of the bundled image. It is held out: no training image of the model shows it."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Contents of one drawn image.
+
+    Attributes:
+        identity: the creature; None for an empty scene.
+        scene: one of SCENES.
+        accessories: any of ACCESSORIES, each once.
+        position: one of POSITIONS.
+        style: "colour", or "grey" for a desaturated image.
+        mirrored: whether the scene's sun, moon or cactus is on the left.
+        shift: small offset of the creature from its position, in canvas pixels (x, y).
+    """
+
+    identity: Identity | None
+    scene: str
+    accessories: tuple[str, ...] = ()
+    position: str = "middle"
+    style: str = "colour"
+    mirrored: bool = False
+    shift: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        _check_values(self, scene=SCENES, position=POSITIONS, style=STYLES)
+        known = set(ACCESSORIES) & set(self.accessories)
+        if len(known) != len(self.accessories):
+            raise ValueError(
+                f"accessories are {self.accessories}. They must be any of {ACCESSORIES}, each once."
+            )
+
+
+def identities() -> Iterator[Identity]:
+    """Yield all identities in a fixed order."""
+    for colour, pattern, ears, shape in product(COLOURS, PATTERNS, EARS, SHAPES):
+        for second in (None,) if pattern == "plain" else COLOURS:
+            if second != colour:
+                yield Identity(colour, second, pattern, ears, shape)
+
+
+def held_out_identities() -> list[Identity]:
+    """Return the identities that no training image of the generator shows."""
+    return [identity for identity in identities() if identity.held_out]
+
+
+def random_identity(rng: random.Random) -> Identity:
+    """Return an identity that is not held out; each pattern is equally likely."""
+    while True:
+        colour, pattern = rng.choice(COLOURS), rng.choice(PATTERNS)
+        second = rng.choice([c for c in COLOURS if c != colour]) if pattern != "plain" else None
+        identity = Identity(colour, second, pattern, rng.choice(EARS), rng.choice(SHAPES))
+        if not identity.held_out:
+            return identity
+
+
+def random_spec(
+    rng: random.Random,
+    identity: Identity | None = None,
+    *,
+    grey_share: float = 0.06,
+) -> ImageSpec:
+    """Return a random image spec.
+
+    Args:
+        rng: source of every choice.
+        identity: the creature. None chooses one that is not held out, or at times no creature.
+        grey_share: share of desaturated images.
+    """
+    scene, position = rng.choice(SCENES), rng.choice(POSITIONS)
+    style = "grey" if rng.random() < grey_share else "colour"
+    mirrored, shift = rng.random() < 0.5, (rng.uniform(-4, 4), rng.uniform(-4, 4))
+    if identity is None:
+        if rng.random() < _EMPTY_SHARE:
+            return ImageSpec(None, scene, style=style, mirrored=mirrored)
+        identity = random_identity(rng)
+    accessories: tuple[str, ...] = ()
+    if rng.random() < 0.6:
+        accessories = (first := rng.choice(ACCESSORIES),)
+        if rng.random() < 0.2:
+            # A hat and a crown sit in the same place.
+            others = [a for a in ACCESSORIES if a != first and {a, first} != {"hat", "crown"}]
+            accessories = (first, rng.choice(others))
+    return ImageSpec(identity, scene, accessories, position, style, mirrored, shift)
+
+
+def random_specs(count: int, seed: int) -> list[ImageSpec]:
+    """Return `count` random image specs, the same for the same seed."""
+    rng = random.Random(seed)
+    return [random_spec(rng) for _ in range(count)]
+
 
 Box = tuple[tuple[float, float], tuple[float, float]]
 
 
 def box(x0: float, y0: float, x1: float, y1: float) -> Box:
-    """A box from its upper left to its lower right corner, in canvas pixels."""
+    """Return a box from its upper left to its lower right corner, in canvas pixels."""
     return (x0, y0), (x1, y1)
 
 
 def oval(x: float, y: float, half_width: float, half_height: float) -> Box:
-    """The box around an ellipse."""
+    """Return the box around an ellipse."""
     return box(x - half_width, y - half_height, x + half_width, y + half_height)
+
+
+def color_rgb(name: str) -> tuple[int, int, int]:
+    """Return the RGB value, 0..255, of one of COLOURS."""
+    red, green, blue = colorsys.hsv_to_rgb(*_HSV[name])
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
+def draw(spec: ImageSpec, size: int = IMAGE_SIZE) -> tuple[Image.Image, Image.Image]:
+    """Draw an image.
+
+    Args:
+        spec: its contents.
+        size: side in pixels, a divisor of CANVAS.
+
+    Returns:
+        The image (RGB) and the creature's mask (L, 255 inside; accessories do not count).
+
+    Raises:
+        ValueError: the size does not divide CANVAS.
+    """
+    if size < 1 or CANVAS % size:
+        raise ValueError(f"size is {size}. It must divide {CANVAS}, as {IMAGE_SIZE} does.")
+    factor = CANVAS // size
+    image = Image.new("RGB", (CANVAS, CANVAS))
+    mask = Image.new("L", (CANVAS, CANVAS), 0)
+    draw_scene(ImageDraw.Draw(image), spec.scene, spec.mirrored)
+    draw_creature(image, mask, spec)
+    if spec.style == "grey":
+        image = image.convert("L").convert("RGB")
+    return image.reduce(factor), mask.reduce(factor)
 
 
 def draw_scene(pen: ImageDraw.ImageDraw, scene: str, mirrored: bool, width: int = CANVAS) -> None:
     """Fill the canvas with a scene.
 
     Args:
-        pen: of the canvas.
-        scene: which.
-        mirrored: its sun, moon or cactus is on the left.
-        width: of the canvas, a multiple of CANVAS; trees, houses and stars repeat.
+        pen: pen of the canvas.
+        scene: one of SCENES.
+        mirrored: whether the sun, moon or cactus is on the left.
+        width: width of the canvas, a multiple of CANVAS; trees, houses and stars repeat.
     """
     side, right = CANVAS, width
     starts = range(0, width, CANVAS)
 
-    def fill(x0: float, y0: float, x1: float, y1: float, colour: tuple[int, int, int]) -> None:
-        pen.rectangle(box(x0, y0, x1, y1), fill=colour)
+    def fill(x0: float, y0: float, x1: float, y1: float, color: tuple[int, int, int]) -> None:
+        pen.rectangle(box(x0, y0, x1, y1), fill=color)
 
     horizon = int(side * 0.55)
     x_side = 0.13 * side if mirrored else right - 0.13 * side
@@ -92,251 +300,37 @@ def draw_scene(pen: ImageDraw.ImageDraw, scene: str, mirrored: bool, width: int 
         pen.ellipse(box(x_side - 8, 6, x_side + 26, 42), fill=(18, 20, 62))
 
 
-IMAGE_SIZE = 48
-"""Side in pixels of the pictures that the bundled model draws."""
-
-_HSV = {
-    "red": (0.99, 0.88, 0.85),
-    "orange": (0.075, 0.95, 0.98),
-    "yellow": (0.145, 0.85, 0.98),
-    "green": (0.29, 0.80, 0.80),
-    "blue": (0.61, 0.85, 0.90),
-    "purple": (0.76, 0.70, 0.62),
-    "pink": (0.91, 0.45, 1.00),
-    "white": (0.10, 0.02, 0.98),
-}
-COLOURS = tuple(_HSV)
-PATTERNS = ("plain", "striped", "spotted")
-EARS = ("pointy", "big", "long")
-SHAPES = ("round", "tall")
-SCENES = ("beach", "forest", "snow", "desert", "city", "night")
-ACCESSORIES = ("hat", "crown", "scarf", "ball")
-POSITIONS = ("left", "middle", "right")
-STYLES = ("colour", "grey")
-
-_OUTLINE = (25, 20, 30)
-_OUTLINE_WIDTH = 5
-_CENTRES = {"left": 0.28, "middle": 0.5, "right": 0.72}
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What makes a creature the one it is, whatever the scene.
-
-    Attributes:
-        colour: body colour, one of COLOURS.
-        second_colour: colour of the pattern; None exactly when the pattern is "plain".
-        pattern: one of PATTERNS.
-        ears: one of EARS.
-        shape: one of SHAPES.
-    """
-
-    colour: str
-    second_colour: str | None
-    pattern: str
-    ears: str
-    shape: str
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("colour", COLOURS),
-            ("second_colour", (None, *COLOURS)),
-            ("pattern", PATTERNS),
-            ("ears", EARS),
-            ("shape", SHAPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
-        if (self.pattern == "plain") != (self.second_colour is None):
-            raise ValueError(
-                f"a {self.pattern} creature cannot have second_colour={self.second_colour!r}: "
-                "None belongs to the plain pattern, and only to it"
-            )
-        if self.colour == self.second_colour:
-            raise ValueError(f"both colours are {self.colour!r}; they must differ")
-
-    def value(self, attribute: str) -> str:
-        """An attribute as the judge names it: "none" for a second colour that is not there."""
-        return getattr(self, attribute) or "none"
-
-    @property
-    def held_out(self) -> bool:
-        """Whether this identity is kept from the generator: about one patterned one in twelve."""
-        if self.second_colour is None:
-            return False
-        return (
-            COLOURS.index(self.colour) * 7
-            + COLOURS.index(self.second_colour) * 5
-            + PATTERNS.index(self.pattern) * 3
-            + EARS.index(self.ears) * 2
-            + SHAPES.index(self.shape) * 11
-        ) % 12 == 0
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """All that is drawn in one picture.
-
-    Attributes:
-        identity: the creature; None for an empty scene.
-        scene: one of SCENES.
-        accessories: any of ACCESSORIES, each once.
-        position: one of POSITIONS.
-        style: "colour", or "grey" for a desaturated picture.
-        mirrored: which side the scene's sun, moon or cactus is on.
-        shift: small offset of the creature from its place, in canvas pixels (x, y).
-    """
-
-    identity: Identity | None
-    scene: str
-    accessories: tuple[str, ...] = ()
-    position: str = "middle"
-    style: str = "colour"
-    mirrored: bool = False
-    shift: tuple[float, float] = (0.0, 0.0)
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("scene", SCENES), ("position", POSITIONS), ("style", STYLES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
-        unknown = set(self.accessories) - set(ACCESSORIES)
-        if unknown or len(set(self.accessories)) != len(self.accessories):
-            raise ValueError(f"accessories are {self.accessories}; wanted: any of {ACCESSORIES}")
-
-
-def identities() -> Iterator[Identity]:
-    """Every identity there is, in a fixed order."""
-    for colour, pattern, ears, shape in product(COLOURS, PATTERNS, EARS, SHAPES):
-        for second in (None,) if pattern == "plain" else COLOURS:
-            if second != colour:
-                yield Identity(colour, second, pattern, ears, shape)
-
-
-def held_out_identities() -> list[Identity]:
-    """The identities that no training picture of the generator shows."""
-    return [identity for identity in identities() if identity.held_out]
-
-
-def random_identity(rng: random.Random) -> Identity:
-    """An identity that is not held out; each pattern is equally likely."""
-    while True:
-        colour, pattern = rng.choice(COLOURS), rng.choice(PATTERNS)
-        second = rng.choice([c for c in COLOURS if c != colour]) if pattern != "plain" else None
-        identity = Identity(colour, second, pattern, rng.choice(EARS), rng.choice(SHAPES))
-        if not identity.held_out:
-            return identity
-
-
-def random_spec(
-    rng: random.Random,
-    identity: Identity | None = None,
-    *,
-    empty_share: float = 0.02,
-    grey_share: float = 0.06,
-) -> ImageSpec:
-    """A random picture of ``identity``, or of a random one that is not held out.
-
-    Args:
-        rng: where every choice comes from.
-        identity: the creature to draw; None draws one, or with ``empty_share`` none at all.
-        empty_share: share of pictures without a creature (only when no identity is given).
-        grey_share: share of desaturated pictures.
-    """
-    scene, position = rng.choice(SCENES), rng.choice(POSITIONS)
-    style = "grey" if rng.random() < grey_share else "colour"
-    mirrored, shift = rng.random() < 0.5, (rng.uniform(-4, 4), rng.uniform(-4, 4))
-    if identity is None:
-        if rng.random() < empty_share:
-            return ImageSpec(None, scene, style=style, mirrored=mirrored)
-        identity = random_identity(rng)
-    accessories: tuple[str, ...] = ()
-    if rng.random() < 0.6:
-        first = rng.choice(ACCESSORIES)
-        accessories = (first,)
-        if rng.random() < 0.2:
-            # A hat and a crown sit in the same place.
-            others = [a for a in ACCESSORIES if a != first and {a, first} != {"hat", "crown"}]
-            accessories = (first, rng.choice(others))
-    return ImageSpec(identity, scene, accessories, position, style, mirrored, shift)
-
-
-def random_specs(
-    count: int, seed: int, *, empty_share: float = 0.02, grey_share: float = 0.06
-) -> list[ImageSpec]:
-    """``count`` random pictures, the same for the same seed."""
-    rng = random.Random(seed)
-    shares = {"empty_share": empty_share, "grey_share": grey_share}
-    return [random_spec(rng, None, **shares) for _ in range(count)]
-
-
-def draw(spec: ImageSpec, size: int = IMAGE_SIZE) -> tuple[Image.Image, Image.Image]:
-    """Draw a picture.
-
-    Args:
-        spec: what to draw.
-        size: side in pixels, a divisor of CANVAS.
-
-    Returns:
-        The picture (RGB) and the creature's mask (L, 255 inside; accessories do not count).
-    """
-    factor = reduction(size)
-    picture = Image.new("RGB", (CANVAS, CANVAS))
-    mask = Image.new("L", (CANVAS, CANVAS), 0)
-    draw_scene(ImageDraw.Draw(picture), spec.scene, spec.mirrored)
-    draw_creature(picture, mask, spec)
-    if spec.style == "grey":
-        picture = picture.convert("L").convert("RGB")
-    return picture.reduce(factor), mask.reduce(factor)
-
-
-def reduction(size: int) -> int:
-    """How many pixels of the canvas make one of a picture `size` high.
-
-    Raises:
-        ValueError: the size does not divide CANVAS.
-    """
-    if size < 1 or CANVAS % size:
-        raise ValueError(f"size is {size}; it must divide {CANVAS}, for example {IMAGE_SIZE}")
-    return CANVAS // size
-
-
 def draw_creature(
-    picture: Image.Image, mask: Image.Image, spec: ImageSpec, left: float = 0.0
+    image: Image.Image, mask: Image.Image, spec: ImageSpec, left: float = 0.0
 ) -> None:
-    """Draw a picture's creature, if it has one, and what it wears onto a canvas.
+    """Draw the creature of an image, if there is one, and its accessories onto a canvas.
 
     Args:
-        picture: the canvas, RGB.
-        mask: of the same size, L; the creature's pixels become 255.
-        spec: what to draw.
-        left: where the picture's left edge is on the canvas.
+        image: the canvas, RGB.
+        mask: canvas of the same size, L; the creature's pixels become 255.
+        spec: contents of the image.
+        left: left edge of the image on the canvas.
     """
     if spec.identity is None:
         return
     centre = left + _CENTRES[spec.position] * CANVAS + spec.shift[0]
     ground = 0.89 * CANVAS + spec.shift[1]
-    _draw_body(picture, mask, spec.identity, centre, ground)
-    _draw_accessories(ImageDraw.Draw(picture), spec, centre, ground)
-
-
-def colour_rgb(name: str) -> tuple[int, int, int]:
-    """The RGB value, 0..255, of a colour of COLOURS."""
-    red, green, blue = colorsys.hsv_to_rgb(*_HSV[name])
-    return int(255 * red), int(255 * green), int(255 * blue)
+    _draw_body(image, mask, spec.identity, centre, ground)
+    _draw_accessories(ImageDraw.Draw(image), spec, centre, ground)
 
 
 def _body(identity: Identity, ground: float) -> tuple[float, float, float, float]:
-    """Half width, half height, middle and top of the body."""
+    """Return half width, half height, middle and top of the body."""
     half_width, half_height = (44.0, 40.0) if identity.shape == "round" else (31.0, 50.0)
     return half_width, half_height, ground - half_height, ground - 2 * half_height
 
 
 def _draw_body(
-    picture: Image.Image, mask: Image.Image, identity: Identity, centre: float, ground: float
+    image: Image.Image, mask: Image.Image, identity: Identity, centre: float, ground: float
 ) -> None:
-    pen, mask_pen = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
+    pen, mask_pen = ImageDraw.Draw(image), ImageDraw.Draw(mask)
     half_width, half_height, middle, top = _body(identity, ground)
-    body_colour = colour_rgb(identity.colour)
+    body_color = color_rgb(identity.colour)
 
     def part(x: float, y: float, rx: float, ry: float, fill: tuple[int, int, int]) -> None:
         pen.ellipse(oval(x, y, rx, ry), fill=fill)
@@ -351,30 +345,30 @@ def _draw_body(
             pen.polygon(outer, fill=_OUTLINE)
             mask_pen.polygon(outer, fill=255)
             inner = [(x - 15, top + 30), (x + side * 11, top - 20), (x + 15, top + 30)]
-            pen.polygon(inner, fill=body_colour)
+            pen.polygon(inner, fill=body_color)
         elif identity.ears == "big":
             x = centre + side * (half_width * 0.5 + 22)
             part(x, top + 6, 27, 27, _OUTLINE)
-            part(x, top + 6, 22, 22, body_colour)
+            part(x, top + 6, 22, 22, body_color)
         else:
             x = centre + side * half_width * 0.46
             part(x, top - 14, 15, 44, _OUTLINE)
-            part(x, top - 14, 10, 39, body_colour)
+            part(x, top - 14, 10, 39, body_color)
     part(centre, middle, half_width + _OUTLINE_WIDTH, half_height + _OUTLINE_WIDTH, _OUTLINE)
 
-    coat = Image.new("RGB", picture.size, body_colour)
+    coat = Image.new("RGB", image.size, body_color)
     if identity.second_colour is not None:
-        coat_pen, second = ImageDraw.Draw(coat), colour_rgb(identity.second_colour)
+        coat_pen, second = ImageDraw.Draw(coat), color_rgb(identity.second_colour)
         if identity.pattern == "striped":
             for y in (top + 8, middle + 8, middle + 34):
-                coat_pen.rectangle(box(0, y, picture.width, y + 12), fill=second)
+                coat_pen.rectangle(box(0, y, image.width, y + 12), fill=second)
         else:
             for u, v in ((0, -0.78), (-0.66, 0.25), (0.66, 0.25), (0, 0.75)):
                 spot = oval(centre + u * half_width, middle + v * half_height, 11, 11)
                 coat_pen.ellipse(spot, fill=second)
-    inside = Image.new("L", picture.size, 0)
+    inside = Image.new("L", image.size, 0)
     ImageDraw.Draw(inside).ellipse(oval(centre, middle, half_width, half_height), fill=255)
-    picture.paste(coat, (0, 0), inside)
+    image.paste(coat, (0, 0), inside)
 
     eyes = middle - half_height * 0.2
     for side in (-1, 1):
@@ -406,7 +400,7 @@ def _draw_accessories(
         points = [(centre - 27, y), *((centre + u, y + v) for u, v in tips), (centre + 27, y)]
         pen.polygon(points, fill=(255, 205, 30), outline=(150, 100, 0))
     if "ball" in spec.accessories:
-        # The side follows from the position alone: a model that had to guess it drew two balls.
+        # The position decides the side: a model that has to guess it draws two balls.
         x = centre + (-1 if spec.position == "right" else 1) * (half_width + 30)
         y = ground - 14
         pen.ellipse(oval(x, y, 23, 23), fill=_OUTLINE)

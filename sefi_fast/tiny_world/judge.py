@@ -1,4 +1,4 @@
-"""An independent judge: says what a picture of the tiny world shows; trained on drawings alone."""
+"""An independent classifier of images of the tiny world, trained on drawings alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sefi_fast.tiny_world.drawing import (
@@ -25,6 +25,7 @@ from sefi_fast.tiny_world.drawing import (
     Identity,
     ImageSpec,
 )
+from sefi_fast.utils.files import atomic_write
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "creature": ("no", "yes"),
@@ -38,13 +39,14 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "position": POSITIONS,
     "style": STYLES,
 }
-"""What the judge tells, and the values of each attribute."""
+"""Attributes that the judge reads, with their values."""
 IDENTITY_ATTRIBUTES = ("colour", "second_colour", "pattern", "ears", "shape")
 JUDGE_PATH = Path(__file__).parent / "judge.safetensors"
+_BATCH = 64
 
 
 def true_values(spec: ImageSpec) -> dict[str, str | None]:
-    """The right answer for each attribute of a drawn picture; None where it cannot be seen."""
+    """Return the true value of each attribute of a drawn image; None if it cannot be seen."""
     identity = spec.identity
     values: dict[str, str | None] = dict.fromkeys(ATTRIBUTES)
     values |= {"creature": "no" if identity is None else "yes", "scene": spec.scene}
@@ -61,33 +63,33 @@ def true_values(spec: ImageSpec) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one picture shows.
+    """Answers of the judge for one image.
 
     Attributes:
-        probabilities: for each attribute, the probability of each of its values.
+        probabilities: attribute → value → its probability.
     """
 
     probabilities: dict[str, dict[str, float]]
 
     @property
     def labels(self) -> dict[str, str]:
-        """The likeliest value of each attribute."""
+        """Return the likeliest value of each attribute."""
         return {
             name: max(values, key=values.__getitem__) for name, values in self.probabilities.items()
         }
 
     def shows(self, identity: Identity) -> float:
-        """Mean over the five identity attributes of the probability of the identity's value."""
-        wanted = (identity.value(name) for name in IDENTITY_ATTRIBUTES)
-        found = [
-            self.probabilities[name][value]
-            for name, value in zip(IDENTITY_ATTRIBUTES, wanted, strict=True)
-        ]
+        """Return the likeness to an identity, 0..1.
+
+        It is the mean probability of the identity's colour, second colour, pattern, ears and
+        shape. An unrelated creature scores about 0.25 to 0.35 by chance.
+        """
+        found = [self.probabilities[n][identity.value(n)] for n in IDENTITY_ATTRIBUTES]
         return sum(found) / len(found)
 
 
 def right_answers(specs: Sequence[ImageSpec], judgements: Sequence[Judgement]) -> dict[str, float]:
-    """Share of right answers for each attribute, over the pictures that show it."""
+    """Return the share of right answers for each attribute, over the images that show it."""
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
     for spec, judgement in zip(specs, judgements, strict=True):
         labels = judgement.labels
@@ -98,7 +100,7 @@ def right_answers(specs: Sequence[ImageSpec], judgements: Sequence[Judgement]) -
 
 
 class JudgeNetwork(nn.Module):
-    """A plain convolutional classifier of 48×48 pictures with one linear head an attribute."""
+    """A convolutional classifier of 48×48 images with one linear head per attribute."""
 
     def __init__(self, widths: Sequence[int] = (32, 64, 96, 128), hidden: int = 160) -> None:
         super().__init__()
@@ -120,17 +122,17 @@ class JudgeNetwork(nn.Module):
             {name: nn.Linear(hidden, len(values)) for name, values in ATTRIBUTES.items()}
         )
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Logits [B, values] of each attribute for pictures [B, 3, 48, 48] in −1..1."""
-        hidden = torch.relu(self.hidden(self.body(pictures)))
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return logits [B, values] of each attribute for images [B, 3, 48, 48] in −1..1."""
+        hidden = torch.relu(self.hidden(self.body(images)))
         return {name: head(hidden) for name, head in self.heads.items()}
 
 
 class Judge:
-    """Tells what pictures show.
+    """Classifier of images, with the answers by name.
 
     Args:
-        network: a trained network; it is put in evaluation mode.
+        network: a trained network. It is put into evaluation mode.
     """
 
     def __init__(self, network: JudgeNetwork) -> None:
@@ -138,23 +140,18 @@ class Judge:
 
     @classmethod
     def load(cls, path: str | Path = JUDGE_PATH) -> Judge:
-        """The bundled judge, or one that was saved elsewhere.
+        """Load the bundled judge, or one that `save` wrote.
 
         Raises:
             OSError: the file cannot be read.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"no judge at {path}: give a file written by "
-                "`python -m evals.tiny_world.judge_training`"
-            )
         network = JudgeNetwork()
         state = {name: value.float() for name, value in load_file(path).items()}
         counters = {n: v for n, v in network.state_dict().items() if n not in state}
         network.load_state_dict(state | counters)
         return cls(network)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: Path) -> None:
         """Write the weights in float16."""
         state = self.network.state_dict()
         kept = {
@@ -162,37 +159,19 @@ class Judge:
             for name, value in state.items()
             if not name.endswith("num_batches_tracked")
         }
-        part = Path(path).with_name(f"{Path(path).name}.part")
-        save_file(kept, part)
-        part.replace(path)
+        atomic_write(path, save(kept))
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image.Image], batch_size: int = 64) -> list[Judgement]:
-        """Judge pictures of any size (they are reduced to 48×48)."""
+    def __call__(self, images: Sequence[Image.Image]) -> list[Judgement]:
+        """Classify images of any size; they are reduced to 48×48."""
         found = []
-        for start in range(0, len(images), batch_size):
-            batch = torch.stack([_to_tensor(image) for image in images[start : start + batch_size]])
-            logits = self.network(batch)
-            chances = {name: value.softmax(-1).tolist() for name, value in logits.items()}
-            for row in range(len(batch)):
-                found.append(
-                    Judgement(
-                        {
-                            name: dict(zip(values, chances[name][row], strict=True))
-                            for name, values in ATTRIBUTES.items()
-                        }
-                    )
-                )
+        for start in range(0, len(images), _BATCH):
+            batch = torch.stack([_to_tensor(image) for image in images[start : start + _BATCH]])
+            rows = {name: head.softmax(-1).tolist() for name, head in self.network(batch).items()}
+            for k in range(len(batch)):
+                named = (dict(zip(ATTRIBUTES[n], row[k], strict=True)) for n, row in rows.items())
+                found.append(Judgement(dict(zip(rows, named, strict=True))))
         return found
-
-    def identity_score(self, image: Image.Image, identity: Identity) -> float:
-        """How far a picture shows an identity, 0..1.
-
-        The mean, over body colour, second colour, pattern, ears and shape, of the probability
-        that the judge gives to the identity's value. An unrelated creature scores about 0.25 to
-        0.35 by chance.
-        """
-        return self([image])[0].shows(identity)
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention overfit: what it says of subjects whose answer is known."""
+"""Attention overfit of subjects with a known answer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from sefi_fast.pipelines import attach, load_pipeline, trace
 from sefi_fast.prompts.tokenization import class_token_ids
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD
-from sefi_fast.tiny_world.drawing import Identity, ImageSpec, draw
+from sefi_fast.tiny_world.drawing import SUBJECT_IDENTITY, ImageSpec, draw
 from sefi_fast.training import prepare
 from sefi_fast.training.latents import load_mask
 
-SPEC = ImageSpec(Identity("purple", "orange", "spotted", "big", "round"), "forest")
 SENTENCE = "a photo of a {} in the forest"
 
 
@@ -27,62 +26,52 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def shown():
-    picture, mask = draw(SPEC, 192)
-    return prepare(picture, 48), load_mask(mask, picture, 48)
+    image, mask = draw(ImageSpec(SUBJECT_IDENTITY, "forest"), 192)
+    return prepare(image, 48), load_mask(mask, image, 48)
 
 
-def subject_like(pipe, *words: str) -> Subject:
+def attached(pipe, *words: str) -> Subject:
     """A subject whose K and V rows of each stage are those of known words, [stages, 2, C]."""
     table = pipe.text_encoder.get_input_embeddings().weight.detach()
+    rows = {w: table[class_token_ids(pipe.tokenizer, w)[0]] for w in (*words, CLASS_WORD)}
+    tokens = torch.stack([torch.stack([rows[word]] * 2) for word in words])
+    subject = Subject("<it>", CLASS_WORD, [tokens], [rows[CLASS_WORD]], "tiny", {})
+    attach(pipe, subject)
+    return subject
 
-    def row(word: str) -> torch.Tensor:
-        return table[class_token_ids(pipe.tokenizer, word)[0]]
 
-    tokens = torch.stack([torch.stack([row(word)] * 2) for word in words])
-    return Subject("<it>", CLASS_WORD, [tokens], [row(CLASS_WORD)], "tiny", {})
-
-
-def test_the_class_word_itself_overfits_nothing(pipe, shown):
-    subject = subject_like(pipe, CLASS_WORD, CLASS_WORD)
-    found = attention_overfit(attach(pipe, subject), subject, *shown, SENTENCE)
+def test_the_class_word_overfits_nothing_and_the_pipeline_stays(pipe, shown):
+    subject = attached(pipe, CLASS_WORD, CLASS_WORD)
+    hooks = dict(pipe.unet._forward_pre_hooks)
+    found = attention_overfit(pipe, subject, *shown, SENTENCE)
     assert found.correlation == pytest.approx(1, abs=1e-5)
     assert found.inside == pytest.approx(found.class_inside, abs=1e-5)
     assert found.taken == pytest.approx(1, abs=1e-4)
     assert found.class_inside > 1.5 * found.mask
+    assert dict(pipe.unet._forward_pre_hooks) == hooks
+    with trace(pipe, ["<it>"]) as recorded:
+        pipe("a photo of a <it>", num_inference_steps=1)
+    assert recorded.maps["<it>"].sum() > 0
 
 
 def test_another_word_looks_elsewhere_and_disturbs_the_others(pipe, shown):
-    subject = subject_like(pipe, "forest", "forest")
-    found = attention_overfit(attach(pipe, subject), subject, *shown, SENTENCE)
+    found = attention_overfit(pipe, attached(pipe, "forest", "forest"), *shown, SENTENCE)
     assert found.inside < 0.93 * found.class_inside
     assert found.correlation < 0.9 and found.taken < 0.5
 
 
-def test_the_mask_is_what_counts(pipe, shown):
-    pixels, mask = shown
-    subject = subject_like(pipe, CLASS_WORD)
-    attach(pipe, subject)
-    whole = attention_overfit(pipe, subject, pixels, torch.ones_like(mask), SENTENCE, draws=1)
+def test_the_mask_decides_what_is_inside(pipe, shown):
+    (pixels, mask), subject = shown, attached(pipe, CLASS_WORD)
+    whole, one, rest = (
+        attention_overfit(pipe, subject, pixels, part, SENTENCE, samples=1)
+        for part in (torch.ones_like(mask), mask, 1 - mask)
+    )
     assert whole.inside == pytest.approx(1) and whole.mask == 1
-    one = attention_overfit(pipe, subject, pixels, mask, SENTENCE, draws=1)
-    rest = attention_overfit(pipe, subject, pixels, 1 - mask, SENTENCE, draws=1)
     assert one.inside + rest.inside == pytest.approx(1, abs=1e-5)
 
 
-def test_it_leaves_the_pipeline_as_it_was(pipe, shown):
-    subject = subject_like(pipe, CLASS_WORD)
-    attach(pipe, subject)
-    hooks = dict(pipe.unet._forward_pre_hooks)
-    attention_overfit(pipe, subject, *shown, SENTENCE, levels=1, draws=1)
-    assert dict(pipe.unet._forward_pre_hooks) == hooks
-    with trace(pipe, ["<it>"]) as found:
-        pipe("a photo of a <it>", num_inference_steps=1)
-    assert found.maps["<it>"].sum() > 0
-
-
-def test_what_cannot_be_measured_is_refused(pipe, shown):
-    subject = subject_like(pipe, CLASS_WORD)
-    attach(pipe, subject)
+def test_an_empty_mask_or_a_sentence_without_subject_is_refused(pipe, shown):
+    subject = attached(pipe, CLASS_WORD)
     with pytest.raises(ValueError, match="has no {}"):
         attention_overfit(pipe, subject, *shown, "a photo of a creature")
     with pytest.raises(ValueError, match="mask is empty"):

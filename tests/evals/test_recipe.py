@@ -1,32 +1,45 @@
-"""The recipe: every stage runs, skips what is done, and leaves a pipeline that draws."""
+"""The recipe of the bundled model, its judge and its LoRA: each stage runs and leaves its files."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from evals.tiny_world.noising import make_scheduler
-from evals.tiny_world.pictures import drawn_images
-from evals.tiny_world.progress import Budget
+from evals.tiny_world.__main__ import main
+from evals.tiny_world.images import drawn_images, to_tensor
+from evals.tiny_world.judge_training import spoil, train_judge
+from evals.tiny_world.loop import Loop, Settings
+from evals.tiny_world.rates import Asked, obeyed, prompt_sets
 from evals.tiny_world.text_encoder import named_attributes
 from evals.tiny_world.tokenizer import MAX_LENGTH, CaptionCodes
-from evals.tiny_world.train import main, make_model, replace_folder
-from evals.tiny_world.vae import encode_images, make_vae, to_tensor
+from evals.tiny_world.train import make_model, replace_folder
+from evals.tiny_world.two_creatures import train_two_creatures
+from evals.tiny_world.unet import make_scheduler
+from evals.tiny_world.vae import encode_images
+from sefi_fast.pipelines import load_pipeline
+from sefi_fast.tiny_world import SAMPLING, two_creatures_lora
 from sefi_fast.tiny_world.captions import VOCABULARY
 from sefi_fast.tiny_world.drawing import Identity, ImageSpec, random_specs
+from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, Judgement
+
+SMALL = Settings(60, max_steps=2, progress=False)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("recipe") / "model"
-    make_model(out, minutes=1, threads=1, pictures=128, max_steps=2, progress=False)
+    make_model(out, 128, SMALL)
     return out
 
 
-def test_two_steps_of_every_stage_give_a_pipeline_that_draws(made):
+def test_two_steps_of_every_stage_give_a_pipeline(made):
     pipe = StableDiffusionPipeline.from_pretrained(made)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a photo of a red creature", num_inference_steps=2).images[0]
@@ -35,25 +48,26 @@ def test_two_steps_of_every_stage_give_a_pipeline_that_draws(made):
     assert 8e6 < weights.stat().st_size < 16e6
     assert not any(str(made.parent) in path.read_text() for path in made.rglob("*.json"))
     assert all(path.stat().st_mode & 0o044 for path in made.rglob("*") if path.is_file())
+    signal = make_scheduler().alphas_cumprod.sqrt()
+    assert 0.01 < signal[-1] < 0.02 and signal[0] > 0.999
 
 
-def test_latents_have_unit_variance_and_decode_to_the_right_shape(made):
+def test_latents_have_unit_variance(made):
     vae = StableDiffusionPipeline.from_pretrained(made, torch_dtype=torch.float32).vae
-    pictures, _ = drawn_images(128, 0, made.with_name("model.work"))
-    latents = encode_images(vae, pictures, torch.device("cpu"))
+    assert vae.config.scaling_factor == 1.0
+    images, _ = drawn_images(128, 0, made.with_name("model.work"))
+    latents = encode_images(vae, images, torch.device("cpu"))
     assert latents.shape == (128, 8, 12, 12)
     assert latents.mean((0, 2, 3)).abs().max() < 0.1
     assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.1
 
 
-def test_a_finished_stage_is_skipped_and_an_unfinished_one_runs(made, capsys):
-    before = {p: p.stat().st_mtime_ns for p in made.with_name("model.work").rglob("*.safetensors")}
-    again = made.with_name("again")
-    work = made.with_name("model.work")
-    make_model(again, work=work, minutes=1, threads=1, pictures=128, max_steps=2, progress=False)
+def test_a_finished_stage_is_skipped(made, capsys):
+    work, again = made.with_name("model.work"), made.with_name("again")
+    before = {p: p.stat().st_mtime_ns for p in work.rglob("*.safetensors")}
+    make_model(again, 128, SMALL, work=work)
     assert before == {p: p.stat().st_mtime_ns for p in work.rglob("*.safetensors")}
-    assert (again / "model_index.json").exists()
-    assert "dB" not in capsys.readouterr().out
+    assert (again / "model_index.json").exists() and "dB" not in capsys.readouterr().out
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
@@ -74,49 +88,126 @@ def test_the_table_of_caption_codes_agrees_with_the_tokenizer(made):
     assert len(tokenizer("ünïcode, zebra!").input_ids) > 8
 
 
-def test_drawn_pictures_are_kept_and_reproducible(tmp_path):
+def test_drawn_images_are_kept_and_reproducible(tmp_path):
     first, specs = drawn_images(130, 3, tmp_path)
-    assert specs == random_specs(130, 3)
+    assert specs == random_specs(130, 3) and first.shape == (130, 48, 48, 3)
     (path,) = tmp_path.iterdir()
-    again, _ = drawn_images(130, 3, tmp_path)
-    assert np.array_equal(first, again)
-    path.unlink()
     assert np.array_equal(first, drawn_images(130, 3, tmp_path)[0])
-
-
-def test_the_vae_anchors_and_shapes():
-    vae = make_vae()
-    latents = vae.encode(to_tensor(np.zeros((2, 48, 48, 3), np.uint8), torch.device("cpu")))
-    assert latents.latent_dist.mean.shape == (2, 8, 12, 12)
-    assert vae.config.scaling_factor == 1.0
-
-
-def test_the_noise_process_ends_with_almost_no_signal():
-    signal = make_scheduler().alphas_cumprod.sqrt()
-    assert 0.01 < signal[-1] < 0.02
-    assert signal[0] > 0.999
+    path.unlink()
+    assert np.array_equal(first, drawn_images(130, 3, tmp_path, processes=2)[0])
+    tensor = to_tensor(first, torch.device("cpu"))
+    assert tensor.shape == (130, 3, 48, 48) and tensor.abs().max() <= 1
 
 
 def test_named_attributes_reads_a_caption():
     spec = ImageSpec(Identity("red", "blue", "striped", "long", "tall"), "city", ("hat",), "left")
-    said = named_attributes("a photo of a tall red creature with blue stripes and long ears", spec)
-    assert said[:5] == [1, 5, 2, 3, 2]
-    assert not any(said[5:])
-    brief = named_attributes("a grey photo of a creature with a hat in the city on the left", spec)
-    assert brief[:5] == [0] * 5
-    assert brief[5:] == [5, 1, 1, 1, 0, 0, 0]
+    whole = "a photo of a tall red creature with blue stripes and long ears"
+    brief = "a grey photo of a creature with a hat in the city on the left"
+    assert named_attributes(whole, spec) == [1, 5, 2, 3, 2] + [0] * 7
+    assert named_attributes(brief, spec) == [0] * 5 + [5, 1, 1, 1, 0, 0, 0]
 
 
-def test_a_budget_of_steps_ends_and_its_rate_rises_then_falls():
-    budget = Budget("trial", 1000.0, max_steps=20, show=False)
-    rates = [budget.rate(step, warm_up=5, flat=0.5, end=0.1) for step in budget.steps()]
-    assert len(rates) == 20
-    assert rates[0] == pytest.approx(0.2)
-    assert rates[5:10] == pytest.approx([1.0] * 5)
-    assert rates[-1] < 0.2
+def test_a_loop_ends_and_its_rate_rises_then_falls():
+    weight = torch.nn.Parameter(torch.ones(1))
+    settings = Settings(1000, max_steps=20, progress=False)
+    loop = Loop("test", [weight], 1.0, settings, warm_up=5, flat=0.5, end=0.1)
+    rates = [loop.rate for _ in loop.steps()]
+    assert len(rates) == 20 and rates[0] == pytest.approx(0.2)
+    assert rates[5:10] == pytest.approx([1.0] * 5) and rates[-1] < 0.2
 
 
-def test_senseless_options_are_refused(tmp_path):
+def test_spoiled_images_stay_images():
+    torch.manual_seed(0)
+    before = torch.rand(6, 3, 48, 48) * 2 - 1
+    after = spoil(before)
+    assert after.shape == before.shape and after.abs().max() <= 1
+    assert (after - before).abs().mean((1, 2, 3)).min() > 0.01
+
+
+def test_training_writes_a_judge_that_loads(tmp_path):
+    path = tmp_path / "judge.safetensors"
+    assert set(train_judge(path, 128, SMALL, batch_size=16)) == set(ATTRIBUTES)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert Judge.load(path)([Image.new("RGB", (48, 48))])[0].labels.keys() == ATTRIBUTES.keys()
+
+
+def test_two_steps_give_a_lora_that_diffusers_adds_as_it_was_trained(tmp_path):
+    pytest.importorskip("peft")
+    file = tmp_path / "new" / "lora.safetensors"
+    train_two_creatures(file, 16, 3, SMALL, batch_size=4)
+    assert [path.name for path in file.parent.iterdir()] == ["lora.safetensors"]
+    added, pipe = load_file(file), load_pipeline()
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    pipe.load_lora_weights(str(file))
+    pipe.fuse_lora(components=["unet"])
+    pipe.unload_lora_weights()
+    assert added.keys() == load_file(two_creatures_lora()).keys()
+    moved = 0
+    for name, weight in pipe.unet.state_dict().items():
+        layer, expected = f"unet.{name.removesuffix('.weight')}", before[name]
+        if f"{layer}.lora_A.weight" in added:
+            a, b = (added[f"{layer}.lora_{part}.weight"].float().flatten(1) for part in "AB")
+            expected = expected + (b @ a).view_as(expected)
+            moved += bool((b != 0).any())
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+    assert moved == len(added) // 2 > 60
+
+
+def test_obeyed_counts_accessories_together():
+    ask = next(a for a in prompt_sets(4)["held out"] if "yes" in a.wanted.values())
+    perfect = {name: {value: 1.0} for name, value in ask.wanted.items()}
+    rates = obeyed([ask], [Judgement(perfect)])
+    assert rates["accessory"] == {"rate": 1.0, "prompts": 1, "chance": 0.5}
+    assert rates["no accessory"]["prompts"] == 3
+    wrong = perfect | {"ears": {"none": 1.0}}
+    assert obeyed([Asked(*ask)], [Judgement(wrong)])["ears"]["rate"] == 0.0
+
+
+def test_prompt_sets_keep_seen_and_unseen_identities_apart():
+    sets = prompt_sets(66)
+    assert [len(asked) for asked in sets.values()] == [66, 66, 33]
+    assert not {a.prompt for a in sets["held out"]} & {a.prompt for a in sets["seen"]}
+    assert prompt_sets(66) == sets
+
+
+@pytest.mark.parametrize(
+    ("command", "report", "lines"),
+    [("rates", "rates.json", 5), ("pair-rates", "pair-rates.json", 4)],
+)
+def test_the_commands_measure_rates(tmp_path, capsys, monkeypatch, command, report, lines):
+    pytest.importorskip("peft")
+    monkeypatch.setitem(SAMPLING, "steps", 2)
+    assert main([command, "--out", str(tmp_path / "new"), "--count", "2"]) == 0
+    found = json.loads((tmp_path / "new" / report).read_text())
+    assert len(capsys.readouterr().out.splitlines()) == lines
+    by_half = found if command == "pair-rates" else {}
+    shares = [s for halves in by_half.values() for half in halves.values() for s in half.values()]
+    assert set(shares) <= {0.0, 0.5, 1.0} and len(shares) == 24 * bool(by_half)
+    (sheet,) = (tmp_path / "new").glob("*.png")
+    with Image.open(sheet) as image:
+        assert image.width > 96
+
+
+def test_the_command_trains(tmp_path, monkeypatch, capsys):
+    calls = []
+    for name in ("make_model", "train_judge", "train_two_creatures"):
+        answer = {"train_judge": {"ears": 1.0}}.get(name, 0.5)
+        monkeypatch.setattr(
+            f"evals.tiny_world.__main__.{name}",
+            lambda name=name, answer=answer, **options: calls.append((name, options)) or answer,
+        )
+    for command in ("model", "judge", "lora"):
+        assert main([command, "--out", str(tmp_path), "--threads", "1"]) == 0
+    assert [name for name, _ in calls] == ["make_model", "train_judge", "train_two_creatures"]
+    assert [options["images"] for _, options in calls] == [26_000, 16_000, 12_000]
+    assert "ears" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["model --minutes 0", "lora --rank 0", "judge --images 9", "pair-rates --count 34"],
+)
+def test_senseless_options_are_refused(tmp_path, wrong):
     with pytest.raises(SystemExit):
-        main(["--out", str(tmp_path / "m"), "--minutes", "0"])
+        main([*wrong.split(), "--out", str(tmp_path / "m")])
     assert not any(tmp_path.iterdir())
