@@ -174,7 +174,9 @@ def _load(kind: Any, source: str | os.PathLike[str], name: str, **options: Any) 
     try:
         return kind.from_pretrained(place, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
-from sefi_fast.errors import ModelError, first_line
+        raise ModelError(
+            f"{name} cannot be loaded from {place!r} ({first_line(error)}). Give the hub id or the "
+            "folder of such a model with safetensors weights."
         ) from error
 
 
