@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from _native import scratch_of_native_core
 
-from sefi_fast.prompts import text_parts
+from sefi_fast.prompts import text_encoders
 
 Step = Callable[[], Any]
 
@@ -60,7 +60,7 @@ def _watched(pipe: Any, clock: _Clock) -> Iterator[None]:
     # Whoever holds the U-Net's forward function calls its first and last parts all the same.
     spans = [
         (pipe.unet.time_proj, pipe.unet.conv_out, "U-Net forward"),
-        *((part.text_encoder, part.text_encoder, "text") for part in text_parts(pipe)),
+        *((part.text_encoder, part.text_encoder, "text") for part in text_encoders(pipe)),
     ]
     if pipe.vae is not None:
         spans.append((pipe.vae.encoder, pipe.vae.encoder, "picture"))

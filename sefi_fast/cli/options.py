@@ -366,13 +366,17 @@ def attached_pipeline(
 def _check_placeholders(pipe: Any, texts: Sequence[str], subjects: Sequence[Subject]) -> None:
     """Raise PromptError for a placeholder whose subject was not given."""
     from sefi_fast.errors import PromptError
-    from sefi_fast.pipelines.placeholders import names_of, unknown_placeholders
+    from sefi_fast.prompts.text_encoder import present_text_encoders
+    from sefi_fast.prompts.tokenization import unknown_placeholders
 
-    if unknown := unknown_placeholders(pipe, texts, subjects):
+    names = [subject.placeholder for subject in subjects]
+    tokenizers = [encoder.tokenizer for encoder in present_text_encoders(pipe)]
+    if unknown := unknown_placeholders(texts, names, tokenizers):
         words = " and ".join(unknown)
+        given = ", ".join(map(repr, names)) or "none"
         raise PromptError(
             f"the prompt names {words}, but no subject of that name was given (given: "
-            f"{names_of(subjects)}): add the file of each with -s FILE, or -s '{unknown[0]}=FILE' "
+            f"{given}): add the file of each with -s FILE, or -s '{unknown[0]}=FILE' "
             "if it was trained under another name"
         )
 

@@ -20,7 +20,7 @@ from sefi_fast.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, Tin
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
-from sefi_fast.pipelines.encode_prompt import PromptEncoder
+from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
 from sefi_fast.pipelines.loading import kept_model
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD, SAMPLING
@@ -409,7 +409,7 @@ def _draw(
     if all(path.exists() for path in paths):
         return [load_image(path) for path in paths]
     # A pipeline that was given may have subjects of its own, which are to be there afterwards.
-    encoder = PromptEncoder.of(pipe)
+    encoder = EncodePromptPatch.of(pipe)
     before = () if encoder is None else encoder.subjects
     if not job.control:
         attach(pipe, own)

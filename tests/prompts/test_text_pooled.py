@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sefi_fast.prompts import encode_text_pooled, text_parts, tokenize_prompts
+from sefi_fast.prompts import encode_text_pooled, text_encoders, tokenize_prompts
 
 PLACEHOLDER = [("<me>", [7])]
 
@@ -14,7 +14,7 @@ PLACEHOLDER = [("<me>", [7])]
 @pytest.mark.parametrize("clip_skip", [None, 0, 1])
 @torch.no_grad()
 def test_hidden_state_and_pooled(sdxl_pipeline, number, clip_skip):
-    tokenizer, encoder = text_parts(sdxl_pipeline)[number]
+    tokenizer, encoder = text_encoders(sdxl_pipeline)[number]
     ids = tokenize_prompts(tokenizer, ["a cat", "a dog in the snow"], []).input_ids
     hidden, pooled = encode_text_pooled(encoder, ids, clip_skip=clip_skip)
     output = encoder(ids, output_hidden_states=True)
@@ -27,7 +27,7 @@ def test_hidden_state_and_pooled(sdxl_pipeline, number, clip_skip):
 
 
 def test_rows_reach_both_and_carry_gradients(sdxl_pipeline):
-    tokenizer, encoder = text_parts(sdxl_pipeline)[1]
+    tokenizer, encoder = text_encoders(sdxl_pipeline)[1]
     encoder.requires_grad_(False)
     ids, slots = tokenize_prompts(tokenizer, ["a <me>", "the <me> in the snow"], PLACEHOLDER)
     rows = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -42,7 +42,7 @@ def test_rows_reach_both_and_carry_gradients(sdxl_pipeline):
 
 @pytest.mark.parametrize("clip_skip", [-1, 3])
 def test_layers_that_are_not_there_are_told(sdxl_pipeline, clip_skip):
-    tokenizer, encoder = text_parts(sdxl_pipeline)[0]
+    tokenizer, encoder = text_encoders(sdxl_pipeline)[0]
     ids = tokenize_prompts(tokenizer, ["a cat"], []).input_ids
     with pytest.raises(ValueError, match="between 0 and 2 for a text encoder of 3 layers"):
         encode_text_pooled(encoder, ids, clip_skip=clip_skip)
