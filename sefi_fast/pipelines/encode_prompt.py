@@ -206,12 +206,16 @@ class EncodePromptPatch:
             if isinstance(getattr(vars(pipe).get(_TIME_IDS), "__self__", None), EncodePromptPatch):
                 delattr(pipe, _TIME_IDS)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def check_may_be_copied(self) -> None:
+        """Raise ModelError while a trace or regions run."""
         if self.watcher:
             raise ModelError(
                 "a trace or regions run on this pipeline, and a copy would have a part of them. "
                 "Leave their with block before the pipeline or a model of it is copied."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_may_be_copied()
         references = {"_pipe": self._pipe(), "_models": list(self._models)}
         return vars(self) | references | {"_warned": set()}
 

@@ -68,6 +68,8 @@ class ModelPatch:
         return patch
 
     def __getstate__(self) -> dict[str, Any]:
+        for user in list(self.users):
+            user.check_may_be_copied()
         # A copy of the model alone has no users; copied pipelines register themselves.
         return {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
 
@@ -291,7 +293,7 @@ class TextEncoderPatch(ModelPatch):
 _MESSAGE = (
     "the prompt {text!r} reached the text encoder with the placeholder {placeholder!r} as plain "
     "words, so that its subject would be missing from the image. Subjects are attached to one "
-    "pipeline, not to others that share its models. Call sefi_fast.attach on the pipeline that "
+    "pipeline, not to others that share its models: call sefi_fast.attach on the pipeline that "
     "generates, write the placeholder exactly as it is, make embeddings with sefi_fast.encode, or "
-    "call sefi_fast.detach on the pipeline that has it."
+    "call sefi_fast.detach on the pipeline that has it"
 )
