@@ -200,7 +200,8 @@ class SeFiAttnProcessor:
             hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        result: Tensor = hidden_states / attn.rescale_output_factor
+        return result
 
     def _project_prompt(self, attn: Attention, prompt: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, Tensor):
@@ -243,7 +244,8 @@ class SeFiAttnProcessor:
             return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
         bias = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
         tokens_first = (x.transpose(1, 2) for x in (query, key, value))
-        return self._efficient_attention(*tokens_first, attn_bias=bias, scale=scale).transpose(1, 2)
+        output: Tensor = self._efficient_attention(*tokens_first, attn_bias=bias, scale=scale)
+        return output.transpose(1, 2)
 
     def _attend_in_regions(
         self,

@@ -8,7 +8,6 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -49,9 +48,12 @@ Texts: TypeAlias = "str | list[str]"
 _TIME_IDS = "_get_add_time_ids"
 
 
-@dataclass(frozen=True)
 class PromptRequest:
     """The arguments of one call of encode_prompt, in the same terms for every pipeline.
+
+    Args:
+        pipe: the pipeline.
+        given: the arguments by name, defaults included.
 
     Attributes:
         prompts, negatives: the texts for each text encoder; None where none were given.
@@ -61,38 +63,21 @@ class PromptRequest:
         guidance: whether a negative prompt is needed.
     """
 
-    prompts: tuple[Texts | None, ...]
-    negatives: tuple[Texts | None, ...]
-    embeds: Tensor | None
-    negative_embeds: Tensor | None
-    pooled: Tensor | None
-    negative_pooled: Tensor | None
-    device: torch.device
-    images: int
-    guidance: bool
-    lora_scale: float | None
-    clip_skip: int | None
-
-    @classmethod
-    def of(cls, pipe: Pipeline, given: Mapping[str, Any]) -> PromptRequest:
-        """Return the request of arguments bound by name, defaults included."""
-        prompts, negatives = [given["prompt"]], [given["negative_prompt"]]
+    def __init__(self, pipe: Pipeline, given: Mapping[str, Any]) -> None:
+        self.prompts: tuple[Texts | None, ...] = (given["prompt"],)
+        self.negatives: tuple[Texts | None, ...] = (given["negative_prompt"],)
         if "prompt_2" in given:
-            prompts.append(given["prompt_2"] or given["prompt"])
-            negatives.append(given["negative_prompt_2"] or given["negative_prompt"])
-        return cls(
-            prompts=tuple(prompts),
-            negatives=tuple(negatives),
-            embeds=given["prompt_embeds"],
-            negative_embeds=given["negative_prompt_embeds"],
-            pooled=given.get("pooled_prompt_embeds"),
-            negative_pooled=given.get("negative_pooled_prompt_embeds"),
-            device=given["device"] or pipe._execution_device,
-            images=given[_count_name(given)],
-            guidance=bool(given["do_classifier_free_guidance"]),
-            lora_scale=given["lora_scale"],
-            clip_skip=given.get("clip_skip"),
-        )
+            self.prompts += (given["prompt_2"] or given["prompt"],)
+            self.negatives += (given["negative_prompt_2"] or given["negative_prompt"],)
+        self.embeds: Tensor | None = given["prompt_embeds"]
+        self.negative_embeds: Tensor | None = given["negative_prompt_embeds"]
+        self.pooled: Tensor | None = given.get("pooled_prompt_embeds")
+        self.negative_pooled: Tensor | None = given.get("negative_pooled_prompt_embeds")
+        self.device: torch.device = given["device"] or pipe._execution_device
+        self.images: int = given[_count_name(given)]
+        self.guidance = bool(given["do_classifier_free_guidance"])
+        self.lora_scale: float | None = given["lora_scale"]
+        self.clip_skip: int | None = given.get("clip_skip")
 
     def negative_texts(self, batch: int) -> tuple[list[str], ...]:
         """Return the negative texts for each text encoder, one a prompt; empty by default.
@@ -109,16 +94,16 @@ class PromptRequest:
                 f"negative_prompt must be of the type of prompt, {type(prompt).__name__}, but it "
                 f"is {type(negative).__name__}"
             )
-        listed = [
-            [texts or ""] * batch if texts is None or isinstance(texts, str) else texts
-            for texts in self.negatives
-        ]
-        for texts in listed:
+        listed: list[list[str]] = []
+        for texts in self.negatives:
+            if texts is None or isinstance(texts, str):
+                texts = [texts or ""] * batch
             if len(texts) != batch:
                 raise ValueError(
                     f"there are {len(texts)} negative prompts for {batch} prompts; give one a "
                     "prompt"
                 )
+            listed.append(texts)
         return tuple(listed)
 
 
@@ -155,11 +140,7 @@ class EncodePromptPatch:
 
     @property
     def pipe(self) -> Pipeline:
-        """The pipeline.
-
-        Raises:
-            ReferenceError: it no longer exists.
-        """
+        """The pipeline; ReferenceError if it no longer exists."""
         pipe = self._pipe()
         if pipe is None:
             raise ReferenceError("the pipeline of this encode_prompt no longer exists")
@@ -183,11 +164,7 @@ class EncodePromptPatch:
             patch = cls.of(pipe)
             if patch is None:
                 patch = cls(pipe)
-                try:
-                    patch._apply(pipe)
-                except BaseException:
-                    _release_all(patch._models, patch)
-                    raise
+                patch._apply(pipe)
                 pipe.encode_prompt = patch
             return patch
 
@@ -231,26 +208,21 @@ class EncodePromptPatch:
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
         """Run the pipeline's own encode_prompt, or pack the prompts that hold placeholders.
 
-        Arguments are those of the pipeline's own; `inspect.signature` shows them.
-
-        Returns:
-            As the pipeline's own: (prompt_embeds, negative_prompt_embeds), for SDXL the pooled
-            embeddings of both too. Embeddings are [B · num_images_per_prompt, L, C] of one length
-            L for both, pooled ones [B · num_images_per_prompt, P], or S·P wide with one a stage;
-            those of the negative prompt are None without guidance.
+        Arguments and results are those of the pipeline's own. Both embeddings have one length;
+        pooled ones are S·P wide with one embedding a stage.
 
         Raises:
             PromptError: a placeholder cannot be used in its position, or a prompt given as a
                 tensor cannot be packed to go with one that is.
-            ModelError: a prompt was given as text, and the text encoders were taken off; or there
-                is a trace or regions, and the pipeline encodes prompts in several calls.
+            ModelError: a text is to be encoded after the text encoders were taken off; or there is
+                a trace or regions, and the pipeline encodes prompts in several calls.
             TypeError, ValueError: prompt and negative prompt differ in type or in number, or
                 pooled embeddings are missing.
         """
         pipe = self.pipe
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
-        request = PromptRequest.of(pipe, bound.arguments)
+        request = PromptRequest(pipe, bound.arguments)
         if self.watcher and encodes_apart(pipe):
             raise ModelError(
                 f"{type(pipe).__name__} encodes its prompts in several calls. A trace or regions "

@@ -36,6 +36,7 @@ class Pipeline(Protocol):
     scheduler: Any
     tokenizer: Any
     text_encoder: Any
+    vae: Any
     config: Any
     encode_prompt: Any
     maybe_free_model_hooks: Callable[[], Any]
@@ -73,30 +74,12 @@ class TextShape(NamedTuple):
 
 
 _SD_ARGUMENTS = (
-    "prompt",
-    "device",
-    "num_images_per_prompt",
-    "do_classifier_free_guidance",
-    "negative_prompt",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "lora_scale",
-    "clip_skip",
+    *("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"),
+    *("negative_prompt", "prompt_embeds", "negative_prompt_embeds", "lora_scale", "clip_skip"),
 )
 _SDXL_ARGUMENTS = (
-    "prompt",
-    "prompt_2",
-    "device",
-    "num_images_per_prompt",
-    "do_classifier_free_guidance",
-    "negative_prompt",
-    "negative_prompt_2",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-    "lora_scale",
-    "clip_skip",
+    *_SD_ARGUMENTS,
+    *("prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
 )
 
 _CLASS_WORD_INSTEAD = "Write the class word in place of the subject there, or take another pipeline"
