@@ -22,7 +22,7 @@ from transformers import (
 
 from common.shapes import TEXT_TOKENS
 from sefi_fast import bundled_model_path
-from sefi_fast.prompts import text_parts
+from sefi_fast.prompts import text_encoders
 
 VOCABULARY = 49_408
 _VAE_WIDTHS = (128, 256, 512, 512)
@@ -223,7 +223,7 @@ def random_pipeline(
     if dtype != torch.float32:
         pipe.unet.to(dtype)
         pipe.vae.to(dtype)
-    for part in (pipe.unet, pipe.vae, *(part.text_encoder for part in text_parts(pipe))):
+    for part in (pipe.unet, pipe.vae, *(part.text_encoder for part in text_encoders(pipe))):
         part.requires_grad_(False).eval()
     return pipe
 

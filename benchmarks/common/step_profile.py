@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common.timing import profiled_memory, scratch_of_native_core, traced_bytes
-from sefi_fast.prompts import text_parts
+from sefi_fast.prompts import text_encoders
 
 Step = Callable[[], Any]
 
@@ -60,7 +60,7 @@ def _watched(pipe: Any, clock: _Clock) -> Iterator[None]:
     # A step may hold the U-Net's forward function: hooks of its first and last modules still run.
     spans = [
         (pipe.unet.time_proj, pipe.unet.conv_out, "U-Net forward"),
-        *((part.text_encoder, part.text_encoder, "text") for part in text_parts(pipe)),
+        *((part.text_encoder, part.text_encoder, "text") for part in text_encoders(pipe)),
     ]
     if pipe.vae is not None:
         spans.append((pipe.vae.encoder, pipe.vae.encoder, "image"))

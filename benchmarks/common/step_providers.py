@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.pipelines.support import is_sdxl
-from sefi_fast.prompts import encode_texts, placeholder_ids, stage_of, text_parts
+from sefi_fast.prompts import encode_texts, placeholder_ids, stage_of, text_encoders
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig, prepare
 from sefi_fast.training.base_model import Source, autocast, frozen
@@ -37,7 +37,7 @@ def training_image(size: int) -> Tensor:
 
 def class_ids(pipe: Any) -> list[list[int]]:
     """Return the token ids of the class word, here one, for each text encoder."""
-    return placeholder_ids([part.tokenizer for part in text_parts(pipe)], CLASS_WORD)
+    return placeholder_ids([part.tokenizer for part in text_encoders(pipe)], CLASS_WORD)
 
 
 def start_tokens(pipe: Any, config: TrainConfig) -> tuple[SubjectTokens, ...]:
@@ -52,13 +52,13 @@ def start_tokens(pipe: Any, config: TrainConfig) -> tuple[SubjectTokens, ...]:
             module=config.module,
             generator=generator,
         ).to(pipe.unet.device)
-        for part, ids in zip(text_parts(pipe), class_ids(pipe), strict=True)
+        for part, ids in zip(text_encoders(pipe), class_ids(pipe), strict=True)
     )
 
 
 def training_prompts(pipe: Any, config: TrainConfig) -> TrainingPrompts:
     """Return the settings' sentences for every text encoder, on the pipeline's device."""
-    tokenizers = [part.tokenizer for part in text_parts(pipe)]
+    tokenizers = [part.tokenizer for part in text_encoders(pipe)]
     return TrainingPrompts(
         tokenizers, config.sentences(), PLACEHOLDER, class_ids(pipe), pipe.unet.device
     )
@@ -163,7 +163,7 @@ class PlainStep:
         prompts = training_prompts(pipe, config)
         # [1, M] for each text encoder; the positions are the same for all.
         self._ids, self._slots = [ids[:1] for ids in prompts.input_ids], prompts.slots[:1]
-        self._encoders = [part.text_encoder for part in text_parts(pipe)]
+        self._encoders = [part.text_encoder for part in text_encoders(pipe)]
         self._time_ids = size_and_crop(pipe, pixels)
         self.tokens = start_tokens(pipe, config)
         self._schedule = NoiseSchedule(pipe.scheduler, self.device)
@@ -251,7 +251,7 @@ class TextualInversionStep:
         self._time_ids = size_and_crop(pipe, pixels)
         self._tables = [
             part.text_encoder.get_input_embeddings().weight.requires_grad_(True)
-            for part in text_parts(pipe)
+            for part in text_encoders(pipe)
         ]
         self._originals = [table.detach().clone() for table in self._tables]
         self._optimizer = torch.optim.AdamW(self._tables, lr=config.learning_rate)
@@ -285,7 +285,7 @@ class TextualInversionStep:
 
     def _encode(self, size: int) -> tuple[Tensor, Tensor | None]:
         """Return [B, M, C], and the pooled embedding [B, D] of SDXL's second text encoder."""
-        parts = text_parts(self.pipe)
+        parts = text_encoders(self.pipe)
         outputs = []
         for tokenizer, encoder in parts:
             ids = tokenizer(

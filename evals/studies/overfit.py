@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sefi_fast.attention.layers import cross_attention_layers, layer_resolutions, reduced_size
-from sefi_fast.attention.processor import LayerRecord
+from sefi_fast.attention.processor import LayerRecord, PromptState
 from sefi_fast.pipelines.model_patch import watch
 from sefi_fast.pipelines.support import unwrap
 from sefi_fast.prompts import encode
@@ -155,7 +155,7 @@ def _recording(unet: nn.Module, records: dict[int, LayerRecord]) -> Iterator[Non
     """Let the layers of every call inside write their maps into `records`."""
 
     def put(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        kwargs["encoder_hidden_states"].sefi_records = records
+        PromptState(records=records).put_on(kwargs["encoder_hidden_states"])
 
     watch(unet, put, True)
     handle = unet.register_forward_pre_hook(put, with_kwargs=True)

@@ -16,7 +16,7 @@ from evals.tiny_world.loop import Loop, Settings
 from evals.tiny_world.tokenizer import CaptionCodes
 from evals.tiny_world.unet import CAPTION_DROPOUT, Noising
 from evals.tiny_world.vae import encode_images
-from sefi_fast.attention.processor import SeFiAttnProcessor
+from sefi_fast.attention.processor import PromptState, SeFiAttnProcessor
 from sefi_fast.attention.regions import RegionPrompts, down_factors
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.tiny_world.captions import caption, pair_caption
@@ -102,9 +102,10 @@ def train_two_creatures(
         with torch.autocast(device, torch.bfloat16):
             encoded = text_encoder(ids.to(device)).last_hidden_state
             text, left, right = encoded.split((batch_size, by_halves, by_halves))
-            text.sefi_regions = RegionPrompts(
+            regions = RegionPrompts(
                 (left, right), HALVES, by_halves, (clean.shape[2], clean.shape[3]), factors
             )
+            PromptState(regions=regions).put_on(text)
             velocity = unet(noisy, timesteps, text).sample
         loop.descend((velocity.float() - wanted).pow(2).mean(), step)
     state = {}

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sefi_fast.attention.processor import SeFiAttnProcessor
+from sefi_fast.attention.processor import LayerRecord, SeFiAttnProcessor
 
-__all__ = ["SeFiAttnProcessor"]
+__all__ = ["LayerRecord", "SeFiAttnProcessor"]

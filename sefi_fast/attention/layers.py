@@ -9,7 +9,7 @@ from torch import nn
 
 
 def cross_attention_layers(model: nn.Module) -> dict[str, Attention]:
-    """Name → cross-attention layer of a U-Net or ControlNet, in order of execution.
+    """Return name → cross-attention layer of a U-Net or ControlNet, in order of execution.
 
     Args:
         model: a UNet2DConditionModel or a ControlNetModel.
@@ -27,9 +27,9 @@ def cross_attention_layers(model: nn.Module) -> dict[str, Attention]:
 
 
 def layer_resolutions(model: nn.Module) -> dict[str, int]:
-    """Name → down factor (1, 2, 4, 8 …) of each cross-attention layer relative to the latent.
+    """Return name → down factor (1, 2, 4, 8 …) of each cross-attention layer.
 
-    Beside `reduced_size` they tell the image tokens that a layer works on.
+    `reduced_size` gives the image tokens of a layer from its factor and the size of the latent.
     """
     factors: dict[str, int] = {}
     factor = 1
@@ -43,23 +43,13 @@ def layer_resolutions(model: nn.Module) -> dict[str, int]:
         factors[f"up_blocks.{index}"] = factor
         if getattr(block, "upsamplers", None) is not None:
             factor //= 2
-    return {name: factors[_block_name(name)] for name in cross_attention_layers(model)}
+    layers = cross_attention_layers(model)
+    return {
+        name: next(f for b, f in factors.items() if name.startswith(f"{b}.")) for name in layers
+    }
 
 
 def reduced_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
-    """(height, width) of the image tokens of a layer of that down factor, for a latent of `size`.
-
-    Halved again and again, each time rounded up: ceil(height / factor) × ceil(width / factor).
-    """
+    """Return (height, width) of a layer's image tokens for a latent of `size`, rounded up."""
     height, width = size
     return -(-height // factor), -(-width // factor)
-
-
-def call_argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    """An argument of a U-Net's or ControlNet's call, as its hooks see it: in order or by name."""
-    return args[place] if len(args) > place else kwargs[name]
-
-
-def _block_name(layer_name: str) -> str:
-    first, second, *_ = layer_name.split(".")
-    return first if first == "mid_block" else f"{first}.{second}"

@@ -1,8 +1,8 @@
-"""Attention processors of diffusers that run the fused cross-attention."""
+"""Attention processors of diffusers that run the fused cross-attention, and their state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from sefi_fast.attention.layers import cross_attention_layers, layer_resolutions
 from sefi_fast.attention.regions import RegionPrompts
 from sefi_fast.errors import BackendError
 from sefi_fast.ops import fused_cross_attention
@@ -19,18 +18,19 @@ from sefi_fast.ops import fused_cross_attention
 
 @dataclass(eq=False)
 class LayerRecord:
-    """The wishes for one cross-attention layer and the results of its latest call.
+    """The requests to one cross-attention layer and the results of its latest call.
 
-    A processor writes each result by assignment, so that a layer that runs twice (gradient
-    checkpointing) leaves one result, not two.
+    A processor assigns each result, so that a layer that runs twice (gradient checkpointing)
+    leaves one result.
 
     Attributes:
-        reference_key: projected reference keys, [1 or B, M, heads · head_dim]; asks for the loss.
+        reference_key: projected reference keys, [1 or B, M, heads · head_dim]; requests the loss.
         token_weights: float32 weights of the text tokens in the subject loss, [1 or B, M].
         reference_grad: whether a gradient runs through the reference map.
-        probs_positions: int64 columns asked for, [1 or B, T]; negative entries give zero maps.
-        subject_loss: [B] float32, equation 5 of docs/method.md; None when no reference was given.
-        attn_probs: [B, T, N] float32 head-mean probabilities; None when no columns were asked for.
+        probs_positions: int64 token positions whose maps are requested, [1 or B, T]; negative
+            entries give zero maps.
+        subject_loss: [B] float32, equation 5 of docs/method.md; None without a reference.
+        attn_probs: [B, T, N] float32 head-mean probabilities; None without positions.
     """
 
     reference_key: Tensor | None = None
@@ -41,60 +41,88 @@ class LayerRecord:
     attn_probs: Tensor | None = None
 
     @property
-    def asks(self) -> bool:
-        """Whether anything beyond the attention output is wanted."""
+    def has_requests(self) -> bool:
+        """Whether more than the attention output is requested."""
         return self.reference_key is not None or self.probs_positions is not None
 
 
-class AttentionRecord:
-    """The layer records of one run, by the layers' names; it holds no other state."""
-
-    def __init__(self) -> None:
-        self._layers: dict[str, LayerRecord] = {}
+class AttentionRecord(dict[str, LayerRecord]):
+    """The layer records of one run by the names of their layers."""
 
     def layer(self, name: str) -> LayerRecord:
-        """The record of the named layer, made on first use."""
-        return self._layers.setdefault(name, LayerRecord())
-
-    def items(self) -> Iterator[tuple[str, LayerRecord]]:
-        """(name, record) of every layer asked for so far, in that order."""
-        return iter(self._layers.items())
-
-    def __len__(self) -> int:
-        return len(self._layers)
+        """Return the record of the named layer, created on first use."""
+        return self.setdefault(name, LayerRecord())
 
 
-__all__ = [
-    "AttentionRecord",
-    "LayerRecord",
-    "SeFiAttnProcessor",
-    "cross_attention_layers",
-    "layer_resolutions",
-]
+@dataclass(eq=False)
+class PromptState:
+    """State that travels on a prompt tensor to the cross-attention layers of one model call.
 
-# diffusers writes a masked key as a bias of -10000; anything between this and 0 is a soft bias,
-# which no boolean mask can say.
+    It is bound to the tensor, not to the layers, so that other threads and other pipelines over
+    the same model are not affected. Compiled models do not read it.
+
+    Attributes:
+        records: id of a layer → its record, in place of the processor's own (`trace`).
+        regions: prompts for parts of the image (`regions`).
+        training: whether the prompt belongs to a training (`TrainingProcessor`).
+    """
+
+    records: Mapping[int, LayerRecord] | None = None
+    regions: RegionPrompts | None = None
+    training: bool = False
+
+    def put_on(self, prompt: Tensor) -> None:
+        """Let this state travel with `prompt`, in place of an earlier one."""
+        prompt.sefi_state = self  # type: ignore[attr-defined]
+
+    @staticmethod
+    def of(prompt: Any) -> PromptState | None:
+        """Return the state on a prompt, or None."""
+        if prompt is None or torch.compiler.is_compiling():
+            return None
+        return getattr(prompt, "sefi_state", None)
+
+    @staticmethod
+    def take_off(prompt: Tensor) -> PromptState:
+        """Remove the state from a prompt and return it."""
+        state: PromptState = vars(prompt).pop("sefi_state")
+        return state
+
+
+# diffusers writes a masked key as a bias of -10000. A bias between this and 0 is soft, which a
+# boolean mask cannot express.
 _MASKED_BELOW = -1000.0
 
 
 class SeFiAttnProcessor:
-    """Attention of diffusers' `Attention` modules, for self- and cross-attention.
+    """Drop-in attention processor for diffusers' `Attention`, for self- and cross-attention.
 
-    For plain prompts it computes what AttnProcessor2_0 computes. Cross-attention goes through the
-    fused operator when its record asks for the subject loss or for columns, or when a backend is
-    named, and through torch's scaled_dot_product_attention otherwise.
+    For plain prompts it computes what AttnProcessor2_0 computes. Cross-attention runs the fused
+    operator if its record requests the subject loss or probabilities, or if a backend is named.
+    Otherwise it runs torch's scaled_dot_product_attention, as sampling does.
+
+    Mixed precision: the processor follows the dtype of the model (float32, float16, bfloat16) and
+    torch.autocast. The subject loss and the probabilities are float32 in every dtype.
+
+    Example:
+        >>> unet.to(torch.bfloat16)
+        >>> unet.set_attn_processor(SeFiAttnProcessor(backend="triton"))
+        >>> record = LayerRecord(probs_positions=torch.tensor([[4]]))  # maps of token 4
+        >>> unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(
+        ...     SeFiAttnProcessor(record=record)
+        ... )
 
     Args:
         split_streams: cross-attention gets [B, 2·M, C]: first the M rows that keys are projected
             from, then the M rows for values (equation 3 of docs/method.md). A mask for it has M
             entries a sample.
-        record: what is wanted of this layer's cross-attention, and where the results go.
+        record: requests to this layer's cross-attention, and the place of their results.
         backend: backend of the fused operator, by name. It takes up to 256 keys and key masks only.
         self_attention: "sdpa" or "xformers".
 
     Raises:
         ValueError: `self_attention` is neither of the two.
-        BackendError: xformers was asked for and cannot be imported.
+        BackendError: xformers was requested and cannot be imported.
     """
 
     def __init__(
@@ -126,8 +154,8 @@ class SeFiAttnProcessor:
         """Attend from `hidden_states` [B, N, C] or [B, C, h, w] to itself or to a prompt.
 
         Raises:
-            ValueError: the prompt cannot be split into two streams, or subject loss or columns were
-                asked for under a mask that differs from query to query or between heads.
+            ValueError: the prompt cannot be split into two streams, or the fused operator was
+                given a mask that differs between queries or heads.
             ModelError: there are regions, and image tokens are missing.
             TypeError: the prompt is IP-Adapter's tuple of text and image.
         """
@@ -152,20 +180,19 @@ class SeFiAttnProcessor:
 
         mask = self._prepare_mask(attn, attention_mask, key)
         scale = None if attn.scale == query.shape[-1] ** -0.5 else attn.scale
-        record = self._record_of(attn, encoder_hidden_states)
+        state = PromptState.of(encoder_hidden_states) or PromptState()
+        record = self.record if state.records is None else state.records.get(id(attn), self.record)
         if encoder_hidden_states is None:
             output = self._attend_to_self(query, key, value, mask, scale)
-        elif self.backend is not None or (record is not None and record.asks):
+        elif self.backend is not None or (record is not None and record.has_requests):
             record = record or LayerRecord()
             output = self._attend_fused(attn, query, key, value, mask, scale, record)
         else:
             output = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
             if record is not None:
                 record.subject_loss = record.attn_probs = None
-        if encoder_hidden_states is not None and not torch.compiler.is_compiling():
-            regions = getattr(encoder_hidden_states, "sefi_regions", None)
-            if regions is not None:
-                output = self._attend_in_regions(attn, query, output, regions, scale)
+        if state.regions is not None:
+            output = self._attend_in_regions(attn, query, output, state.regions, scale)
 
         hidden_states = output.transpose(1, 2).flatten(2).to(query.dtype)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
@@ -173,23 +200,23 @@ class SeFiAttnProcessor:
             hidden_states = hidden_states.transpose(-1, -2).reshape(image_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        result: Tensor = hidden_states / attn.rescale_output_factor
+        return result
 
     def _project_prompt(self, attn: Attention, prompt: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, Tensor):
             raise TypeError(
-                "SeFiAttnProcessor got encoder_hidden_states of type "
-                f"{type(prompt).__name__}, as IP-Adapter makes them, and wants one tensor: "
-                "call pipe.unload_ip_adapter() first"
+                f"SeFiAttnProcessor got encoder_hidden_states of type {type(prompt).__name__}, as "
+                "IP-Adapter makes them. It takes one tensor. Call pipe.unload_ip_adapter() first."
             )
         if not self.split_streams:
             normed = _norm_prompt(attn, prompt)
             return attn.to_k(normed), attn.to_v(normed)
         if prompt.shape[1] % 2:
             raise ValueError(
-                f"a prompt of odd length {prompt.shape[1]} reached cross-attention that wants a "
-                "key and a value stream of equal length: the stage hook of this model is missing, "
-                "call sefi_fast.attach(pipe, ...) again"
+                f"a prompt of odd length {prompt.shape[1]} reached cross-attention that takes a "
+                "key and a value stream of equal length. The stage hook of this model is missing. "
+                "Call sefi_fast.attach(pipe, ...) again."
             )
         key_stream, value_stream = prompt.chunk(2, dim=1)
         return (
@@ -198,26 +225,17 @@ class SeFiAttnProcessor:
         )
 
     def _prepare_mask(self, attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | None:
-        """[B, heads, 1 or N, keys] from diffusers' [B, 1 or N, keys], or None."""
+        """Return [B, heads, 1 or N, keys] from diffusers' [B, 1 or N, keys], or None."""
         if mask is None:
             return None
         batch, heads, length, _ = key.shape
         if self.split_streams and mask.shape[-1] != length:
             raise ValueError(
                 f"the attention mask has {mask.shape[-1]} entries a sample, but each of the key "
-                f"and value streams has {length} tokens: give one entry a token of the prompt"
+                f"and value streams has {length} tokens. Give one entry a token of the prompt."
             )
         mask = attn.prepare_attention_mask(mask, length, batch)
         return mask.view(batch, heads, -1, mask.shape[-1])
-
-    def _record_of(self, attn: Attention, prompt: Tensor | None) -> LayerRecord | None:
-        # A traced call brings its own records along with its prompt, so that other threads and
-        # other pipelines that share the layer go on undisturbed.
-        if prompt is not None and not torch.compiler.is_compiling():
-            traced = getattr(prompt, "sefi_records", None)
-            if traced is not None:
-                return traced.get(id(attn), self.record)
-        return self.record
 
     def _attend_to_self(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
@@ -226,7 +244,8 @@ class SeFiAttnProcessor:
             return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
         bias = None if mask is None else mask.expand(-1, -1, query.shape[2], -1)
         tokens_first = (x.transpose(1, 2) for x in (query, key, value))
-        return self._efficient_attention(*tokens_first, attn_bias=bias, scale=scale).transpose(1, 2)
+        output: Tensor = self._efficient_attention(*tokens_first, attn_bias=bias, scale=scale)
+        return output.transpose(1, 2)
 
     def _attend_in_regions(
         self,
@@ -236,7 +255,7 @@ class SeFiAttnProcessor:
         regions: RegionPrompts,
         scale: float | None,
     ) -> Tensor:
-        """`output` [B, heads, N, head_dim], with the regions' own where their image tokens lie."""
+        """Return `output` [B, heads, N, head_dim], replaced where the regions' image tokens lie."""
         output = output.clone()
         samples = regions.samples
         for prompt, places in regions.of(attn, query):
@@ -282,7 +301,7 @@ class SeFiAttnProcessor:
 
 
 class TrainingProcessor(SeFiAttnProcessor):
-    """Split streams for the training's own prompts, which bear `sefi_training`.
+    """Split-stream processor for the prompts of a training (`PromptState.training`).
 
     Prompts of pipelines that other threads run on the U-Net go to `replaced`, the processor that
     the layer has without the training.
@@ -298,19 +317,20 @@ class TrainingProcessor(SeFiAttnProcessor):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        own = torch.compiler.is_compiling() or hasattr(encoder_hidden_states, "sefi_training")
+        state = PromptState.of(encoder_hidden_states)
+        own = torch.compiler.is_compiling() or (state is not None and state.training)
         attend: Any = super().__call__ if own else self.replaced
         output: Tensor = attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         return output
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, L, heads · head_dim] → [B, heads, L, head_dim], a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """Return [B, L, heads · head_dim] as a view [B, heads, L, head_dim]."""
+    return torch.unflatten(x, -1, (heads, -1)).transpose(1, 2)
 
 
 def _heads_of(attn: Attention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Projected keys and values [B, L, heads · head_dim] as the attention takes them."""
+    """Split projected keys and values [B, L, heads · head_dim] into heads; normalise the keys."""
     key, value = _split_heads(key, attn.heads), _split_heads(value, attn.heads)
     return key if attn.norm_k is None else attn.norm_k(key), value
 
@@ -320,21 +340,21 @@ def _norm_prompt(attn: Attention, prompt: Tensor) -> Tensor:
 
 
 def _key_mask(mask: Tensor) -> Tensor:
-    """The boolean [B, keys] that a [B, heads, 1, keys] mask or bias says."""
+    """Return the boolean [B, keys] of a [B, heads, 1, keys] mask or bias."""
     first = mask[:, 0, 0]
     if mask.shape[2] != 1 or not torch.equal(mask, mask[:, :1].expand_as(mask)):
         raise ValueError(
             f"the attention mask, {tuple(mask.shape)} as [B, heads, queries, keys], differs "
-            "between queries or heads, but the fused operator takes one entry a key: give "
-            "encoder_attention_mask as [B, tokens], or ask for no subject loss, maps or backend"
+            "between queries or heads. The fused operator takes one entry a key. Give "
+            "encoder_attention_mask as [B, tokens], or request no subject loss, maps or backend."
         )
     if mask.dtype == torch.bool:
         return first
     keep = first > _MASKED_BELOW
     if not bool(torch.all(~keep | (first == 0))):
         raise ValueError(
-            "the attention mask holds biases between masked and free, but the fused operator takes "
-            "only key masks: use 0 and -10000, or ask for no subject loss, maps or backend"
+            "the attention mask holds biases between masked and free. The fused operator takes "
+            "only key masks. Use 0 and -10000, or request no subject loss, maps or backend."
         )
     return keep
 
@@ -344,7 +364,7 @@ def _import_xformers() -> Any:
         from xformers.ops import memory_efficient_attention
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"self_attention='xformers' was asked for, but xformers cannot be imported ({error}): "
-            "install a build that fits this torch, or use self_attention='sdpa'"
+            f"self_attention='xformers' was requested, but xformers cannot be imported ({error}). "
+            "Install a build that fits this torch, or use self_attention='sdpa'."
         ) from error
     return memory_efficient_attention

@@ -1,4 +1,4 @@
-"""Which image tokens of a layer attend to a region's own prompt (docs/method.md §4)."""
+"""Prompts of single regions, and the image tokens that attend to them (docs/method.md §4)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Box: TypeAlias = "tuple[float, float, float, float]"
 
 @dataclass(frozen=True, eq=False)
 class RegionPrompts:
-    """The regions' prompts of one call of a model, left on the prompt that the call was given.
+    """The regions' prompts of one call of a model; they travel in the `PromptState` of its prompt.
 
     Attributes:
         streams: K and V streams [1, M, 2·C] of the call's stage, or a plain prompt [1, M, C], one
             tensor a region.
-        boxes: where each region lies; where two overlap the later one counts.
-        samples: the last so many samples of the batch have regions; those before are the negative
-            prompt's.
+        boxes: one box a region; where two overlap the later one counts.
+        samples: number of samples, the last of the batch, that have regions. Those before them
+            belong to the negative prompt.
         size: (height, width) of the model's input.
         factors: id of a cross-attention layer → its down factor relative to that input.
-        reached: ids of the layers that asked for their regions.
+        reached: ids of the layers that used their regions.
     """
 
     streams: Sequence[Tensor]
@@ -41,17 +41,17 @@ class RegionPrompts:
     reached: set[int] = field(default_factory=set)
 
     def of(self, attn: Attention, query: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The prompt of each region, and int64 [n] places of its image tokens in this layer.
+        """Yield the prompt of each region, and the int64 [n] indices of its image tokens.
 
         An image token belongs to a box that holds its centre. A region too small to hold one is
-        left out: there the image's own prompt rules.
+        left out.
 
         Args:
             attn: the cross-attention layer.
             query: [B, heads, N, head_dim], of N image tokens.
 
         Raises:
-            ModelError: the image tokens are not those of the layer's size.
+            ModelError: the number of image tokens does not fit the layer's size.
         """
         height, width = reduced_size(self.size, self.factors[id(attn)])
         if query.shape[2] != height * width:
@@ -68,12 +68,12 @@ class RegionPrompts:
 
 
 def down_factors(model: nn.Module) -> dict[int, int]:
-    """Id of each cross-attention layer of a U-Net or ControlNet → its down factor."""
+    """Return id → down factor of each cross-attention layer of a U-Net or ControlNet."""
     factors = layer_resolutions(model)
     return {id(attn): factors[name] for name, attn in cross_attention_layers(model).items()}
 
 
-# Every layer of a size and every step asks for the same.
+# Layers of one size share the indices, at every step.
 @lru_cache(maxsize=256)
 def _places(height: int, width: int, box: Box, device: torch.device) -> Tensor:
     left, top, right, bottom = box

@@ -339,12 +339,16 @@ def _check_placeholders(
     pipe: DiffusionPipeline, prompts: Sequence[str], subjects: Sequence[Subject]
 ) -> None:
     """Raise PromptError for a placeholder whose subject was not given."""
-    from sefi_fast.pipelines.placeholders import names_of, unknown_placeholders
+    from sefi_fast.prompts.text_encoder import present_text_encoders
+    from sefi_fast.prompts.tokenization import unknown_placeholders
 
-    if unknown := unknown_placeholders(pipe, prompts, subjects):
+    names = [subject.placeholder for subject in subjects]
+    tokenizers = [encoder.tokenizer for encoder in present_text_encoders(pipe)]
+    if unknown := unknown_placeholders(prompts, names, tokenizers):
+        given = ", ".join(map(repr, names)) or "none"
         raise PromptError(
             f"the prompt names {' and '.join(unknown)}, but no subject of that name was given "
-            f"(given: {names_of(subjects)}): add the file of each with -s FILE, or -s "
+            f"(given: {given}): add the file of each with -s FILE, or -s "
             f"'{unknown[0]}=FILE' if it was trained under another name"
         )
 

@@ -19,7 +19,7 @@ from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap
 from sefi_fast.evaluation.tables import csv_bytes, markdown_table, write_files
 from sefi_fast.pipelines import attach, detach, generate, load_pipeline
-from sefi_fast.pipelines.encode_prompt import PromptEncoder
+from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
 from sefi_fast.pipelines.loading import kept_model
 from sefi_fast.subject import Subject
 from sefi_fast.training.image import load_image
@@ -319,7 +319,7 @@ def _generate(
     if all(path.exists() for path in paths):
         return [load_image(path) for path in paths]
     # A pipeline of the user's gets its own subjects back.
-    encoder = PromptEncoder.of(pipe)
+    encoder = EncodePromptPatch.of(pipe)
     before = () if encoder is None else encoder.subjects
     if not trial.control:
         attach(pipe, own)

@@ -6,24 +6,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from sefi_fast.pipelines.encode_prompt import PromptEncoder
+from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
 from sefi_fast.pipelines.model_patch import LOCK
-from sefi_fast.pipelines.support import check_pipeline
-from sefi_fast.prompts.text_encoder import text_parts
+from sefi_fast.pipelines.support import Pipeline, check_pipeline
+from sefi_fast.prompts.text_encoder import text_encoders
 from sefi_fast.subject import Subject
 from sefi_fast.utils.text import check_distinct
 
-Pipeline = TypeVar("Pipeline")
+AnyPipeline = TypeVar("AnyPipeline", bound=Pipeline)
 
 
 def attach(
-    pipe: Pipeline, subjects: Subject | str | Path | Iterable[Subject | str | Path]
-) -> Pipeline:
-    """Make `pipe("… <me> …")` draw the subjects whose placeholders stand in the prompt.
+    pipe: AnyPipeline, subjects: Subject | str | Path | Iterable[Subject | str | Path]
+) -> AnyPipeline:
+    """Make `pipe("… <me> …")` generate the subjects whose placeholders are in the prompt.
 
     Works with any scheduler, with guidance, negative prompts and several images a prompt, and
     with pipelines that share the U-Net. A prompt without a placeholder gives the image that the
     bare pipeline gives. Attaching again replaces the set of subjects.
+
+    Example:
+        >>> pipe = sefi_fast.load_pipeline("path/or/hub-id")
+        >>> sefi_fast.attach(pipe, ["me.safetensors", "cat.safetensors"])
+        >>> image = pipe("a photo of <me> in the snow").images[0]
+        >>> sefi_fast.detach(pipe)
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline (text to image, img2img, inpaint,
@@ -34,32 +40,31 @@ def attach(
         The same pipeline.
 
     Raises:
-        ModelError: the pipeline is of another family, or its attention processors do what a
-            subject cannot stand beside.
+        ModelError: the pipeline is of another family, or a model of it cannot be patched.
         SubjectFileError: a file cannot be read, or a subject was made for another base model.
         ValueError: no subject was given, or two have the same placeholder.
     """
     check_pipeline(pipe)
     loaded = _load(subjects)
-    tokenizers, text_encoders = zip(*text_parts(pipe), strict=True)
+    tokenizers, encoders = zip(*text_encoders(pipe), strict=True)
     for subject in loaded:
-        subject.check_fits(tokenizers, text_encoders)
+        subject.check_fits(tokenizers, encoders)
     with LOCK:
-        PromptEncoder.acquire(pipe).subjects = loaded
+        EncodePromptPatch.acquire(pipe).subjects = loaded
     return pipe
 
 
-def detach(pipe: Pipeline) -> Pipeline:
+def detach(pipe: AnyPipeline) -> AnyPipeline:
     """Take all subjects off: processors, hooks and attributes are as before `attach`.
 
     Returns:
-        The same pipeline; one that has nothing attached is returned as it is.
+        The same pipeline, also if nothing was attached.
     """
     with LOCK:
-        encoder = PromptEncoder.of(pipe)
-        if encoder is not None:
-            encoder.subjects = ()
-            encoder.release()
+        patch = EncodePromptPatch.of(pipe)
+        if patch is not None:
+            patch.subjects = ()
+            patch.release()
     return pipe
 
 

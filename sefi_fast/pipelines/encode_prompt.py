@@ -3,389 +3,369 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from sefi_fast.errors import ModelError
-from sefi_fast.pipelines.model_patch import LOCK, adopt, install, uninstall, uninstall_unused, watch
-from sefi_fast.pipelines.placeholders import (
-    UnknownPlaceholderWarnings,
-    guard,
-    unguard,
-    unguard_unused,
-)
-from sefi_fast.pipelines.prompt_request import (
-    PromptRequest,
-    Texts,
-    checked,
+from sefi_fast.pipelines.model_patch import LOCK, ModelPatch, TextEncoderPatch, UNetPatch, release
+from sefi_fast.pipelines.support import (
+    Pipeline,
+    TextShape,
+    check_scheduler,
+    conditioned_models,
     encodes_apart,
-    own_arguments,
-    same_packing,
-    stages_of,
+    is_sdxl,
+    unwrap,
 )
-from sefi_fast.pipelines.support import check_scheduler, conditioned_models, is_sdxl, unwrap
-from sefi_fast.prompts import Encoded, encode_with_pooled
+from sefi_fast.pipelines.watcher import PipelineCall, Watcher
+from sefi_fast.prompts import PromptEmbeds, encode_with_pooled, packed_stages
 from sefi_fast.prompts.encoding import common_stages
-from sefi_fast.prompts.text_encoder import TextPart, text_parts
+from sefi_fast.prompts.stages import match_pooled_stages, match_stages
+from sefi_fast.prompts.text_encoder import (
+    missing_text_components,
+    present_text_encoders,
+    text_encoders,
+)
+from sefi_fast.prompts.tokenization import unknown_placeholders
 from sefi_fast.utils.text import mentions
 
 if TYPE_CHECKING:
-    pass
-    from sefi_fast.pipelines.prompt_request import PromptRequest
     from sefi_fast.subject import Subject
 
+logger = logging.getLogger(__name__)
 
-@contextmanager
-def text_lora(pipe: Any, scale: float | None) -> Iterator[None]:
-    """Set the scale as the pipeline's own encode_prompt sets it, and take it back."""
-    if scale is None:
-        yield
-        return
-    pipe._lora_scale = scale
-    if not USE_PEFT_BACKEND:
-        yield
-        return
-    encoders = [part.text_encoder for part in text_parts(pipe)]
-    for encoder in encoders:
-        scale_lora_layers(encoder, scale)
-    try:
-        yield
-    finally:
-        for encoder in encoders:
-            unscale_lora_layers(encoder, scale)
-
+Texts: TypeAlias = "str | list[str]"
 
 _TIME_IDS = "_get_add_time_ids"
 
 
-class TextShape(NamedTuple):
-    """What has to be known of a pipeline's text encoders to draw what they encoded.
+class PromptRequest:
+    """The arguments of one call of encode_prompt, in the same terms for every pipeline.
 
-    width: C, columns of a plain prompt. pooled_width: P, numbers of one pooled embedding.
+    Args:
+        pipe: the pipeline.
+        given: the arguments by name, defaults included.
+
+    Attributes:
+        prompts, negatives: the texts for each text encoder; None where none were given.
+        embeds, negative_embeds: prompts given as tensors; None where texts are to be encoded.
+        pooled, negative_pooled: SDXL's pooled embeddings that were given.
+        images: images (or videos) of each prompt.
+        guidance: whether a negative prompt is needed.
     """
 
-    width: int
-    pooled_width: int
+    def __init__(self, pipe: Pipeline, given: Mapping[str, Any]) -> None:
+        self.prompts: tuple[Texts | None, ...] = (given["prompt"],)
+        self.negatives: tuple[Texts | None, ...] = (given["negative_prompt"],)
+        if "prompt_2" in given:
+            self.prompts += (given["prompt_2"] or given["prompt"],)
+            self.negatives += (given["negative_prompt_2"] or given["negative_prompt"],)
+        self.embeds: Tensor | None = given["prompt_embeds"]
+        self.negative_embeds: Tensor | None = given["negative_prompt_embeds"]
+        self.pooled: Tensor | None = given.get("pooled_prompt_embeds")
+        self.negative_pooled: Tensor | None = given.get("negative_pooled_prompt_embeds")
+        self.device: torch.device = given["device"] or pipe._execution_device
+        self.images: int = given[_count_name(given)]
+        self.guidance = bool(given["do_classifier_free_guidance"])
+        self.lora_scale: float | None = given["lora_scale"]
+        self.clip_skip: int | None = given.get("clip_skip")
 
-    @classmethod
-    def of(cls, pipe: Any) -> TextShape:
-        """Raises ModelError if a tokenizer or a text encoder is missing."""
-        parts = text_parts(pipe)
-        return cls(
-            sum(part.text_encoder.config.hidden_size for part in parts),
-            parts[-1].text_encoder.config.projection_dim,
-        )
-
-
-def freed_parts(pipe: Any) -> list[str]:
-    """Names of the tokenizers and text encoders that the pipeline should have and has not."""
-    names = [name for pair in _names(pipe) for name in pair]
-    return [name for name in names if getattr(pipe, name, None) is None]
-
-
-def present_parts(pipe: Any) -> list[TextPart]:
-    """The tokenizers and text encoders of which both are there."""
-    pairs = (TextPart(*(getattr(pipe, name, None) for name in pair)) for pair in _names(pipe))
-    return [pair for pair in pairs if None not in pair]
-
-
-def _names(pipe: Any) -> list[tuple[str, str]]:
-    suffixes = ("", "_2") if is_sdxl(pipe) else ("",)
-    return [(f"tokenizer{suffix}", f"text_encoder{suffix}") for suffix in suffixes]
-
-
-def check_nothing_to_encode(pipe: Any, request: PromptRequest) -> None:
-    """Raise ModelError where a prompt is still to be encoded, and what encodes it is gone."""
-    missing = freed_parts(pipe)
-    zeros = request.negatives[0] is None and pipe.config.get("force_zeros_for_empty_prompt")
-    if not missing:
-        return
-    if request.embeds is None:
-        what, remedy = "prompt", "give it as prompt_embeds"
-    elif request.guidance and request.negative_embeds is None and not zeros:
-        what = "negative prompt"
-        remedy = "give it (or '') as negative_prompt_embeds, or draw with guidance_scale=1,"
-    else:
-        return
-    maker = "conditioning.encode_with_pooled" if is_sdxl(pipe) else "encode"
-    raise ModelError(
-        f"the {' and the '.join(missing)} of this {type(pipe).__name__} are gone, and the {what} "
-        f"is still to be encoded: {remedy} made by sefi_fast.{maker} while they were there"
-    )
-
-
-def prompt_dtype(pipe: Any) -> torch.dtype:
-    """That of the last text encoder; of the U-Net where that one is gone, as in diffusers."""
-    last = pipe.text_encoder_2 if is_sdxl(pipe) else pipe.text_encoder
-    dtype: torch.dtype = (pipe.unet if last is None else last).dtype
-    return dtype
-
-
-class TimeIds:
-    """Stands at the `_get_add_time_ids` of an SDXL pipeline without its second text encoder.
-
-    diffusers then takes the width of the pooled embeddings for that of one, but packed prompts have
-    one a stage.
-    """
-
-    def __init__(self, encoder: PromptEncoder) -> None:
-        self._encoder = encoder
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs["text_encoder_projection_dim"] = self._encoder.text.pooled_width
-        return getattr(type(self._encoder.pipe), _TIME_IDS)(self._encoder.pipe, *args, **kwargs)
-
-
-def put_time_ids(pipe: Any, encoder: PromptEncoder) -> None:
-    """Put `TimeIds` on a pipeline that needs it; again is no more."""
-    if is_sdxl(pipe) and pipe.text_encoder_2 is None and _TIME_IDS not in vars(pipe):
-        setattr(pipe, _TIME_IDS, TimeIds(encoder))
-
-
-def remove_time_ids(pipe: Any) -> None:
-    """End that."""
-    if isinstance(vars(pipe).get(_TIME_IDS), TimeIds):
-        delattr(pipe, _TIME_IDS)
-
-
-class PipelineCall(NamedTuple):
-    """A call of a pipeline that starts.
-
-    prompts: its texts; None where it was given tensors. images: images a prompt. guidance:
-    whether a negative prompt goes with them. encode: a sentence to embeddings [1, L, C], packed if
-    a subject stands in it, as the call encodes its own (clip_skip, LoRA of the text encoders).
-    """
-
-    prompts: list[str] | None
-    images: int
-    guidance: bool
-    encode: Callable[[str], Tensor]
-
-
-class Watcher(Protocol):
-    """A trace or regions: who wants to know of each call that a pipeline makes."""
-
-    def begin(self, call: PipelineCall) -> None:
-        """A call starts that will run the U-Net."""
-
-    def end(self) -> None:
-        """The call of this thread ends; later calls of the models are others'."""
-
-
-class PromptEncoder:
-    """Encodes prompts with placeholders into packed conditioning, all others as the pipeline does.
-
-    One object stands at `pipe.encode_prompt` for as long as subjects are attached or someone
-    watches, and keeps the U-Net and the ControlNets ready for packed prompts for that long. It
-    refers to the pipeline weakly: a pipeline that is dropped frees its memory at once.
-    """
-
-    def __init__(self, pipe: Any) -> None:
-        self.subjects: tuple[Subject, ...] = ()
-        self.watchers: list[Watcher] = []
-        self.text = TextShape.of(pipe)
-        self._warn_of_unknown = UnknownPlaceholderWarnings()
-        self._pipe = weakref.ref(pipe)
-        self._replaced = pipe.__dict__.get("encode_prompt")
-        if isinstance(self._replaced, PromptEncoder):
-            self._replaced = self._replaced._replaced
-        # What inspect.signature shows of this object: that of the function it stands in for.
-        self.__signature__ = inspect.signature(self._own(pipe))
-        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # Each with its tokenizer.
-        self._text_encoders: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-        self._clean_up_when_dropped()
-
-    def _clean_up_when_dropped(self) -> None:
-        """A pipeline that goes without `detach` leaves nothing on models that others share."""
-        dropped = weakref.finalize(self, _clean_up, self._models, self._text_encoders)
-        dropped.atexit = False
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline.
+    def negative_texts(self, batch: int) -> tuple[list[str], ...]:
+        """Return the negative texts for each text encoder, one a prompt; empty by default.
 
         Raises:
-            ReferenceError: it no longer exists.
+            TypeError: prompt and negative prompt are of different types, which Stable Diffusion
+                1.x and 2.x pipelines refuse.
+            ValueError: there are not as many as prompts.
         """
+        prompt, negative = self.prompts[0], self.negatives[0]
+        mixed = None not in (prompt, negative) and type(prompt) is not type(negative)
+        if len(self.prompts) == 1 and mixed:
+            raise TypeError(
+                f"negative_prompt must be of the type of prompt, {type(prompt).__name__}, but it "
+                f"is {type(negative).__name__}"
+            )
+        listed: list[list[str]] = []
+        for texts in self.negatives:
+            if texts is None or isinstance(texts, str):
+                texts = [texts or ""] * batch
+            if len(texts) != batch:
+                raise ValueError(
+                    f"there are {len(texts)} negative prompts for {batch} prompts; give one a "
+                    "prompt"
+                )
+            listed.append(texts)
+        return tuple(listed)
+
+
+def _count_name(parameters: Iterable[str]) -> str:
+    """Return num_images_per_prompt, or the pipeline's name for it."""
+    return next(name for name in parameters if name.startswith("num_"))
+
+
+class EncodePromptPatch:
+    """Replacement of a pipeline's `encode_prompt` that packs prompts with placeholders.
+
+    It stays for as long as subjects are attached or a `Watcher` follows the calls, and keeps the
+    U-Net, the ControlNets and the text encoders patched for that long. It refers to the pipeline
+    weakly: a pipeline that is dropped frees its memory at once.
+    """
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self.subjects: tuple[Subject, ...] = ()
+        self.watcher: Watcher[Any] | None = None
+        self.text = TextShape.of(pipe)
+        self._pipe = weakref.ref(pipe)
+        self._replaced = vars(pipe).get("encode_prompt")
+        if isinstance(self._replaced, EncodePromptPatch):
+            self._replaced = self._replaced._replaced
+        # `inspect.signature` shows that of the function it replaces.
+        self.__signature__ = inspect.signature(self._own(pipe))
+        self._warned: set[str] = set()
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._release_when_dropped()
+
+    def _release_when_dropped(self) -> None:
+        """Restore shared models if the pipeline is dropped without `detach`."""
+        weakref.finalize(self, _release_all, self._models).atexit = False
+
+    @property
+    def pipe(self) -> Pipeline:
+        """The pipeline; ReferenceError if it no longer exists."""
         pipe = self._pipe()
         if pipe is None:
             raise ReferenceError("the pipeline of this encode_prompt no longer exists")
         return pipe
 
     @classmethod
-    def of(cls, pipe: Any) -> PromptEncoder | None:
-        """The one that stands at `pipe.encode_prompt` now."""
-        found = pipe.__dict__.get("encode_prompt")
+    def of(cls, pipe: Pipeline) -> EncodePromptPatch | None:
+        """Return the patch of a pipeline, or None."""
+        found = vars(pipe).get("encode_prompt")
         # A shallow copy of a pipeline has its original's.
         return found if isinstance(found, cls) and found._pipe() is pipe else None
 
     @classmethod
-    def acquire(cls, pipe: Any) -> PromptEncoder:
-        """The pipeline's encoder, put in place when there is none.
+    def acquire(cls, pipe: Pipeline) -> EncodePromptPatch:
+        """Return the patch of a pipeline, created if there is none.
 
         Raises:
-            ModelError: an attention processor of the pipeline must not be replaced; the pipeline
-                is then as it was.
+            ModelError: a model of the pipeline cannot be patched; the pipeline is then unchanged.
         """
         with LOCK:
-            encoder = cls.of(pipe)
-            if encoder is None:
-                encoder = cls(pipe)
-                try:
-                    encoder._prepare_models(pipe)
-                except BaseException:
-                    encoder._release_models()
-                    raise
-                pipe.encode_prompt = encoder
-            return encoder
+            patch = cls.of(pipe)
+            if patch is None:
+                patch = cls(pipe)
+                patch._apply(pipe)
+                pipe.encode_prompt = patch
+            return patch
 
     def release(self) -> None:
-        """Take everything away again if neither subjects nor a watcher need it."""
+        """Restore the pipeline and its models if neither subjects nor a watcher need the patch."""
         with LOCK:
             pipe = self._pipe()
             if pipe is None:
                 return
-            if self.subjects or self.watchers:
-                for model in self._models:
-                    watch(model, self, bool(self.watchers))
+            if self.subjects or self.watcher:
+                self._let_watch()
                 return
-            self._release_models()
-            remove_time_ids(pipe)
-            if pipe.__dict__.get("encode_prompt") is self:
-                if self._replaced is None:
-                    del pipe.encode_prompt
-                else:
-                    pipe.encode_prompt = self._replaced
+            _release_all(self._models, self)
+            if vars(pipe).get("encode_prompt") is self:
+                _restore(pipe, "encode_prompt", self._replaced)
+            if isinstance(getattr(vars(pipe).get(_TIME_IDS), "__self__", None), EncodePromptPatch):
+                delattr(pipe, _TIME_IDS)
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self.watchers:
+    def check_may_be_copied(self) -> None:
+        """Raise ModelError while a trace or regions run."""
+        if self.watcher:
             raise ModelError(
                 "a trace or regions run on this pipeline, and a copy would have a part of them. "
                 "Leave their with block before the pipeline or a model of it is copied."
             )
-        return vars(self) | {
-            "_warn_of_unknown": UnknownPlaceholderWarnings(),
-            "_pipe": self._pipe(),
-            "_models": list(self._models),
-            "_text_encoders": dict(self._text_encoders),
-        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_may_be_copied()
+        references = {"_pipe": self._pipe(), "_models": list(self._models)}
+        return vars(self) | references | {"_warned": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
+        vars(self).update(state)
         self._pipe = weakref.ref(state["_pipe"])
         self._models = weakref.WeakSet(state["_models"])
-        self._text_encoders = weakref.WeakKeyDictionary(state["_text_encoders"])
-        for model in self._models:
-            adopt(model, self)
-        for text_encoder, tokenizer in self._text_encoders.items():
-            guard(text_encoder, self, tokenizer)
-        self._clean_up_when_dropped()
+        with LOCK:
+            for model in self._models:
+                ModelPatch.on(model, self)
+        self._release_when_dropped()
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-        """The pipeline's own encode_prompt, with packed prompts where placeholders stand.
+        """Run the pipeline's own encode_prompt, or pack the prompts that hold placeholders.
 
-        It takes what the pipeline's own takes; `inspect.signature` shows it.
-
-        Returns:
-            What the pipeline's own returns: (prompt_embeds, negative_prompt_embeds), for SDXL the
-            pooled embeddings of both too. Embeddings are [B · num_images_per_prompt, L, C] of one
-            length L for both, pooled ones [B · num_images_per_prompt, P], or S·P wide with one a
-            stage; those of the negative prompt are None without guidance.
+        Arguments and results are those of the pipeline's own. Both embeddings have one length;
+        pooled ones are S·P wide with one embedding a stage.
 
         Raises:
-            PromptError: a placeholder cannot be used where it stands, or a prompt given as a
+            PromptError: a placeholder cannot be used in its position, or a prompt given as a
                 tensor cannot be packed to go with one that is.
-            ModelError: a prompt was given as words, and the text encoders are gone; or there is a
-                trace or regions, and the pipeline encodes prompts in several calls.
+            ModelError: a text is to be encoded after the text encoders were taken off; or there is
+                a trace or regions, and the pipeline encodes prompts in several calls.
             TypeError, ValueError: prompt and negative prompt differ in type or in number, or
                 pooled embeddings are missing.
         """
         pipe = self.pipe
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
-        request = PromptRequest.of(pipe, bound.arguments)
-        if self.watchers and encodes_apart(pipe):
+        request = PromptRequest(pipe, bound.arguments)
+        if self.watcher and encodes_apart(pipe):
             raise ModelError(
                 f"{type(pipe).__name__} encodes its prompts in several calls. A trace or regions "
                 "cannot tell which of them the U-Net gets. Generate without a trace or regions."
             )
         with LOCK:
-            self._prepare_models(pipe)
-            check_nothing_to_encode(pipe, request)
-            texts = _listed(request.prompts + request.negatives)
-            self._warn_of_unknown(pipe, texts, self.subjects)
+            self._warn_of_unknown(pipe, _listed(request.prompts + request.negatives))
+            self._apply(pipe)
+            _check_nothing_to_encode(pipe, request)
             if self._is_plain(pipe, request):
-                result = self._own(pipe)(*args, **kwargs)
+                result: tuple[Tensor | None, ...] = self._own(pipe)(*args, **kwargs)
             else:
                 result = self._encode_both(pipe, request)
-            prompts = request.prompts[0]
-            call = PipelineCall(
-                [prompts] if isinstance(prompts, str) else prompts,
-                request.images,
-                request.guidance,
-                lambda text: self._encode_one(pipe, text, request),
-            )
-            for watcher in self.watchers:
-                watcher.begin(call)
+            if self.watcher:
+                first = request.prompts[0]
+                prompts = [first] if isinstance(first, str) else first
+                encode = partial(self._encode_one, pipe, request)
+                call = PipelineCall(prompts, request.images, request.guidance, encode)
+                self.watcher.start(call)
         return result
 
-    def _is_plain(self, pipe: Any, request: PromptRequest) -> bool:
-        """Whether no subject stands in the prompts, so that the pipeline's own way is right."""
+    def _apply(self, pipe: Pipeline) -> None:
+        """Patch what is not patched, and release the models that the pipeline no longer has."""
+        check_scheduler(pipe.scheduler)
+        models = list(conditioned_models(pipe))
+        if not missing_text_components(pipe):
+            self.text = TextShape.of(pipe)
+        for model in models:
+            timesteps = pipe.scheduler.config.num_train_timesteps
+            UNetPatch.on(model, self).apply(model, self.text.width, timesteps)
+            self._models.add(model)
+        for encoder in map(unwrap, (one.text_encoder for one in present_text_encoders(pipe))):
+            TextEncoderPatch.on(encoder, self).apply(encoder)
+            self._models.add(encoder)
+            models.append(encoder)
+        for model in set(self._models).difference(models):
+            release(model, self)
+            self._models.discard(model)
+        self._let_watch()
+        # Without its second text encoder, SDXL takes the width of the pooled embeddings for that
+        # of one, but packed prompts have one a stage.
+        if is_sdxl(pipe) and pipe.text_encoder_2 is None and _TIME_IDS not in vars(pipe):
+            setattr(pipe, _TIME_IDS, self._time_ids)
+
+    def _let_watch(self) -> None:
+        for patch in map(ModelPatch.of, self._models):
+            if isinstance(patch, UNetPatch):
+                patch.watch(self, self.watcher is not None)
+
+    def _time_ids(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["text_encoder_projection_dim"] = self.text.pooled_width
+        return getattr(type(self.pipe), _TIME_IDS)(self.pipe, *args, **kwargs)
+
+    def guarded(self, text_encoder: nn.Module) -> tuple[Any, list[str]]:
+        """Return the tokenizer of a text encoder, and the placeholders it must not read as words.
+
+        A placeholder that is a word of some subject's class remains in encoded prompts.
+        """
+        pipe = self._pipe()
+        if pipe is None:
+            return None, []
+        classes = " ".join(subject.class_word for subject in self.subjects).lower()
+
+        def is_class(placeholder: str) -> bool:
+            word = rf"(?<!\w){re.escape(placeholder.lower())}(?!\w)"
+            return re.search(word, classes) is not None
+
+        names = [s.placeholder for s in self.subjects if not is_class(s.placeholder)]
+        for encoder in present_text_encoders(pipe):
+            if unwrap(encoder.text_encoder) is text_encoder:
+                return encoder.tokenizer, names
+        return None, []
+
+    def _warn_of_unknown(self, pipe: Pipeline, texts: list[str]) -> None:
+        """Warn once of each placeholder whose subject is not attached."""
+        names = [subject.placeholder for subject in self.subjects]
+        tokenizers = [encoder.tokenizer for encoder in present_text_encoders(pipe)]
+        for word in unknown_placeholders(texts, names, tokenizers):
+            if word not in self._warned:
+                self._warned.add(word)
+                logger.warning(
+                    "the prompt holds %r, which is not an attached subject's placeholder "
+                    "(attached: %s) nor a word of the tokenizer, so that its pieces are read as "
+                    "plain words: attach its subject, or write something else",
+                    word, ", ".join(map(repr, names)) or "none",
+                )  # fmt: skip
+
+    def _is_plain(self, pipe: Pipeline, request: PromptRequest) -> bool:
+        """Return whether the pipeline's own way is right, because no subject is in the prompts."""
         if self.subjects and encodes_apart(pipe):
             return False
-        marked = request.embeds is None and self._has_placeholder(request.prompts)
+        marked = request.embeds is None and self._named(request.prompts)
         if request.guidance and request.negative_embeds is None:
-            marked = marked or self._has_placeholder(request.negatives)
-        given = (request.embeds, request.negative_embeds)
-        packed = any(stages_of(x, self.text.width) for x in given)
+            marked = marked or self._named(request.negatives)
+        embeds = (x for x in (request.embeds, request.negative_embeds) if x is not None)
+        packed = any(packed_stages(x.shape[-1], self.text.width) for x in embeds)
         pooled = (x for x in (request.pooled, request.negative_pooled) if x is not None)
         return not (marked or packed or any(x.shape[-1] != self.text.pooled_width for x in pooled))
 
-    def _encode_both(self, pipe: Any, request: PromptRequest) -> tuple[Tensor | None, ...]:
-        sdxl = is_sdxl(pipe)
+    def _encode_both(self, pipe: Pipeline, request: PromptRequest) -> tuple[Tensor | None, ...]:
         if request.embeds is None:
             texts = tuple(text for text in request.prompts if text is not None)
             positive = self._encode(pipe, texts, request, clip_skip=request.clip_skip)
             if request.pooled is not None:
                 positive = positive._replace(pooled_prompt_embeds=request.pooled)
         else:
-            positive = checked(request.embeds, request.pooled, sdxl)
-        negative = self._negative(pipe, request, positive, sdxl) if request.guidance else None
-        if negative is not None and len(negative.prompt_embeds) != len(positive.prompt_embeds):
-            raise ValueError(
-                f"negative_prompt_embeds is for {len(negative.prompt_embeds)} prompts, but there "
-                f"are {len(positive.prompt_embeds)}: give one a prompt"
-            )
-        dtype = prompt_dtype(pipe)
+            positive = _given(pipe, request.embeds, request.pooled)
+        both = [positive]
+        if request.guidance:
+            both.append(self._negative(pipe, request, positive))
+            if len(both[1].prompt_embeds) != len(positive.prompt_embeds):
+                raise ValueError(
+                    f"negative_prompt_embeds is for {len(both[1].prompt_embeds)} prompts, but "
+                    f"there are {len(positive.prompt_embeds)}; give one a prompt"
+                )
         apart = self.subjects and encodes_apart(pipe)
         stages = common_stages([s.stages for s in self.subjects]) if apart else None
-        matched = same_packing(positive, negative, *self.text, stages=stages)
-        placed = [
-            None
-            if embeds is None
-            else embeds.to(request.device, dtype).repeat_interleave(request.images, dim=0)
-            for field in range(2 if sdxl else 1)
-            for embeds in (None if one is None else one[field] for one in matched)
-        ]
-        return tuple(placed)
+        found: list[Any] = match_stages(
+            [one.prompt_embeds for one in both], self.text.width, stages
+        )
+        found += [None] * (2 - len(found))
+        if is_sdxl(pipe):
+            pooled = [one.pooled_prompt_embeds for one in both]
+            found += match_pooled_stages(
+                [x for x in pooled if x is not None], self.text.pooled_width
+            )
+            found += [None] * (4 - len(found))
+        last = pipe.text_encoder_2 if is_sdxl(pipe) else pipe.text_encoder
+        dtype = (pipe.unet if last is None else last).dtype
+        return tuple(
+            None if x is None else x.to(request.device, dtype).repeat_interleave(request.images, 0)
+            for x in found
+        )
 
     def _negative(
-        self, pipe: Any, request: PromptRequest, positive: Encoded, sdxl: bool
-    ) -> Encoded:
+        self, pipe: Pipeline, request: PromptRequest, positive: PromptEmbeds
+    ) -> PromptEmbeds:
         if request.negative_embeds is not None:
-            return checked(request.negative_embeds, request.negative_pooled, sdxl)
+            return _given(pipe, request.negative_embeds, request.negative_pooled)
         if request.negatives[0] is None and pipe.config.get("force_zeros_for_empty_prompt"):
             embeds, pooled = positive
-            return Encoded(
-                torch.zeros_like(embeds), None if pooled is None else torch.zeros_like(pooled)
-            )
+            zeros = None if pooled is None else torch.zeros_like(pooled)
+            return PromptEmbeds(torch.zeros_like(embeds), zeros)
         texts = request.negative_texts(len(positive.prompt_embeds))
         # diffusers applies clip_skip to the prompt alone.
         negative = self._encode(pipe, texts, request, clip_skip=None)
@@ -395,107 +375,131 @@ class PromptEncoder:
 
     def _encode(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         texts: tuple[Texts, ...],
         request: PromptRequest,
         *,
         clip_skip: int | None,
-    ) -> Encoded:
-        """[B, L, C], packed if a placeholder stands there, else as the pipeline encodes it."""
-        if not self._has_placeholder(texts):
-            arguments = own_arguments(self.__signature__, texts, request, clip_skip)
-            result = self._own(pipe)(**arguments)
-            return Encoded(result[0], result[2] if len(result) > 2 else None)
-        # Others, by their numbers of stages, would make the packed prompt longer for nothing.
-        subjects = [s for s in self.subjects if self._stands_in(s, texts)]
-        with text_lora(pipe, request.lora_scale):
-            return encode_with_pooled(pipe, *texts, subjects=subjects, clip_skip=clip_skip)
+    ) -> PromptEmbeds:
+        """Return [B, L, C], packed if a placeholder is in it, else as the pipeline encodes it."""
+        # Subjects that are not in it could make the packed prompt longer by their stages.
+        subjects = self._named(texts)
+        if subjects:
+            with _text_lora(pipe, request.lora_scale):
+                return encode_with_pooled(pipe, *texts, subjects=subjects, clip_skip=clip_skip)
+        arguments: dict[str, Any] = {
+            "prompt": texts[0],
+            "device": request.device,
+            _count_name(self.__signature__.parameters): 1,
+            "do_classifier_free_guidance": False,
+            "lora_scale": request.lora_scale,
+        }
+        if len(texts) > 1:
+            arguments["prompt_2"] = texts[1]
+        if "clip_skip" in self.__signature__.parameters:
+            arguments["clip_skip"] = clip_skip
+        result = self._own(pipe)(**arguments)
+        return PromptEmbeds(result[0], result[2] if len(result) > 2 else None)
 
-    def _encode_one(self, pipe: Any, text: str, request: PromptRequest) -> Tensor:
-        self._warn_of_unknown(pipe, [text], self.subjects)
+    def _encode_one(self, pipe: Pipeline, request: PromptRequest, text: str) -> Tensor:
+        self._warn_of_unknown(pipe, [text])
         texts: tuple[Texts, ...] = ([text],) * len(request.prompts)
         return self._encode(pipe, texts, request, clip_skip=request.clip_skip).prompt_embeds
 
-    def _own(self, pipe: Any) -> Any:
+    def _own(self, pipe: Pipeline) -> Any:
         return self._replaced or type(pipe).encode_prompt.__get__(pipe)
 
-    def _has_placeholder(self, prompts: Sequence[Texts | None]) -> bool:
-        return any(self._stands_in(subject, prompts) for subject in self.subjects)
+    def _named(self, prompts: Sequence[Texts | None]) -> list[Subject]:
+        """Return the subjects whose placeholders are in the prompts."""
+        texts = _listed(prompts)
+        return [s for s in self.subjects if any(mentions(text, s.placeholder) for text in texts)]
 
-    @staticmethod
-    def _stands_in(subject: Subject, prompts: Sequence[Texts | None]) -> bool:
-        return any(mentions(text, subject.placeholder) for text in _listed(prompts))
+    @contextmanager
+    def watched_by(self, watcher: Watcher[Any]) -> Iterator[None]:
+        """Let `watcher` follow each call of the pipeline, and undo it on exit."""
+        pipe = self.pipe
+        replaced = vars(pipe).get("maybe_free_model_hooks")
+        # Every pipeline calls this at its end.
+        free = pipe.maybe_free_model_hooks
 
-    def _prepare_models(self, pipe: Any) -> None:
-        """Install on every model of the pipeline what is not there."""
-        check_scheduler(pipe.scheduler)
-        if not freed_parts(pipe):
-            self.text = TextShape.of(pipe)
-        put_time_ids(pipe, self)
-        models = list(conditioned_models(pipe))
-        for model in models:
-            timesteps = pipe.scheduler.config.num_train_timesteps
-            install(model, self, self.text.width, timesteps, bool(self.watchers))
-            self._models.add(model)
-        for model in [m for m in self._models if m not in models]:
-            uninstall(model, self)
-            self._models.discard(model)
-        self._guard_text_encoders(pipe)
+        def end() -> Any:
+            watcher.end()
+            return free()
 
-    def _guard_text_encoders(self, pipe: Any) -> None:
-        parts = present_parts(pipe)
-        for part in parts:
-            guard(unwrap(part.text_encoder), self, part.tokenizer)
-            self._text_encoders[unwrap(part.text_encoder)] = part.tokenizer
-        present = [unwrap(part.text_encoder) for part in parts]
-        for text_encoder in [x for x in self._text_encoders if x not in present]:
-            unguard(text_encoder, self)
-            del self._text_encoders[text_encoder]
-
-    def _release_models(self) -> None:
-        for model in list(self._models):
-            uninstall(model, self)
-        self._models.clear()
-        for text_encoder in list(self._text_encoders):
-            unguard(text_encoder, self)
-        self._text_encoders.clear()
+        pipe.maybe_free_model_hooks = end
+        self.watcher = watcher
+        try:
+            yield
+        finally:
+            watcher.remove()
+            _restore(pipe, "maybe_free_model_hooks", replaced)
+            self.watcher = None
+            self.release()
 
 
-@contextmanager
-def watched(pipe: Any, encoder: PromptEncoder, watcher: Watcher) -> Iterator[None]:
-    """Let `watcher` follow each call of the pipeline, and undo it on exit."""
-    replaced = vars(pipe).get("maybe_free_model_hooks")
-    # Every pipeline calls this at its end.
-    free = pipe.maybe_free_model_hooks
+def _restore(pipe: Pipeline, name: str, method: Any) -> None:
+    """Set a pipeline's method to the one that was set on it before, or unset it if none was."""
+    if method is None:
+        delattr(pipe, name)
+    else:
+        setattr(pipe, name, method)
 
-    def end() -> Any:
-        watcher.end()
-        return free()
 
-    pipe.maybe_free_model_hooks = end
-    encoder.watchers.append(watcher)
-    try:
-        yield
-    finally:
-        if replaced is None:
-            del pipe.maybe_free_model_hooks
-        else:
-            pipe.maybe_free_model_hooks = replaced
-        encoder.watchers.remove(watcher)
-        encoder.release()
+def _release_all(models: weakref.WeakSet[nn.Module], user: EncodePromptPatch | None = None) -> None:
+    for model in list(models):
+        release(model, user)
+    models.clear()
 
 
 def _listed(prompts: Sequence[Texts | None]) -> list[str]:
-    """All sentences of what was given for the text encoders."""
+    """Return all sentences of the texts for the text encoders."""
     given = (texts for texts in prompts if texts is not None)
     return [text for texts in given for text in ([texts] if isinstance(texts, str) else texts)]
 
 
-def _clean_up(
-    models: weakref.WeakSet[nn.Module],
-    text_encoders: weakref.WeakKeyDictionary[nn.Module, Any],
-) -> None:
-    for model in list(models):
-        uninstall_unused(model)
-    for text_encoder in list(text_encoders):
-        unguard_unused(text_encoder)
+def _given(pipe: Pipeline, embeds: Tensor, pooled: Tensor | None) -> PromptEmbeds:
+    if is_sdxl(pipe) and pooled is None:
+        raise ValueError(
+            "prompt embeddings were given without their pooled ones. SDXL needs both. Make them "
+            "with sefi_fast.prompts.encode_with_pooled."
+        )
+    return PromptEmbeds(embeds, pooled)
+
+
+def _check_nothing_to_encode(pipe: Pipeline, request: PromptRequest) -> None:
+    """Raise ModelError if a text is to be encoded without a text encoder."""
+    missing = missing_text_components(pipe)
+    if not missing:
+        return
+    zeros = request.negatives[0] is None and pipe.config.get("force_zeros_for_empty_prompt")
+    if request.embeds is None:
+        what, name, otherwise = "prompt", "prompt_embeds", ""
+    elif request.guidance and request.negative_embeds is None and not zeros:
+        what, name = "negative prompt", "negative_prompt_embeds"
+        otherwise = ", or generate with guidance_scale=1"
+    else:
+        return
+    maker = "prompts.encode_with_pooled" if is_sdxl(pipe) else "encode"
+    raise ModelError(
+        f"the {' and the '.join(missing)} of this {type(pipe).__name__} are gone, and the {what} "
+        f"is still to be encoded. Give it (or '') as {name}, which are made by sefi_fast.{maker} "
+        f"before they go{otherwise}."
+    )
+
+
+@contextmanager
+def _text_lora(pipe: Pipeline, scale: float | None) -> Iterator[None]:
+    """Set the scale of LoRA as the pipeline's own encode_prompt does, and reset it on exit."""
+    if scale is not None:
+        # The pipeline's class reads this attribute.
+        setattr(pipe, "_lora_scale", scale)  # noqa: B010
+    encoders = []
+    if scale is not None and USE_PEFT_BACKEND:
+        encoders = [one.text_encoder for one in text_encoders(pipe)]
+    for encoder in encoders:
+        scale_lora_layers(encoder, scale)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            unscale_lora_layers(encoder, scale)

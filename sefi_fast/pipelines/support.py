@@ -1,12 +1,12 @@
-"""Tell the pipelines the method fits from those it does not, and say why."""
+"""The pipelines that the method fits, their parts, and reasons for refusing others."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
+import torch
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
@@ -17,54 +17,87 @@ from diffusers import (
 from torch import nn
 
 from sefi_fast.errors import ModelError
-from sefi_fast.prompts.text_encoder import text_parts
+from sefi_fast.prompts.text_encoder import text_encoders
 
 WORKS_WITH = (
     "sefi_fast works with pipelines of diffusers for Stable Diffusion 1.x, 2.x and SDXL: CLIP text "
-    "encoders and a UNet2DConditionModel, in whose cross-attention the subject lives"
+    "encoders and a UNet2DConditionModel, whose cross-attention takes the subject"
 )
+
+
+class Pipeline(Protocol):
+    """The attributes that sefi_fast uses of every pipeline of diffusers.
+
+    The components are of diffusers' and transformers' classes, which have no types. Some pipelines
+    have `text_encoder_2`, `tokenizer_2` and `controlnet` too.
+    """
+
+    unet: Any
+    scheduler: Any
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    config: Any
+    encode_prompt: Any
+    maybe_free_model_hooks: Callable[[], Any]
+    _execution_device: torch.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class SDXLPipeline(Pipeline, Protocol):
+    """The further attributes of SDXL's pipelines."""
+
+    tokenizer_2: Any
+    text_encoder_2: Any
+
+
+class TextShape(NamedTuple):
+    """The widths of a pipeline's prompts, also known after its text encoders were taken off.
+
+    width: C, columns of a plain prompt.
+    pooled_width: P, numbers of one pooled embedding.
+    """
+
+    width: int
+    pooled_width: int
+
+    @classmethod
+    def of(cls, pipe: Pipeline) -> TextShape:
+        """Return the widths by the text encoders.
+
+        Raises:
+            ModelError: a tokenizer or a text encoder is missing.
+        """
+        configs = [one.text_encoder.config for one in text_encoders(pipe)]
+        return cls(sum(config.hidden_size for config in configs), configs[-1].projection_dim)
+
 
 _SD_ARGUMENTS = (
-    "prompt",
-    "device",
-    "num_images_per_prompt",
-    "do_classifier_free_guidance",
-    "negative_prompt",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "lora_scale",
-    "clip_skip",
+    *("prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"),
+    *("negative_prompt", "prompt_embeds", "negative_prompt_embeds", "lora_scale", "clip_skip"),
 )
 _SDXL_ARGUMENTS = (
-    "prompt",
-    "prompt_2",
-    "device",
-    "num_images_per_prompt",
-    "do_classifier_free_guidance",
-    "negative_prompt",
-    "negative_prompt_2",
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-    "lora_scale",
-    "clip_skip",
+    *_SD_ARGUMENTS,
+    *("prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
 )
 
+_CLASS_WORD_INSTEAD = "Write the class word in place of the subject there, or take another pipeline"
 
-# What a pipeline has that uses its prompt outside of encode_prompt too.
+# Attributes of pipelines that use their prompt outside of encode_prompt too.
 _OTHER_USES = {
     "prior_text_encoder": "encodes its prompt a second time, for a prior",
     "construct_direction": "moves its prompt by the difference of two plain ones",
 }
 
 
-def check_pipeline(pipe: Any) -> None:
+def check_pipeline(pipe: Pipeline) -> None:
     """Raise ModelError unless `pipe` is a Stable Diffusion 1.x, 2.x or SDXL pipeline."""
     name = type(pipe).__name__
-    if getattr(pipe, "transformer", None) is not None:
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is not None:
         raise ModelError(
-            f"{name} denoises with a transformer ({type(pipe.transformer).__name__}), which has no "
+            f"{name} denoises with a transformer ({type(transformer).__name__}), which has no "
             f"U-Net with cross-attention layers; {WORKS_WITH}"
         )
     unet = unwrap(getattr(pipe, "unet", None))
@@ -73,70 +106,72 @@ def check_pipeline(pipe: Any) -> None:
     own = getattr(type(pipe), "encode_prompt", None)
     if own is None:
         raise ModelError(
-            f"{name} has no encode_prompt, in which prompts with subjects are encoded. Write the "
-            f"class word in place of the subject there, or take another pipeline; {WORKS_WITH}"
+            f"{name} has no encode_prompt, which subjects need. {_CLASS_WORD_INSTEAD}; {WORKS_WITH}"
         )
-    wanted = _SDXL_ARGUMENTS if len(text_parts(pipe)) == 2 else _SD_ARGUMENTS
+    wanted = _SDXL_ARGUMENTS if len(text_encoders(pipe)) == 2 else _SD_ARGUMENTS
     arguments = [arg.replace("videos", "images") for arg in inspect.signature(own).parameters][1:]
     missing = [arg for arg in wanted if arg not in (*arguments, "clip_skip")]
     further = [arg for arg in arguments if arg not in wanted]
     if missing or further:
-        differs = [
-            f"{word} {', '.join(some)}"
-            for word, some in (("without", missing), ("with", further))
-            if some
-        ]
+        both = (("without", missing), ("with", further))
+        differs = [f"{word} {', '.join(some)}" for word, some in both if some]
         raise ModelError(
             f"{name}.encode_prompt is another function than that of its family "
-            f"({' and '.join(differs)}). Write the class word in place of the subject there, or "
-            f"take another pipeline; {WORKS_WITH}"
+            f"({' and '.join(differs)}). {_CLASS_WORD_INSTEAD}; {WORKS_WITH}"
         )
     for attribute, use in _OTHER_USES.items():
         if getattr(pipe, attribute, None) is not None:
             raise ModelError(
-                f"{name} {use}, where a subject would be missing. Write the class word in place of "
-                "the subject there, or take another pipeline."
+                f"{name} {use}, where a subject would be missing. {_CLASS_WORD_INSTEAD}."
             )
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise ModelError for times that are no steps of the training's noise schedule.
+    """Raise ModelError for timesteps that are not steps of the training's noise schedule.
 
     EDM's schedulers, and Euler's with continuous times, hand the U-Net a quarter of log σ, -2 to 1:
-    there every step would be the subject's cleanest stage.
+    every step would be the subject's cleanest stage.
     """
     config, name = scheduler.config, type(scheduler).__name__
     continuous = getattr(config, "timestep_type", None) == "continuous"
     if name.startswith("EDM") or (continuous and config.prediction_type == "v_prediction"):
         raise ModelError(
-            f"the pipeline's {name} counts time by the logarithm of the noise, but a subject's "
-            "stages are parts of the training's steps: set pipe.scheduler to one of DDIM, "
-            "DPM-Solver++, Euler …; a model that was trained with such times (Playground 2.5, "
-            "CosXL) takes no subject"
+            f"the pipeline's {name} counts time by the logarithm of the noise, which cannot be "
+            "mapped to a subject's stages. Set pipe.scheduler to one of DDIM, DPM-Solver++, "
+            "Euler …. Models trained with such times (Playground 2.5, CosXL) are not supported."
         )
 
 
-def check_not_compiled(models: Iterable[nn.Module], what: str) -> None:
-    """Raise ModelError when torch.compile would hide the calls of a model's layers.
+def check_not_compiled(models: Iterable[nn.Module], request: str) -> None:
+    """Raise ModelError if torch.compile hides the calls of a model's layers.
 
     Args:
         models: U-Net and ControlNets as the pipeline has them.
-        what: that needs to see the layers, as a request ("trace the pipeline").
+        request: the use of the layers ("trace the pipeline").
     """
     for model in models:
         inside = unwrap(model)
         parts = inside.modules()
         if inside is not model or any(part._compiled_call_impl is not None for part in parts):
             raise ModelError(
-                f"the {type(inside).__name__} is compiled, which hides the calls of its layers: "
-                f"{what} before torch.compile"
+                f"the {type(inside).__name__} is compiled, which hides the calls of its layers. "
+                f"{request.capitalize()} before torch.compile."
             )
 
 
-def is_sdxl(pipe: Any) -> bool:
-    """Whether a pipeline is conditioned by two text encoders and a pooled embedding."""
-    # Not whether it is there: packed prompts are drawn without it too.
+def is_sdxl(pipe: Pipeline) -> TypeGuard[SDXLPipeline]:
+    """Return whether a pipeline is conditioned by two text encoders and a pooled embedding."""
+    # The attribute counts, not its value: packed prompts need no text encoder.
     return hasattr(pipe, "text_encoder_2")
+
+
+def encodes_apart(pipe: Pipeline) -> bool:
+    """Return whether the pipeline joins prompts of several calls of encode_prompt."""
+    # FreeNoise of AnimateDiff encodes the negative prompts of all frames by themselves.
+    return getattr(pipe, "free_noise_enabled", False) or type(pipe).__name__ in (
+        "CycleDiffusionPipeline",
+        "StableDiffusionDiffEditPipeline",
+    )
 
 
 def check_model_index(index: Mapping[str, Any], source: str) -> None:
@@ -144,58 +179,52 @@ def check_model_index(index: Mapping[str, Any], source: str) -> None:
     name = index.get("_class_name", "no pipeline class")
     if not isinstance(name, str):
         raise ModelError(
-            f"{source} names its pipeline's class as {name!r}, which is code of its own, and such "
-            "code is not run. Load a model that the pipelines of diffusers fit"
+            f"{source} names its pipeline's class as {name!r}, which is code of its own. Such code "
+            "is not run. Load a model that the pipelines of diffusers fit."
         )
     if "transformer" in index:
         part = _component(index, "transformer") or "transformer"
         raise ModelError(
             f"{source} holds a {name}, which denoises with a {part}, not with a U-Net; {WORKS_WITH}"
         )
-    wanted = {
-        "unet": "UNet2DConditionModel",
-        "text_encoder": "CLIPTextModel",
-        "vae": "AutoencoderKL",
+    clip = ("CLIPTokenizer", "CLIPTokenizerFast")
+    wanted: dict[str, tuple[str, ...]] = {
+        "unet": ("UNet2DConditionModel",),
+        "text_encoder": ("CLIPTextModel",),
+        "vae": ("AutoencoderKL",),
+        "tokenizer": clip,
     }
     if is_sdxl_index(index):
-        wanted["text_encoder_2"] = "CLIPTextModelWithProjection"
+        wanted |= {"text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": clip}
         if _component(index, "text_encoder") is None:
             raise ModelError(
                 f"{source} holds a {name} with the second text encoder alone, as SDXL's refiner "
-                "has; load the base model, and run the refiner on its images without subjects"
+                "has. Load the base model, and run the refiner on its images without subjects."
             )
-    for part, kind in wanted.items():
+    for part, kinds in wanted.items():
         found = _component(index, part)
-        if found != kind:
+        if found not in kinds:
             raise ModelError(
                 f"{source} holds a {name} whose {part} is {found or 'missing'} instead of "
-                f"{kind}; {WORKS_WITH}"
+                f"{kinds[0]}; {WORKS_WITH}"
             )
-    for part in ("tokenizer", "tokenizer_2")[: 2 if is_sdxl_index(index) else 1]:
-        found = _component(index, part)
-        if found not in ("CLIPTokenizer", "CLIPTokenizerFast"):
-            raise ModelError(
-                f"{source} holds a {name} whose {part} is {found or 'missing'} instead of "
-                f"CLIPTokenizer; {WORKS_WITH}"
-            )
-        wanted[part] = found
     # diffusers imports the module that an entry names.
     for part in (*wanted, "scheduler"):
         library = "transformers" if part.startswith("t") else "diffusers"
         if _component(index, part) is None or index[part][0] != library:
             raise ModelError(
-                f"{source} takes its {part} from {index.get(part)!r} instead of {library}, and "
-                "code of a model's own is not run. Get the model from its publisher again"
+                f"{source} takes its {part} from {index.get(part)!r} instead of {library}. Code of "
+                "a model's own is not run. Get the model from its publisher again."
             )
 
 
 def is_sdxl_index(index: Mapping[str, Any]) -> bool:
-    """Whether a model_index.json describes a pipeline with a second text encoder."""
+    """Return whether a model_index.json describes a pipeline with a second text encoder."""
     return _component(index, "text_encoder_2") is not None
 
 
-def given_models(pipe: Any) -> Iterator[nn.Module]:
-    """The U-Net and every ControlNet as the pipeline has them, compiled or not."""
+def given_models(pipe: Pipeline) -> Iterator[nn.Module]:
+    """Yield the U-Net and every ControlNet as the pipeline has them, compiled or not."""
     yield pipe.unet
     if isinstance(unwrap(pipe.unet), UNetControlNetXSModel):
         # The U-Net has the ControlNet's layers among its own.
@@ -206,20 +235,19 @@ def given_models(pipe: Any) -> Iterator[nn.Module]:
             yield model
 
 
-def conditioned_models(pipe: Any) -> Iterator[nn.Module]:
-    """The models of a pipeline that are called with the prompt: the U-Net and every ControlNet."""
-    yield unwrap(pipe.unet)
-    for model in map(unwrap, islice(given_models(pipe), 1, None)):
-        if not isinstance(model, (ControlNetModel, ControlNetUnionModel)):
+def conditioned_models(pipe: Pipeline) -> Iterator[nn.Module]:
+    """Yield the models that are called with the prompt: the U-Net and every ControlNet."""
+    for number, model in enumerate(map(unwrap, given_models(pipe))):
+        if number and not isinstance(model, (ControlNetModel, ControlNetUnionModel)):
             raise ModelError(
-                f"{type(pipe).__name__} has a ControlNet of type {type(model).__name__}; wanted a "
-                "ControlNetModel, a ControlNetUnionModel or several of them"
+                f"{type(pipe).__name__} has a ControlNet of type {type(model).__name__}. Use a "
+                "ControlNetModel, a ControlNetUnionModel or several of them."
             )
         yield model
 
 
 def unwrap(model: Any) -> Any:
-    """The module that torch.compile wrapped, or the module itself."""
+    """Return the module that torch.compile wrapped, or the module itself."""
     return getattr(model, "_orig_mod", model)
 
 

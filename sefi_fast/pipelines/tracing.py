@@ -1,9 +1,8 @@
-"""Record the attention of words while a pipeline generates, and draw it over the image."""
+"""Record the attention of words while a pipeline generates, and show it over the image."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,16 +13,12 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from sefi_fast.attention.layers import (
-    call_argument,
-    cross_attention_layers,
-    layer_resolutions,
-    reduced_size,
-)
-from sefi_fast.attention.processor import LayerRecord
+from sefi_fast.attention.layers import reduced_size
+from sefi_fast.attention.processor import LayerRecord, PromptState
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.pipelines.encode_prompt import PipelineCall, PromptEncoder, watched
-from sefi_fast.pipelines.support import check_not_compiled, check_pipeline, unwrap
+from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
+from sefi_fast.pipelines.support import Pipeline, check_not_compiled, check_pipeline, unwrap
+from sefi_fast.pipelines.watcher import PipelineCall, Watcher
 from sefi_fast.prompts.tokenization import word_positions
 from sefi_fast.utils.text import composed
 
@@ -35,28 +30,26 @@ _LEAST_WIDTH = 144
 
 
 def draw_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
-    """The image, in its own size, with a heat map [h, w] over it.
+    """Return the image, in its own size, with a heat map [h, w] over it.
 
-    Colours run from nothing to the strongest place of this map.
+    Colors run from zero to the maximum of this map.
     """
     from matplotlib import colormaps
 
-    picture = image.convert("RGB")
     values = attention.detach().float().cpu().numpy()
     heat = Image.fromarray(values / max(float(values.max()), 1e-12))
-    heat = heat.resize(picture.size, Image.Resampling.BICUBIC)
-    strength = np.clip(np.asarray(heat), 0.0, 1.0)
-    colours = colormaps["inferno"](strength)[..., :3]
-    # Where nothing is attended the image shows through, darkened, so that hot places stand out.
+    strength = np.clip(np.asarray(heat.resize(image.size, Image.Resampling.BICUBIC)), 0.0, 1.0)
+    colors = colormaps["inferno"](strength)[..., :3]
+    # Without attention the image shows through, darkened, so that hot places stand out.
     opacity = (_STRENGTH * (0.4 + 0.6 * strength))[..., None]
-    blended = np.asarray(picture) / 255.0 * (1 - opacity) + colours * opacity
+    blended = np.asarray(image.convert("RGB")) / 255.0 * (1 - opacity) + colors * opacity
     return Image.fromarray(np.uint8(np.round(blended * 255)))
 
 
 def draw_grid(
     rows: Sequence[tuple[Image.Image, Sequence[tuple[str, Tensor]]]],
 ) -> Image.Image:
-    """One row an image: itself, then each (word, map [h, w]) over it, with captions.
+    """Return one row an image: itself, then each (word, map [h, w]) over it, with captions.
 
     Raises:
         ValueError: there is no image.
@@ -65,9 +58,12 @@ def draw_grid(
         raise ValueError("grid got no images: give the images of the traced call")
     cells = []
     for image, maps in rows:
-        picture = _enlarged(image.convert("RGB"))
-        overlays = [_captioned(draw_overlay(picture, m), word) for word, m in maps]
-        cells.append([_captioned(picture, "picture"), *overlays])
+        # Whole multiples of its size, large enough to read a caption under it.
+        factor = -(-_LEAST_WIDTH // image.width)
+        size = (image.width * factor, image.height * factor)
+        enlarged = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+        overlays = [_captioned(draw_overlay(enlarged, m), word) for word, m in maps]
+        cells.append([_captioned(enlarged, "image"), *overlays])
     cell_width = max(cell.width for row in cells for cell in row)
     heights = [max(cell.height for cell in row) for row in cells]
     width = max(len(row) for row in cells) * (cell_width + _GAP) + _GAP
@@ -81,26 +77,19 @@ def draw_grid(
     return sheet
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-    """The image in whole multiples of its size, large enough to read a caption under it."""
-    factor = -(-_LEAST_WIDTH // picture.width)
-    size = (picture.width * factor, picture.height * factor)
-    return picture.resize(size, Image.Resampling.NEAREST)
-
-
-def _captioned(picture: Image.Image, caption: str) -> Image.Image:
-    size = max(11, min(20, picture.width // 12))
-    font = ImageFont.load_default(size)
+def _captioned(image: Image.Image, caption: str) -> Image.Image:
+    size = max(11, min(20, image.width // 12))
+    font: Any = ImageFont.load_default(size)
     bar = size + 8
-    width = max(picture.width, int(font.getlength(caption)) + 8)
-    framed = Image.new("RGB", (width, picture.height + bar), _PAPER)
-    framed.paste(picture, ((width - picture.width) // 2, 0))
-    ImageDraw.Draw(framed).text(
-        (width // 2, picture.height + bar // 2), caption, _INK, font=font, anchor="mm"
-    )
+    width = max(image.width, int(font.getlength(caption)) + 8)
+    framed = Image.new("RGB", (width, image.height + bar), _PAPER)
+    framed.paste(image, ((width - image.width) // 2, 0))
+    middle = (width // 2, image.height + bar // 2)
+    ImageDraw.Draw(framed).text(middle, caption, _INK, font=font, anchor="mm")
     return framed
 
 
+_REQUEST = "trace the pipeline"
 _PLAIN = "StableDiffusionPipeline.from_pipe(pipe) (StableDiffusionXLPipeline for SDXL)"
 
 
@@ -113,20 +102,19 @@ class _Call:
         self.probs_positions = probs_positions
         self.sums: dict[tuple[int, int], Tensor] = {}
         self.layer_calls = 0
-        # Prompt and size of the input of the U-Net's call that runs.
-        self.running: tuple[Tensor, tuple[int, int]] | None = None
+        # Size of the input of the U-Net's running call.
+        self.size = (0, 0)
 
-    def tokens_for(self, batch: int, device: torch.device) -> Tensor:
-        """[batch, words · positions] for the U-Net's batch: under guidance its second half."""
+    def positions_for(self, batch: int, device: torch.device) -> Tensor:
+        """Return [batch, words · positions] for the U-Net's batch: under guidance its last half."""
         expected = len(self.probs_positions) * (2 if self.guidance else 1)
         if batch != expected:
             raise ModelError(
                 f"while tracing, the U-Net was called with a batch of {batch} where the prompts "
-                f"make {expected}: trace a pipeline that runs it on the prompts alone (SAG does "
-                f"not), such as {_PLAIN}, and run no other meanwhile"
+                f"make {expected}. Trace a pipeline that runs it on the prompts alone (SAG does "
+                f"not), such as {_PLAIN}, and run no other meanwhile."
             )
-        if self.probs_positions.device != device:
-            self.probs_positions = self.probs_positions.to(device)
+        self.probs_positions = self.probs_positions.to(device)
         if not self.guidance:
             return self.probs_positions
         return torch.cat([torch.full_like(self.probs_positions, -1), self.probs_positions])
@@ -134,13 +122,13 @@ class _Call:
     def add(self, maps: Tensor, size: tuple[int, int]) -> None:
         """Add one layer's [batch, words · positions, N]."""
         samples = len(self.probs_positions)
-        maps = maps.detach()[-samples:].unflatten(1, (self.words, -1)).sum(2)
-        maps = maps.unflatten(-1, size)
+        maps = torch.unflatten(maps.detach()[-samples:], 1, (self.words, -1)).sum(2)
+        maps = torch.unflatten(maps, -1, size)
         self.sums[size] = maps if size not in self.sums else self.sums[size] + maps
         self.layer_calls += 1
 
     def mean(self) -> Tensor:
-        """[B, words, h, w] at the largest size: sums upsample as well as their parts would."""
+        """Return [B, words, h, w] at the largest size; upsampling the sums is enough."""
         largest = max(self.sums, key=lambda size: size[0] * size[1])
         total = torch.zeros_like(self.sums[largest])
         for size, maps in self.sums.items():
@@ -152,7 +140,7 @@ class _Call:
 
 
 class Trace:
-    """What `trace` found in the latest call of the pipeline."""
+    """The attention maps of the latest call of a traced pipeline."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
@@ -160,11 +148,11 @@ class Trace:
 
     @property
     def maps(self) -> dict[str, Tensor]:
-        """Word → [B, h, w] float32: the attention its tokens get, in [0, 1].
+        """Word → [B, h, w] float32: the attention to its tokens, in [0, 1].
 
-        Mean over heads, cross-attention layers (bilinear to the largest) and U-Net calls; the sum
-        over the tokens where the word is several; zero where a prompt lacks the word. B counts
-        prompts times images a prompt; under guidance it is the conditional half.
+        Mean over heads, cross-attention layers (bilinear to the largest) and U-Net calls; sum over
+        the tokens of the word; zero for a prompt without the word. B counts prompts times images a
+        prompt; under guidance it is the conditional half.
 
         Raises:
             ValueError: no call of the pipeline ran inside the with block.
@@ -174,9 +162,9 @@ class Trace:
         return dict(zip(self.words, self._latest.mean().unbind(1), strict=True))
 
     def overlay(self, image: Image.Image, word: str, index: int = 0) -> Image.Image:
-        """`image`, in its own size, with the map of `word` of sample `index` over it.
+        """Return `image`, in its own size, with the map of `word` of sample `index` over it.
 
-        Colours run from nothing to the strongest place of this one map.
+        Colors run from zero to the maximum of this map.
 
         Raises:
             KeyError: the word was not traced.
@@ -187,7 +175,7 @@ class Trace:
     def grid(
         self, images: Sequence[Image.Image], words: Sequence[str] | None = None
     ) -> Image.Image:
-        """One row an image: the image, then the overlay of each word, with captions.
+        """Return one row an image: the image, then the overlay of each word, with captions.
 
         Args:
             images: the images of the latest call, in its order.
@@ -215,31 +203,29 @@ class Trace:
         return [maps[word][index] for word in words]
 
 
-class _Tracer:
-    """Puts records on the prompt of each U-Net call and gathers what the layers answer."""
+class _TraceWatcher(Watcher[_Call]):
+    """Puts records on the prompt of each U-Net call and sums the maps of its layers."""
 
-    def __init__(self, pipe: Any, found: Trace, encoder: PromptEncoder) -> None:
-        self._pipe = pipe
+    def __init__(self, pipe: Pipeline, found: Trace, patch: EncodePromptPatch) -> None:
+        super().__init__(pipe, _REQUEST)
         self._found = found
-        self._encoder = encoder
-        unet = unwrap(pipe.unet)
-        self._layers = cross_attention_layers(unet)
-        self._factors = layer_resolutions(unet)
-        # By thread, since one pipeline may serve several; the newest call is the one shown.
-        self._calls: dict[int, _Call] = {}
+        self._patch = patch
 
-    def begin(self, call: PipelineCall) -> None:
-        """Find the words in the prompts of a call that starts."""
-        # Told before the call replaces processors, which would stay.
-        if getattr(self._pipe, "do_perturbed_attention_guidance", False):
+    def models(self) -> Iterable[nn.Module]:
+        return [unwrap(self.pipe.unet)]
+
+    def begin(self, call: PipelineCall) -> _Call:
+        """Find the words in the prompts."""
+        # Checked before the call replaces processors, which would stay.
+        if getattr(self.pipe, "do_perturbed_attention_guidance", False):
             raise ModelError(
                 "perturbed-attention guidance runs the U-Net on a third batch, in which no word "
-                f"can be traced: give pag_scale=0, or trace {_PLAIN}"
+                f"can be traced. Give pag_scale=0, or trace {_PLAIN}."
             )
         prompts = call.prompts
         if prompts is None:
             raise PromptError(
-                "trace looks words up in the prompt, but the prompt was given as prompt_embeds: "
+                "trace looks words up in the prompt, but the prompt was given as prompt_embeds; "
                 "give it as text"
             )
         positions = [self._positions(prompt) for prompt in prompts]
@@ -247,53 +233,37 @@ class _Tracer:
             if not any(found[index] for found in positions):
                 raise PromptError(f"the word {word!r} to trace is not in the prompt: {prompts}")
         longest = max(len(where) for found in positions for where in found)
-        columns = [
-            [column for where in found for column in where + [-1] * (longest - len(where))]
+        padded = [
+            [place for where in found for place in where + [-1] * (longest - len(where))]
             for found in positions
         ]
-        probs_positions = torch.tensor(columns).repeat_interleave(call.images, dim=0)
-        sums = _Call(len(self._found.words), probs_positions, call.guidance)
-        self._calls[threading.get_ident()] = self._found._latest = sums
-
-    def end(self) -> None:
-        """Leave the U-Net to other calls of this thread."""
-        self._calls.pop(threading.get_ident(), None)
+        probs_positions = torch.tensor(padded).repeat_interleave(call.images, dim=0)
+        # The newest call is the one shown.
+        self._found._latest = _Call(len(self._found.words), probs_positions, call.guidance)
+        return self._found._latest
 
     def _positions(self, prompt: str) -> list[list[int]]:
-        """Token positions of each traced word."""
-        tokenizer = self._pipe.tokenizer
-        if isinstance(self._pipe, TextualInversionLoaderMixin):
-            prompt = self._pipe.maybe_convert_prompt(prompt, tokenizer)
-        placeholders = [subject.in_prompts(tokenizer) for subject in self._encoder.subjects]
+        """Return the token positions of each traced word."""
+        tokenizer = self.pipe.tokenizer
+        if isinstance(self.pipe, TextualInversionLoaderMixin):
+            prompt = self.pipe.maybe_convert_prompt(prompt, tokenizer)
+        placeholders = [subject.in_prompts(tokenizer) for subject in self._patch.subjects]
         return [word_positions(tokenizer, prompt, word, placeholders) for word in self._found.words]
 
-    def before_unet(
-        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Forward-pre-hook of the U-Net, behind the one that picks the stage."""
-        call = self._calls.get(threading.get_ident())
-        # torch leaves the keywords out while another thread registers or removes the hook.
-        if call is None or kwargs is None:
-            return
-        height, width = call_argument(args, kwargs, 0, "sample").shape[-2:]
-        prompt = call_argument(args, kwargs, 2, "encoder_hidden_states")
-        call.running = prompt, (height, width)
-        probs_positions = call.tokens_for(len(prompt), prompt.device)
-        prompt.sefi_records = {
-            id(attn): LayerRecord(probs_positions=probs_positions) for attn in self._layers.values()
-        }
+    def before(self, model: nn.Module, call: _Call, arguments: Mapping[str, Any]) -> PromptState:
+        height, width = arguments["sample"].shape[-2:]
+        call.size = (height, width)
+        prompt = arguments["encoder_hidden_states"]
+        positions = call.positions_for(len(prompt), prompt.device)
+        layers = self.layers[model].values()
+        return PromptState(
+            records={id(attn): LayerRecord(probs_positions=positions) for attn in layers}
+        )
 
-    def after_unet(self, unet: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the U-Net: gather and forget what its layers recorded."""
-        call = self._calls.get(threading.get_ident())
-        if call is None or call.running is None:
-            return
-        prompt, input_size = call.running
-        call.running = None
-        records = prompt.__dict__.pop("sefi_records")
-        for name, attn in self._layers.items():
-            maps = records[id(attn)].attn_probs
-            size = reduced_size(input_size, self._factors[name])
+    def after(self, model: nn.Module, call: _Call, state: PromptState) -> None:
+        for name, attn in self.layers[model].items():
+            maps = None if state.records is None else state.records[id(attn)].attn_probs
+            size = reduced_size(call.size, self.factors[model][id(attn)])
             if maps is None or maps.shape[-1] != size[0] * size[1]:
                 raise ModelError(
                     f"layer {name} gave no map of {size[0]}×{size[1]}: its attention processor was "
@@ -304,18 +274,17 @@ class _Tracer:
 
 
 @contextmanager
-def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
-    """Watch where the words of a prompt are attended to while `pipe` samples.
-
-    ```python
-    with sefi_fast.trace(pipe, ["<me>", "tower"]) as found:
-        image = pipe("<me> in front of a tower").images[0]
-    found.overlay(image, "tower")
-    ```
+def trace(pipe: Pipeline, words: Sequence[str] | str) -> Iterator[Trace]:
+    """Record the attention to words of a prompt while `pipe` generates.
 
     Works with and without attached subjects. Memory does not grow with the number of steps. On
-    exit, also by an exception, everything is as it was; the maps stay. Until then it holds for
-    every call of `pipe`, whichever thread makes it.
+    exit, also by an exception, everything is restored; the maps stay. Until then it applies to
+    every call of `pipe`, in any thread. Traced layers run the fused operator.
+
+    Example:
+        >>> with sefi_fast.trace(pipe, ["<me>", "tower"]) as found:
+        ...     image = pipe("<me> in front of a tower").images[0]
+        >>> found.overlay(image, "tower").save("tower.png")
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or SDXL pipeline, whose U-Net is not compiled. Words are
@@ -329,25 +298,15 @@ def trace(pipe: Any, words: Sequence[str] | str) -> Iterator[Trace]:
     """
     words = [composed(word) for word in ([words] if isinstance(words, str) else words)]
     if not words or len(set(words)) != len(words):
-        raise ValueError(f"trace wants at least one word and none twice, but it got {words}")
+        raise ValueError(f"trace takes at least one word and none twice, but it got {words}")
     check_pipeline(pipe)
-    check_not_compiled([pipe.unet], "trace the pipeline")
-    unet = pipe.unet
-    encoder = PromptEncoder.acquire(pipe)
-    if encoder.watchers:
+    check_not_compiled([pipe.unet], _REQUEST)
+    patch = EncodePromptPatch.acquire(pipe)
+    if patch.watcher:
         raise ValueError(
-            "a trace or regions of this pipeline already run: name all words in one trace, and "
-            "draw regions without one, whose words would differ from place to place"
+            "a trace or regions of this pipeline already run. Name all words in one trace, and "
+            "generate with regions without one, whose words would differ from place to place."
         )
     found = Trace(words)
-    tracer = _Tracer(pipe, found, encoder)
-    hooks = [
-        unet.register_forward_pre_hook(tracer.before_unet, with_kwargs=True),
-        unet.register_forward_hook(tracer.after_unet),
-    ]
-    with watched(pipe, encoder, tracer):
-        try:
-            yield found
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with patch.watched_by(_TraceWatcher(pipe, found, patch)):
+        yield found

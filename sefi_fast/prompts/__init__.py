@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sefi_fast.prompts.encoding import Encoded, encode, encode_with_pooled
+from sefi_fast.prompts.encoding import PromptEmbeds, encode, encode_with_pooled
 from sefi_fast.prompts.stages import (
     install_stage_hook,
     pack,
@@ -12,11 +12,11 @@ from sefi_fast.prompts.stages import (
     unpack,
 )
 from sefi_fast.prompts.text_encoder import (
-    TextPart,
+    TextEncoder,
     encode_text,
     encode_text_pooled,
     encode_texts,
-    text_parts,
+    text_encoders,
 )
 from sefi_fast.prompts.tokenization import (
     PromptTokens,
@@ -27,9 +27,9 @@ from sefi_fast.prompts.tokenization import (
 )
 
 __all__ = [
-    "Encoded",
+    "PromptEmbeds",
     "PromptTokens",
-    "TextPart",
+    "TextEncoder",
     "class_token_ids",
     "encode",
     "encode_text",
@@ -42,7 +42,7 @@ __all__ = [
     "placeholder_ids",
     "select_stage",
     "stage_of",
-    "text_parts",
+    "text_encoders",
     "tokenize_prompts",
     "unpack",
     "word_positions",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sefi_fast.errors import PromptError
+
 
 def stage_of(timestep: Tensor | float, stages: int, num_train_timesteps: int = 1000) -> Tensor:
-    """``clamp(floor(t·S/T), 0, S−1)`` as int64 (docs/method.md §1), of the timestep's shape.
+    """Return ``clamp(floor(t·S/T), 0, S−1)`` (docs/method.md §1) as int64, shaped as the timestep.
 
     Timesteps may be fractional (Karras-type schedulers). Nothing is read back from the device.
 
@@ -27,7 +30,7 @@ def stage_of(timestep: Tensor | float, stages: int, num_train_timesteps: int = 1
     if not isinstance(timestep, Tensor):
         timestep = torch.tensor(timestep)
     if timestep.is_floating_point():
-        # Half precision cannot tell t·S apart from its neighbours.
+        # Half precision cannot represent t·S exactly.
         wide = timestep if timestep.dtype == torch.float64 else timestep.to(torch.float32)
         stage = torch.floor(wide * stages / num_train_timesteps).to(torch.int64)
     else:
@@ -36,7 +39,7 @@ def stage_of(timestep: Tensor | float, stages: int, num_train_timesteps: int = 1
 
 
 def pack(streams: Tensor) -> Tensor:
-    """Streams [B, S, 2, M, C] to the packed prompt [B, M, S·(2·C + 1)]; differentiable."""
+    """Pack streams [B, S, 2, M, C] into a prompt [B, M, S·(2·C + 1)]; differentiable."""
     if streams.dim() != 5 or streams.shape[2] != 2:
         raise ValueError(
             f"streams must be [B, stages, 2, tokens, C], got shape {tuple(streams.shape)}"
@@ -46,13 +49,13 @@ def pack(streams: Tensor) -> Tensor:
 
 
 def packed_stages(columns: int, width: int) -> int | None:
-    """Return the stages of a packed prompt with so many columns, or None for one not packed.
+    """Return the number of stages of a packed prompt, or None for one that is not packed.
 
     Args:
         columns: size of the prompt's last dimension.
         width: C, columns of a plain prompt of this model.
     """
-    # Not divmod, which torch.compile refuses for a size that varies.
+    # torch.compile refuses divmod for a size that varies.
     stages, rest = columns // (2 * width + 1), columns % (2 * width + 1)
     return stages if rest == 0 and stages >= 1 else None
 
@@ -70,14 +73,14 @@ def unpack(packed: Tensor, width: int) -> Tensor:
             f" or packed [B, M, stages·{2 * width + 1}]. Make packed ones with sefi_fast.encode "
             "for this pipeline."
         )
-    by_stage = packed.unflatten(2, (stages, 2 * width + 1))[..., :-1]
-    return by_stage.unflatten(3, (2, width)).permute(0, 2, 3, 1, 4)
+    by_stage = torch.unflatten(packed, 2, (stages, 2 * width + 1))[..., :-1]
+    return torch.unflatten(by_stage, 3, (2, width)).permute(0, 2, 3, 1, 4)
 
 
 def select_stage(
     packed: Tensor, width: int, timestep: Tensor | float, num_train_timesteps: int = 1000
 ) -> Tensor:
-    """K stream and V stream side by side, [B, M, 2·C], of the stage that the timestep falls into.
+    """Return the K and V stream of the timestep's stage, side by side: [B, M, 2·C].
 
     Args:
         packed: [B, M, S·(2·C + 1)].
@@ -89,47 +92,107 @@ def select_stage(
         ValueError: the prompt is not packed for this width, or there is neither one timestep nor
             one for each sample.
     """
-    streams = unpack(packed, width)
-    stage = stage_of(timestep, streams.shape[1], num_train_timesteps).reshape(-1)
-    if stage.shape[0] not in (1, packed.shape[0]):
+    return _at(unpack(packed, width), timestep, num_train_timesteps).transpose(1, 2).flatten(2)
+
+
+def _at(by_stage: Tensor, timestep: Tensor | float, num_train_timesteps: int) -> Tensor:
+    """Return [B, …] of [B, S, …]: each sample at the stage of its timestep."""
+    samples, stages = by_stage.shape[:2]
+    stage = stage_of(timestep, stages, num_train_timesteps).reshape(-1)
+    if stage.shape[0] not in (1, samples):
         raise ValueError(
-            f"{stage.shape[0]} timesteps for a batch of {packed.shape[0]} prompts; "
+            f"{stage.shape[0]} timesteps for a batch of {samples} prompts; "
             "give one, or one for each"
         )
-    stage = stage.to(packed.device)
+    stage = stage.to(by_stage.device)
     if stage.shape[0] == 1:
-        chosen = streams.index_select(1, stage).squeeze(1)
-    else:
-        chosen = streams[torch.arange(packed.shape[0], device=packed.device), stage]
-    return chosen.transpose(1, 2).flatten(2)
+        return by_stage.index_select(1, stage).squeeze(1)
+    return by_stage[torch.arange(samples, device=by_stage.device), stage]
 
 
-class _PooledInput(NamedTuple):
-    """The input of SDXL's added embedding: `width` numbers, `time_width` of them for a time id."""
+def match_stages(prompts: Sequence[Tensor], width: int, stages: int | None = None) -> list[Tensor]:
+    """Pack prompts with one number of stages if any is packed; plain ones repeat in every stage.
 
-    width: int
-    time_width: int
+    Args:
+        prompts: [B, M, …] each, plain or packed.
+        width: C, columns of a plain prompt.
+        stages: pack plain prompts too, with a multiple of this number of stages.
+
+    Raises:
+        PromptError: a plain prompt meets a packed one of another number of tokens.
+        ValueError: a prompt is neither plain nor packed for this width.
+    """
+    found = [stages, *(packed_stages(prompt.shape[-1], width) for prompt in prompts)]
+    common = math.lcm(*(count for count in found if count is not None))
+    if not any(found):
+        return list(prompts)
+    matched = []
+    for prompt in prompts:
+        if prompt.shape[-1] == width:
+            streams = prompt[:, None, None].expand(-1, common, 2, -1, -1)
+        else:
+            streams = unpack(prompt, width)
+            streams = streams.repeat_interleave(common // streams.shape[1], dim=1)
+        matched.append(pack(streams))
+    tokens = [prompt.shape[1] for prompt in matched]
+    if len(set(tokens)) > 1:
+        raise PromptError(
+            f"the prompt has {tokens[0]} tokens, the negative prompt {tokens[1]} tokens, and one "
+            "of them holds a subject. Both need the same number of tokens. Give prompt_embeds of "
+            "one length."
+        )
+    return matched
+
+
+def match_pooled_stages(pooled: Sequence[Tensor], width: int) -> list[Tensor]:
+    """Repeat pooled embeddings [B, S·P], so that all have one number of stages.
+
+    Raises:
+        ValueError: one is not a multiple of `width`, P, wide.
+    """
+    for one in pooled:
+        if one.shape[-1] % width:
+            raise ValueError(
+                f"pooled embeddings of {one.shape[-1]} numbers are neither one embedding of this "
+                f"pipeline ({width} numbers) nor one a stage (a multiple of that)"
+            )
+    stages = [one.shape[-1] // width for one in pooled]
+    common = math.lcm(*stages)
+    return [
+        torch.unflatten(one, -1, (count, width)).repeat_interleave(common // count, 1).flatten(1)
+        for one, count in zip(pooled, stages, strict=True)
+    ]
 
 
 class StageHook:
-    """Replaces a packed prompt by the K and V stream of one stage, side by side: [B, M, 2·C].
+    """Forward-pre-hook that replaces a packed prompt by the streams of one stage: [B, M, 2·C].
 
     The stage is that of the call's timestep. A plain prompt [B, L, C] is left as it is.
     SDXL's pooled embeddings, added_cond_kwargs["text_embeds"] [B, S·P], give that stage's [B, P].
     It holds no state between calls, so that threads and pipelines may share the model.
+
+    Args:
+        model: the U-Net or ControlNet.
+        width, num_train_timesteps, before: as for `install_stage_hook`.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         width: int,
         num_train_timesteps: int,
-        pooled_input: _PooledInput | None = None,
         before: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.width = width
         self.num_train_timesteps = num_train_timesteps
-        self.pooled_input = pooled_input
         self.before = before
+        config: Any = getattr(model, "config", None)
+        self._added_widths: tuple[int, int] | None = None
+        if getattr(config, "addition_embed_type", None) == "text_time":
+            self._added_widths = (
+                config.projection_class_embeddings_input_dim,
+                config.addition_time_embed_dim,
+            )
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -146,7 +209,7 @@ class StageHook:
         packed = selected is not prompt
         if packed and self.before is not None and not torch.compiler.is_compiling():
             self.before(module)
-        if self.pooled_input is not None:
+        if self._added_widths is not None:
             args = (*args[:3], *(self._with_stage(value, timestep) for value in args[3:]))
             kwargs = {name: self._with_stage(value, timestep) for name, value in kwargs.items()}
         if positional:
@@ -154,34 +217,33 @@ class StageHook:
         return args, {**kwargs, "encoder_hidden_states": selected}
 
     def _with_stage(self, value: Any, timestep: Tensor | float) -> Any:
-        """added_cond_kwargs with the pooled embedding of one stage; anything else as it is."""
+        """Return added_cond_kwargs with the pooled embedding of one stage, other values as is."""
         if not isinstance(value, dict) or "text_embeds" not in value or "time_ids" not in value:
             return value
-        assert self.pooled_input is not None
+        assert self._added_widths is not None
         pooled, time_ids = value["text_embeds"], value["time_ids"]
-        width = self.pooled_input.width - time_ids.shape[-1] * self.pooled_input.time_width
+        width = self._added_widths[0] - time_ids.shape[-1] * self._added_widths[1]
         if pooled.shape[-1] == width:
             return value
         if pooled.shape[-1] % width:
             raise ValueError(
                 f"pooled_prompt_embeds of {pooled.shape[-1]} numbers are neither one embedding of "
-                f"this model ({width}) nor one a stage (a multiple of that); make them with "
-                "sefi_fast.prompts.encode_with_pooled for this pipeline"
+                f"this model ({width}) nor one a stage (a multiple of that). Make them with "
+                "sefi_fast.prompts.encode_with_pooled for this pipeline."
             )
-        stages = pooled.unflatten(-1, (-1, width))
-        stage = stage_of(timestep, stages.shape[1], self.num_train_timesteps).reshape(-1)
-        stage = stage.to(pooled.device)
-        if stage.shape[0] == 1:
-            chosen = stages.index_select(1, stage).squeeze(1)
-        else:
-            chosen = stages[torch.arange(pooled.shape[0], device=pooled.device), stage]
-        return {**value, "text_embeds": chosen}
+        by_stage = pooled.unflatten(-1, (-1, width))
+        return {**value, "text_embeds": _at(by_stage, timestep, self.num_train_timesteps)}
 
     def select(self, prompt: Tensor, timestep: Tensor | float) -> Tensor:
-        """The streams [B, M, 2·C] of this timestep; a plain prompt as it is."""
+        """Return the streams [B, M, 2·C] of this timestep; a plain prompt as it is."""
         if prompt.dim() == 3 and prompt.shape[-1] == self.width:
             return prompt
         return select_stage(prompt, self.width, timestep, self.num_train_timesteps)
+
+
+def has_stage_hook(model: nn.Module) -> bool:
+    """Return whether a model takes packed prompts."""
+    return any(isinstance(hook, StageHook) for hook in model._forward_pre_hooks.values())
 
 
 def install_stage_hook(
@@ -190,14 +252,13 @@ def install_stage_hook(
     num_train_timesteps: int = 1000,
     before: Callable[[nn.Module], None] | None = None,
 ) -> RemovableHandle:
-    """Installs the stage hook, before all other hooks, on a U-Net or ControlNet.
+    """Install a `StageHook` on a U-Net or ControlNet, before all other hooks.
 
     Args:
         model: called as (sample, timestep, encoder_hidden_states), in order or by name.
         width: C, columns of a plain prompt.
         num_train_timesteps: T of the scheduler.
-        before: called with the model ahead of each of its calls with a packed prompt, but for
-            compiled ones.
+        before: called with the model before each call with a packed prompt, except compiled calls.
 
     Returns:
         The handle; its ``remove()`` takes the hook off.
@@ -206,21 +267,10 @@ def install_stage_hook(
         ValueError: here, if the model has a stage hook already; in the model's forward, if the
             width of a prompt is neither packed nor plain.
     """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    if any(isinstance(hook, StageHook) for hook in model._forward_pre_hooks.values()):
+    if has_stage_hook(model):
         raise ValueError(
-            f"{type(model).__name__} has a stage hook already, and a second one would take the "
-            "selected stage for a plain prompt; remove the first"
+            f"{type(model).__name__} has a stage hook already. A second one would take the "
+            "selected stage for a plain prompt. Remove the first."
         )
-    hook = StageHook(width, num_train_timesteps, _pooled_input(model), before)
+    hook = StageHook(model, width, num_train_timesteps, before)
     return model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-
-
-def _pooled_input(model: nn.Module) -> _PooledInput | None:
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "addition_embed_type", None) != "text_time":
-        return None
-    return _PooledInput(
-        config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
-    )

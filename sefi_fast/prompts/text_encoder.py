@@ -5,65 +5,87 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sefi_fast.errors import ModelError
 
+if TYPE_CHECKING:
+    from sefi_fast.pipelines.support import Pipeline
 
-class TextPart(NamedTuple):
-    """One tokenizer and the text encoder that reads its tokens."""
+
+class TextEncoder(NamedTuple):
+    """A text encoder and the tokenizer of its prompts."""
 
     tokenizer: Any
     text_encoder: Any
 
 
-def text_parts(pipe: Any) -> list[TextPart]:
-    """One part for Stable Diffusion 1.x and 2.x, two for SDXL.
+def text_encoders(pipe: Pipeline) -> list[TextEncoder]:
+    """Return one text encoder for Stable Diffusion 1.x and 2.x, two for SDXL.
 
     Raises:
         ModelError: a tokenizer or a text encoder is missing, a tokenizer is not of CLIP's kind, or
             the two of SDXL differ in length.
     """
     name = type(pipe).__name__
-    two = hasattr(pipe, "text_encoder_2")
-    if two and pipe.text_encoder_2 is not None and getattr(pipe, "text_encoder", None) is None:
+    found = _components(pipe)
+    if len(found) == 2 and found[0].text_encoder is None and found[1].text_encoder is not None:
         raise ModelError(
-            f"{name} has the second text encoder of SDXL alone, as the refiner has; subjects need "
-            "both. Use them with the base model and give the refiner the class word in their place"
+            f"{name} has the second text encoder of SDXL alone, as the refiner has. Subjects need "
+            "both. Use them with the base model and give the refiner the class word instead."
         )
-    parts = []
-    for suffix in ("", "_2") if two else ("",):
-        names = (f"tokenizer{suffix}", f"text_encoder{suffix}")
-        found = TextPart(*(getattr(pipe, part, None) for part in names))
-        for part, value in zip(names, found, strict=True):
+    for one, suffix in zip(found, ("", "_2"), strict=False):
+        for field, value in one._asdict().items():
             if value is None:
                 raise ModelError(
-                    f"{name} has no {part}, which is needed to encode prompts: load the pipeline "
-                    f"with its {part}"
+                    f"{name} has no {field}{suffix}, which is needed to encode prompts. Load the "
+                    f"pipeline with its {field}{suffix}."
                 )
-        if not _is_of_clips_kind(found.tokenizer):
+        if not _is_of_clips_kind(one.tokenizer):
             raise ModelError(
-                f"{name} has a {names[0]} of type {type(found.tokenizer).__name__}, which does not "
-                "cut text as CLIP's does (start, end, and </w> at the end of a word). A subject "
-                "stands among CLIP's tokens: use a model with CLIP's tokenizer and text encoder"
+                f"{name} has a tokenizer{suffix} of type {type(one.tokenizer).__name__}, which "
+                "does not cut text as CLIP's does (start, end, and </w> at the end of a word). "
+                "Subjects need CLIP's tokens. Use a model with CLIP's tokenizer and text encoder."
             )
-        parts.append(found)
-    lengths = [part.tokenizer.model_max_length for part in parts]
+    lengths = [one.tokenizer.model_max_length for one in found]
     if len(set(lengths)) > 1:
         raise ModelError(
-            f"the tokenizers of {name} take {lengths[0]} and {lengths[1]} tokens, but the prompts "
-            "of both encoders stand side by side: set model_max_length of both to the same"
+            f"the tokenizers of {name} take {lengths[0]} and {lengths[1]} tokens. The prompts of "
+            "both encoders are joined token by token. Set model_max_length of both to the same."
         )
-    return parts
+    return found
+
+
+def present_text_encoders(pipe: Pipeline) -> list[TextEncoder]:
+    """Return the text encoders that the pipeline has together with their tokenizers."""
+    return [one for one in _components(pipe) if None not in one]
+
+
+def missing_text_components(pipe: Pipeline) -> list[str]:
+    """Return the names of tokenizers and text encoders that were taken off the pipeline."""
+    return [
+        f"{field}{suffix}"
+        for one, suffix in zip(_components(pipe), ("", "_2"), strict=False)
+        for field, value in one._asdict().items()
+        if value is None
+    ]
+
+
+def _components(pipe: Pipeline) -> list[TextEncoder]:
+    suffixes = ("", "_2") if hasattr(pipe, "text_encoder_2") else ("",)
+    return [
+        TextEncoder(*(getattr(pipe, f"{field}{suffix}", None) for field in TextEncoder._fields))
+        for suffix in suffixes
+    ]
 
 
 def _is_of_clips_kind(tokenizer: Any) -> bool:
-    """Whether a tokenizer marks the start and end of a text, and the end of each word by </w>."""
+    """Return whether a tokenizer marks the ends of texts, and the end of each word by </w>."""
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    # Every letter that ends a word is a token of CLIP's; another kind knows none of these.
+    # Every letter that ends a word is a token of CLIP's tokenizers, and of no others.
     letter = tokenizer.convert_tokens_to_ids("a</w>")
     return None not in (*marks, letter) and letter != tokenizer.unk_token_id
 
@@ -79,7 +101,7 @@ def encode_text(
     rows: Tensor | None = None,
     clip_skip: int | None = None,
 ) -> Tensor:
-    """Text conditioning [P, M, C] of P prompts, in the text encoder's dtype.
+    """Return the text conditioning [P, M, C] of P prompts, in the text encoder's dtype.
 
     Args:
         text_encoder: a CLIPTextModel (transformers 4 or 5), or any with the same call.
@@ -89,12 +111,13 @@ def encode_text(
         clip_skip: layers to leave out at the end, as in diffusers; the final layer norm is applied.
 
     Raises:
-        ValueError: for slots without rows or rows without slots, shapes that do not fit one
-            another or the text encoder, or a clip_skip beyond the encoder's layers.
+        ValueError: slots or rows are given alone, shapes do not fit one another or the text
+            encoder, or clip_skip is beyond the encoder's layers.
     """
     output = _run(text_encoder, input_ids, slots, rows, hidden=clip_skip is not None)
     if clip_skip is None:
-        return output[0]
+        last: Tensor = output[0]
+        return last
     return _skipped(text_encoder, output.hidden_states, clip_skip)
 
 
@@ -105,10 +128,10 @@ def encode_text_pooled(
     rows: Tensor | None = None,
     clip_skip: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What SDXL takes of a text encoder: [P, M, C] and, of one with a projection, [P, D].
+    """Return a text encoder's conditioning for SDXL: [P, M, C] and the pooled [P, D] or None.
 
-    The first is the hidden state before the last layer, without the final layer norm, the second
-    the projected state of the end-of-text token.
+    The first is the hidden state before the last layer, without the final layer norm. The second
+    is the projected state of the end-of-text token, if the encoder has a projection.
 
     Args:
         text_encoder: a CLIPTextModel, or a CLIPTextModelWithProjection.
@@ -124,7 +147,7 @@ def encode_text_pooled(
     if not 0 <= skipped < layers:
         raise ValueError(
             f"clip_skip must lie between 0 and {layers - 1} for a text encoder of {layers} layers, "
-            f"of which SDXL leaves out the last anyway, got {clip_skip}"
+            f"of which SDXL leaves out the last, got {clip_skip}"
         )
     pooled = output[0] if output[0].ndim == 2 else None
     return output.hidden_states[-(skipped + 2)], pooled
@@ -136,11 +159,11 @@ def encode_texts(
     slots: Tensor | None = None,
     rows: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What a U-Net takes of all text encoders of its pipeline: [P, M, C] and pooled [P, D].
+    """Return the U-Net's conditioning by all text encoders: [P, M, C] and the pooled [P, D].
 
-    One encoder gives its last state and nothing pooled, as Stable Diffusion 1.x and 2.x take it;
-    several give their states before the last layer side by side, C being the sum of their widths,
-    and the last one's pooled embedding, as SDXL takes them.
+    One encoder gives its last state and no pooled embedding (Stable Diffusion 1.x and 2.x).
+    Several give their states before the last layer side by side, with C the sum of their widths,
+    and the last one's pooled embedding (SDXL).
 
     Args:
         text_encoders: in the order of their joined outputs.
@@ -168,7 +191,7 @@ def _run(
     *,
     hidden: bool,
 ) -> Any:
-    # Compiled code would be compiled anew for the hook of every call, or pass over it.
+    # Compiled code would recompile for the hook of every call, or skip the hook.
     text_encoder = getattr(text_encoder, "_orig_mod", text_encoder)
     run = text_encoder
     if getattr(text_encoder, "_compiled_call_impl", None) is not None:
@@ -179,17 +202,17 @@ def _run(
     keywords: dict[str, Any] = {"attention_mask": _attention_mask(text_encoder, input_ids)}
     if hidden:
         keywords["output_hidden_states"] = True
-    if (slots is None) != (rows is None):
-        raise ValueError("slots and rows go together; got only one of the two")
-    if slots is None or rows is None:
+    if slots is None and rows is None:
         return run(input_ids, **keywords)
+    if slots is None or rows is None:
+        raise ValueError("slots and rows go together; got only one of the two")
     _check(text_encoder, input_ids, slots, rows)
     with _rows_in_place(text_encoder, slots, rows):
         return run(input_ids, **keywords)
 
 
-def token_table(text_encoder: Any) -> nn.Module:
-    """The module that looks token ids up, found the same way in transformers 4 and 5."""
+def token_table(text_encoder: Any) -> Any:
+    """Return the module that looks token ids up, the same way in transformers 4 and 5."""
     return text_encoder.get_input_embeddings()
 
 
@@ -205,7 +228,7 @@ def _rows_in_place(text_encoder: nn.Module, slots: Tensor, rows: Tensor) -> Iter
         calls += 1
         place = slots.to(embedded.device)
         source = rows.to(device=embedded.device, dtype=embedded.dtype)
-        # One selection a subject, not a gather: its backward would add up in any order on CUDA.
+        # One selection a row: the backward of a gather adds up in any order on CUDA.
         for number in range(source.shape[1]):
             here = (place == number + 1).unsqueeze(-1)
             embedded = torch.where(here, source[:, number : number + 1], embedded)
@@ -220,8 +243,8 @@ def _rows_in_place(text_encoder: nn.Module, slots: Tensor, rows: Tensor) -> Iter
     if calls != 1:
         raise RuntimeError(
             f"the text encoder {type(text_encoder).__name__} looked its token table up {calls} "
-            "times in one call where once was expected, so the subject's rows have no place; "
-            "use a CLIPTextModel that is not compiled or quantised"
+            "times in one call. A subject's rows need exactly one. Use a CLIPTextModel that is not "
+            "compiled or quantised."
         )
 
 
@@ -242,11 +265,11 @@ def _check(text_encoder: nn.Module, input_ids: Tensor, slots: Tensor, rows: Tens
 
 
 def _attention_mask(text_encoder: nn.Module, input_ids: Tensor) -> Tensor | None:
-    """1 up to the end-of-text token, 0 on the padding, if the encoder was trained with a mask."""
+    """Return 1 up to the end-of-text token, 0 after it, if the encoder was trained with a mask."""
     config: Any = text_encoder.config
     if not getattr(config, "use_attention_mask", False):
         return None
-    # Configs that say 2 are wrong about it; the end token is then CLIP's highest id.
+    # An id of 2 in a config is an old error; the end token is then CLIP's highest id.
     end = config.eos_token_id
     is_end = input_ids == (input_ids.amax(1, keepdim=True) if end in (None, 2) else end)
     return (is_end.cumsum(1) - is_end.long() == 0).long()
@@ -258,14 +281,12 @@ def _skipped(text_encoder: nn.Module, hidden_states: tuple[Tensor, ...], clip_sk
         raise ValueError(
             f"clip_skip must lie between 0 and the text encoder's {layers} layers, got {clip_skip}"
         )
-    norms = [
-        module
-        for name, module in text_encoder.named_modules()
-        if name.rpartition(".")[2] == "final_layer_norm"
-    ]
+    modules = text_encoder.named_modules()
+    norms = [one for name, one in modules if name.rpartition(".")[2] == "final_layer_norm"]
     if len(norms) != 1:
         raise ValueError(
-            f"clip_skip needs a text encoder with one final_layer_norm, "
-            f"{type(text_encoder).__name__} has {len(norms)}; leave clip_skip out"
+            f"clip_skip needs a text encoder with one final_layer_norm. "
+            f"{type(text_encoder).__name__} has {len(norms)}. Leave clip_skip out."
         )
-    return norms[0](hidden_states[-(clip_skip + 1)])
+    skipped: Tensor = norms[0](hidden_states[-(clip_skip + 1)])
+    return skipped

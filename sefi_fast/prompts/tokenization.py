@@ -1,4 +1,4 @@
-"""Tokenise prompts in which placeholders stand for subjects."""
+"""Tokenise prompts with placeholders of subjects, and find placeholders in text and tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import logging
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -20,20 +20,20 @@ from sefi_fast.utils.text import check_placeholder, composed
 logger = logging.getLogger(__name__)
 
 Placeholder = tuple[str, Sequence[int]]
-"""A placeholder, and the class word's token ids where its own tokens stand in a sentence."""
+"""A placeholder, and the class word's token ids that replace it in a sentence."""
 
 _MOST_CLASS_TOKENS = 8
 _CLASS_WORDS = ("person", "dog", "toy", "creature")
+_LOOKS_LIKE_A_PLACEHOLDER = re.compile(r"<[^\s<>]+>")
 
 
 class PromptTokens(NamedTuple):
-    """Token ids of P prompts of M positions, and where the subjects stand in them.
+    """Token ids of P prompts of M positions, and the subjects' slots among them.
 
-    input_ids: int64 [P, M], with the class word's ids where a placeholder stood, so that the ids
-        alone are the reference prompt.
-    slots: int64 [P, M], 0 where the token table's own row belongs and k where the k-th row
-        (counted from 1) of the placeholders does, those of the first one before those of the
-        second.
+    input_ids: int64 [P, M], with the class word's ids in place of a placeholder. The ids alone
+        are the reference prompt.
+    slots: int64 [P, M], 0 for the token table's own row and k for the k-th row (counted from 1) of
+        the placeholders, those of the first one before those of the second.
     """
 
     input_ids: Tensor
@@ -46,7 +46,7 @@ class _Token(NamedTuple):
 
 
 def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
-    """The token ids of a class word, one a word: of "person" one, of "golden retriever" two.
+    """Return the token ids of a class word, one a word: two for "golden retriever".
 
     Raises:
         PromptError: the tokenizer does not know one of its words, or cuts it into pieces; or there
@@ -54,33 +54,29 @@ def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
     """
     ids = read_ids(tokenizer, class_word)
     pieces = tokenizer.convert_ids_to_tokens(ids)
+    added, vocabulary = tokenizer.get_added_vocab(), tokenizer.get_vocab()
+    # The bundled model's tokenizer knows few words.
+    examples = ", ".join(word for word in _CLASS_WORDS if f"{word}</w>" in vocabulary)
     if not ids or tokenizer.unk_token_id in ids:
         raise PromptError(
-            f"the tokenizer does not know the class word {class_word!r}; choose a common word "
-            f"that is one token ({_examples(tokenizer)})"
+            f"the tokenizer does not know the class word {class_word!r}. Choose a common word "
+            f"that is one token ({examples})."
         )
-    added = tokenizer.get_added_vocab()
     if any(not piece.endswith("</w>") and piece not in added for piece in pieces):
         raise PromptError(
-            f"the class word {class_word!r} falls into pieces ({len(pieces)} tokens); choose words "
-            f"that are one token each, such as the general word for it ({_examples(tokenizer)})"
+            f"the class word {class_word!r} falls into pieces ({len(pieces)} tokens). Choose words "
+            f"that are one token each, such as the general word for it ({examples})."
         )
     if len(ids) > _MOST_CLASS_TOKENS:
         raise PromptError(
-            f"the class word {class_word!r} is {len(ids)} tokens, at most {_MOST_CLASS_TOKENS} are "
-            f"possible; choose the general word for it ({_examples(tokenizer)})"
+            f"the class word {class_word!r} is {len(ids)} tokens; at most {_MOST_CLASS_TOKENS} are "
+            f"possible. Choose the general word for it ({examples})."
         )
     return ids
 
 
-def _examples(tokenizer: Any) -> str:
-    """Class words that this tokenizer knows; the bundled model's knows few."""
-    vocabulary = tokenizer.get_vocab()
-    return ", ".join(word for word in _CLASS_WORDS if f"{word}</w>" in vocabulary)
-
-
 def with_all_vectors(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
-    """The prompts with every vector of embeddings that diffusers loaded, which it numbers."""
+    """Return the prompts with all vectors of the embeddings that diffusers loaded, numbered."""
     if not isinstance(pipe, TextualInversionLoaderMixin):
         return list(prompts)
     # The tokenizer's own `tokenize` would change the state that other threads encode by.
@@ -94,17 +90,17 @@ def with_all_vectors(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[
 def placeholder_ids(
     tokenizers: Sequence[Any], class_word: str, num_vectors: int | None = None
 ) -> list[list[int]]:
-    """For each tokenizer of a pipeline, the class word's token ids where a placeholder stands.
+    """Return the class word's token ids that replace a placeholder, for each tokenizer.
 
     Args:
         tokenizers: of the pipeline.
         class_word: one token or several.
-        num_vectors: how many tokens stand for the placeholder; default: as many as the class word
-            has. Where it has fewer its last one is repeated.
+        num_vectors: number of tokens of the placeholder; default: as many as the class word has.
+            If the class word has fewer, its last one is repeated.
 
     Raises:
         PromptError: a tokenizer does not know the class word, or it has more than `num_vectors`
-            tokens; the tokenizer is named.
+            tokens; the message names the tokenizer.
     """
     found = []
     for number, tokenizer in enumerate(tokenizers, 1):
@@ -122,15 +118,15 @@ def placeholder_ids(
 
 
 def padded(ids: Sequence[int], count: int, class_word: str) -> list[int]:
-    """Ids of a class word, the last one repeated up to `count`.
+    """Return the ids of a class word, the last one repeated up to `count`.
 
     Raises:
-        PromptError: there are more than that.
+        PromptError: there are more than `count`.
     """
     if len(ids) > count:
         raise PromptError(
-            f"the class word {class_word!r} is {len(ids)} tokens, and {count} stand(s) for the "
-            "subject (num_vectors); use more, or a class word of fewer tokens"
+            f"the class word {class_word!r} is {len(ids)} tokens, more than the {count} of the "
+            "subject (num_vectors). Use more, or a class word of fewer tokens."
         )
     return [*ids, *[ids[-1]] * (count - len(ids))]
 
@@ -142,45 +138,42 @@ def tokenize_prompts(
     *,
     require: bool = False,
 ) -> PromptTokens:
-    """Token ids and slots of prompts, padded to ``tokenizer.model_max_length``.
+    """Return token ids and slots of prompts, padded to ``tokenizer.model_max_length``.
 
-    The text on either side of a placeholder is tokenised by itself. For CLIP's tokenizer, which
-    never lets a token cross from one word to the next, this gives what the whole sentence gives
-    with the class word in the placeholder's stead. (It also holds the class word together where
-    the whole sentence would not: ``'dog'`` in quotes begins with the contraction ``'d``.)
+    The text on either side of a placeholder is tokenised by itself. CLIP's tokenizer never lets a
+    token cross a word boundary, so this equals the whole sentence with the class word in place of
+    the placeholder. (It also keeps the class word whole where the sentence would not: ``'dog'`` in
+    quotes begins with the contraction ``'d``.)
     A prompt that is too long is cut as diffusers cuts it, with a warning.
 
     Args:
         tokenizer: a CLIPTokenizer or CLIPTokenizerFast.
         prompts: P sentences.
-        placeholders: each with the class word's ids that stand in its place in the reference
-            prompt, as many as the placeholder has tokens; the order gives the slot numbers. A
-            placeholder counts where it stands as it is written and not inside a longer word.
+        placeholders: each with the class word's ids that replace it in the reference prompt, as
+            many as the placeholder has tokens; the order gives the slot numbers. A placeholder
+            counts as written, and not inside a longer word.
         require: refuse prompts without any of the placeholders.
 
     Raises:
-        PromptError: a placeholder runs into a longer word, stands where the prompt is cut off, or
+        PromptError: a placeholder runs into a longer word, lies in the part that is cut off, or
             (require) is missing.
-        TypeError: prompts are no sequence of strings.
+        TypeError: prompts are not a sequence of strings.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError("prompts must be a sequence of strings; put a single prompt into a list")
     rows = [_layout(tokenizer, prompt, placeholders, require) for prompt in prompts]
-    shape = (len(rows), _length(tokenizer))
-    return PromptTokens(
-        torch.tensor([[token.token_id for token in row] for row in rows]).view(shape).long(),
-        torch.tensor([[token.slot for token in row] for row in rows]).view(shape).long(),
-    )
+    shape = (len(rows), _length(tokenizer), 2)
+    input_ids, slots = torch.tensor(rows, dtype=torch.int64).view(shape).unbind(2)
+    return PromptTokens(input_ids.contiguous(), slots.contiguous())
 
 
 def word_positions(
     tokenizer: Any, prompt: str, word: str, placeholders: Sequence[Placeholder] = ()
 ) -> list[int]:
-    """Token positions of each place where a word, a phrase or a placeholder stands in a prompt.
+    """Return the token positions of each occurrence of a word, phrase or placeholder in a prompt.
 
     Positions count the start-of-text token. A word of several tokens gives all of them; a class
-    word is not found where a placeholder stands for it. The list is empty if the word is absent
-    or cut off.
+    word is not found in place of a placeholder. The list is empty if the word is absent or cut off.
     """
     wanted = _content(tokenizer, word, placeholders)
     if not wanted:
@@ -194,8 +187,56 @@ def word_positions(
     return sorted(found)
 
 
-def readable(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Return what tokens say, a space after each word and each mark; special tokens left out."""
+def unknown_placeholders(
+    texts: Iterable[str], placeholders: Iterable[str], tokenizers: Iterable[Any]
+) -> list[str]:
+    """Return the words in angle brackets that text encoders would read as meaningless pieces.
+
+    Args:
+        texts: prompts.
+        placeholders: those of the subjects that the prompts may hold.
+        tokenizers: they may know words of their own, such as embeddings that diffusers loaded.
+    """
+    own = sorted(placeholders, key=len, reverse=True)
+    known = {composed(word) for tokenizer in tokenizers for word in tokenizer.get_added_vocab()}
+    found: list[str] = []
+    for text in map(composed, texts):
+        for placeholder in own:
+            text = text.replace(placeholder, " ")
+        found += _LOOKS_LIKE_A_PLACEHOLDER.findall(text)
+    return [word for word in dict.fromkeys(found) if word not in known]
+
+
+class PlainPlaceholder:
+    """Find a placeholder that was tokenised as plain words.
+
+    Token ids are compared first: those of the placeholder's letters and digits, which are the same
+    next to any other character. Only a row that has them is decoded.
+    """
+
+    def __init__(self, tokenizer: Any, placeholder: str) -> None:
+        self._tokenizer = tokenizer
+        alone = read_ids(tokenizer, placeholder)
+        # In quotes a letter may become part of a contraction ('s, 'd).
+        in_quotes = read_ids(tokenizer, f"'{placeholder}'")
+        pieces = zip(alone, tokenizer.convert_ids_to_tokens(alone), strict=True)
+        letters = (i for i, piece in pieces if re.fullmatch("[A-Za-z0-9]+(</w>)?", piece))
+        self._ids = set(letters) & set(in_quotes)
+        written = _readable(tokenizer, alone).replace(" ", "")
+        before = r"(?<!\w)" if _is_word_character(written[:1]) else ""
+        after = r"(?!\w)" if _is_word_character(written[-1:]) else ""
+        self._pattern = re.compile(before + r"\s*".join(map(re.escape, written)) + after)
+
+    def text_with_it(self, ids: Sequence[int]) -> str | None:
+        """Return the text of a prompt's token ids if the placeholder is in it, else None."""
+        if not self._ids.issubset(ids):
+            return None
+        text = _readable(self._tokenizer, ids)
+        return text if self._pattern.search(text) else None
+
+
+def _readable(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of tokens without special ones, a space after each word and each mark."""
     special = set(tokenizer.all_special_ids)
     text = tokenizer.decode([i for i in ids if i not in special])
     # A copied tokenizer of transformers 5 leaves the ends of words in.
@@ -209,35 +250,33 @@ def _layout(
     require: bool,
     warn: bool = True,
 ) -> list[_Token]:
-    """All positions of one prompt: start of text, content, end of text, padding."""
+    """Return all positions of one prompt: start of text, content, end of text, padding."""
     length = _length(tokenizer)
     content = _content(tokenizer, prompt, placeholders)
     if require and not any(token.slot for token in content):
         names = " or ".join(repr(placeholder) for placeholder, _ in placeholders)
         raise PromptError(
-            f"the prompt {prompt!r} has no placeholder; write {names} where the subject stands"
+            f"the prompt {prompt!r} has no placeholder. Write {names} where the subject belongs."
         )
     room = length - 2
     for position, token in enumerate(content[room:], start=room + 1):
         if token.slot:
-            name = _names_by_slot(placeholders)[token.slot - 1]
+            name = [name for name, ids in placeholders for _ in ids][token.slot - 1]
             raise PromptError(
-                f"the placeholder {name!r} is token {position} of the "
-                f"prompt {prompt!r}, of which only the first {room} are used; shorten the prompt "
-                "or move the placeholder to its front"
+                f"the placeholder {name!r} is token {position} of the prompt {prompt!r}, of which "
+                f"only the first {room} are used. Shorten the prompt or move the placeholder to "
+                "its front."
             )
     if warn and len(content) > room:
-        removed = readable(tokenizer, [token.token_id for token in content[room:]])
+        removed = _readable(tokenizer, [token.token_id for token in content[room:]])
         logger.warning(
             "the prompt is cut after %d tokens, the most that the text encoder takes; left out: %s",
             room,
             printable(removed, 300),
         )
-    start = _Token(tokenizer.bos_token_id, 0)
-    end = _Token(tokenizer.eos_token_id, 0)
-    pad = _Token(tokenizer.pad_token_id, 0)
-    row = [start, *content[:room], end]
-    return row + [pad] * (length - len(row))
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    row = [_Token(start, 0), *content[:room], _Token(end, 0)]
+    return row + [_Token(pad, 0)] * (length - len(row))
 
 
 def _content(tokenizer: Any, text: str, placeholders: Sequence[Placeholder]) -> list[_Token]:
@@ -254,35 +293,30 @@ def _content(tokenizer: Any, text: str, placeholders: Sequence[Placeholder]) -> 
     return tokens + [_Token(token_id, 0) for token_id in read_ids(tokenizer, text[last:])]
 
 
-def _names_by_slot(placeholders: Sequence[Placeholder]) -> list[str]:
-    return [name for name, ids in placeholders for _ in ids]
-
-
 def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, number of the placeholder) wherever one stands in a text, left to right."""
+    """Yield (begin, end, number of the placeholder) of each occurrence, left to right."""
     if not placeholders:
         return
     # The longest first, so that "<me>2" is not read as "<me>" and a rest.
     choices = sorted(placeholders, key=len, reverse=True)
     for match in re.finditer("|".join(_as_word(choice) for choice in choices), text):
         begin, end = match.span()
-        before = text[begin - 1 : begin]
-        after = text[end : end + 1]
+        before, after = text[begin - 1 : begin], text[end : end + 1]
         joins = bool(after) and unicodedata.combining(after) > 0
         if _is_word_character(before) or _is_word_character(after) or joins:
             longer = before + match.group() + after
             raise PromptError(
                 f"the placeholder {match.group()!r} runs into a longer word (…{longer}…) in the "
-                f"prompt {text!r}; put a space or a punctuation mark between them"
+                f"prompt {text!r}. Put a space or a punctuation mark between them."
             )
         yield begin, end, placeholders.index(match.group())
 
 
 def _as_word(placeholder: str) -> str:
-    """A pattern for the placeholder.
+    """Return a pattern for the placeholder.
 
-    One that begins or ends like a word ("sks") is a different word inside another ("sksy"), which
-    is no mistake; one in brackets ("<me>ow") is, and is told to the user.
+    A placeholder that begins or ends like a word ("sks") is a different word inside another
+    ("sksy"), which is not an error. One in brackets ("<me>ow") is an error of the user.
     """
     before = r"(?<!\w)" if _is_word_character(placeholder[0]) else ""
     after = r"(?!\w)" if _is_word_character(placeholder[-1]) else ""
@@ -296,7 +330,7 @@ def _is_word_character(character: str) -> bool:
 def _ends_a_word(tokenizer: Any, token: _Token) -> bool:
     if token.slot or token.token_id in tokenizer.all_special_ids:
         return True
-    return tokenizer.convert_ids_to_tokens(token.token_id).endswith("</w>")
+    return bool(tokenizer.convert_ids_to_tokens(token.token_id).endswith("</w>"))
 
 
 def read_ids(tokenizer: Any, text: str) -> list[int]:
@@ -325,7 +359,7 @@ def _length(tokenizer: Any) -> int:
     length = tokenizer.model_max_length
     if not (isinstance(length, int) and 3 <= length <= 4096):
         raise ModelError(
-            f"the tokenizer's model_max_length is {length!r}; set it to the number of positions of "
-            "the text encoder (77 for CLIP)"
+            f"the tokenizer's model_max_length is {length!r}. Set it to the number of positions of "
+            "the text encoder (77 for CLIP)."
         )
     return length

@@ -20,7 +20,7 @@ from sefi_fast.errors import ModelError, first_line
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.pipelines.model_patch import LOCK, check_replaceable
 from sefi_fast.pipelines.support import WORKS_WITH, check_pipeline, is_sdxl, unwrap
-from sefi_fast.prompts import text_parts
+from sefi_fast.prompts import text_encoders
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.image import TIME_IDS
 from sefi_fast.training.noise import NoiseSchedule
@@ -295,7 +295,7 @@ class Source(NamedTuple):
     @property
     def text_encoders(self) -> list[Any]:
         """The text encoders in the order of their joined outputs: two for SDXL."""
-        return [unwrap(part.text_encoder) for part in text_parts(self.pipe)]
+        return [unwrap(part.text_encoder) for part in text_encoders(self.pipe)]
 
 
 MODEL_KEYS = ("model", "model_config", "vae")
@@ -375,7 +375,7 @@ def model_checksum(pipe: Any) -> str:
     Raises:
         ModelError: the scheduler's noise schedule is not one to train with.
     """
-    modules = [pipe.unet, pipe.vae, *(part.text_encoder for part in text_parts(pipe))]
+    modules = [pipe.unet, pipe.vae, *(part.text_encoder for part in text_encoders(pipe))]
     schedule = NoiseSchedule(pipe.scheduler, torch.device("cpu"))
     scaling = {key: value for key, value in pipe.vae.config.items() if key in _VAE_SCALING}
     value = zlib.crc32(repr((schedule.settings, scaling)).encode())
@@ -480,7 +480,7 @@ def check_added_conditioning(pipe: Any) -> None:
             f"where {wanted!r} goes with its text encoders: are its parts of different models?"
         )
     taken = unet.cross_attention_dim
-    made = sum(unwrap(part.text_encoder).config.hidden_size for part in text_parts(pipe))
+    made = sum(unwrap(part.text_encoder).config.hidden_size for part in text_encoders(pipe))
     if taken != made and set(taken if isinstance(taken, (list, tuple)) else ()) != {made}:
         raise ModelError(
             f"the U-Net of this {name} takes text embeddings of width {taken}, but its text "

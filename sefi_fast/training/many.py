@@ -22,7 +22,7 @@ from sefi_fast.errors import (
     is_out_of_memory,
     printable,
 )
-from sefi_fast.prompts import placeholder_ids, text_parts
+from sefi_fast.prompts import placeholder_ids, text_encoders
 from sefi_fast.subject import Subject
 from sefi_fast.training.base_model import MODEL_KEYS, ModelPath, Source, model_settings
 from sefi_fast.training.checkpoint import CheckpointFolder, discard, folder_of
@@ -312,7 +312,7 @@ class _Many:
         self, group: Sequence[_Numbered], source: Source
     ) -> tuple[list[_Numbered], list[_Numbered]]:
         """Those with as many vectors as the first, which can be one batch, and the others."""
-        tokenizers = [part.tokenizer for part in text_parts(source.pipe)]
+        tokenizers = [part.tokenizer for part in text_encoders(source.pipe)]
         counts = [vectors_of(one.job, tokenizers, self._config) for one in group]
         alike: list[_Numbered] = []
         others: list[_Numbered] = []

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sefi_fast.attention.processor import PromptState
 from sefi_fast.prompts import stage_of
 from sefi_fast.training.base_model import autocast
 from sefi_fast.training.latents import LatentDistribution
@@ -112,8 +113,8 @@ class TrainingStep:
         # normalisations in float32.
         casting = autocast(device, models.dtype) if own_dtype != models.dtype else nullcontext()
         streams: Any = words.streams.to(own_dtype)
-        # By this the training's processors know its prompts from those of other threads.
-        streams.sefi_training = True
+        # The training's processors leave prompts of other threads to the processors before.
+        PromptState(training=True).put_on(streams)
         given: dict[str, Any] = {"encoder_hidden_states": streams}
         if words.pooled is not None:
             assert self.time_ids is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sefi_fast.errors import ImageError, TrainingError
 from sefi_fast.pipelines.support import is_sdxl
-from sefi_fast.prompts import class_token_ids, placeholder_ids, text_parts, tokenize_prompts
+from sefi_fast.prompts import class_token_ids, placeholder_ids, text_encoders, tokenize_prompts
 from sefi_fast.prompts.text_encoder import token_table
 from sefi_fast.prompts.tokenization import with_all_vectors
 from sefi_fast.subject import Subject, SubjectTokens
@@ -249,7 +249,7 @@ class Learner:
                 check_folder(self.folder.path, make=False)
         pipe = source.pipe
         self._source, self.size = source, resolution_of(pipe, config.resolution)
-        tokenizers = [part.tokenizer for part in text_parts(pipe)]
+        tokenizers = [part.tokenizer for part in text_encoders(pipe)]
         class_ids = placeholder_ids(tokenizers, composed(job.class_word), config.num_vectors)
         prompts = TrainingPrompts(
             tokenizers, self.config.sentences(), job.placeholder, class_ids, source.device,

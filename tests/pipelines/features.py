@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from sefi_fast.pipelines import regions
-from sefi_fast.pipelines.encode_prompt import PromptEncoder
+from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
 from sefi_fast.prompts import encode_with_pooled
 
 FAMILIES = {"SD 1.5": "sd15_pipeline", "SD 2.1": "sd21_pipeline", "SDXL": "sdxl_pipeline"}
@@ -303,7 +303,7 @@ def draw(pipe: Any, text: str, **arguments: Any) -> Tensor:
 def _words(pipe: Any, text: str, arguments: dict[str, Any]) -> dict[str, Any]:
     if not arguments.pop("as_tensors", False):
         return arguments | {"prompt": text}
-    if PromptEncoder.of(pipe) is not None:
+    if EncodePromptPatch.of(pipe) is not None:
         given = encode_with_pooled(pipe, text)._asdict()
     else:
         names = ("prompt_embeds", "", "pooled_prompt_embeds")

@@ -140,7 +140,7 @@ def test_copies_are_watched_by_themselves(attached):
         assert lone(ids)[0].isfinite().all()
     detach(copied)
     assert not copied.text_encoder._forward_pre_hooks
-    assert "_sefi_placeholder_guard" not in vars(copied.text_encoder)
+    assert "_sefi_patch" not in vars(copied.text_encoder)
 
 
 def test_another_text_encoder_put_into_the_pipeline(attached):

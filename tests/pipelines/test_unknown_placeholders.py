@@ -10,7 +10,7 @@ import torch
 from pipelines.sampling import draw, subject_for
 
 from sefi_fast import attach, regions
-from sefi_fast.pipelines.placeholders import unknown_placeholders
+from sefi_fast.prompts.tokenization import unknown_placeholders
 
 QUICK = {"num_inference_steps": 1}
 
@@ -54,7 +54,6 @@ def test_the_prompts_of_regions_are_looked_at_too(sd15_pipeline, told):
 
 
 def test_pieces_of_longer_words_count(sd15_pipeline):
-    subjects = [subject_for(sd15_pipeline, "<me>")]
     texts = ["<me> and <me2>, (<you>:1.2) x<you>", "<lora:snow:0.8>"]
-    found = unknown_placeholders(sd15_pipeline, texts, subjects)
+    found = unknown_placeholders(texts, ["<me>"], [sd15_pipeline.tokenizer])
     assert found == ["<me2>", "<you>", "<lora:snow:0.8>"]

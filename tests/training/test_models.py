@@ -21,7 +21,7 @@ from transformers import BertTokenizer, CLIPTokenizer, CLIPTokenizerFast, PreTra
 import sefi_fast
 from sefi_fast.cli import main
 from sefi_fast.errors import ModelError
-from sefi_fast.prompts import text_parts
+from sefi_fast.prompts import text_encoders
 from sefi_fast.subject import Subject
 from sefi_fast.training import ManifestError
 
@@ -231,7 +231,7 @@ def test_c4_clips_tokenizers_of_every_class_pass(sd15_folder, sd15_pipeline, kin
 
     for cls in (kind, Own):
         sd15_pipeline.tokenizer = cls.from_pretrained(sd15_folder / "tokenizer")
-        assert text_parts(sd15_pipeline)[0].tokenizer is sd15_pipeline.tokenizer
+        assert text_encoders(sd15_pipeline)[0].tokenizer is sd15_pipeline.tokenizer
 
 
 FURTHER = {
