@@ -18,7 +18,7 @@ from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.base_model import autocast
 from sefi_fast.training.latents import encode_image
-from sefi_fast.training.noise import NoiseSchedule, draw
+from sefi_fast.training.noise import NoiseSchedule, sample_noise
 from sefi_fast.training.prompts import TrainingPrompts
 
 PLACEHOLDER = "<it>"
@@ -141,7 +141,7 @@ class PlainStep:
     def terms(self) -> tuple[Tensor, Tensor]:
         """Noise loss and mean subject loss of the next draw."""
         config, schedule, step = self.config, self._schedule, self._step
-        drawn = draw(
+        drawn = sample_noise(
             self._generator,
             batch_size=config.batch_size,
             num_train_timesteps=schedule.num_train_timesteps,

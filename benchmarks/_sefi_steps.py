@@ -10,8 +10,8 @@ from _plain_steps import size_and_crop, start_tokens, training_prompts
 from torch import Tensor
 
 from sefi_fast.training import TrainConfig
-from sefi_fast.training.base_model import Source, frozen
-from sefi_fast.training.engine import Engine, Lane
+from sefi_fast.training.base_model import BaseModel, frozen
+from sefi_fast.training.engine import Engine, SubjectInputs
 from sefi_fast.training.latents import encode_image
 
 
@@ -24,9 +24,9 @@ class SefiStep:
         pipe.vae = None
         # Entered for good: the models are this step's own.
         self._models = ExitStack()
-        source = Source(pipe, "random weights", None, device, dtype, True, "")
+        source = BaseModel(pipe, "random weights", None, device, dtype, owned=True)
         self._models.enter_context(frozen(source, config))
-        lane = Lane(
+        subject = SubjectInputs(
             start_tokens(pipe, config),
             latents,
             training_prompts(pipe, config),
@@ -37,7 +37,7 @@ class SefiStep:
             unet=pipe.unet,
             text_encoders=source.text_encoders,
             scheduler=pipe.scheduler,
-            lanes=[lane],
+            subjects=[subject],
             config=config,
             dtype=dtype,
         )

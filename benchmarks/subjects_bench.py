@@ -36,9 +36,9 @@ from tqdm import tqdm  # noqa: E402
 
 from sefi_fast.tiny_world import CLASS_WORD  # noqa: E402
 from sefi_fast.training import TrainConfig  # noqa: E402
-from sefi_fast.training.base_model import Source  # noqa: E402
-from sefi_fast.training.subject_state import Job  # noqa: E402
-from sefi_fast.training.trainer import Run, running  # noqa: E402
+from sefi_fast.training.base_model import BaseModel, training_session  # noqa: E402
+from sefi_fast.training.subject_state import SubjectSpec  # noqa: E402
+from sefi_fast.training.trainer import Run  # noqa: E402
 from sefi_fast.utils.malloc import keep_freed_memory  # noqa: E402
 
 LANES = (1, 2, 4, 8, 16, 32)
@@ -116,17 +116,17 @@ def model_of(name: str, device: torch.device, dtype: str) -> Any:
     return name
 
 
-def jobs_of(count: int, class_word: str) -> list[Job]:
+def jobs_of(count: int, class_word: str) -> list[SubjectSpec]:
     """Subjects that differ in their images and seeds."""
     pixels = (picture(64).permute(1, 2, 0).numpy() + 1) * 127.5
     shades = [pixels * (1 - 0.5 * number / count) for number in range(count)]
     return [
-        Job(image=shade.astype("uint8"), class_word=class_word, seed=number)
+        SubjectSpec(shade.astype("uint8"), class_word, placeholder="<it>", seed=number)
         for number, shade in enumerate(shades)
     ]
 
 
-def counted_flops(source: Source, config: TrainConfig, jobs: list[Job]) -> int:
+def counted_flops(source: BaseModel, config: TrainConfig, jobs: list[SubjectSpec]) -> int:
     """Floating-point operations of the products of one step of all jobs."""
     plain = TrainConfig.from_overrides(config, {"capture": "never"})
     engine = Run(source, plain, jobs).engine
@@ -137,7 +137,7 @@ def counted_flops(source: Source, config: TrainConfig, jobs: list[Job]) -> int:
 
 
 def measure_lanes(
-    source: Source, config: TrainConfig, lanes: list[int], class_word: str, effort: Effort
+    source: BaseModel, config: TrainConfig, lanes: list[int], class_word: str, effort: Effort
 ) -> tuple[list[Row], list[str]]:
     """A row a number of lanes, fewest first, and what did not fit the memory, in words."""
     device, dtype = source.device, str(source.dtype).removeprefix("torch.")
@@ -238,7 +238,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         effort = effort._replace(seconds=options.seconds)
     lanes = options.lanes or [count for count in LANES if not options.quick or count <= 8]
     config = config_of(options, device, dtype)
-    with running(model_of(name, device, dtype), config) as source:
+    with training_session(model_of(name, device, dtype), config) as source:
         rows, notes = measure_lanes(source, config, lanes, options.class_word, effort)
     print(
         f"\n{name}, {config.steps} steps of {config.batch_size} noised copies a subject, {dtype}\n"

@@ -245,10 +245,10 @@ def test_results_of_a_study_that_are_damaged_are_not_there(tmp_path, content):
     assert task.load(0) is None
 
 
-@pytest.mark.parametrize("line", ["{", "3", "{}", '{"state": "learnt"}', "[" * 100_000])
+@pytest.mark.parametrize("line", ["{", "3", "{}", '{"state": "trained"}', "[" * 100_000])
 def test_a_damaged_part_of_a_summary_stays_and_is_told(tmp_path, caplog, line):
     summaries = [Summary(tmp_path, Shard(index, 2)) for index in range(2)]
-    summaries[0].write([{"number": 0, "state": "learnt"}])
+    summaries[0].write([{"number": 0, "state": "trained"}])
     part = tmp_path / ".summary.jsonl.2-of-2"
     part.write_text(line)
     summaries[0].join()

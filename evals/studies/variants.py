@@ -43,7 +43,7 @@ class Variant:
         if self.config is None:
             return self.name.replace(" ", "-")
         kept = {f.name: getattr(self.config, f.name) for f in fields(TrainConfig)
-                if not f.metadata["free"]}  # fmt: skip
+                if not f.metadata["resumable"]}  # fmt: skip
         if kept["weight_lambda"] == 0 or kept["attention_loss"] == "none":
             kept |= {"weight_lambda": 0.0, "attention_loss": "none"}
         if kept["num_vectors"] is None:

@@ -87,7 +87,7 @@ def test_vectors_change_what_their_names_say():
 def test_results_from_before_there_were_vectors_are_found():
     one, three = (TrainConfig(num_vectors=count) for count in (None, 3))
     kept = {field.name: getattr(one, field.name) for field in fields(one)
-            if not field.metadata["free"] and field.name != "num_vectors"}  # fmt: skip
+            if not field.metadata["resumable"] and field.name != "num_vectors"}  # fmt: skip
     text = json.dumps(kept, sort_keys=True, default=list)
     assert Variant("x", one).key == hashlib.sha256(text.encode()).hexdigest()[:12]
     assert Variant("x", three).key != Variant("x", one).key

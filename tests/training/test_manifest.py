@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sefi_fast.training.manifest import COLUMNS, Entry, ManifestError, model_of, read_subjects
+from sefi_fast.training.manifest import COLUMNS, ManifestError, model_of, read_subjects
+from sefi_fast.training.subject_state import SubjectSpec
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_list_of_anything(pictures: Path) -> None:
         str(pictures / "rex.png"),
         {"image": pictures / "mia two.jpg", "class_word": "cat"},
         Image.new("RGB", (32, 32)),
-        Entry(image=np.zeros((32, 32, 3), np.uint8), name="array", placeholder="<a>", seed=3),
+        SubjectSpec(image=np.zeros((32, 32, 3), np.uint8), name="array", placeholder="<a>", seed=3),
     ]
     entries = read_subjects(given)
     assert [entry.name for entry in entries] == ["rex", "mia two", "subject-000003", "array"]
@@ -110,7 +111,7 @@ def test_every_problem_with_its_line(pictures: Path) -> None:
     told = problems_of(table)
     for words in (
         "bad.csv line 2: seed must be a whole number",
-        "bad.csv line 3: the name 'a/b' is no file name",
+        "bad.csv line 3: the name 'a/b' is not a file name",
         f"bad.csv line 4: there is no image at {pictures / 'gone.png'}",
         "line 5 has 4 values for 3 columns",
         "bad.csv line 6: it has no image",
@@ -119,12 +120,12 @@ def test_every_problem_with_its_line(pictures: Path) -> None:
     ):
         assert words in told
     lines = pictures / "bad.jsonl"
-    lines.write_text('{"image": "rex.png", "colour": 1}\n[]\n{\n{"image": "rex.png", "name": 3}\n')
+    lines.write_text('{"image": "rex.png", "color": 1}\n[]\n{\n{"image": "rex.png", "name": 3}\n')
     told = problems_of(lines)
     for words in (
-        "bad.jsonl line 1: unknown column 'colour'",
+        "bad.jsonl line 1: unknown column 'color'",
         "line 2 must be a JSON object",
-        "line 3 is no JSON",
+        "line 3 is not JSON",
         "bad.jsonl line 4: name must be text, got 3",
     ):
         assert words in told
@@ -136,7 +137,7 @@ def test_every_problem_with_its_line(pictures: Path) -> None:
         ("image,klass\nrex.png,dog\n", "line 1: unknown column 'klass'"),
         ("name\nrex\n", "line 1: there is no column 'image'"),
         ("image,image\nrex.png,dog\n", "line 1: a column is named twice"),
-        ('image\n"rex.png\n', "line 2 is no CSV"),
+        ('image\n"rex.png\n', "line 2 is not CSV"),
     ],
 )
 def test_bad_headers(pictures: Path, header: str, words: str) -> None:
@@ -245,7 +246,7 @@ def test_an_image_or_a_mask_that_is_no_text_is_told_with_the_rest(pictures: Path
         ("a.jsonl", '{"image": "\\ud800"}', "line 1: image: The path \\ud800 holds half a"),
         ("a.jsonl", '{"image": "' + "x" * 5000 + '"}', "line 1: there is no image at"),
         ("a.jsonl", '{"image": "a\\u0000b"}', "line 1: image: The path a\\x00b holds a null"),
-        ("a.jsonl", "[" * 100_000, "line 1 is no JSON: it is nested too deeply"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not JSON: it is nested too deeply"),
         ("a.jsonl", '{"image": "rex.png", "image": "x"}', "'image' stands in it twice"),
         ("a.jsonl", '{"image": "rex.png", "seed": NaN}', "NaN in it is not a finite number"),
         ("a.jsonl", '{"image": "rex.png", "seed": 1e3}', "seed must be a whole number"),
@@ -254,13 +255,13 @@ def test_an_image_or_a_mask_that_is_no_text_is_told_with_the_rest(pictures: Path
             '{"image": "rex.png", "seed": ' + "9" * 10_000 + "}",
             "more than 32 characters",
         ),
-        ("a.jsonl", '{"image": "rex.png", "scene": ' + "[0]," * 9 + "}", "line 1 is no JSON"),
+        ("a.jsonl", '{"image": "rex.png", "scene": ' + "[0]," * 9 + "}", "line 1 is not JSON"),
         ("a.jsonl", "{}\n" * 100_000, "and 991 more"),
         ("a.jsonl", "{\n" * 100_000, "and 991 more"),
         ("a.csv", "image\n" + "rex.png,1\n" * 100_000, "and 991 more"),
         ("a.csv", ",".join(f"c{n}" for n in range(100_000)), "unknown column"),
         ("a.csv", "image," + "seed," * 100_000, "a column is named twice"),
-        ("a.csv", "image\n" + '"' + "x" * 200_000 + '"', "line 2 is no CSV"),
+        ("a.csv", "image\n" + '"' + "x" * 200_000 + '"', "line 2 is not CSV"),
         ("a.csv", "image,class_word\nrex.png,\0" + "x" * 100_000, ""),
     ],
 )

@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from sefi_fast.errors import ModelError
-from sefi_fast.training.noise import NoiseSchedule, draw
+from sefi_fast.training.noise import NoiseSchedule, sample_noise
 
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def test_other_models_are_refused():
 def drawn(batch_size, seed=0, **changes):
     settings = {"num_train_timesteps": 1000, "views": 2, "templates": 3, "latent_shape": (4, 6, 6)}
     generator = torch.Generator().manual_seed(seed)
-    return draw(generator, batch_size=batch_size, **{**settings, **changes})
+    return sample_noise(generator, batch_size=batch_size, **{**settings, **changes})
 
 
 def test_every_part_of_the_timesteps_is_drawn_once():

@@ -72,8 +72,8 @@ def test_two_processes_leave_what_one_does(tmp_path: Path) -> None:
     assert both.returncode == 0, both.stderr[-2000:]
     # Three batches of at most two: the first and the third are the first process's.
     assert sorted(line.split(": ")[1] for line in both.stdout.splitlines()) == [
-        "2 subjects learnt",
-        "3 subjects learnt",
+        "2 subjects trained",
+        "3 subjects trained",
     ]
     alone = launch([], pictures, tmp_path / "one")
     assert alone.returncode == 0, alone.stderr[-2000:]
