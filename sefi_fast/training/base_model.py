@@ -256,26 +256,15 @@ def temporarily_frozen(
         ModelError: the weights are offloaded, on the meta device, quantized, or made in inference
             mode.
     """
-    registries: list[Any] = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
-    hooks = [registry for registry in registries if registry is not None]
-    _check_not_offloaded(module, hooks)
-    _check_not_quantized(module)
+    _check_freezable(module)
     tensors = [*module.parameters(), *module.buffers()]
-    if any(tensor.is_meta for tensor in tensors):
-        raise ModelError(
-            f"the {type(module).__name__} has no weights in memory (CPU offload or the meta "
-            "device): load the pipeline without offloading"
-        )
-    if any(tensor.is_inference() for tensor in tensors):
-        raise ModelError(
-            f"the weights of the {type(module).__name__} were made in torch.inference_mode(), "
-            "where no gradient can be taken. Training needs weights made outside of it. Load the "
-            "pipeline again outside of inference mode, or under torch.no_grad()"
-        )
-    casts = [cast for one in hooks if (cast := one.get_hook("layerwise_casting")) is not None]
+    hooks = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
+    casts = [hook.get_hook("layerwise_casting") for hook in hooks if hook is not None]
     # A stack puts back the rest when one of them fails or is interrupted.
     with ExitStack() as stack:
         for cast in casts if dtype is not None else ():
+            if cast is None:
+                continue
             # The backward pass needs the weights of the forward pass: no cast around each call.
             for name in ("storage_dtype", "compute_dtype"):
                 stack.callback(setattr, cast, name, getattr(cast, name))
@@ -295,39 +284,47 @@ def temporarily_frozen(
         yield
 
 
-def _check_not_offloaded(module: nn.Module, registries: list[Any]) -> None:
-    """Raise ModelError where hooks of accelerate or diffusers move the weights at each call."""
+def _check_freezable(module: nn.Module) -> None:
+    """Raise ModelError unless the weights stay in memory, in floating point, with gradients."""
+    kind = type(module).__name__
     hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    moved = any(type(one).__name__ == "CpuOffload" for one in hooks) or any(
-        registry.get_hook("group_offloading") is not None for registry in registries
-    )
+    moved = any(type(one).__name__ == "CpuOffload" for one in getattr(hook, "hooks", (hook,)))
+    for part in module.modules():
+        registry: Any = getattr(part, "_diffusers_hook", None)
+        moved |= registry is not None and registry.get_hook("group_offloading") is not None
     if moved:
         raise ModelError(
-            f"the {type(module).__name__}'s weights are moved to the device for each call alone "
-            "(CPU offload): call pipe.remove_all_hooks() or load the pipeline without offloading, "
-            "and train with low_memory=True where memory is short"
+            f"the {kind}'s weights are moved to the device for each call alone (CPU offload): call "
+            "pipe.remove_all_hooks() or load the pipeline without offloading, and train with "
+            "low_memory=True where memory is short"
         )
-
-
-def _check_not_quantized(module: nn.Module) -> None:
-    """Raise ModelError for weights that are not plain floating-point tensors."""
-    for name, tensor in module.named_parameters():
-        plain = type(tensor) is nn.Parameter and type(tensor.data) is Tensor
-        if not plain or not tensor.is_floating_point():
-            kind = type(tensor if type(tensor) is not nn.Parameter else tensor.data).__name__
-            raise _quantized(module, f"{name} is a {kind} of {tensor.dtype}")
-    for name, part in module.named_modules():
+    quantized = [
         # torch.ao keeps packed weights that are not parameters.
-        if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic")):
-            raise _quantized(module, f"{name} is a quantized {type(part).__name__}")
-
-
-def _quantized(module: nn.Module, found: str) -> ModelError:
-    return ModelError(
-        f"the {type(module).__name__} is quantized: {found}. Training needs weights in floating "
-        "point. Load the model without quantization; the subject can be attached to this pipeline"
-    )
+        f"{name} is a quantized {type(part).__name__}"
+        for name, part in module.named_modules()
+        if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic"))
+    ]
+    for name, tensor in module.named_parameters():
+        own = tensor.data if type(tensor) is nn.Parameter else tensor
+        if type(own) is not Tensor or not tensor.is_floating_point():
+            quantized.append(f"{name} is a {type(own).__name__} of {tensor.dtype}")
+    if quantized:
+        raise ModelError(
+            f"the {kind} is quantized: {quantized[0]}. Training needs weights in floating point. "
+            "Load the model without quantization; the subject can be attached to this pipeline"
+        )
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ModelError(
+            f"the {kind} has no weights in memory (CPU offload or the meta device): load the "
+            "pipeline without offloading"
+        )
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ModelError(
+            f"the weights of the {kind} were made in torch.inference_mode(), where no gradient can "
+            "be taken. Training needs weights made outside of it. Load the pipeline again outside "
+            "of inference mode, or under torch.no_grad()"
+        )
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -347,6 +344,7 @@ def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_las
 
 
 def _check_no_training(attn: Attention) -> None:
+    """Raise ModelError if the processor of another training is on a layer."""
     if isinstance(attn.processor, TrainingProcessor):
         raise ModelError(
             "another thread trains on this U-Net. One training at a time can have it. Train one "

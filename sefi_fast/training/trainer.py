@@ -237,7 +237,7 @@ class Run:
             stack.callback(trackers.close)
             done = min((state.done for state in self._states.values()), default=0)
             bar = Progress(title, self._config.steps, done, progress and bool(titles))
-            stack.enter_context(bar)
+            stack.callback(bar.close)
             try:
                 self._loop(bar, trackers, stop)
             except KeyboardInterrupt as error:

@@ -169,16 +169,18 @@ def test_the_bar_shows_images_and_means(monkeypatch):
     monkeypatch.setattr("sys.stderr", stream)
     monkeypatch.setenv("COLORTERM", "24bit")
     histories = [History([1.0], [0.5], [0.1]), History([3.0], [1.5], [0.1]), History()]
-    with Progress("two of three", 4, 1, True) as bar:
-        bar.step(histories)
-        bar.images([Image.new("RGB", (8, 8), (1, 2, 3))])
+    bar = Progress("two of three", 4, 1, True)
+    bar.step(histories)
+    bar.images([Image.new("RGB", (8, 8), (1, 2, 3))])
+    bar.close()
     text = stream.getvalue()
     assert "two of three" in text and "2/4" in text
     assert "loss=2" in text and "subject_loss=1" in text and "subjects=2" in text
     assert "38;2;1;2;3" in text
     silent = Terminal()
     monkeypatch.setattr("sys.stderr", silent)
-    with Progress("none", 4, 0, False) as bar:
-        bar.step(histories)
-        bar.images([Image.new("RGB", (8, 8))])
+    bar = Progress("none", 4, 0, False)
+    bar.step(histories)
+    bar.images([Image.new("RGB", (8, 8))])
+    bar.close()
     assert silent.getvalue() == ""
