@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -295,7 +295,7 @@ def checkpoint_to_resume(subject: Resumable, resume: Resume) -> Checkpoint | Non
     """
     folder = subject.folder
     if _is_path(resume):
-        path = user_path(resume)  # type: ignore[arg-type]
+        path = user_path(resume)
         if path.is_dir():
             folder = CheckpointFolder(path.resolve())
         elif path.exists():
@@ -338,7 +338,7 @@ def checkpoint_to_resume(subject: Resumable, resume: Resume) -> Checkpoint | Non
     return newest
 
 
-def _is_path(resume: Resume) -> bool:
+def _is_path(resume: Resume) -> TypeGuard[str | os.PathLike[str]]:
     return isinstance(resume, (str, os.PathLike)) and resume != "auto"
 
 

@@ -511,7 +511,7 @@ def _parse(source: Path) -> dict[str, Any]:
     return values
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
     """YAML without anchors, aliases and tags, and with decimal whole numbers only."""
 
     # Without 0600 for 384, 1:30 for 90, dates, and keys that merge.

@@ -100,7 +100,7 @@ class CUDAGraphStep:
     ) -> None:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
-            side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
             side_stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side_stream):
                 warmup(run, changed)

@@ -400,7 +400,7 @@ def _highest(image: Image.Image, name: str) -> int:
         return 4095 if getattr(image, "tag_v2", {}).get(_BITS_TAG) == (12,) else 65535
     if image.mode == "I" and image.format in ("PPM", "PNG"):
         return 65535
-    low, high = image.getextrema()  # type: ignore[no-untyped-call]
+    low, high = image.getextrema()  # type: ignore[no-untyped-call, unused-ignore]
     if low < 0 or high > 65535:
         raise ImageError(
             f"{name} has values from {low:g} to {high:g}: an image of 8 or 16 bits a channel, or "

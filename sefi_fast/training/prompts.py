@@ -164,7 +164,7 @@ def batched_gather(source: Tensor, index: Tensor) -> Tensor:
     Results are the same bits in every run. The backward pass of an indexing adds up in any order
     on CUDA, and on a CPU with threads.
     """
-    return _BatchedGather.apply(source, index)  # type: ignore[no-any-return, no-untyped-call]
+    return _BatchedGather.apply(source, index)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
 
 
 class _BatchedGather(torch.autograd.Function):
