@@ -37,7 +37,7 @@ def folder(tmp_path):
     return CheckpointFolder(tmp_path / "me.safetensors.checkpoints", keep=2)
 
 
-def test_what_is_written_is_read(folder):
+def test_a_checkpoint_is_read_as_it_was_written(folder):
     written = make()
     path = folder.write(written)
     assert path.name == "step-000004.safetensors" and path.parent == folder.path

@@ -67,14 +67,14 @@ def test_overrides_replace_fields_of_a_config():
     assert TrainConfig.from_overrides(None, {}) == TrainConfig()
 
 
-def test_an_unknown_override_is_named_together_with_what_there_is():
+def test_an_unknown_override_is_named_with_the_settings():
     with pytest.raises(TypeError, match=r"stepps.*the settings are steps, batch_size"):
         TrainConfig.from_overrides(None, {"stepps": 3})
     with pytest.raises(TypeError, match="TrainConfig, got dict"):
         TrainConfig.from_overrides({"steps": 3}, {})
 
 
-def test_the_scene_stands_behind_every_template():
+def test_the_scene_follows_every_template():
     config = TrainConfig(templates=("a {}", "one {}"), scene="in the forest")
     assert config.sentences() == ("a {} in the forest", "one {} in the forest")
     assert TrainConfig(templates=("a {}",)).sentences() == ("a {}",)
@@ -147,7 +147,7 @@ UNUSUAL = TrainConfig(
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.yml", "run.json", "run"])
 @pytest.mark.parametrize("config", [TrainConfig(), UNUSUAL], ids=["default", "unusual"])
-def test_what_is_saved_is_loaded(tmp_path, name, config):
+def test_saved_settings_are_loaded(tmp_path, name, config):
     path = tmp_path / "new" / name
     config.save(path)
     assert TrainConfig.load(path) == config
@@ -289,7 +289,7 @@ TEXTS = st.text(max_size=12) | st.sampled_from(ODD_TEXTS)
         },
     ),
 )
-def test_whatever_can_be_made_can_be_saved_and_loaded(tmp_path_factory, scene, texts, name, values):
+def test_all_valid_settings_can_be_saved_and_loaded(tmp_path_factory, scene, texts, name, values):
     templates = tuple(text + "{}" for text in texts)
     try:
         config = TrainConfig(scene=scene, templates=templates, log_dir=scene, **values)

@@ -273,7 +273,7 @@ def test_masks_that_cannot_be_used(source, error, message):
         load_mask(source, Image.new("RGB", (100, 60)), 20)
 
 
-def test_a_subject_that_is_cut_away_is_told(shape):
+def test_a_mask_of_a_cropped_subject_is_refused(shape):
     shape[:, :] = False
     shape[:, 90:] = True
     with pytest.raises(ImageError, match="the left square is kept"):
@@ -305,7 +305,7 @@ QUARTERS = {
 
 
 @pytest.mark.parametrize(("mode", "outside", "inside", "options"), QUARTERS.values(), ids=QUARTERS)
-def test_what_is_transparent_is_not_the_subject(mode, outside, inside, options):
+def test_transparent_parts_are_not_the_subject(mode, outside, inside, options):
     if mode == "I;16":
         array = np.full((64, 64), 65535, np.uint16)
         array[16:48, 16:48] = 65534
@@ -324,7 +324,7 @@ def test_what_is_transparent_is_not_the_subject(mode, outside, inside, options):
     assert np.asarray(open_mask(mask).convert("L")).mean() == pytest.approx(255 / 4, abs=1)
 
 
-def test_a_mask_that_selects_nothing_is_refused_and_one_that_selects_all_is_told(caplog):
+def test_an_empty_mask_is_refused_and_a_full_one_gives_a_warning(caplog):
     image = Image.new("RGB", (64, 64))
     for nothing in (
         quarter("RGBA", CLEAR, (0, 0, 0, 255)),

@@ -268,7 +268,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("kind", "content"), KINDS.items(), ids=list(KINDS))
-def test_what_is_not_an_image_is_named_and_starts_no_program(tmp_path, monkeypatch, kind, content):
+def test_foreign_files_are_named_and_start_no_program(tmp_path, monkeypatch, kind, content):
     def refuse(*command, **_):
         raise AssertionError(f"{command} was started")
 
@@ -332,7 +332,7 @@ def test_a_small_tiff_file_with_many_parts_takes_no_time(monkeypatch):
     assert 3 < len(loads) < 30
 
 
-def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
+def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
@@ -372,7 +372,7 @@ ERRORS = [NotImplementedError("none"), RuntimeError("odd"), MemoryError(), struc
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_whatever_a_decoder_raises_is_one_error(tmp_path, monkeypatch, error):
+def test_any_error_of_a_decoder_is_one_error(tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
 
@@ -384,7 +384,7 @@ def test_whatever_a_decoder_raises_is_one_error(tmp_path, monkeypatch, error):
             load_image(source)
 
 
-def test_a_damaged_validation_image_of_a_checkpoint_is_told():
+def test_a_damaged_validation_image_of_a_checkpoint_is_an_error():
     history = History(validation=[(3, [noise()])])
     for number in (1, 2, 3):
         history.record(0.1, 0.2, number)

@@ -521,7 +521,7 @@ def test_an_exception_of_on_result_loses_no_training(sd15_pipeline, tmp_path):
 def test_the_command(tmp_path, capsys):
     from sefi_fast.cli import main
 
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     random_image(0).save(folder / "one.png")
     random_image(1).save(folder / "two.png")

@@ -212,7 +212,7 @@ def _unigram(tmp_path):
 
 
 @pytest.mark.parametrize("make", [_bert, _unigram])
-def test_a_tokenizer_that_is_not_clips_is_told_as_such(sd15_pipeline, photo, tmp_path, make):
+def test_a_tokenizer_that_is_not_clips_is_refused(sd15_pipeline, photo, tmp_path, make):
     subject = sefi_fast.train(photo, model=sd15_pipeline, class_word="cat", **FAST)
     sd15_pipeline.tokenizer = make(tmp_path)
     words = f"tokenizer of type {type(sd15_pipeline.tokenizer).__name__}, which does not cut text"

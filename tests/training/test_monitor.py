@@ -67,7 +67,7 @@ def notes(monkeypatch):
     return Notes
 
 
-def test_a_tracker_hears_of_every_step_and_picture(bundled, notes, tmp_path):
+def test_a_tracker_gets_every_step_and_image(bundled, notes, tmp_path):
     subject = train(
         BUNDLED_IMAGE, model=bundled, output=tmp_path / "me.safetensors", trackers=("notes",),
         validation_prompts=("a {}",), validation_every=2, validation_steps=1,
@@ -97,7 +97,9 @@ def test_a_tracker_that_breaks_is_left_out_and_training_goes_on(
     assert "'notes' fails and is removed: the disk is full" in caplog.text
 
 
-def test_a_tracker_that_cannot_start_is_told_before_training(bundled, notes, tmp_path, monkeypatch):
+def test_a_tracker_that_cannot_start_is_an_error_before_training(
+    bundled, notes, tmp_path, monkeypatch
+):
     def start(tracker):
         raise RuntimeError("not logged in")
 
@@ -106,7 +108,7 @@ def test_a_tracker_that_cannot_start_is_told_before_training(bundled, notes, tmp
         train(BUNDLED_IMAGE, model=bundled, trackers=("notes",), log_dir=str(tmp_path), **FAST)
 
 
-def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch, tmp_path):
+def test_a_missing_package_is_an_error_before_the_model_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
 
     class Untouchable:
@@ -122,15 +124,15 @@ def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch, tmp_pa
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
 )
-def test_tensorboard_reads_what_was_logged(tmp_path):
+def test_tensorboard_reads_the_logged_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     check_trackers(("tensorboard",))
     trackers = Trackers(("tensorboard",), tmp_path, "<me>", {"steps": 2, "scene": None})
     for step in (1, 2):
         trackers.log({"loss": 0.5 / step}, step)
-    picture = Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8))
-    trackers.log_images({"validation": [picture, picture]}, 2)
+    image = Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8))
+    trackers.log_images({"validation": [image, image]}, 2)
     trackers.close()
     assert os.listdir(tmp_path) == ["me"]
     events = EventAccumulator(str(tmp_path / "me"))
@@ -147,9 +149,9 @@ class Terminal(io.StringIO):
 
 
 def test_thumbnails_are_half_blocks_in_the_images_colors():
-    picture = Image.new("RGB", (4, 4), (255, 0, 0))
-    picture.paste((0, 0, 255), (0, 2, 4, 4))
-    lines = thumbnails([picture, Image.new("L", (9, 9), 128)], side=4).splitlines()
+    image = Image.new("RGB", (4, 4), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 2, 4, 4))
+    lines = thumbnails([image, Image.new("L", (9, 9), 128)], side=4).splitlines()
     assert len(lines) == 2
     assert all(line.count("▀") == 4 + 1 + 4 for line in lines)
     colors = [re.findall(r"\[38;2;(\d+;\d+;\d+)m\x1b\[48;2;(\d+;\d+;\d+)m", x) for x in lines]

@@ -88,7 +88,7 @@ def test_updates_are_those_of_adamw_with_steps_left_out(widths, vectors):
     assert state.updates.tolist() == [3, 3]
 
 
-def test_a_subjects_state_names_what_belongs_to_which_text_encoder():
+def test_the_state_of_a_subject_has_names_for_each_text_encoder():
     states = [BatchedAdamW(modules_of(2, (16, 24)), 1e-2, CPU, scaling=False) for _ in range(2)]
     gradient = torch.rand_like(states[0].parameters).detach()
     states[0].update(gradient, states[0].last_good, torch.tensor([True, True]))
@@ -171,7 +171,7 @@ def test_warm_up_rises_evenly_and_the_rest_follows_the_schedule(schedule):
     assert seen[4:] == pytest.approx(rates(steps=5, schedule=schedule))
 
 
-def test_the_rate_stays_in_range_whatever_the_numbers():
+def test_the_rate_stays_in_range_for_all_settings():
     for steps in (1, 2, 5):
         for warmup in (0, 1, 5, 50):
             for schedule in ("constant", "cosine", "linear"):
@@ -191,7 +191,7 @@ def test_the_average_is_the_recurrence_written_out():
     torch.testing.assert_close(average.current().double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_leaves_out_what_is_not_finite_and_goes_on_from_its_state():
+def test_the_average_skips_nan_and_goes_on_from_its_state():
     first, second = torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0)
     average = MovingAverage(0.9, first)
     average.update(torch.full((1, 2, 3), float("nan")))

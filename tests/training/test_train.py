@@ -213,9 +213,7 @@ def test_one_tied_stage_without_weight_is_textual_inversion(sd15_pipeline, photo
     assert (row - table[word]).abs().max() > 0.02
 
 
-def test_textual_inversion_of_sdxl_goes_to_diffusers_and_gives_the_same(
-    sdxl_pipeline, photo, tmp_path
-):
+def test_textual_inversion_of_sdxl_gives_the_same_in_diffusers(sdxl_pipeline, photo, tmp_path):
     pipe = sdxl_pipeline
     settings = {**FAST, "preset": "textual-inversion", "learning_rate": 0.1}
     subject = train(photo, model=pipe, class_word="cat", **settings)
