@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -57,10 +57,12 @@ class BaseModel:
     owned: bool
     model_config: str | None = None
     vae: str | None = None
+    _stored_dtypes: list[torch.dtype] = field(init=False)
 
     def __post_init__(self) -> None:
         # Freezing widens narrow weights, and the checksum is of the stored ones.
-        object.__setattr__(self, "_stored", [tensor.dtype for tensor in _weights(self.pipe)])
+        stored = [tensor.dtype for tensor in _weights(self.pipe)]
+        object.__setattr__(self, "_stored_dtypes", stored)
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -77,8 +79,7 @@ class BaseModel:
         schedule = NoiseSchedule(self.pipe.scheduler, torch.device("cpu"))
         scaling = {key: x for key, x in self.pipe.vae.config.items() if key in _VAE_SCALING}
         value = zlib.crc32(repr((schedule.settings, scaling)).encode())
-        stored: list[torch.dtype] = vars(self)["_stored"]
-        for tensor, dtype in zip(_weights(self.pipe), stored, strict=True):
+        for tensor, dtype in zip(_weights(self.pipe), self._stored_dtypes, strict=True):
             # Freezing refuses offloaded weights.
             if tensor.is_meta:
                 continue
@@ -259,12 +260,14 @@ def temporarily_frozen(
     _check_freezable(module)
     tensors = [*module.parameters(), *module.buffers()]
     hooks = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
-    casts = [hook.get_hook("layerwise_casting") for hook in hooks if hook is not None]
-    # A stack puts back the rest when one of them fails or is interrupted.
+    casts = [
+        cast
+        for hook in hooks
+        if hook is not None and (cast := hook.get_hook("layerwise_casting")) is not None
+    ]
+    # A stack restores the rest when one of them fails or is interrupted.
     with ExitStack() as stack:
         for cast in casts if dtype is not None else ():
-            if cast is None:
-                continue
             # The backward pass needs the weights of the forward pass: no cast around each call.
             for name in ("storage_dtype", "compute_dtype"):
                 stack.callback(setattr, cast, name, getattr(cast, name))

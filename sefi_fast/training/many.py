@@ -49,6 +49,8 @@ from sefi_fast.utils.text import printable
 logger = logging.getLogger(__name__)
 
 OnResult = Callable[[ManyResult], None]
+Group = Mapping[int, SubjectSpec]
+"""Subjects that train together, by their numbers in the manifest."""
 BATCH_SUBJECTS = 8
 _SECONDS_BETWEEN_SUMMARIES = 10.0
 
@@ -209,18 +211,14 @@ def finished_subject(
         **model_settings(model, model_config, vae),
         **file_checksums(spec),
     }
+    words = ("class_word", "placeholder")
     pairs = [(name, subject.settings.get(name), value) for name, value in now.items()]
-    pairs += [(name, getattr(subject, name), getattr(spec, name)) for name in _WORDS]
+    pairs += [(name, getattr(subject, name), getattr(spec, name)) for name in words]
     if differing := "; ".join(
         f"{name} was {was!r}, is {x!r}" for name, was, x in pairs if was != x
     ):
         raise TrainingError(f"{path} was trained with other settings: {differing}; {again}")
     return subject
-
-
-_WORDS = ("class_word", "placeholder")
-Group = Mapping[int, SubjectSpec]
-"""Subjects that train together, by their numbers in the manifest."""
 
 
 class _Many:
@@ -286,8 +284,10 @@ class _Many:
         if rest := {n: group[n] for n in numbers if n not in alike}:
             self._groups.appendleft(rest)
         for number in alike:
+            output = group[number].output
+            assert output is not None
             try:
-                check_output(group[number].output or "")
+                check_output(output)
             except OSError as error:
                 self._take(number, error)
                 bar.update()
