@@ -80,9 +80,6 @@ class BaseModel:
         scaling = {key: x for key, x in self.pipe.vae.config.items() if key in _VAE_SCALING}
         value = zlib.crc32(repr((schedule.settings, scaling)).encode())
         for tensor, dtype in zip(_weights(self.pipe), self._stored_dtypes, strict=True):
-            # Freezing refuses offloaded weights.
-            if tensor.is_meta:
-                continue
             content = tensor.detach().to(dtype).contiguous().flatten().view(torch.uint8)
             if content.storage_offset() % 8:
                 content = content.clone()

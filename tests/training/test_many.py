@@ -195,6 +195,11 @@ def output_is_a_folder(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def output_leads_nowhere(folder: Path) -> dict[str, Any]:
+    (folder / "bad.safetensors").symlink_to(folder / "gone" / "away")
+    return {}
+
+
 def file_in_the_way_of_checkpoints(folder: Path) -> dict[str, Any]:
     folder_of(folder / "bad.safetensors").write_text("a file")
     return {}
@@ -210,10 +215,12 @@ def file_in_the_way_of_checkpoints(folder: Path) -> dict[str, Any]:
         lambda folder: {"scene": "at \ud800"},
         damaged_checkpoint,
         output_is_a_folder,
+        output_leads_nowhere,
         file_in_the_way_of_checkpoints,
     ],
     ids=[
-        "image", "array", "surrogate", "long", "scene", "checkpoint", "folder", "in the way",
+        "image", "array", "surrogate", "long", "scene", "checkpoint", "folder", "link",
+        "in the way",
     ],
 )  # fmt: skip
 def test_one_bad_subject_ends_no_run(sd15_pipeline, tmp_path, bad):
