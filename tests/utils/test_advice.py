@@ -426,7 +426,7 @@ def two_of_one_name_in_a_manifest(w):
         rows = [{"image": w.picture, "name": name} for name in names]
         train_many(rows, model=w.pipe, output=w.folder / "many", **QUICK)
 
-    yield "give each subject a name of its own", lambda: many("a", "A")
+    yield "give each subject its own name", lambda: many("a", "A")
     yield lambda: many("a", "b")
 
 
