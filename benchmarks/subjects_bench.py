@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import TrainConfig
-from sefi_fast.training.base_model import Source
-from sefi_fast.training.subject_state import Job
-from sefi_fast.training.trainer import Run, running
+from sefi_fast.training.base_model import BaseModel, training_session
+from sefi_fast.training.subject_state import SubjectSpec
+from sefi_fast.training.trainer import Run
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 BUNDLED = "bundled"
@@ -63,17 +63,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def jobs_of(count: int, class_word: str) -> list[Job]:
+def jobs_of(count: int, class_word: str) -> list[SubjectSpec]:
     """Return subjects that differ in their images and seeds."""
     pixels = (training_image(64).permute(1, 2, 0).numpy() + 1) * 127.5
     shades = [pixels * (1 - 0.5 * number / count) for number in range(count)]
     return [
-        Job(image=shade.astype("uint8"), class_word=class_word, seed=number)
+        SubjectSpec(shade.astype("uint8"), class_word, placeholder="<it>", seed=number)
         for number, shade in enumerate(shades)
     ]
 
 
-def counted_flops(source: Source, config: TrainConfig, jobs: list[Job]) -> int:
+def counted_flops(source: BaseModel, config: TrainConfig, jobs: list[SubjectSpec]) -> int:
     """Count the floating-point operations of the products of one step of all jobs."""
     plain = TrainConfig.from_overrides(config, {"capture": "never"})
     engine = Run(source, plain, jobs).engine
@@ -84,7 +84,7 @@ def counted_flops(source: Source, config: TrainConfig, jobs: list[Job]) -> int:
 
 
 def measure(
-    source: Source, config: TrainConfig, counts: list[int], class_word: str, effort: Effort
+    source: BaseModel, config: TrainConfig, counts: list[int], class_word: str, effort: Effort
 ) -> tuple[list[Row], list[str]]:
     """Return a row a number of subjects, fewest first, and those that did not fit the memory.
 
@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     config = TrainConfig.from_overrides(overrides=overrides)
     effort = effort_of(options, FULL, QUICK)
     counts = options.batch_subjects or [n for n in COUNTS if n <= 8 or not options.quick]
-    with running(model, config) as source:
+    with training_session(model, config) as source:
         rows, notes = measure(source, config, counts, options.class_word, effort)
     title = f"{name}, {config.steps} steps, batch size {config.batch_size}, {dtype}"
     print(f"\n{title}\n{rows_table(rows)}")

@@ -239,7 +239,7 @@ def test_damaged_results_of_a_study_are_ignored(tmp_path, content):
 @pytest.mark.parametrize("line", ["{", "3", "{}", '{"state": "learnt"}', "[" * 100_000])
 def test_a_damaged_part_of_a_summary_is_kept_and_reported(tmp_path, caplog, line):
     summaries = [Summary(tmp_path, Shard(index, 2)) for index in range(2)]
-    summaries[0].write([{"number": 0, "state": "learnt"}])
+    summaries[0].write([{"number": 0, "state": "trained"}])
     part = tmp_path / ".summary.jsonl.2-of-2"
     part.write_text(line)
     summaries[0].join()

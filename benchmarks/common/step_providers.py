@@ -19,10 +19,10 @@ from sefi_fast.pipelines.support import is_sdxl
 from sefi_fast.prompts import encode_texts, placeholder_ids, stage_of, text_encoders
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig, prepare
-from sefi_fast.training.base_model import Source, autocast, frozen
-from sefi_fast.training.engine import Engine, Lane
+from sefi_fast.training.base_model import BaseModel, autocast, frozen
+from sefi_fast.training.engine import Engine, SubjectInputs
 from sefi_fast.training.latents import encode_image
-from sefi_fast.training.noise import NoiseSchedule, draw
+from sefi_fast.training.noise import NoiseSchedule, sample_noise
 from sefi_fast.training.prompts import TrainingPrompts
 
 PLACEHOLDER = "<it>"
@@ -90,9 +90,9 @@ class SefiStep:
         pipe.vae = None
         # Never closed: no other step uses these models.
         self._models = ExitStack()
-        source = Source(pipe, "random weights", None, device, dtype, True, "")
-        self._models.enter_context(frozen(source, config))
-        lane = Lane(
+        base = BaseModel(pipe, "random weights", None, device, dtype, owned=True)
+        self._models.enter_context(frozen(base, config))
+        subject = SubjectInputs(
             start_tokens(pipe, config),
             latents,
             training_prompts(pipe, config),
@@ -101,9 +101,9 @@ class SefiStep:
         )
         self.engine = Engine(
             unet=pipe.unet,
-            text_encoders=source.text_encoders,
+            text_encoders=base.text_encoders,
             scheduler=pipe.scheduler,
-            lanes=[lane],
+            subjects=[subject],
             config=config,
             dtype=dtype,
         )
@@ -185,7 +185,7 @@ class PlainStep:
     def terms(self) -> tuple[Tensor, Tensor]:
         """Return noise loss and mean subject loss of the next noise sample."""
         config, schedule, step = self.config, self._schedule, self._step
-        drawn = draw(
+        drawn = sample_noise(
             self._generator,
             batch_size=config.batch_size,
             num_train_timesteps=schedule.num_train_timesteps,

@@ -44,7 +44,7 @@ class Variant:
         kept: dict[str, Any] = {
             field.name: getattr(self.config, field.name)
             for field in fields(TrainConfig)
-            if not field.metadata["free"]
+            if not field.metadata["resumable"]
         }
         if kept["weight_lambda"] == 0 or kept["attention_loss"] == "none":
             kept |= {"weight_lambda": 0.0, "attention_loss": "none"}

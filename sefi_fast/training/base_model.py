@@ -6,8 +6,10 @@ import logging
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -16,53 +18,200 @@ from torch.utils.checkpoint import checkpoint
 
 from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.attention.processor import AttentionRecord, SeFiAttnProcessor, TrainingProcessor
-from sefi_fast.errors import ModelError, first_line
+from sefi_fast.errors import ModelError
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.pipelines.model_patch import LOCK, check_replaceable
 from sefi_fast.pipelines.support import WORKS_WITH, check_pipeline, is_sdxl, unwrap
 from sefi_fast.prompts import text_encoders
-from sefi_fast.training.config import TrainConfig
+from sefi_fast.training.config import SelfAttention, TrainConfig
 from sefi_fast.training.image import TIME_IDS
 from sefi_fast.training.noise import NoiseSchedule
 
+logger = logging.getLogger(__name__)
+
+BUNDLED = "the bundled tiny model"
+MODEL_KEYS = ("model", "model_config", "vae")
+"""Names of a model's sources in the settings of a subject, a run's file and a manifest."""
+ModelPath = str | os.PathLike[str] | None
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_VAE_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A base model and how to compute with it.
+
+    Attributes:
+        pipe: the pipeline, with its weights as they are stored.
+        name: for the subject's `base_model`.
+        model, model_config, vae: the arguments of `load_pipeline` to load it again.
+        device, dtype: of the computation.
+        owned: whether the pipeline was loaded for this run.
+    """
+
+    pipe: Any
+    name: str
+    model: str | None
+    device: torch.device
+    dtype: torch.dtype
+    owned: bool
+    model_config: str | None = None
+    vae: str | None = None
+    _stored_dtypes: list[torch.dtype] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Freezing widens narrow weights, and the checksum is of the stored ones.
+        stored = [tensor.dtype for tensor in _weights(self.pipe)]
+        object.__setattr__(self, "_stored_dtypes", stored)
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoders in the order of their joined outputs: two for SDXL."""
+        return [unwrap(part.text_encoder) for part in text_encoders(self.pipe)]
+
+    @cached_property
+    def checksum(self) -> str:
+        """8 hexadecimal digits that change with any weight, the noise schedule and the scaling.
+
+        They do not depend on the place of the weights, in memory or on disk. The bytes of each
+        tensor are added up as integers, as fast as the memory is read.
+        """
+        schedule = NoiseSchedule(self.pipe.scheduler, torch.device("cpu"))
+        scaling = {key: x for key, x in self.pipe.vae.config.items() if key in _VAE_SCALING}
+        value = zlib.crc32(repr((schedule.settings, scaling)).encode())
+        for tensor, dtype in zip(_weights(self.pipe), self._stored_dtypes, strict=True):
+            content = tensor.detach().to(dtype).contiguous().flatten().view(torch.uint8)
+            if content.storage_offset() % 8:
+                content = content.clone()
+            whole = len(content) // 8 * 8
+            total = int(content[:whole].view(torch.int64).sum())
+            summed = (tensor.shape, dtype, total, content[whole:].tolist())
+            value = zlib.crc32(repr(summed).encode(), value)
+        return f"{value:08x}"
+
+
+def _weights(pipe: Any) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of the U-Net, the VAE and the text encoders."""
+    for module in (pipe.unet, pipe.vae, *(part.text_encoder for part in text_encoders(pipe))):
+        if module is not None:
+            yield from unwrap(module).parameters()
+            yield from unwrap(module).buffers()
+
+
+@contextmanager
+def training_session(
+    model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
+) -> Iterator[BaseModel]:
+    """Yield the model, frozen on its device, with gradients on.
+
+    The caller's autocast and default device are off inside, so that a seed gives one result.
+
+    Raises:
+        ModelError: there is no such model, or the method does not fit its family.
+        ValueError: the device or the precision is not available.
+    """
+    # As a mode it costs each operation microseconds.
+    default_device = torch.get_default_device()
+    on_cpu = nullcontext() if default_device.type == "cpu" else torch.device("cpu")
+    with on_cpu, torch.inference_mode(False), torch.enable_grad():
+        base = load_base_model(model, config, model_config, vae)
+        with torch.autocast(base.device.type, enabled=False), frozen(base, config):
+            yield base
+
+
+def model_settings(
+    model: Any, model_config: ModelPath = None, vae: ModelPath = None
+) -> dict[str, str | None]:
+    """Return the entries of a subject's settings that name its base model."""
+    if not (model is None or isinstance(model, (str, os.PathLike))):
+        model = getattr(model.config, "_name_or_path", None) or None
+    given = {"model_config": model_config, "vae": vae}
+    return {
+        "model": None if model is None else os.fspath(model),
+        **{name: os.fspath(value) for name, value in given.items() if value is not None},
+    }
+
+
+def load_base_model(
+    model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
+) -> BaseModel:
+    """Load the model, or check the pipeline given, and choose device and dtype.
+
+    Raises:
+        ModelError: there is no such model, or the method does not fit its family.
+        ValueError: the device or the precision is not available, or `model_config` or `vae` were
+            given with a ready pipeline.
+    """
+    if model is not None and not isinstance(model, (str, os.PathLike)):
+        if model_config is not None or vae is not None:
+            raise ValueError(
+                "model_config and vae are for a model that is loaded, and a ready pipeline was "
+                "given: leave them out, and set pipe.vae instead"
+            )
+        check_pipeline(model)
+        check_latent_channels(model)
+        check_added_conditioning(model)
+        device = choose_device(config.device, unwrap(model.unet).device)
+        if config.device is None and device.type == "cpu" and torch.cuda.is_available():
+            logger.warning(
+                "the pipeline is on the CPU, and so is training: give device='cuda', or call "
+                "pipe.to('cuda') first"
+            )
+        dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
+        path = model_settings(model)["model"]
+        return BaseModel(model, path or type(model).__name__, path, device, dtype, owned=False)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.precision, device, torch.float32)
+    settings = model_settings(model, model_config, vae)
+    name = settings["model"]
+    # In float32 first: the text encoders keep it, because the trained rows enter there, and so does
+    # the VAE, which is small and, SDXL's, overflows in float16.
+    pipe = load_pipeline(name, dtype=torch.float32, device="cpu", config=model_config, vae=vae)
+    check_added_conditioning(pipe)
+    base = BaseModel(pipe, name or BUNDLED, device=device, dtype=dtype, owned=True, **settings)
+    if device.type != "cpu":
+        if config.checkpoint_every != 0 and dtype != torch.float32:
+            # Computed before weights are rounded, so that a run may go on on another device.
+            _ = base.checksum
+        pipe.unet.to(device, dtype)
+        for text_encoder in base.text_encoders:
+            text_encoder.to(device)
+    return base
 
 
 def choose_device(wanted: str | None, current: torch.device | None = None) -> torch.device:
-    """The device of a run: the one asked for, the pipeline's own, or CUDA where there is one.
+    """Return the device of a run: `wanted`, or the pipeline's, or CUDA where there is one.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: there is no such device here, or it is neither a CPU nor CUDA.
     """
-    if wanted is None:
-        chosen = current or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return _checked(chosen)
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device {wanted!r} cannot be used here ({first_line(error)}); give 'cpu' or None"
-        ) from error
-    return _checked(device)
-
-
-def _checked(device: torch.device) -> torch.device:
+    device = current or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted is not None:
+        try:
+            device = torch.device(wanted)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"device {wanted!r} cannot be used here ({reason}); give 'cpu' or None"
+            ) from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"training runs on the CPU and on CUDA, not on {str(device)!r}")
     return device
 
 
 def choose_dtype(precision: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
-    """The compute dtype. "auto": float32 on a CPU; on CUDA a half-precision model's own, else
-    bfloat16 where the device has it and float16 where it lacks it.
+    """Return the dtype of the computation.
 
-    On a CPU with bfloat16 matrix units "bf16" was measured to gain nothing on the bundled model and
-    on U-Nets up to 320 channels, and 1.6 times the speed at 640: worth asking for on large models,
-    no default, since the numbers would change from one processor to the next.
+    "auto" is float32 on a CPU. On CUDA it is the dtype of a half-precision model, else bfloat16, or
+    float16 on devices without bfloat16.
+
+    On a CPU with bfloat16 matrix units "bf16" gained nothing on the bundled model and on U-Nets of
+    up to 320 channels, and ran 1.6× faster at 640. It is worth asking for on large models. It is
+    not the default, because the numbers would differ between processors.
 
     Raises:
-        ValueError: float16 was asked for on a CPU, which has no gradient scaler for it.
+        ValueError: float16 on a CPU, which has no gradient scaler for it.
     """
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("precision 'fp16' works on CUDA only; on a CPU use 'fp32' or 'bf16'")
@@ -79,7 +228,7 @@ def choose_dtype(precision: str, device: torch.device, model_dtype: torch.dtype)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Autocast to `dtype`; off for float32."""
+    """Return an autocast to `dtype`; off for float32."""
     enabled = dtype != torch.float32
     # Frozen weights are never cached by autocast, so its cache would only hold memory.
     cast_to = dtype if enabled else torch.bfloat16
@@ -87,10 +236,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @contextmanager
-def borrowed(
+def temporarily_frozen(
     module: nn.Module, device: torch.device, dtype: torch.dtype | None, channels_last: bool = False
 ) -> Iterator[None]:
-    """Freeze `module`, put it on `device` in eval mode, and undo all of it on the way out.
+    """Freeze `module` on `device` in eval mode, and restore everything on exit.
 
     Only conversions that lose nothing are made: weights of fewer bytes than `dtype` become `dtype`,
     so float8 weights become float16 and half-precision ones float32. Others keep their type.
@@ -102,27 +251,18 @@ def borrowed(
         channels_last: lay convolution weights out channels-last.
 
     Raises:
-        ModelError: the weights are offloaded, on the meta device, quantised, or made in inference
+        ModelError: the weights are offloaded, on the meta device, quantized, or made in inference
             mode.
     """
-    registries: list[Any] = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
-    hooks = [registry for registry in registries if registry is not None]
-    _check_not_offloaded(module, hooks)
-    _check_not_quantised(module)
+    _check_freezable(module)
     tensors = [*module.parameters(), *module.buffers()]
-    if any(tensor.is_meta for tensor in tensors):
-        raise ModelError(
-            f"the {type(module).__name__} has no weights in memory (CPU offload or the meta "
-            "device): load the pipeline without offloading"
-        )
-    if any(tensor.is_inference() for tensor in tensors):
-        raise ModelError(
-            f"the weights of the {type(module).__name__} were made in torch.inference_mode(), "
-            "where no gradient can be taken. Training needs weights made outside of it. Load the "
-            "pipeline again outside of inference mode, or under torch.no_grad()"
-        )
-    casts = [cast for one in hooks if (cast := one.get_hook("layerwise_casting")) is not None]
-    # A stack puts back the rest when one of them fails or is interrupted.
+    hooks = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
+    casts = [
+        cast
+        for hook in hooks
+        if hook is not None and (cast := hook.get_hook("layerwise_casting")) is not None
+    ]
+    # A stack restores the rest when one of them fails or is interrupted.
     with ExitStack() as stack:
         for cast in casts if dtype is not None else ():
             # The backward pass needs the weights of the forward pass: no cast around each call.
@@ -144,39 +284,47 @@ def borrowed(
         yield
 
 
-def _check_not_offloaded(module: nn.Module, registries: list[Any]) -> None:
-    """Raise ModelError where hooks of accelerate or diffusers move the weights at each call."""
+def _check_freezable(module: nn.Module) -> None:
+    """Raise ModelError unless the weights stay in memory, in floating point, with gradients."""
+    kind = type(module).__name__
     hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))
-    moved = any(type(one).__name__ == "CpuOffload" for one in hooks) or any(
-        registry.get_hook("group_offloading") is not None for registry in registries
-    )
+    moved = any(type(one).__name__ == "CpuOffload" for one in getattr(hook, "hooks", (hook,)))
+    for part in module.modules():
+        registry: Any = getattr(part, "_diffusers_hook", None)
+        moved |= registry is not None and registry.get_hook("group_offloading") is not None
     if moved:
         raise ModelError(
-            f"the {type(module).__name__}'s weights are moved to the device for each call alone "
-            "(CPU offload): call pipe.remove_all_hooks() or load the pipeline without offloading, "
-            "and train with low_memory=True where memory is short"
+            f"the {kind}'s weights are moved to the device for each call alone (CPU offload): call "
+            "pipe.remove_all_hooks() or load the pipeline without offloading, and train with "
+            "low_memory=True where memory is short"
         )
-
-
-def _check_not_quantised(module: nn.Module) -> None:
-    """Raise ModelError for weights that are not plain floating-point tensors."""
-    for name, tensor in module.named_parameters():
-        plain = type(tensor) is nn.Parameter and type(tensor.data) is Tensor
-        if not plain or not tensor.is_floating_point():
-            kind = type(tensor if type(tensor) is not nn.Parameter else tensor.data).__name__
-            raise _quantised(module, f"{name} is a {kind} of {tensor.dtype}")
-    for name, part in module.named_modules():
+    quantized = [
         # torch.ao keeps packed weights that are not parameters.
-        if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic")):
-            raise _quantised(module, f"{name} is a quantised {type(part).__name__}")
-
-
-def _quantised(module: nn.Module, what: str) -> ModelError:
-    return ModelError(
-        f"the {type(module).__name__} is quantised: {what}. Training needs weights in floating "
-        "point. Load the model without quantisation; the subject can be attached to this pipeline"
-    )
+        f"{name} is a quantized {type(part).__name__}"
+        for name, part in module.named_modules()
+        if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic"))
+    ]
+    for name, tensor in module.named_parameters():
+        own = tensor.data if type(tensor) is nn.Parameter else tensor
+        if type(own) is not Tensor or not tensor.is_floating_point():
+            quantized.append(f"{name} is a {type(own).__name__} of {tensor.dtype}")
+    if quantized:
+        raise ModelError(
+            f"the {kind} is quantized: {quantized[0]}. Training needs weights in floating point. "
+            "Load the model without quantization; the subject can be attached to this pipeline"
+        )
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ModelError(
+            f"the {kind} has no weights in memory (CPU offload or the meta device): load the "
+            "pipeline without offloading"
+        )
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ModelError(
+            f"the weights of the {kind} were made in torch.inference_mode(), where no gradient can "
+            "be taken. Training needs weights made outside of it. Load the pipeline again outside "
+            "of inference mode, or under torch.no_grad()"
+        )
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -196,6 +344,7 @@ def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_las
 
 
 def _check_no_training(attn: Attention) -> None:
+    """Raise ModelError if the processor of another training is on a layer."""
     if isinstance(attn.processor, TrainingProcessor):
         raise ModelError(
             "another thread trains on this U-Net. One training at a time can have it. Train one "
@@ -205,14 +354,13 @@ def _check_no_training(attn: Attention) -> None:
 
 
 class TrainingProcessors:
-    """Split-stream processors with records on a U-Net's cross-attention layers.
+    """Split-stream processors with records for a U-Net's cross-attention layers.
 
     Args:
         unet: a UNet2DConditionModel.
-        record: where the layers leave their subject loss.
+        record: requests to the layers, and their results.
         backend: of the fused operator, by name.
-        self_attention: "sdpa" leaves the self-attention's processors alone, "xformers" replaces
-            them too.
+        self_attention: "sdpa" keeps the self-attention's processors, "xformers" replaces them.
 
     Raises:
         ModelError: a layer's processor does more than plain attention (IP-Adapter).
@@ -223,7 +371,7 @@ class TrainingProcessors:
         unet: nn.Module,
         record: AttentionRecord,
         backend: str | None = None,
-        self_attention: str = "sdpa",
+        self_attention: SelfAttention = "sdpa",
     ) -> None:
         self._ours: list[tuple[Attention, SeFiAttnProcessor]] = []
         crossing = cross_attention_layers(unwrap(unet))
@@ -243,7 +391,7 @@ class TrainingProcessors:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The processors on their layers; the ones before come back on the way out.
+        """Put the processors on their layers, and restore the former ones on exit.
 
         Raises:
             ModelError: another training is at a step on this U-Net.
@@ -267,155 +415,28 @@ class TrainingProcessors:
                         attn.set_processor(processor.replaced if ours else found)
 
 
-logger = logging.getLogger(__name__)
-
-BUNDLED = "the bundled tiny model"
-_VAE_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-
-
-class Source(NamedTuple):
-    """A base model and how to compute with it.
-
-    pipe: the pipeline. name: for the subject's `base_model`. model: what `load_pipeline` takes to
-    get it again, None for the bundled one. device, dtype: of the computation. owned: whether the
-    pipeline was loaded for this run. model_config, vae: what it was loaded with. checksum: of the
-    weights and the noise schedule.
-    """
-
-    pipe: Any
-    name: str
-    model: str | None
-    device: torch.device
-    dtype: torch.dtype
-    owned: bool
-    checksum: str
-    model_config: str | None = None
-    vae: str | None = None
-
-    @property
-    def text_encoders(self) -> list[Any]:
-        """The text encoders in the order of their joined outputs: two for SDXL."""
-        return [unwrap(part.text_encoder) for part in text_encoders(self.pipe)]
-
-
-MODEL_KEYS = ("model", "model_config", "vae")
-"""How the settings of a subject, a run's file and a manifest name what a model is loaded from."""
-
-ModelPath = str | os.PathLike[str] | None
-
-
-def model_settings(
-    model: Any, model_config: ModelPath = None, vae: ModelPath = None
-) -> dict[str, str | None]:
-    """Return what the settings of a subject keep of its base model, to load it again."""
-    if not (model is None or isinstance(model, (str, os.PathLike))):
-        model = getattr(model.config, "_name_or_path", None) or None
-    given = {"model_config": model_config, "vae": vae}
-    return {
-        "model": None if model is None else os.fspath(model),
-        **{name: os.fspath(value) for name, value in given.items() if value is not None},
-    }
-
-
-def find_source(
-    model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
-) -> Source:
-    """Load the model, or look at the pipeline given, and choose device and dtype.
-
-    Raises:
-        ModelError: there is no such model, or it is of a family the method does not fit.
-        ValueError: the device or the precision asked for cannot be had, or `model_config` or `vae`
-            were given with a ready pipeline.
-    """
-    if model is not None and not isinstance(model, (str, os.PathLike)):
-        if model_config is not None or vae is not None:
-            raise ValueError(
-                "model_config and vae are for a model that is loaded, and a ready pipeline was "
-                "given: leave them out, and set pipe.vae instead"
-            )
-        check_pipeline(model)
-        check_latent_channels(model)
-        check_added_conditioning(model)
-        device = choose_device(config.device, unwrap(model.unet).device)
-        if config.device is None and device.type == "cpu" and torch.cuda.is_available():
-            logger.warning(
-                "the pipeline is on the CPU, and so training is: give device='cuda', or call "
-                "pipe.to('cuda') first"
-            )
-        dtype = choose_dtype(config.precision, device, unwrap(model.unet).dtype)
-        given = model_settings(model)["model"]
-        checksum = model_checksum(model)
-        return Source(model, given or type(model).__name__, given, device, dtype, False, checksum)
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.precision, device, torch.float32)
-    settings = model_settings(model, model_config, vae)
-    name = settings["model"]
-    # In float32 first: the text encoders keep it, since the learned rows enter there, and so does
-    # the VAE, which is small and, SDXL's, overflows in float16.
-    pipe = load_pipeline(name, dtype=torch.float32, device="cpu", config=model_config, vae=vae)
-    check_added_conditioning(pipe)
-    # Before the weights are cast, so that a run may go on on another device.
-    checksum = model_checksum(pipe)
-    source = Source(
-        pipe, name or BUNDLED, device=device, dtype=dtype, owned=True, checksum=checksum, **settings
-    )
-    if device.type != "cpu":
-        pipe.unet.to(device, dtype)
-        for text_encoder in source.text_encoders:
-            text_encoder.to(device)
-    return source
-
-
-def model_checksum(pipe: Any) -> str:
-    """Return 8 hexadecimal digits that change with any weight, the noise schedule and the scaling.
-
-    They do not change with the place of the weights, in memory or on disk. The bytes of each tensor
-    are added up as integers, as fast as the memory is read.
-
-    Raises:
-        ModelError: the scheduler's noise schedule is not one to train with.
-    """
-    modules = [pipe.unet, pipe.vae, *(part.text_encoder for part in text_encoders(pipe))]
-    schedule = NoiseSchedule(pipe.scheduler, torch.device("cpu"))
-    scaling = {key: value for key, value in pipe.vae.config.items() if key in _VAE_SCALING}
-    value = zlib.crc32(repr((schedule.settings, scaling)).encode())
-    for module in map(unwrap, modules):
-        for tensor in (*module.parameters(), *module.buffers()):
-            # Borrowing refuses offloaded weights.
-            if tensor.is_meta:
-                continue
-            content = tensor.detach().contiguous().flatten().view(torch.uint8)
-            if content.storage_offset() % 8:
-                content = content.clone()
-            whole = len(content) // 8 * 8
-            total = int(content[:whole].view(torch.int64).sum())
-            summed = (tensor.shape, tensor.dtype, total, content[whole:].tolist())
-            value = zlib.crc32(repr(summed).encode(), value)
-    return f"{value:08x}"
-
-
 @contextmanager
-def frozen(source: Source, config: TrainConfig) -> Iterator[None]:
-    """U-Net and text encoders frozen and ready on the device; as they were on the way out."""
-    unet = unwrap(source.pipe.unet)
+def frozen(base: BaseModel, config: TrainConfig) -> Iterator[None]:
+    """Freeze the U-Net and the text encoders on the device, and restore them on exit."""
+    unet = unwrap(base.pipe.unet)
     with ExitStack() as stack:
         # Channels-last pays on CUDA's tensor cores; on CPUs it was measured to gain nothing.
-        channels_last = source.device.type == "cuda"
-        stack.enter_context(borrowed(unet, source.device, source.dtype, channels_last))
-        for text_encoder in source.text_encoders:
-            stack.enter_context(borrowed(text_encoder, source.device, source.dtype))
+        channels_last = base.device.type == "cuda"
+        stack.enter_context(temporarily_frozen(unet, base.device, base.dtype, channels_last))
+        for text_encoder in base.text_encoders:
+            stack.enter_context(temporarily_frozen(text_encoder, base.device, base.dtype))
         stack.enter_context(checkpointed(unet, config.gradient_checkpointing or config.low_memory))
-        if config.low_memory and source.pipe.vae is not None:
-            # Whoever needs it borrows it. The text encoders stay: every step needs them.
-            stack.enter_context(borrowed(source.pipe.vae, torch.device("cpu"), None))
+        if config.low_memory and base.pipe.vae is not None:
+            # It moves to the device for each use. The text encoders stay: every step needs them.
+            stack.enter_context(temporarily_frozen(base.pipe.vae, torch.device("cpu"), None))
         yield
 
 
 @contextmanager
 def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing on if `wanted`, in a form that a CUDA graph can capture.
+    """Turn gradient checkpointing on if `wanted`, in a form that a CUDA graph can capture.
 
-    One that the U-Net has already stays on, in that form as well.
+    If the U-Net has it on already, it stays on, in that form.
     """
     function = "_gradient_checkpointing_func"
     before = [
@@ -435,16 +456,16 @@ def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
 
 
 def _recompute(module: torch.nn.Module, *inputs: Any) -> Any:
-    # A frozen model in eval mode draws nothing at random, and the state of CUDA's generator cannot
-    # be read in a capture.
+    # A frozen model in eval mode takes no random numbers, and a capture cannot read the state of
+    # CUDA's generator.
     return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_added_conditioning(pipe: Any) -> None:
-    """Raise ModelError unless the U-Net takes, beside the words, what its family's training gives.
+    """Raise ModelError unless the U-Net takes the added conditioning of its family.
 
-    For SDXL that is the second encoder's pooled embedding and six numbers of size and crop; nothing
-    for Stable Diffusion 1.x and 2.x.
+    For SDXL that is the second encoder's pooled embedding and six numbers of size and crop. It is
+    nothing for Stable Diffusion 1.x and 2.x.
     """
     unet = unwrap(pipe.unet).config
     name = type(pipe).__name__
@@ -468,15 +489,15 @@ def check_added_conditioning(pipe: Any) -> None:
         )
     if kind is not None:
         raise ModelError(
-            f"the U-Net of this {name} takes an image beside the words (an "
-            "IP-Adapter): call pipe.unload_ip_adapter() before training, and load it again behind"
+            f"the U-Net of this {name} takes an image next to the words (an "
+            "IP-Adapter): call pipe.unload_ip_adapter() before training, and load it again after"
         )
     kind, wanted = getattr(unet, "addition_embed_type", None), None
     if is_sdxl(pipe):
         wanted = "text_time"
     if kind != wanted:
         raise ModelError(
-            f"the U-Net of this {type(pipe).__name__} takes added conditioning of type {kind!r}, "
+            f"the U-Net of this {name} takes added conditioning of type {kind!r}, "
             f"where {wanted!r} goes with its text encoders: are its parts of different models?"
         )
     taken = unet.cross_attention_dim
@@ -493,7 +514,7 @@ def check_added_conditioning(pipe: Any) -> None:
     taken = unet.projection_class_embeddings_input_dim
     if made != taken:
         raise ModelError(
-            f"the U-Net of this {type(pipe).__name__} takes {taken} numbers beside the words, but "
+            f"the U-Net of this {name} takes {taken} numbers next to the words, but "
             f"the pooled embedding of its second text encoder ({pooled}) and {', '.join(TIME_IDS)} "
             f"make {made}, as with SDXL's refiner: train on the base model"
         )
@@ -511,15 +532,15 @@ def check_latent_channels(pipe: Any) -> None:
 
 
 def resolution_of(pipe: Any, wanted: int | None) -> int:
-    """Side length in pixels to train at: the model's own, or a smaller one asked for.
+    """Return the side length in pixels to train at: `wanted`, or the model's own.
 
     Raises:
-        ValueError: the one asked for is larger than the model's or no multiple of its grid.
+        ValueError: `wanted` is larger than the model's or not a multiple of its grid.
     """
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     sample_size = unwrap(pipe.unet).config.sample_size
     side = sample_size if isinstance(sample_size, int) else min(sample_size or (64,))
-    own = side * factor
+    own: int = side * factor
     if wanted is None:
         return own
     if wanted > own or wanted % factor:

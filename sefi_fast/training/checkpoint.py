@@ -8,16 +8,16 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
 
 from sefi_fast import __version__
 from sefi_fast.errors import TrainingError
-from sefi_fast.training.config import TrainConfig, unsaid_settings
+from sefi_fast.training.config import TrainConfig
 from sefi_fast.utils.files import LONGEST_NAME, atomic_write, fitting_name, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
 from sefi_fast.utils.tensor_file import pack_tensors, read_metadata, unpack_tensors
@@ -31,6 +31,10 @@ _SIZE_LIMIT = 2**31
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _PARTIAL = re.compile(r"\.step-\d{6,}\.safetensors\.[0-9a-f]{8}")
 
+Resume = bool | str | os.PathLike[str] | None
+"""None: an unfinished run is an error. True: go on. "auto": go on, or begin where there is no
+checkpoint. False: begin again. A path: go on from that checkpoint or folder of checkpoints."""
+
 
 class CheckpointError(TrainingError, ValueError):
     """A checkpoint is missing, damaged, or of another run."""
@@ -43,9 +47,9 @@ class Checkpoint:
     Attributes:
         step: steps done.
         settings: all fields of TrainConfig.
-        identity: what is learnt on which model, in words and checksums.
-        tensors: the engine's state of the lane ("engine.…"), history ("history.…") and moving
-            average ("average.…"), on the CPU.
+        identity: image, words and model, as text and checksums.
+        tensors: state of the engine ("engine.…"), history ("history.…") and moving average
+            ("average.…"), on the CPU.
     """
 
     step: int
@@ -54,7 +58,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def part(self, name: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `name` and a point, without that."""
+        """Return the tensors whose names begin with `name` and a point, without that prefix."""
         start = name + "."
         return {
             key.removeprefix(start): tensor
@@ -64,7 +68,7 @@ class Checkpoint:
 
 
 def folder_of(output: Path) -> Path:
-    """Where the checkpoints of an output file lie: `me.safetensors.checkpoints`."""
+    """Return the folder of an output file's checkpoints: `me.safetensors.checkpoints`."""
     suffix = ".checkpoints"
     return output.with_name(fitting_name(output.name, LONGEST_NAME - len(suffix)) + suffix)
 
@@ -74,11 +78,11 @@ def discard(output: Path) -> None:
     CheckpointFolder(folder_of(output)).clear()
 
 
-class Timetable:
-    """When checkpoints are due.
+class CheckpointInterval:
+    """The steps or the time between checkpoints.
 
     Args:
-        every: steps between them; 0: never; None: once a minute, or more seldom where writing one
+        every: steps between them; 0: never; None: once a minute, or less often where writing one
             takes more than a fiftieth of the time.
     """
 
@@ -87,13 +91,13 @@ class Timetable:
         self._next = time.perf_counter() + _SECONDS_BETWEEN
 
     def due(self, step: int) -> bool:
-        """Whether one is due after `step` steps."""
+        """Return whether one is due after `step` steps."""
         if self._every is None:
             return time.perf_counter() >= self._next
         return self._every > 0 and step % self._every == 0
 
     def written(self, seconds: float) -> None:
-        """One was written, in that many seconds."""
+        """Note that writing one took that many seconds."""
         self._next = time.perf_counter() + max(_SECONDS_BETWEEN, 50 * seconds)
 
 
@@ -102,7 +106,7 @@ class CheckpointFolder:
 
     Args:
         path: the folder; it is made with the first checkpoint.
-        keep: how many of the newest stay.
+        keep: number of the newest that stay.
     """
 
     def __init__(self, path: Path, keep: int = 1) -> None:
@@ -120,14 +124,14 @@ class CheckpointFolder:
             )
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, whole or not, newest first."""
+        """Return the steps of all checkpoints, whole or not, newest first."""
         if not self._is_there():
             return []
         names = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def file(self, step: int) -> Path:
-        """The file of a step's checkpoint."""
+        """Return the file of a step's checkpoint."""
         return self.path / f"step-{step:06d}.safetensors"
 
     def write(self, checkpoint: Checkpoint) -> Path:
@@ -139,21 +143,25 @@ class CheckpointFolder:
         path = self.file(checkpoint.step)
         if path.is_symlink():
             path.unlink()
-        atomic_write(path, _content(checkpoint))
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "library_version": __version__,
+            "step": str(checkpoint.step),
+            "settings": json.dumps(checkpoint.settings, sort_keys=True),
+            "identity": json.dumps(checkpoint.identity, sort_keys=True),
+        }
+        content = pack_tensors(checkpoint.tensors, metadata, checksum=True)
+        if len(content) > _SIZE_LIMIT:
+            reason = f"it has {len(content):,} bytes, and at most {_SIZE_LIMIT:,} are read again"
+            raise OSError(errno.EFBIG, reason)
+        atomic_write(path, content)
         return path
 
-    def read(self, step: int) -> Checkpoint:
-        """The checkpoint of a step.
-
-        Raises:
-            CheckpointError: it is missing or damaged.
-        """
-        return read_checkpoint(self.file(step))
-
     def prune(self, newest: int) -> None:
-        """Remove all but the newest up to step `newest`, and what killed processes left behind.
+        """Remove all but the newest up to step `newest`, and the partial files of killed processes.
 
-        Later ones are of before a resumption from an older one, damaged or overtaken.
+        Later ones were written before the run was resumed from an older one.
         """
         steps = self.steps()
         kept = [step for step in steps if step <= newest][: self._keep]
@@ -186,7 +194,7 @@ class CheckpointFolder:
             self.clear()
 
     def _is_there(self) -> bool:
-        """Whether the folder is there. What a link leads to belongs to someone else."""
+        """Return whether the folder is there. The target of a link belongs to someone else."""
         return self.path.is_dir() and not self.path.is_symlink()
 
     def _remove_partials(self) -> None:
@@ -196,7 +204,7 @@ class CheckpointFolder:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file that is no longer wanted; one that cannot be removed ends no training."""
+    """Remove a file; one that cannot be removed does not end the training."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -204,7 +212,7 @@ def _remove(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, every byte of it checked.
+    """Read a checkpoint and check every byte of it.
 
     Raises:
         CheckpointError: the file is missing, truncated, damaged, larger than 2 GB, or not a
@@ -219,7 +227,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         metadata = read_metadata(content)
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is no checkpoint of sefi_fast")
+            raise CheckpointError(f"{path} is not a checkpoint of sefi_fast")
         if _whole_number(metadata, "format_version") > FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint {path} was written by sefi_fast {metadata['library_version']} in "
@@ -252,56 +260,33 @@ def _mapping(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     return value
 
 
-def _content(checkpoint: Checkpoint) -> bytes:
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "library_version": __version__,
-        "step": str(checkpoint.step),
-        "settings": json.dumps(checkpoint.settings, sort_keys=True),
-        "identity": json.dumps(checkpoint.identity, sort_keys=True),
-    }
-    content = pack_tensors(checkpoint.tensors, metadata, checksum=True)
-    if len(content) > _SIZE_LIMIT:
-        reason = f"it has {len(content):,} bytes, and at most {_SIZE_LIMIT:,} are read again"
-        raise OSError(errno.EFBIG, reason)
-    return content
+class Resumable(Protocol):
+    """A subject that may be resumed: `subject_state.SubjectState`."""
+
+    @property
+    def folder(self) -> CheckpointFolder | None:
+        """Folder of its checkpoints."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """Its settings."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Its image, words and model, as text and checksums."""
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError unless it can load the checkpoint."""
 
 
-logger = logging.getLogger(__name__)
-
-Resume = bool | str | os.PathLike[str] | None
-"""None: an unfinished run is an error. True: go on. "auto": go on, or begin where there is nothing
-to go on from. False: begin anew. A path: go on from that checkpoint or folder of checkpoints."""
-
-
-class Unfinished(NamedTuple):
-    """A subject about to train: where its checkpoints lie, what it is, and its settings.
-
-    check: raises ValueError unless the subject can take a checkpoint's contents.
-    """
-
-    folder: CheckpointFolder | None
-    identity: dict[str, str]
-    config: TrainConfig
-    check: Callable[[Checkpoint], None]
-
-
-def newest_step(output: str | os.PathLike[str]) -> int:
-    """Steps done in the newest whole checkpoint of an output file; 0 if there is none."""
-    return max(_whole(CheckpointFolder(folder_of(user_path(output))), None), default=0)
-
-
-def check_resume(resume: Resume, subjects: int) -> None:
-    """Raise TypeError or ValueError unless `resume` can be meant for that many subjects."""
+def check_resume(resume: Resume) -> None:
+    """Raise TypeError unless `resume` is one of the values that it may have."""
     if not (resume is None or isinstance(resume, (bool, str, os.PathLike))):
         raise TypeError(f"resume must be True, False, None, 'auto' or a path, got {resume!r}")
-    if _is_path(resume) and subjects != 1:
-        raise ValueError(f"resume is {resume}, but {subjects} subjects train here: use 'auto'")
 
 
-def checkpoints_to_resume(subject: Unfinished, resume: Resume) -> dict[int, Path]:
-    """The subject's whole checkpoints by their steps, newest first; empty to begin at step 0.
+def checkpoint_to_resume(subject: Resumable, resume: Resume) -> Checkpoint | None:
+    """Return the subject's newest whole checkpoint; None to begin at step 0.
 
     Raises:
         CheckpointError: there is an unfinished run and `resume` is None; there is none and
@@ -310,14 +295,17 @@ def checkpoints_to_resume(subject: Unfinished, resume: Resume) -> dict[int, Path
     """
     folder = subject.folder
     if _is_path(resume):
-        path = user_path(resume)  # type: ignore[arg-type]
+        path = user_path(resume)
         if path.is_dir():
             folder = CheckpointFolder(path.resolve())
         elif path.exists():
             checkpoint = read_checkpoint(path)
             _check_same(checkpoint, subject)
-            _check_contents(checkpoint, path, subject)
-            return {checkpoint.step: path}
+            try:
+                subject.check(checkpoint)
+            except ValueError as error:
+                raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+            return checkpoint
         else:
             raise CheckpointError(f"there is no checkpoint at {path}")
     steps = [] if folder is None else folder.steps()
@@ -328,81 +316,65 @@ def checkpoints_to_resume(subject: Unfinished, resume: Resume) -> dict[int, Path
                 f"there is no checkpoint to go on from in {where}: leave resume out to begin, or "
                 "use resume='auto', which does either"
             )
-        return {}
+        return None
     assert folder is not None
     if resume is None:
         raise CheckpointError(
             f"an unfinished run of {steps[0]} steps lies in {folder.path}: resume=True (--resume) "
-            "goes on from there, resume=False (--no-resume) removes it and begins anew"
+            "goes on from there, resume=False (--no-resume) removes it and begins again"
         )
     if resume is False:
-        logger.warning("training begins anew: the checkpoints in %s are removed", folder.path)
+        logger.warning("training begins again: the checkpoints in %s are removed", folder.path)
         folder.clear()
-        return {}
-    found = _whole(folder, subject)
-    if not found:
+        return None
+    newest = _newest_whole(folder, steps, subject)
+    if newest is None:
         raise CheckpointError(
             f"none of the {len(steps)} checkpoints in {folder.path} is whole: move them away, or "
-            "use resume=False (--no-resume), which removes them and begins anew"
+            "use resume=False (--no-resume), which removes them and begins again"
         )
-    if max(found) < steps[0]:
-        logger.warning("the newest whole checkpoint in %s is of step %d", folder.path, max(found))
-    return found
+    if newest.step < steps[0]:
+        logger.warning("the newest whole checkpoint in %s is of step %d", folder.path, newest.step)
+    return newest
 
 
-def _is_path(resume: Resume) -> bool:
+def _is_path(resume: Resume) -> TypeGuard[str | os.PathLike[str]]:
     return isinstance(resume, (str, os.PathLike)) and resume != "auto"
 
 
-def _whole(folder: CheckpointFolder, subject: Unfinished | None) -> dict[int, Path]:
-    found: dict[int, Path] = {}
-    for step in folder.steps():
+def _newest_whole(
+    folder: CheckpointFolder, steps: list[int], subject: Resumable
+) -> Checkpoint | None:
+    """Return the newest checkpoint that the subject can load, and warn of those that it cannot."""
+    for step in steps:
         path = folder.file(step)
         try:
-            checkpoint = folder.read(step)
+            checkpoint = read_checkpoint(path)
             if checkpoint.step != step:
                 raise CheckpointError(f"the checkpoint {path} is of step {checkpoint.step}")
         except CheckpointError as error:
-            logger.warning("%s; it is left aside", error)
+            logger.warning("%s; it is skipped", error)
             continue
-        if subject is not None:
-            if not found:
-                _check_same(checkpoint, subject)
-            try:
-                _check_contents(checkpoint, path, subject)
-            except CheckpointError as error:
-                logger.warning("%s; it is left aside", error)
-                continue
-        found[step] = path
-    return found
+        _check_same(checkpoint, subject)
+        try:
+            subject.check(checkpoint)
+        except ValueError as error:
+            logger.warning("the checkpoint %s is damaged: %s; it is skipped", path, error)
+            continue
+        return checkpoint
+    return None
 
 
-def _check_contents(checkpoint: Checkpoint, path: Path, subject: Unfinished) -> None:
-    try:
-        subject.check(checkpoint)
-    except ValueError as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
-
-
-def _check_same(checkpoint: Checkpoint, subject: Unfinished) -> None:
-    config, usual = subject.config, unsaid_settings()
-    now, then = config.as_dict(), checkpoint.settings
-    fixed = [field.name for field in fields(config) if not field.metadata["free"]]
-    differing = [
-        (name, then.get(name, usual[name]), now[name])
-        for name in fixed
-        if name != "steps" and then.get(name, usual[name]) != now[name]
-    ]
-    differing += [
-        (name, checkpoint.identity.get(name), value)
-        for name, value in subject.identity.items()
-        if checkpoint.identity.get(name) != value
-    ]
-    if differing:
-        changes = "; ".join(f"{name} was {was!r}, is {value!r}" for name, was, value in differing)
+def _check_same(checkpoint: Checkpoint, subject: Resumable) -> None:
+    """Raise CheckpointError unless a checkpoint is of the same run; its steps may differ."""
+    config, then = subject.config, checkpoint.settings
+    now = {name: value for name, value in config.fixed().items() if name != "steps"}
+    pairs = [(name, then.get(name), value) for name, value in now.items()]
+    pairs += [(name, checkpoint.identity.get(name), x) for name, x in subject.identity.items()]
+    if changes := "; ".join(f"{name} was {was!r}, is {x!r}" for name, was, x in pairs if was != x):
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} was made with other settings: {changes}. "
-            "Resume with the same, or use resume=False (--no-resume) to begin anew"
+            "Resume with the same, or use resume=False (--no-resume) to begin again"
         )
     if config.steps < checkpoint.step:
         raise CheckpointError(

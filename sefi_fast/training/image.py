@@ -1,4 +1,4 @@
-"""Read an image in whatever form it comes and make the square tensor that the VAE takes."""
+"""Read an image of any kind and make the square tensor that the VAE takes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from sefi_fast.errors import ImageError, PathError, printable
@@ -26,16 +25,7 @@ SMALLEST_SIDE = 16
 _BITS_TAG = 258
 _PHOTOMETRIC_TAG = 262
 _ORIENTATION_TAG = 274
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# Where the kept square lies on the longer axis, if that is (the width, the height).
+# Position of the kept square if the longer axis is (the width, the height).
 _ANCHORS = {
     "center": (0.5, 0.5),
     "top": (0.5, 0.0),
@@ -44,7 +34,7 @@ _ANCHORS = {
     "right": (1.0, 0.5),
 }
 TIME_IDS = ("original height", "original width", "top", "left", "height", "width")
-"""What the numbers of `time_ids` are."""
+"""The numbers of `time_ids`."""
 
 LARGEST_FILE = 2**29
 """Bytes of an image file."""
@@ -63,33 +53,27 @@ _LONGEST_EXIF = 2**17
 _LARGEST_PROFILE = 2**24
 
 _EXPORT = "open it in an image program and save it as PNG or JPEG"
+_FRAME = "save one frame as PNG or JPEG"
+_UNPACK = "unpack it and give the image"
 _FOREIGN = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the image", "run `git lfs pull`"),
-    (b"%PDF", "a PDF document", _EXPORT),
-    (b"%!PS", "a PostScript (EPS) file", _EXPORT),
-    (b"\xc5\xd0\xd3\xc6", "a PostScript (EPS) file", _EXPORT),
-    (b"8BPS", "a Photoshop (PSD) file", _EXPORT),
-    (b"gimp xcf", "a GIMP (XCF) file", _EXPORT),
-    (b"\xff\x0a", "a JPEG XL image", _EXPORT),
-    (b"\0\0\0\x0cJXL ", "a JPEG XL image", _EXPORT),
-    (b"II*\0\x10\0\0\0CR", "a camera's raw file", _EXPORT),
-    (b"IIU\0", "a camera's raw file", _EXPORT),
-    (b"IIRO", "a camera's raw file", _EXPORT),
-    (b"FUJIFILM", "a camera's raw file", _EXPORT),
-    (b"DDS ", "a DDS texture", _EXPORT),
-    (b"\0\0\1\0", "an icon (ICO)", _EXPORT),
-    (b"v/1\1", "an OpenEXR image", _EXPORT),
-    (b"#?RADIANCE", "a Radiance HDR image", _EXPORT),
-    (b"\xd7\xcd\xc6\x9a", "a Windows metafile (WMF)", _EXPORT),
-    (b"PK\3\4", "a ZIP archive or a PyTorch file", "unpack it and give the image"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it and give the image"),
-    (b"7z\xbc\xaf", "a 7z archive", "unpack it and give the image"),
-    (b"\x80\2", "a Python pickle", "give the image"),
-    (b"\x80\3", "a Python pickle", "give the image"),
-    (b"\x80\4", "a Python pickle", "give the image"),
-    (b"\x80\5", "a Python pickle", "give the image"),
-    (b"\x93NUMPY", "a NumPy file", "load it with numpy.load and give the array"),
-    (b"\x1aE\xdf\xa3", "a video", "save one frame as PNG or JPEG"),
+    ((b"version https://git-lfs",), "a Git LFS pointer, not the image", "run `git lfs pull`"),
+    ((b"%PDF",), "a PDF document", _EXPORT),
+    ((b"%!PS", b"\xc5\xd0\xd3\xc6"), "a PostScript (EPS) file", _EXPORT),
+    ((b"8BPS",), "a Photoshop (PSD) file", _EXPORT),
+    ((b"gimp xcf",), "a GIMP (XCF) file", _EXPORT),
+    ((b"\xff\x0a", b"\0\0\0\x0cJXL "), "a JPEG XL image", _EXPORT),
+    ((b"II*\0\x10\0\0\0CR", b"IIU\0", b"IIRO", b"FUJIFILM"), "a camera's raw file", _EXPORT),
+    ((b"DDS ",), "a DDS texture", _EXPORT),
+    ((b"\0\0\1\0",), "an icon (ICO)", _EXPORT),
+    ((b"v/1\1",), "an OpenEXR image", _EXPORT),
+    ((b"#?RADIANCE",), "a Radiance HDR image", _EXPORT),
+    ((b"\xd7\xcd\xc6\x9a",), "a Windows metafile (WMF)", _EXPORT),
+    ((b"PK\3\4",), "a ZIP archive or a PyTorch file", _UNPACK),
+    ((b"\x1f\x8b",), "a gzip archive", _UNPACK),
+    ((b"7z\xbc\xaf",), "a 7z archive", _UNPACK),
+    ((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"), "a Python pickle", "give the image"),
+    ((b"\x93NUMPY",), "a NumPy file", "load it with numpy.load and give the array"),
+    ((b"\x1aE\xdf\xa3",), "a video", _FRAME),
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -99,7 +83,7 @@ def load_image(
 ) -> Image.Image:
     """Return an upright sRGB image of 8 bits a channel.
 
-    EXIF orientation and the colour profile are applied, transparency is laid over the background,
+    EXIF orientation and the color profile are applied, transparency is laid over the background,
     and values of 16 bits are scaled to 8. The first frame of an animation and the largest page of a
     TIFF file are read.
 
@@ -107,7 +91,7 @@ def load_image(
         source: a PNG, JPEG, WebP, TIFF, BMP, GIF, JPEG 2000, PPM or AVIF file, a PIL image, or an
             array [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] of uint8, uint16, bool, integers in
             [0, 255] or floats in [0, 1].
-        background: a colour name.
+        background: a color name.
 
     Raises:
         ImageError: the file is missing, unreadable, cut off or not an image, the image is smaller
@@ -144,10 +128,12 @@ def decode(source: Image.Image | BinaryIO, name: str, background: str = "white")
             _load_pixels(image)
         else:
             image = _read(source, name)
-        turn = _UPRIGHT.get(_orientation(image))
-        # Binding the same name frees the stored image before the turned one is made.
+        orientation = _orientation(image)
+        # Binding the same name frees the stored image before the upright one is made.
         image = _to_rgb(image, name, background)
-        return image if turn is None else image.transpose(turn)
+        image.getexif()[_ORIENTATION_TAG] = orientation
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -164,13 +150,15 @@ def decode(source: Image.Image | BinaryIO, name: str, background: str = "white")
 
 
 def prepare(image: Image.Image, size: int, crop: str = "center") -> Tensor:
-    """The image's square as float32 [3, size, size] in [-1, 1], resized with antialiasing.
+    """Return the image's square as float32 [3, size, size] in [-1, 1], resized with antialiasing.
+
+    The square begins at whole pixels, which `time_ids` needs and `PIL.ImageOps.fit` does not do.
 
     Args:
         image: an RGB image.
         size: side length in pixels.
         crop: which square of an image that is not square: "center", "top", "bottom", "left" or
-            "right"; an anchor that does not lie on the longer axis means the centre.
+            "right"; an anchor that is not on the longer axis means the center.
     """
     left, top, side = _square(image, crop)
     box = (left, top, left + side, top + side)
@@ -180,9 +168,9 @@ def prepare(image: Image.Image, size: int, crop: str = "center") -> Tensor:
 
 
 def time_ids(image: Image.Image, size: int, crop: str = "center") -> Tensor:
-    """What SDXL is told of a prepared image's size and crop, float32 [6].
+    """Return SDXL's conditioning on a prepared image's size and crop, float32 [6].
 
-    Height and width of the image as it came; top and left of the kept square in pixels of the
+    Height and width of the image before resizing; top and left of the kept square in pixels of the
     resized image, as in SDXL's own training; height and width of the square. The mirrored image
     has the same.
 
@@ -195,7 +183,7 @@ def time_ids(image: Image.Image, size: int, crop: str = "center") -> Tensor:
 
 
 def _square(image: Image.Image, crop: str) -> tuple[int, int, int]:
-    """Left, top and side of the kept square, in pixels of the image."""
+    """Return left, top and side of the kept square, in pixels of the image."""
     side = min(image.size)
     across, down = _ANCHORS[crop]
     return round((image.width - side) * across), round((image.height - side) * down), side
@@ -240,24 +228,24 @@ def _read(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def _check_kind(stream: BinaryIO, name: str) -> None:
-    """Name what is not an image that can be read by its first bytes."""
+    """Raise ImageError with the name of a file type that cannot be read, by its first bytes."""
     start = stream.read(1024)
     if not start:
         raise ImageError(f"{name} is empty: {_WANTED}. Copy or download it again")
     brand, text = start[8:12], start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    kind = next((tuple(rest) for prefix, *rest in _FOREIGN if start.startswith(prefix)), None)
+    kind = next((rest for prefixes, *rest in _FOREIGN if start.startswith(prefixes)), None)
     if start[4:8] == b"ftyp" and b"avif" not in start[:64] and b"avis" not in start[:64]:
-        kind = ("a video", "save one frame as PNG or JPEG")
+        kind = ["a video", _FRAME]
         if brand in _HEIF_BRANDS:
-            kind = ("a HEIC (HEIF) image", _EXPORT)
+            kind = ["a HEIC (HEIF) image", _EXPORT]
         elif brand == b"crx ":
-            kind = ("a camera's raw file", _EXPORT)
+            kind = ["a camera's raw file", _EXPORT]
     elif start[:4] == b"RIFF" and brand == b"AVI ":
-        kind = ("a video", "save one frame as PNG or JPEG")
+        kind = ["a video", _FRAME]
     elif text.startswith(b"<"):
-        kind = ("an HTML or XML page", "download the image itself")
+        kind = ["an HTML or XML page", "download the image itself"]
         if b"<svg" in text:
-            kind = ("an SVG drawing", _EXPORT)
+            kind = ["an SVG drawing", _EXPORT]
     if kind is not None:
         raise ImageError(f"{name} is {kind[0]}: {_WANTED}. To use it, {kind[1]}")
 
@@ -267,7 +255,8 @@ def _read_by_pillow(stream: BinaryIO, name: str) -> Image.Image:
     stream.seek(0)
     Image.init()
     # A Pillow before 11.3 has no AVIF.
-    image: Any = Image.open(stream, formats=[one for one in _FORMATS if one in Image.OPEN])
+    formats = [one for one in _FORMATS if one in Image.OPEN]
+    image: Image.Image = Image.open(stream, formats=formats)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _seek_largest_page(image, stream, name)
     _check_size(image, name, file_size)
@@ -278,7 +267,7 @@ def _read_by_pillow(stream: BinaryIO, name: str) -> Image.Image:
 def _load_pixels(image: Any) -> None:
     tiles = getattr(image, "tile", ())
     if image.format == "PNG" and tiles and "transparency" in image.info:
-        # Pillow scales the pixels to 8 bits and not the transparent colour.
+        # Pillow scales the pixels to 8 bits and not the transparent color.
         raw_mode, key = tiles[0][3], image.info["transparency"]
         if raw_mode in ("L;2", "L;4"):
             image.info["transparency"] = key * (85 if raw_mode == "L;2" else 17)
@@ -298,7 +287,7 @@ def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, n
         try:
             image.seek(page)
         except Exception:
-            # It is the last, or what follows is damaged.
+            # It is the last, or the rest is damaged.
             break
         areas.append(image.width * image.height)
         parts = image.tag_v2.get(330, ())  # SubIFDs
@@ -325,7 +314,7 @@ def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, n
 
 
 def _without_text(stream: BinaryIO) -> tuple[BinaryIO, bytes]:
-    """Return a copy of a PNG file without text and colour profile, and the profile."""
+    """Return a copy of a PNG file without text and color profile, and the profile."""
     stream.seek(0)
     copy, profile = io.BytesIO(), b""
     copy.write(stream.read(8))
@@ -371,8 +360,8 @@ def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
     """Convert strip by strip, so that no second copy at a wider type is in memory."""
     is_deep = image.mode[0] in "IF"
     highest = _highest(image, name) if is_deep else 255
-    # Pillow turns greyscale with white as zero round at 8 bits only.
-    is_negative = _tiff_tags(image).get(_PHOTOMETRIC_TAG) == 0
+    # Pillow inverts grayscale with white as zero at 8 bits only.
+    is_negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0
     profile = _to_srgb(image, name)
     result = Image.new("RGB", image.size)
     rows = max(1, _STRIP // image.width)
@@ -388,7 +377,7 @@ def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
             scaled = np.rint(values.astype(np.float64) * (255 / highest))
             strip = Image.fromarray((255 - scaled if is_negative else scaled).astype(np.uint8))
         elif strip.has_transparency_data:
-            # Pillow converts premultiplied grey to nothing else.
+            # Pillow converts premultiplied gray to nothing else.
             strip = strip.convert("LA") if strip.mode == "La" else strip
             strip = strip.convert("RGBA")
             alpha = strip.getchannel("A")
@@ -405,12 +394,12 @@ def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
 
 
 def _highest(image: Image.Image, name: str) -> int:
-    """Return what white is in a wide greyscale image: the smallest range that its values fit."""
+    """Return the value of white in a wide grayscale image: that of the smallest range that fits."""
     if image.mode.startswith("I;16"):
-        return 4095 if _tiff_tags(image).get(_BITS_TAG) == (12,) else 65535
+        return 4095 if getattr(image, "tag_v2", {}).get(_BITS_TAG) == (12,) else 65535
     if image.mode == "I" and image.format in ("PPM", "PNG"):
         return 65535
-    low, high = image.getextrema()
+    low, high = image.getextrema()  # type: ignore[no-untyped-call, unused-ignore]
     if low < 0 or high > 65535:
         raise ImageError(
             f"{name} has values from {low:g} to {high:g}: an image of 8 or 16 bits a channel, or "
@@ -419,12 +408,8 @@ def _highest(image: Image.Image, name: str) -> int:
     return 1 if high <= 1 else 255 if high <= 255 else 65535
 
 
-def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
-    return getattr(image, "tag_v2", {})
-
-
 def _to_srgb(image: Image.Image, name: str) -> tuple[str, Any] | None:
-    """Return the colour mode to convert to and the transform from that to sRGB, if any."""
+    """Return the color mode to convert to and the transform from it to sRGB, if any."""
     embedded = image.info.get("icc_profile")
     if not embedded and image.mode != "LAB":
         return None
@@ -436,13 +421,13 @@ def _to_srgb(image: Image.Image, name: str) -> tuple[str, Any] | None:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded or b""))
             space = profile.profile.xcolor_space
             mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space]
-            is_grey = Image.getmodebase(image.mode) == "L"
-            if (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and not is_grey):
+            is_gray = Image.getmodebase(image.mode) == "L"
+            if (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and not is_gray):
                 raise ValueError(f"it is for {space}, and the image is {image.mode}")
         return mode, ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
     except Exception as error:
         # Viewers show such an image too.
-        logger.warning(printable(f"the colour profile of {name} is ignored: {error}"))
+        logger.warning(printable(f"the color profile of {name} is ignored: {error}"))
         return None
 
 
@@ -454,7 +439,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         hint = ""
         if array.ndim == 3 and array.shape[0] in (1, 3, 4):
             hint = "; channels come last: transpose it with (1, 2, 0)"
-        raise ImageError(f"{name} is no image: [h, w], [h, w, 3] or [h, w, 4] is wanted{hint}")
+        raise ImageError(f"{name} is not an image: [h, w], [h, w, 3] or [h, w, 4] is wanted{hint}")
     bytes_ = _array_to_bytes(array, name)
     if bytes_.shape[-1] == 1:
         return Image.fromarray(bytes_[..., 0])
@@ -468,7 +453,7 @@ def _array_to_bytes(array: np.ndarray, name: str) -> np.ndarray:
     is_wide = array.dtype.kind == "u" and array.dtype.itemsize == 2
     if array.dtype != np.bool_ and not is_wide:
         if not (is_float or np.issubdtype(array.dtype, np.integer)) or not np.isfinite(array).all():
-            raise ImageError(f"{name} holds values that are no finite numbers")
+            raise ImageError(f"{name} holds values that are not finite numbers")
         if array.min() < 0 or array.max() > (1 if is_float else 255):
             raise ImageError(
                 f"{name} has values from {array.min():g} to {array.max():g}: floats in [0, 1] or "

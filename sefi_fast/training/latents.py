@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def load_mask(
     source: str | os.PathLike[str] | Image.Image | np.ndarray,
-    picture: Image.Image,
+    image: Image.Image,
     size: int,
     crop: str = "center",
 ) -> Tensor:
@@ -31,7 +31,7 @@ def load_mask(
     Args:
         source: an image file or PIL image, white on the subject, and black or transparent
             elsewhere, or an array [h, w] of bool, integers in [0, 255] or floats in [0, 1].
-        picture: the image that the mask belongs to, upright, as `load_image` gives it.
+        image: the image that the mask belongs to, upright, as `load_image` returns it.
         size: side length in pixels of the square that is trained on.
         crop: which square of the image that is.
 
@@ -41,10 +41,10 @@ def load_mask(
         TypeError: `source` is none of these.
     """
     mask = open_mask(source)
-    if mask.size != picture.size:
+    if mask.size != image.size:
         raise ImageError(
-            f"the mask is {mask.width}×{mask.height} pixels and its image {picture.width}×"
-            f"{picture.height}: draw the mask on the image itself"
+            f"the mask is {mask.width}×{mask.height} pixels and its image {image.width}×"
+            f"{image.height}: draw the mask on the image itself"
         )
     # Bicubic resizing overshoots at edges.
     square = ((prepare(mask, size, crop).mean(0) + 1) / 2).clamp(0, 1)
@@ -57,7 +57,7 @@ def load_mask(
 
 
 def open_mask(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Image.Image:
-    """Return a mask as an RGB image; what is transparent is black.
+    """Return a mask as an RGB image; transparent parts are black.
 
     Raises:
         ImageError, TypeError: as for `load_image`.
@@ -69,7 +69,7 @@ def open_mask(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Imag
 
 
 def check_selection(lowest: float, highest: float, where: str) -> None:
-    """Refuse a mask without a white part, and warn of one without a black part.
+    """Raise ImageError for a mask without a white part, and warn of one without a black part.
 
     Args:
         lowest, highest: of the mask's values in [0, 1].
@@ -80,7 +80,7 @@ def check_selection(lowest: float, highest: float, where: str) -> None:
     """
     if highest <= 0.5:
         raise ImageError(
-            f"the mask is empty in {where}. It must be white on what is meant, and black or "
+            f"the mask is empty in {where}. It must be white on the subject, and black or "
             "transparent elsewhere. Draw it again"
         )
     if lowest > 0.5:
@@ -117,7 +117,7 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDistri
     """Encode an image [3, h, w] in [-1, 1], and its mirror image if `flip`, with a float32 VAE.
 
     Raises:
-        ModelError: the VAE is no AutoencoderKL.
+        ModelError: the VAE is not an AutoencoderKL.
         TrainingError: the VAE gives NaN or infinity, as some do in half precision.
     """
     views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
@@ -133,7 +133,7 @@ def encode_image(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDistri
     scale = vae.config.scaling_factor
     channel_mean, channel_std = (getattr(vae.config, f"latents_{x}", None) for x in ("mean", "std"))
     if channel_mean is not None and channel_std is not None:
-        # As SDXL's pipelines take it back: each channel has a mean and a spread of its own.
+        # As SDXL's pipelines invert it: each channel has its own mean and spread.
         shift, spread = (
             torch.tensor(x, dtype=torch.float32, device=weight.device).view(-1, 1, 1)
             for x in (channel_mean, channel_std)

@@ -8,27 +8,26 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from sefi_fast.errors import PathError, SefiError, TrainingError, printable
+from sefi_fast.training.subject_state import SubjectSpec
 from sefi_fast.utils.files import expanded, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
 from sefi_fast.utils.text import check_placeholder, composed, is_unicode, placeholder_for
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL import Image
-
-    Picture = str | os.PathLike[str] | Image.Image | np.ndarray
-
-
 logger = logging.getLogger(__name__)
 
+COLUMNS = (
+    "image", "class_word", "name", "placeholder", "seed", "scene", "mask", "model", "model_config",
+    "vae",
+)  # fmt: skip
+"""Fields of `SubjectSpec` that a manifest may hold."""
 # fmt: off
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff",
@@ -47,90 +46,63 @@ _SIZE_LIMIT = 64 * 2**20
 _LARGEST_CLASS_WORD = 2**16
 _LONGEST_NAME = 120
 _JSON_EXAMPLE = '{"image": "rex.jpg", "class_word": "dog"}'
+_READERS: dict[str, Callable[[str], str]] = {
+    "class_word": composed, "name": composed, "placeholder": check_placeholder, "scene": composed,
+    "model": expanded, "model_config": expanded, "vae": expanded,
+}  # fmt: skip
+"""Checks of the columns that hold text, which return it in the form to use."""
 _UNFIT = re.compile(r'[\x00-\x1f/\\:*?"<>|]')
 
 
 class ManifestError(SefiError, ValueError):
-    """The subjects to learn cannot be read, or contradict one another; nothing was begun."""
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One subject to learn: what a line of a manifest says.
-
-    Attributes:
-        image: an image file, a PIL image or an array [h, w, 3].
-        class_word: what it is; default: what `train_many` was told.
-        name: of its file; default: the image's file name.
-        placeholder: its word in prompts; default: its name in angle brackets, a hyphen for a space
-            (a colon where another subject has that placeholder).
-        seed: default: the configuration's.
-        scene: where the image was taken; default: the configuration's.
-        mask: where the subject is in the image, for `attention_loss="mask"`.
-        model: the base model; all entries that name one must name the same.
-        model_config, vae: what it is loaded with, as for `train`; likewise.
-        where: where this was said, for messages.
-    """
-
-    image: Picture
-    class_word: str | None = None
-    name: str = ""
-    placeholder: str = ""
-    seed: int | None = None
-    scene: str | None = None
-    mask: Any = None
-    model: str | None = None
-    model_config: str | None = None
-    vae: str | None = None
-    where: str = ""
-
-
-COLUMNS = tuple(field.name for field in fields(Entry) if field.name != "where")
+    """The subjects to train cannot be read, or contradict one another; nothing was begun."""
 
 
 def read_subjects(
     subjects: Any, model: Any = None, model_config: Any = None, vae: Any = None
-) -> list[Entry]:
-    """All subjects, each with a name and a placeholder of its own.
+) -> list[SubjectSpec]:
+    """Return all subjects, each with its own name and placeholder.
 
     Args:
-        subjects: a folder of images (a text file beside an image, `rex.txt` for `rex.jpg`, holds
+        subjects: a folder of images (a text file next to an image, `rex.txt` for `rex.jpg`, holds
             its class word); a .csv, .tsv or .jsonl file with the columns COLUMNS, of which `image`
             is needed, images relative to the file; or a list of images, of dictionaries with
-            those keys, or of `Entry`.
+            those keys, or of `SubjectSpec`.
         model, model_config, vae: of the run.
 
     Raises:
-        ManifestError: there is no subject, a column or a value is unknown, two have one name, a
-            image is missing, or they name several base models. All problems are told at once,
-            up to ten, each with its line.
-        TypeError: `subjects` is nothing of this.
+        ManifestError: there is no subject, a column or a value is unknown, two have one name, an
+            image is missing, or they name several base models. The message lists the first ten
+            problems, each with its line.
+        TypeError: `subjects` is none of these.
     """
     problems: list[str] = []
     if isinstance(subjects, (str, os.PathLike)):
         path = user_path(subjects)
-        entries = _read_path(path, problems)
-        what = str(path)
+        specs = _read_path(path, problems)
+        source = str(path)
     elif isinstance(subjects, Iterable) and not isinstance(subjects, Mapping):
-        entries = _read_list(subjects, problems)
-        what = "the list of subjects"
+        specs = _read_list(subjects, problems)
+        source = "the list of subjects"
     else:
         raise TypeError(
             "subjects must be a folder, a .csv or .jsonl file, or a list of images or "
             f"dictionaries, got {type(subjects).__name__}"
         )
-    if not entries and not problems:
-        raise ManifestError(f"{what} is empty: give at least one subject")
-    _check_together(entries, problems)
+    if not specs and not problems:
+        raise ManifestError(f"{source} is empty: give at least one subject")
+    _check_names(specs, problems)
     for key, given in (("model", model), ("model_config", model_config), ("vae", vae)):
-        _check_same(entries, key, given, problems)
+        _check_same(specs, key, given, problems)
     if problems:
-        raise ManifestError(f"{what} cannot be used; nothing was begun:{listed_problems(problems)}")
-    return _with_placeholders(entries)
+        raise ManifestError(
+            f"{source} cannot be used; nothing was begun:{listed_problems(problems)}"
+        )
+    return _with_placeholders(specs)
 
 
 def listed_problems(problems: Sequence[str]) -> str:
-    """Return the first ten problems, a line each, and how many more there are."""
+    """Return the first ten problems, a line each, and the number of the others."""
     shown = [
         printable(problem, _LONGEST_PROBLEM).replace("\n", "\\n")
         for problem in problems[:_MOST_PROBLEMS]
@@ -140,12 +112,12 @@ def listed_problems(problems: Sequence[str]) -> str:
     return "".join(f"\n  {line}" for line in shown)
 
 
-def model_of(entries: Iterable[Entry], key: str = "model") -> str | None:
-    """Return the base model that the entries name, if any does; or their model_config or vae."""
-    return next((value for entry in entries if (value := getattr(entry, key)) is not None), None)
+def model_of(specs: Iterable[SubjectSpec], key: str = "model") -> str | None:
+    """Return the base model that the subjects name, if any does; or their model_config or vae."""
+    return next((value for spec in specs if (value := getattr(spec, key)) is not None), None)
 
 
-def _read_path(path: Path, problems: list[str]) -> list[Entry]:
+def _read_path(path: Path, problems: list[str]) -> list[SubjectSpec]:
     if path.is_dir():
         return _read_folder(path, problems)
     if not path.exists():
@@ -158,33 +130,28 @@ def _read_path(path: Path, problems: list[str]) -> list[Entry]:
         hint = ""
         if suffix in IMAGE_SUFFIXES:
             hint = ": it is an image; give the folder it is in, or a list"
-        raise ManifestError(f"{path} is no manifest (.csv, .tsv, .jsonl or a folder){hint}")
+        raise ManifestError(f"{path} is not a manifest (.csv, .tsv, .jsonl or a folder){hint}")
     try:
-        text = _read_text(path, _SIZE_LIMIT)
+        text = read_regular(path, _SIZE_LIMIT).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    entries = []
+    specs = []
     for where, row in readers[suffix](text, suffix, problems):
         if len(problems) >= _ENOUGH_PROBLEMS:
-            problems.append(f"{where} and what follows is not read")
+            problems.append(f"{where} and the lines that follow are not read")
             break
         if row is None:
             continue
-        entry = _entry(row, f"{path.name} {where}", path.parent, problems)
-        if entry is not None:
-            entries.append(entry)
-    return entries
+        if (spec := _spec_of(row, f"{path.name} {where}", path.parent, problems)) is not None:
+            specs.append(spec)
+    return specs
 
 
-def _read_text(path: Path, limit: int) -> str:
-    return read_regular(path, limit).decode("utf-8-sig")
-
-
-def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
+def _read_folder(folder: Path, problems: list[str]) -> list[SubjectSpec]:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     others = [path.name for path in files if path.suffix.lower() in _UNREADABLE_SUFFIXES]
-    if not pictures:
+    if not images:
         found = f", only {', '.join(others[:_MOST_PROBLEMS])}" if others else ""
         raise ManifestError(
             f"the folder {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}){found}: give at "
@@ -192,54 +159,54 @@ def _read_folder(folder: Path, problems: list[str]) -> list[Entry]:
         )
     if others:
         logger.warning(
-            "%d images of %s are left out, as their formats cannot be read. Save them as PNG or "
-            "JPEG: %s%s", len(others), folder, printable(", ".join(others[:_MOST_PROBLEMS])),
+            "%d images of %s are skipped, because their formats cannot be read. Save them as PNG "
+            "or JPEG: %s%s", len(others), folder, printable(", ".join(others[:_MOST_PROBLEMS])),
             " …" if len(others) > _MOST_PROBLEMS else "",
         )  # fmt: skip
-    entries = []
-    for picture in pictures:
-        row: dict[str, Any] = {"image": picture}
-        beside = picture.with_suffix(".txt")
-        if beside.is_file():
+    specs = []
+    for image in images:
+        row: dict[str, Any] = {"image": image}
+        text = image.with_suffix(".txt")
+        if text.is_file():
             try:
-                row["class_word"] = _read_text(beside, _LARGEST_CLASS_WORD).strip()
+                word = read_regular(text, _LARGEST_CLASS_WORD).decode("utf-8-sig").strip()
             except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"{beside.name} cannot be read as UTF-8 text: {error}")
+                problems.append(f"{text.name} cannot be read as UTF-8 text: {error}")
                 continue
-            if not row["class_word"] or "\n" in row["class_word"]:
-                problems.append(f"{beside.name} must hold one line, the class word of the subject")
+            if not word or "\n" in word:
+                problems.append(f"{text.name} must hold one line, the class word of the subject")
                 continue
-        entry = _entry(row, picture.name, Path(), problems)
-        if entry is not None:
-            entries.append(entry)
-    return entries
+            row["class_word"] = word
+        if (spec := _spec_of(row, image.name, Path(), problems)) is not None:
+            specs.append(spec)
+    return specs
 
 
-def _read_list(subjects: Iterable[Any], problems: list[str]) -> list[Entry]:
-    entries = []
+def _read_list(subjects: Iterable[Any], problems: list[str]) -> list[SubjectSpec]:
+    specs = []
     for number, given in enumerate(subjects, 1):
         where = f"subject {number}"
-        if isinstance(given, Entry):
+        if isinstance(given, SubjectSpec):
             row = {name: getattr(given, name) for name in COLUMNS}
             where = given.where or where
         else:
             row = dict(given) if isinstance(given, Mapping) else {"image": given}
         if not isinstance(row.get("image"), (str, os.PathLike)):
             row["name"] = row.get("name") or f"subject-{number:06d}"
-        # Half a character in a phrase is the fault of this subject alone, told when it is trained.
+        # Half a character in a phrase is an error of this subject alone, raised when it is trained.
         broken: dict[str, Any] = {
             name: row[name]
             for name in ("class_word", "scene")
             if isinstance(row.get(name), str) and not is_unicode(row[name])
         }
-        entry = _entry({**row, **dict.fromkeys(broken)}, where, Path(), problems)
-        if entry is not None:
-            entries.append(replace(entry, **broken))
-    return entries
+        spec = _spec_of({**row, **dict.fromkeys(broken)}, where, Path(), problems)
+        if spec is not None:
+            specs.append(replace(spec, **broken))
+    return specs
 
 
 _Rows = Iterator[tuple[str, "dict[str, Any] | None"]]
-"""Where a row stands, and the row; None if its problem is told already."""
+"""The place of a row, and the row; None if its problem is listed already."""
 
 
 def _csv_rows(text: str, suffix: str, problems: list[str]) -> _Rows:
@@ -266,7 +233,7 @@ def _csv_rows(text: str, suffix: str, problems: list[str]) -> _Rows:
                 named = zip(header, (cell.strip() for cell in cells), strict=False)
                 yield where, {name: cell for name, cell in named if cell}
     except csv.Error as error:
-        problems.append(f"line {lines.line_num} is no CSV: {error}")
+        problems.append(f"line {lines.line_num} is not CSV: {error}")
 
 
 def _good_header(header: list[str], where: str, problems: list[str]) -> bool:
@@ -291,7 +258,7 @@ def _json_rows(text: str, suffix: str, problems: list[str]) -> _Rows:
         try:
             row = parse_json(line)
         except ValueError as error:
-            problems.append(f"line {number} is no JSON: {error}")
+            problems.append(f"line {number} is not JSON: {error}")
             row = None
         else:
             if not isinstance(row, dict):
@@ -300,8 +267,10 @@ def _json_rows(text: str, suffix: str, problems: list[str]) -> _Rows:
         yield f"line {number}", row
 
 
-def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -> Entry | None:
-    """The entry of one row; None, and what is wrong with it in `problems`, if there is none."""
+def _spec_of(
+    row: dict[str, Any], where: str, folder: Path, problems: list[str]
+) -> SubjectSpec | None:
+    """Return the subject of one row; None if it has problems, which are added to `problems`."""
     found: list[str] = []
     if unknown := [str(name) for name in row if name not in COLUMNS]:
         found.append(
@@ -310,15 +279,14 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
     values = {name: value for name, value in row.items() if name in COLUMNS and value is not None}
     if not values.get("name") and isinstance(values.get("image"), (str, os.PathLike)):
         values["name"] = Path(values["image"]).stem
-    for name in ("class_word", "name", "placeholder", "scene", "model", "model_config", "vae"):
+    for name in _READERS:
         if not values.get(name):
             continue
         if not isinstance(values[name], str):
             found.append(f"{name} must be text, got {values[name]!r}")
             continue
         try:
-            is_text = name in ("class_word", "name", "placeholder", "scene")
-            values[name] = composed(values[name]) if is_text else expanded(values[name])
+            values[name] = _READERS[name](values[name])
         except SefiError as error:
             found.append(f"{name}: {error}")
     if "seed" in values:
@@ -340,29 +308,24 @@ def _entry(row: dict[str, Any], where: str, folder: Path, problems: list[str]) -
     if found:
         problems.extend(f"{where}: {problem}" for problem in found)
         return None
-    try:
-        if values.get("placeholder"):
-            check_placeholder(values["placeholder"])
-        if problem := _bad_name(values["name"]):
-            raise ManifestError(problem)
-    except SefiError as error:
-        problems.append(f"{where}: {error}")
+    if problem := _bad_name(values["name"]):
+        problems.append(f"{where}: {problem}")
         return None
-    return Entry(**values, where=where)
+    return SubjectSpec(**values, where=where)
 
 
-def _with_placeholders(entries: list[Entry]) -> list[Entry]:
-    """The entries, those without a placeholder with one of their name, distinct from the others."""
-    plain = [entry.placeholder or placeholder_for(entry.name) for entry in entries]
+def _with_placeholders(specs: list[SubjectSpec]) -> list[SubjectSpec]:
+    """Give subjects without a placeholder one made of their name, distinct from the others."""
+    plain = [spec.placeholder or placeholder_for(spec.name) for spec in specs]
     taken = Counter(plain)
     return [
-        entry
-        if entry.placeholder
+        spec
+        if spec.placeholder
         # No name holds a colon; of "rex 1" and "rex-1" the second keeps the plain form.
-        else replace(entry, placeholder=placeholder_for(entry.name, space=":"))
+        else replace(spec, placeholder=placeholder_for(spec.name, space=":"))
         if taken[word] > 1
-        else replace(entry, placeholder=word)
-        for entry, word in zip(entries, plain, strict=True)
+        else replace(spec, placeholder=word)
+        for spec, word in zip(specs, plain, strict=True)
     ]
 
 
@@ -378,7 +341,7 @@ def _seed(value: Any, found: list[str]) -> int | None:
 def _bad_name(name: str) -> str | None:
     if _UNFIT.search(name) or name.startswith(".") or name != name.strip():
         return (
-            f'the name {name!r} is no file name: leave out / \\ : * ? " < > |, a leading point '
+            f'the name {name!r} is not a file name: leave out / \\ : * ? " < > |, a leading point '
             "and spaces at the ends"
         )
     if len(name.encode()) > _LONGEST_NAME:
@@ -386,23 +349,21 @@ def _bad_name(name: str) -> str | None:
     return None
 
 
-def _check_together(entries: list[Entry], problems: list[str]) -> None:
-    names: dict[str, Entry] = {}
-    for entry in entries:
+def _check_names(specs: list[SubjectSpec], problems: list[str]) -> None:
+    names: dict[str, SubjectSpec] = {}
+    for spec in specs:
         # Two names that differ in case are one file on some systems.
-        first = names.setdefault(entry.name.casefold(), entry)
-        if first is not entry:
+        first = names.setdefault(spec.name.casefold(), spec)
+        if first is not spec:
             problems.append(
-                f"{entry.where}: the name {entry.name!r} is that of {first.where} already; give "
-                "each subject a name of its own"
+                f"{spec.where}: the name {spec.name!r} is that of {first.where} already; give "
+                "each subject its own name"
             )
 
 
-def _check_same(entries: list[Entry], key: str, given: Any, problems: list[str]) -> None:
-    """Tell of entries that name another model, model_config or vae than the run or the first."""
-    named = [
-        (entry.where, value) for entry in entries if (value := getattr(entry, key)) is not None
-    ]
+def _check_same(specs: list[SubjectSpec], key: str, given: Any, problems: list[str]) -> None:
+    """Find subjects that name another model, model_config or vae than the run or the first."""
+    named = [(spec.where, value) for spec in specs if (value := getattr(spec, key)) is not None]
     if not named:
         return
     where, first = named[0]
@@ -410,9 +371,9 @@ def _check_same(entries: list[Entry], key: str, given: Any, problems: list[str])
         path = isinstance(given, (str, os.PathLike))
         where = "the run"
         first = os.fspath(given) if path else f"a ready {type(given).__name__}"
-    what = "base model" if key == "model" else key
+    kind = "base model" if key == "model" else key
     problems.extend(
-        f"{place} names the {what} {name!r}, {where} {first!r}: one run trains on one model, "
+        f"{place} names the {kind} {name!r}, {where} {first!r}: one run trains on one model, "
         "so make a manifest for each"
         for place, name in named
         if name != first
@@ -431,7 +392,7 @@ class Shard:
     state: Any = None
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """Every `count`-th item from `index` on: each item is exactly one process's."""
+        """Return every `count`-th item from `index` on: each item goes to exactly one process."""
         return list(items[self.index :: self.count])
 
     def wait(self) -> None:
@@ -441,7 +402,7 @@ class Shard:
 
 
 def current_shard() -> Shard:
-    """What the launcher's environment says of this process; one of one without a launcher.
+    """Return the place of this process among those of a launcher; one of one without a launcher.
 
     Raises:
         TrainingError: accelerate was set up for fewer processes than were launched.
@@ -452,13 +413,13 @@ def current_shard() -> Shard:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    # Without this word accelerate sees no processes where there is no GPU.
+    # Without this argument accelerate sees no processes where there is no GPU.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu)
     if state.num_processes != launched:
         raise TrainingError(
             f"{launched} processes were launched, but accelerate was set up for "
-            f"{state.num_processes}, so each would learn the same subjects: make its first "
+            f"{state.num_processes}, so each would train the same subjects: make its first "
             "PartialState or Accelerator with cpu=True on machines without a GPU"
         )
     return Shard(state.process_index, state.num_processes, state)

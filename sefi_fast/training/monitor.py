@@ -8,12 +8,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -25,26 +24,37 @@ from sefi_fast.errors import TrainingError, printable
 from sefi_fast.pipelines import attach, detach, generate
 from sefi_fast.pipelines.support import is_sdxl
 from sefi_fast.subject import Subject
-from sefi_fast.training.base_model import Source, autocast, borrowed
+from sefi_fast.training.base_model import BaseModel, autocast, temporarily_frozen
 from sefi_fast.training.config import TrainConfig
 from sefi_fast.training.image import decode
 
-if TYPE_CHECKING:
-    from PIL import Image
+logger = logging.getLogger(__name__)
+
+_THUMBNAIL = 24
+_RECENT = 20
+_LONGEST_TITLE = 40
+_USUAL_GUIDANCE = 7.5
+_USUAL_GUIDANCE_SDXL = 5.0
 
 
 @dataclass(eq=False)
 class History:
-    """Numbers of every finished step, and the images drawn on the way.
+    """Numbers of every finished step, and the validation images of a run.
 
     Attributes:
         loss: noise loss (the first term of equation 6) of each step.
-        subject_loss: attention term of each step, before λ; 0 in runs with λ = 0, which skip it.
+        subject_loss: attention loss of each step, before λ; 0 in runs with λ = 0, which skip it.
         seconds: time since training began, at the end of each step; a resumed run goes on from
             the time of its checkpoint.
-        validation: (steps done, one image a validation prompt).
-        skipped: numbers of the steps, counted from 0, that were left out because the loss or a
+        validation: (steps done, one image for each validation prompt).
+        skipped: numbers of the steps, counted from 0, that were skipped because the loss or a
             gradient was not finite.
+
+    Example:
+        >>> history = sefi_fast.train("me.jpg", validation_prompts=["a {} in the snow"]).history
+        >>> print(len(history.loss), history.loss[-1], history.seconds[-1])
+        >>> for step, images in history.validation:
+        ...     images[0].save(f"step-{step}.png")
     """
 
     loss: list[float] = field(default_factory=list)
@@ -60,20 +70,23 @@ class History:
         self.seconds.append(seconds)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything as tensors: float64 and int64 [steps], images as the bytes of a PNG."""
+        """Return everything as tensors: float64 and int64 [steps], images as the bytes of a PNG."""
         state = {
             name: torch.tensor(getattr(self, name), dtype=torch.float64)
             for name in ("loss", "subject_loss", "seconds")
         }
         state["skipped"] = torch.tensor(self.skipped, dtype=torch.int64)
-        for step, pictures in self.validation:
-            for number, picture in enumerate(pictures):
-                state[f"validation.{step:09d}.{number:04d}"] = _png(picture)
+        for step, images in self.validation:
+            for number, image in enumerate(images):
+                png = io.BytesIO()
+                image.save(png, format="PNG")
+                content = torch.frombuffer(bytearray(png.getvalue()), dtype=torch.uint8)
+                state[f"validation.{step:09d}.{number:04d}"] = content
         return state
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> History:
-        """Return the history that `state_dict` was taken of.
+        """Return the history of a `state_dict`.
 
         Raises:
             ValueError: `state` is not one of `state_dict`, or a validation image is damaged.
@@ -86,40 +99,31 @@ class History:
         loss, subject_loss, seconds = (state[name] for name in ("loss", "subject_loss", "seconds"))
         alike = len(loss) == len(subject_loss) == len(seconds)
         if not alike or not bool(torch.stack([loss, subject_loss, seconds]).isfinite().all()):
-            raise ValueError("its history is not of finite numbers, one of each kind a step")
-        drawn: dict[int, list[Image.Image]] = {}
+            raise ValueError(
+                "its history does not hold one finite number of each kind for each step"
+            )
+        validation: dict[int, list[Image.Image]] = {}
         for name in sorted(name for name in state if name.startswith("validation.")):
             step = re.fullmatch(r"validation\.([0-9]{1,12})\.[0-9]+", name)
             if step is None or state[name].dtype != torch.uint8 or state[name].dim() != 1:
                 raise ValueError(f"its history holds {name}, which is not a validation image")
             png = io.BytesIO(state[name].numpy().tobytes())
             image = decode(png, "a validation image of the checkpoint")
-            drawn.setdefault(int(step[1]), []).append(image)
+            validation.setdefault(int(step[1]), []).append(image)
         return cls(
             loss.tolist(),
             subject_loss.tolist(),
             seconds.tolist(),
-            validation=list(drawn.items()),
+            validation=list(validation.items()),
             skipped=state["skipped"].tolist(),
         )
 
 
-def _png(picture: Image.Image) -> Tensor:
-    stream = io.BytesIO()
-    picture.save(stream, format="PNG")
-    return torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)
-
-
-_THUMBNAIL = 24
-_RECENT = 20
-_LONGEST_TITLE = 40
-
-
 class Progress:
-    """A bar with the loss and subject loss of late, and the seconds left; on the error stream.
+    """Progress bar on the error stream, with recent means of the losses.
 
     Args:
-        title: what stands before the bar.
+        title: text before the bar.
         steps: of the whole run.
         done: steps done before this process.
         shown: False for no output at all.
@@ -130,20 +134,13 @@ class Progress:
         # Even a disabled bar takes a lock that forked processes share.
         self._bar = tqdm(total=steps, initial=done, unit="step", desc=name) if shown else None
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 
     def step(self, histories: Sequence[History]) -> None:
-        """One more step, with means over the subjects and the last twenty steps."""
+        """Count one more step, and show means over the subjects and the last twenty steps."""
         if self._bar is None:
             return
         seen = [history for history in histories if history.loss]
@@ -158,20 +155,20 @@ class Progress:
             self._bar.set_postfix(values, refresh=False)
         self._bar.update()
 
-    def pictures(self, drawn: Sequence[Image.Image]) -> None:
-        """Show images above the bar, if the terminal has colours."""
-        if self._bar is not None and drawn and shows_colours(sys.stderr):
-            self._bar.write(thumbnails(drawn), file=sys.stderr)
+    def images(self, generated: Sequence[Image.Image]) -> None:
+        """Show images above the bar, if the terminal has colors."""
+        if self._bar is not None and generated and shows_colors(sys.stderr):
+            self._bar.write(thumbnails(generated), file=sys.stderr)
 
 
-def shows_colours(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that says it has 24-bit colours."""
+def shows_colors(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that announces 24-bit colors."""
     return stream.isatty() and os.environ.get("COLORTERM") in ("truecolor", "24bit")
 
 
-def thumbnails(pictures: Sequence[Image.Image], side: int = _THUMBNAIL) -> str:
-    """Images side by side as lines of half blocks in 24-bit colours, two pixels a character."""
-    squares = [np.asarray(picture.convert("RGB").resize((side, side))) for picture in pictures]
+def thumbnails(images: Sequence[Image.Image], side: int = _THUMBNAIL) -> str:
+    """Return a row of images as lines of half blocks in 24-bit colors, two pixels a character."""
+    squares = [np.asarray(image.convert("RGB").resize((side, side))) for image in images]
     gap = np.zeros((side, 1, 3), dtype=np.uint8)
     row = np.concatenate([part for square in squares for part in (square, gap)][:-1], axis=1)
     lines = []
@@ -184,11 +181,8 @@ def thumbnails(pictures: Sequence[Image.Image], side: int = _THUMBNAIL) -> str:
     return "\n".join(lines)
 
 
-logger = logging.getLogger(__name__)
-
-
 def check_trackers(names: Sequence[str]) -> None:
-    """Find out before a run whether its trackers are there.
+    """Check before a run that its trackers are installed.
 
     Raises:
         ValueError: accelerate knows no tracker of that name.
@@ -211,12 +205,12 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of one run; one that fails is told of and left out, and training goes on.
+    """The trackers of one run. One that fails is removed with a warning, and training goes on.
 
     Args:
-        names: of accelerate's trackers.
+        names: of accelerate's trackers, as `check_trackers` takes them.
         folder: for those that write files.
-        run_name: what the run is called there.
+        run_name: title of the run.
         settings: the run's settings.
 
     Raises:
@@ -229,7 +223,6 @@ class Trackers:
         self._trackers: dict[str, Any] = {}
         if not names:
             return
-        check_trackers(names)
         from accelerate import PartialState
 
         # The trackers' own log messages ask for it.
@@ -260,24 +253,24 @@ class Trackers:
 
         def log(name: str, tracker: Any) -> None:
             if name == "tensorboard":
-                arrays = {key: np.stack([*map(np.asarray, drawn)]) for key, drawn in values.items()}
+                arrays = {key: np.stack([*map(np.asarray, each)]) for key, each in values.items()}
                 tracker.log_images(arrays, step=step, dataformats="NHWC")
             elif hasattr(tracker, "log_images"):
-                tracker.log_images({key: list(drawn) for key, drawn in values.items()}, step=step)
+                tracker.log_images({key: list(each) for key, each in values.items()}, step=step)
 
         self._each(log)
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and end the trackers."""
         self._each(lambda name, tracker: tracker.finish())
         self._trackers = {}
 
-    def _each(self, act: Any) -> None:
+    def _each(self, act: Callable[[str, Any], None]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
                 act(name, tracker)
             except Exception as error:
-                logger.warning("the tracker %r fails and is left out from here: %s", name, error)
+                logger.warning("the tracker %r fails and is removed: %s", name, error)
                 del self._trackers[name]
 
 
@@ -291,103 +284,67 @@ def _started(name: str, folder: Path, run_name: str, settings: Mapping[str, Any]
     tracker = make(run_name, **where)
     # Under `accelerate launch` each process has subjects of its own to log.
     tracker.main_process_only = False
-    # accelerate had no `start` at first: making a tracker began it.
+    # In the oldest accelerate that is supported, making a tracker starts it.
     if hasattr(tracker, "start"):
         tracker.start()
     tracker.store_init_configuration(settings)
     return tracker
 
 
-_USUAL_GUIDANCE = 7.5
-_USUAL_GUIDANCE_SDXL = 5.0
+def validate(
+    base: BaseModel, subject: Subject, config: TrainConfig, size: int
+) -> list[Image.Image]:
+    """Generate one image for each validation prompt; the pipeline stays as it is.
 
-
-def validate(source: Source, subject: Subject, config: TrainConfig, size: int) -> list[Image.Image]:
-    """One image a validation prompt, with the model on its device meanwhile."""
-    parts = [x for x in source.pipe.components.values() if isinstance(x, torch.nn.Module)]
+    The seed is the same for every image, so that the images of a run can be compared.
+    """
+    # A call changes its pipeline and scheduler, so a copy with the same models is called.
+    pipe = copy.copy(base.pipe)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    if is_sdxl(pipe) and pipe.vae.config.force_upcast:
+        pipe.vae = _without_autocast(pipe.vae)
+    parts = [x for x in base.pipe.components.values() if isinstance(x, torch.nn.Module)]
     with ExitStack() as stack:
         for part in parts:
-            stack.enter_context(borrowed(part, source.device, None))
-        stack.enter_context(autocast(source.device, source.dtype))
-        return draw_validation(
-            source.pipe,
-            subject,
-            config.validation_prompts,
-            seed=config.seed,
-            size=size,
-            steps=config.validation_steps,
-            guidance=guidance_for(source, config),
-        )
+            stack.enter_context(temporarily_frozen(part, base.device, None))
+        stack.enter_context(autocast(base.device, base.dtype))
+        stack.callback(detach, pipe)
+        attach(pipe, subject)
+        with torch.no_grad():
+            return [
+                generate(
+                    pipe,
+                    sentence.replace("{}", subject.placeholder),
+                    n=1,
+                    seed=config.seed,
+                    steps=config.validation_steps,
+                    guidance=guidance_for(base, config),
+                    height=size,
+                    width=size,
+                )[0]
+                for sentence in config.validation_prompts
+            ]
 
 
-def guidance_for(source: Source, config: TrainConfig) -> float:
-    """The guidance asked for, or what suits the model: the bundled one has its own."""
+def guidance_for(base: BaseModel, config: TrainConfig) -> float:
+    """Return the guidance of the settings, or the model's usual one."""
     if config.validation_guidance is not None:
         return config.validation_guidance
     from sefi_fast.tiny_world import SAMPLING, bundled_model_path
 
-    is_bundled = (
-        source.owned if source.model is None else Path(source.model) == bundled_model_path()
-    )
-    if is_bundled:
+    if base.owned if base.model is None else Path(base.model) == bundled_model_path():
         return float(SAMPLING["guidance"])
-    return _USUAL_GUIDANCE_SDXL if is_sdxl(source.pipe) else _USUAL_GUIDANCE
-
-
-def draw_validation(
-    pipe: Any,
-    subject: Subject,
-    sentences: tuple[str, ...],
-    *,
-    seed: int,
-    size: int,
-    steps: int,
-    guidance: float,
-) -> list[Image.Image]:
-    """One image a sentence with `subject` attached, leaving the pipeline as it is.
-
-    Args:
-        pipe: a whole pipeline, with its own attention processors in place.
-        subject: the current state.
-        sentences: with {} where the subject stands.
-        seed: of every image, so that the images of a run can be compared.
-        size: side length in pixels.
-        steps: denoising steps.
-        guidance: strength of classifier-free guidance.
-    """
-    # A call leaves traces on its pipeline and scheduler, so a twin with the same models is called.
-    twin = copy.copy(pipe)
-    twin.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    twin.set_progress_bar_config(disable=True)
-    if is_sdxl(pipe) and pipe.vae.config.force_upcast:
-        twin.vae = _without_autocast(pipe.vae)
-    try:
-        attach(twin, subject)
-        with torch.no_grad():
-            return [
-                generate(
-                    twin,
-                    sentence.replace("{}", subject.placeholder),
-                    n=1,
-                    seed=seed,
-                    steps=steps,
-                    guidance=guidance,
-                    height=size,
-                    width=size,
-                )[0]
-                for sentence in sentences
-            ]
-    finally:
-        detach(twin)
+    return _USUAL_GUIDANCE_SDXL if is_sdxl(base.pipe) else _USUAL_GUIDANCE
 
 
 def _without_autocast(vae: Any) -> Any:
-    """The same VAE, decoding in its weights' own precision: SDXL's overflows in float16."""
-    twin = copy.copy(vae)
+    """Return a VAE that decodes in its weights' own precision: SDXL's overflows in float16."""
+    wrapped = copy.copy(vae)
 
     def decode(latents: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         with torch.autocast(latents.device.type, enabled=False):
             return vae.decode(latents.to(vae.dtype), *arguments, **keywords)
 
-    twin.decode = decode
-    return twin
+    wrapped.decode = decode
+    return wrapped

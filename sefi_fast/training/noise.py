@@ -1,8 +1,8 @@
-"""What a step draws at random, the noised latents and the targets of the noise loss."""
+"""Random numbers of a training step, the noised latents and the targets of the noise loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,11 @@ from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.support import check_scheduler
 
 
-class Draw(NamedTuple):
-    """Everything random of one step, on the CPU: B samples.
+class NoiseSample(NamedTuple):
+    """All random numbers of one step of B samples, on the CPU.
 
-    timesteps: int64 [B]. view: int64 [B], which of the image's views. template: int64 [B], which
-    training sentence. latent_noise, noise: float32 [B, C, h, w], standard normal.
+    timesteps: int64 [B]. view: int64 [B], index of the image's view. template: int64 [B], index of
+    the training sentence. latent_noise, noise: float32 [B, C, h, w], standard normal.
     """
 
     timesteps: Tensor
@@ -26,7 +26,7 @@ class Draw(NamedTuple):
     noise: Tensor
 
 
-def draw(
+def sample_noise(
     generator: torch.Generator,
     *,
     batch_size: int,
@@ -34,17 +34,17 @@ def draw(
     views: int,
     templates: int,
     latent_shape: tuple[int, ...],
-) -> Draw:
-    """Draw one step. Timesteps are stratified, one in each of B equal parts of [0, T).
+) -> NoiseSample:
+    """Sample one step. Timesteps are stratified, one in each of B equal parts of [0, T).
 
-    Drawn on the CPU whatever the device, so that a seed means the same everywhere and the host
-    knows the stages without waiting for the device.
+    The numbers come from the CPU on every device, so that a seed gives the same everywhere and the
+    host knows the stages without waiting for the device.
     """
     within = torch.rand(batch_size, generator=generator, dtype=torch.float32)
     where = torch.arange(batch_size) + within
     timesteps = (where / batch_size * num_train_timesteps).long()
     shape = (batch_size, *latent_shape)
-    return Draw(
+    return NoiseSample(
         timesteps.clamp_(max=num_train_timesteps - 1),
         torch.randint(views, (batch_size,), generator=generator),
         torch.randint(templates, (batch_size,), generator=generator),
@@ -53,73 +53,70 @@ def draw(
     )
 
 
-class LaneDraws:
-    """Random numbers of the coming step of L lanes, each from a generator of its own.
+class NoiseSampler:
+    """Random numbers of the coming step of L subjects, each from its own generator.
 
-    `ahead` may draw while a device still computes; the generators' states that `states` gives are
-    those before the coming step all the same.
+    `prefetch` may run while the device is busy. `states` always returns the generators' states
+    before the coming step.
 
     Args:
-        generators: one a lane, on the CPU.
-        buffers: where the numbers of a step go: each part of a `Draw` as [k, L, B, …] for k draws
-            a step.
-        settings: what `draw` takes besides the generator.
+        generators: one for each subject, on the CPU.
+        buffers: the numbers of a step: each part of a `NoiseSample` as [k, L, B, …] for k batches.
+        sample: `sample_noise` with all arguments but the generator.
     """
 
     def __init__(
-        self, generators: Sequence[torch.Generator], buffers: Draw, settings: Mapping[str, Any]
+        self,
+        generators: Sequence[torch.Generator],
+        buffers: NoiseSample,
+        sample: Callable[[torch.Generator], NoiseSample],
     ) -> None:
         self._generators = list(generators)
-        self._settings = dict(settings)
-        self.buffers = buffers
+        self._sample = sample
         self._before: list[Tensor] | None = None
-        self._turn: int
-        self._host_sets: list[Draw]
-        self._make_host_sets()
+        self._make_host_buffers(buffers)
 
-    def ahead(self) -> None:
-        """Draws the coming step, if that is not done yet."""
+    def prefetch(self) -> None:
+        """Sample the coming step, unless that is done."""
         if self._before is not None:
             return
         self._before = [generator.get_state() for generator in self._generators]
-        # The set before the latest may still be on its way to the device.
-        self._turn = (self._turn + 1) % len(self._host_sets)
-        host = self._host_sets[self._turn]
-        for number in range(len(self.buffers.timesteps)):
-            for lane, generator in enumerate(self._generators):
-                for place, part in zip(host, draw(generator, **self._settings), strict=True):
-                    place[number, lane].copy_(part)
+        # The buffers before the latest may still be on their way to the device.
+        self._host.reverse()
+        for batch in range(len(self.buffers.timesteps)):
+            for row, generator in enumerate(self._generators):
+                for place, part in zip(self._host[0], self._sample(generator), strict=True):
+                    place[batch, row].copy_(part)
 
     def load(self) -> None:
-        """Puts the coming step's numbers into the buffers; the one after it is the coming one."""
-        self.ahead()
+        """Put the coming step's numbers into the buffers; the one after it is the coming one."""
+        self.prefetch()
         self._before = None
-        host = self._host_sets[self._turn]
-        for buffer, place in zip(self.buffers, host, strict=True):
+        for buffer, place in zip(self.buffers, self._host[0], strict=True):
             if buffer is not place:
                 buffer.copy_(place, non_blocking=True)
 
     def states(self) -> list[Tensor]:
-        """The generators' states before the coming step."""
+        """Return the generators' states before the coming step."""
         return self._before or [generator.get_state() for generator in self._generators]
 
-    def set_state(self, lane: int, state: Tensor) -> None:
-        """Puts one lane's generator to a state of `states`."""
+    def set_state(self, row: int, state: Tensor) -> None:
+        """Put the generator of one subject to a state of `states`."""
         self._forget()
-        self._generators[lane].set_state(state)
+        self._generators[row].set_state(state)
 
     def keep(self, index: Sequence[int]) -> None:
-        """Keeps the lanes of `index` only, in its order, with new buffers."""
+        """Keep the subjects of `index` only, in its order, with new buffers."""
         self._forget()
-        self._generators = [self._generators[lane] for lane in index]
-        self.buffers = Draw(*(buffer[:, : len(index)].clone() for buffer in self.buffers))
-        self._make_host_sets()
+        self._generators = [self._generators[row] for row in index]
+        self._make_host_buffers(
+            NoiseSample(*(buffer[:, : len(index)].clone() for buffer in self.buffers))
+        )
 
-    def move(self, buffers: Draw) -> None:
-        """Goes on in other buffers of the same shapes."""
+    def move(self, buffers: NoiseSample) -> None:
+        """Go on in other buffers of the same shapes."""
         self._forget()
-        self.buffers = buffers
-        self._make_host_sets()
+        self._make_host_buffers(buffers)
 
     def _forget(self) -> None:
         if self._before is not None:
@@ -127,44 +124,48 @@ class LaneDraws:
                 generator.set_state(state)
             self._before = None
 
-    def _make_host_sets(self) -> None:
-        self._turn = 0
-        self._host_sets = [self.buffers]
-        if self.buffers.noise.device.type != "cpu":
-            self._host_sets = [
-                Draw(*(torch.empty_like(x, device="cpu", pin_memory=True) for x in self.buffers))
+    def _make_host_buffers(self, buffers: NoiseSample) -> None:
+        self.buffers = buffers
+        self._host = [buffers]
+        if buffers.noise.device.type != "cpu":
+            self._host = [
+                NoiseSample(*(torch.empty_like(x, device="cpu", pin_memory=True) for x in buffers))
                 for _ in range(2)
             ]
 
 
 def empty_buffers(
-    draws: int, lanes: int, batch_size: int, latent_shape: tuple[int, ...], device: torch.device
-) -> Draw:
-    """Buffers for `LaneDraws`, on the device that computes."""
-    shape = (draws, lanes, batch_size)
-
-    def whole() -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-
-    def real() -> Tensor:
-        return torch.zeros(*shape, *latent_shape, dtype=torch.float32, device=device)
-
-    return Draw(whole(), whole(), whole(), real(), real())
+    batches: int,
+    subjects: int,
+    batch_size: int,
+    latent_shape: tuple[int, ...],
+    device: torch.device,
+) -> NoiseSample:
+    """Return buffers for `NoiseSampler` on the device that computes."""
+    shape = (batches, subjects, batch_size)
+    whole = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3)]
+    real = [
+        torch.zeros(*shape, *latent_shape, dtype=torch.float32, device=device) for _ in range(2)
+    ]
+    return NoiseSample(*whole, *real)
 
 
 class NoiseSchedule:
     """The forward process of a diffusers scheduler's configuration, and its target.
 
+    The square roots are rounded from float64. `DDPMScheduler.add_noise` and `get_velocity`, and
+    diffusers' `compute_snr`, take them in float32: their results differ in the last bit.
+
     Args:
         scheduler: any scheduler of the pipeline; only its configuration is read.
-        device: where latents will be.
+        device: of the latents.
 
     Attributes:
-        settings: of the scheduler's configuration, those that training depends on.
+        settings: the part of the scheduler's configuration that training depends on.
 
     Raises:
-        ModelError: the model predicts something else than noise or velocity, or its scheduler has
-            no betas (flow matching) or counts time by the noise's logarithm.
+        ModelError: the model does not predict noise or velocity, or its scheduler has no betas
+            (flow matching) or uses log-sigma timesteps.
     """
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
@@ -204,26 +205,26 @@ class NoiseSchedule:
         if len(kept) != self.num_train_timesteps or not bool(((kept >= 0) & (kept <= 1)).all()):
             raise ModelError(
                 f"the betas of the pipeline's {name} are not a noise schedule of "
-                f"{self.num_train_timesteps} steps. Numbers from 0 to 1 are wanted, one a step: "
-                "set pipe.scheduler to that of the model, or get the model again"
+                f"{self.num_train_timesteps} steps. Numbers from 0 to 1 are wanted, one for each "
+                "step: set pipe.scheduler to that of the model, or get the model again"
             )
         self._signal = kept.sqrt().float().to(device)
         self._noise = (1 - kept).sqrt().float().to(device)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ·latents + √(1−ᾱ)·noise at the timesteps [B]."""
+        """Return √ᾱ·latents + √(1−ᾱ)·noise at the timesteps [B]."""
         signal, spread = self._at(timesteps)
         return signal * latents + spread * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model should predict: the noise, or the velocity √ᾱ·noise − √(1−ᾱ)·latents."""
+        """Return the target: the noise, or the velocity √ᾱ·noise − √(1−ᾱ)·latents."""
         if self.prediction_type == "epsilon":
             return noise
         signal, spread = self._at(timesteps)
         return signal * noise - spread * latents
 
     def min_snr_weights(self, gamma: float) -> Tensor:
-        """Weights [T] of the noise loss: min(SNR, γ) in units of the clean image's error.
+        """Return weights [T] of the noise loss: min(SNR, γ) in units of the clean image's error.
 
         Divided by SNR for a model that predicts the noise, and by SNR + 1 for the velocity, whose
         squared errors are that many times the clean image's (Hang et al. 2023, "Efficient
@@ -234,7 +235,8 @@ class NoiseSchedule:
         unit = snr if self.prediction_type == "epsilon" else snr + 1
         # 0/0 at zero terminal SNR, where the limit is 1.
         weights = (snr.clamp(max=gamma) / unit).nan_to_num(1.0)
-        return (weights / weights.mean()).float()
+        normalized: Tensor = weights / weights.mean()
+        return normalized.float()
 
     def _at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         return (

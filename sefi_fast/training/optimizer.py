@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def rate_factor(config: TrainConfig, done: int) -> float:
-    """What the learning rate is multiplied by in the step after `done` others.
+    """Return the factor of the learning rate in the step that follows `done` others.
 
-    Over `warmup_steps` it rises evenly to 1; then it stays (constant), or falls along half a cosine
+    It rises evenly to 1 over `warmup_steps`. Then it stays (constant), or falls along half a cosine
     or a straight line, to 0 just after the last step.
     """
     warmup = config.warmup_steps
@@ -34,13 +34,14 @@ def rate_factor(config: TrainConfig, done: int) -> float:
 
 
 class MovingAverage:
-    """Exponential moving average of a lane's tokens, float32, on their device.
+    """Exponential moving average of a subject's tokens, float32, on their device.
 
     The decay of update t, counted from 0, is min(decay, (1 + t) / (10 + t)), so that the start
-    values do not linger in short runs.
+    values do not linger in short runs. diffusers' `EMAModel` begins with a decay of 0 and takes
+    NaN into the average.
 
     Args:
-        decay: what is kept of the average in one step, below 1.
+        decay: share of the average that is kept in one step, below 1.
         start: the tokens before the first step.
     """
 
@@ -50,7 +51,7 @@ class MovingAverage:
         self._average = start.detach().clone()
 
     def update(self, rows: Tensor) -> None:
-        """Takes in the rows after a step; rows that hold NaN or infinity are left out."""
+        """Average in the rows after a step, unless they hold NaN or infinity."""
         kept = min(self._decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
         moved = self._average.lerp(rows.detach(), 1 - kept)
@@ -58,15 +59,15 @@ class MovingAverage:
         self._average = torch.where(torch.isfinite(moved).all(), moved, self._average)
 
     def current(self) -> Tensor:
-        """The average, on the CPU."""
+        """Return the average on the CPU."""
         return self._average.cpu()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average, and how many updates made it."""
+        """Return the average and the number of its updates."""
         return {"updates": torch.tensor(self._updates), "average": self._average.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Goes on from what `state_dict` gave."""
+        """Restore a state of `state_dict`."""
         self._updates = int(state["updates"])
         self._average = state["average"].to(self._average.device, copy=True)
 
@@ -75,12 +76,12 @@ _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 _FIRST_SCALE = 2.0**12
 _GROWTH_INTERVAL = 2000
-# A loss that still overflows when it is not scaled up at all is no matter of the scale.
+# A smaller scale does not help a loss that overflows without scaling.
 _LOWEST_SCALE = 1.0
 
 
 class _Parameter(NamedTuple):
-    """encoder: whose tokens it makes. name: in its module. shape: there."""
+    """A parameter of the module that makes the tokens of text encoder `encoder`."""
 
     encoder: int
     name: str
@@ -91,22 +92,22 @@ class _Parameter(NamedTuple):
         return _label(self.encoder, self.name)
 
 
-class LaneState:
-    """Parameters of L lanes, Adam's moments, loss scales and the last good tokens.
+class BatchedAdamW:
+    """Parameters of L subjects, Adam's moments, loss scales and the last good tokens.
 
-    Every lane is a row: a row never depends on another one, and one call of a few elementwise
-    operations updates all of them, without waiting for the device. The update is AdamW's without
-    weight decay, that of `torch.optim.AdamW` up to rounding.
+    Each subject is a row, and rows never depend on each other. One call of a few elementwise
+    operations updates all of them without waiting for the device. The update is that of
+    `torch.optim.AdamW` without weight decay, up to rounding.
 
     Attributes:
-        parameters: float32 [L, P], the leaf that gradients are taken in.
+        parameters: float32 [L, P], the leaf of the gradients.
         rate: float64 [L], factor of the learning rate in the next update.
-        scale: float32 [L], what a lane's loss is multiplied by before its gradient is taken.
-        last_good: float32 [L, S, 2 or 1, W, C], the newest tokens that gave a finite loss; those of
-            all text encoders side by side, C being the sum of their widths.
+        scale: float32 [L], factor of each subject's loss before its gradient is taken.
+        last_good: float32 [L, S, 2 or 1, W, C], the newest tokens that gave a finite loss; C is the
+            sum of the widths of all text encoders.
 
     Args:
-        modules: of each lane one for each text encoder, alike in all lanes; copied.
+        modules: one for each text encoder of each subject, alike in all subjects; copied.
         learning_rate: for the embedding rows.
         device: where to compute.
         scaling: whether losses are scaled, for float16.
@@ -126,18 +127,20 @@ class LaneState:
         self._kinds = [(module.module, module.heads) for module in first]
         self._tokens_shape = (first[0].stages, first[0].streams, first[0].vectors)
         self.scaling = scaling
-        own = [[dict(module.named_parameters()) for module in lane] for lane in modules]
+        own = [[dict(module.named_parameters()) for module in subject] for subject in modules]
         rows = [
             torch.cat([mine[p.encoder][p.name].detach().flatten() for p in self._layout])
             for mine in own
         ]
         rates = [
-            [group["lr"] for module in lane for group in module.parameter_groups(learning_rate)]
-            for lane in modules
+            [group["lr"] for module in subject for group in module.parameter_groups(learning_rate)]
+            for subject in modules
         ]
         self._fixed = [
             {
-                name: torch.stack([lane[number].get_buffer(name) for lane in modules]).to(device)
+                name: torch.stack([subject[number].get_buffer(name) for subject in modules]).to(
+                    device
+                )
                 for name, _ in module.named_buffers()
             }
             for number, module in enumerate(first)
@@ -159,35 +162,34 @@ class LaneState:
         return self.parameters.shape[0]
 
     def rows(self) -> Tensor:
-        """The tokens of all lanes, float32 [L, S, 2 or 1, W, C], differentiable in `parameters`."""
+        """Return all tokens, float32 [L, S, 2 or 1, W, C], differentiable in `parameters`."""
         # One split, whose backward is one concatenation; slices would add up a matrix each.
-        parts = self.parameters.split([parameter.shape.numel() for parameter in self._layout], 1)
+        parts = torch.split(self.parameters, [p.shape.numel() for p in self._layout], 1)
         own: list[dict[str, Tensor]] = [{} for _ in self._kinds]
         for parameter, part in zip(self._layout, parts, strict=True):
-            own[parameter.encoder][parameter.name] = part.unflatten(1, parameter.shape)
+            own[parameter.encoder][parameter.name] = part.view(-1, *parameter.shape)
         made = [
             mine["rows"] if module == "free" else mixed_rows(mine | fixed, heads)
             for mine, fixed, (module, heads) in zip(own, self._fixed, self._kinds, strict=True)
         ]
         rows = made[0] if len(made) == 1 else torch.cat(made, -1)
-        return rows.unflatten(1, self._tokens_shape)
+        return rows.view(len(rows), *self._tokens_shape, -1)
 
     @torch.no_grad()
     def update(self, gradient: Tensor, evaluated: Tensor, loss_is_finite: Tensor) -> Tensor:
-        """One step of every lane whose loss and gradient are finite; the others keep their state.
+        """Update each subject whose loss and gradient are finite; the others keep their state.
 
         Args:
             gradient: [L, P], of the scaled losses.
-            evaluated: [L, S, 2 or 1, W, C], the tokens the losses were computed with.
+            evaluated: [L, S, 2 or 1, W, C], the tokens of these losses.
             loss_is_finite: bool [L].
 
         Returns:
-            Bool [L], False where nothing was to be had from this step. An overflow that a smaller
-            loss scale cures counts as True, though only the scale changes.
+            Bool [L], False where the step was lost. An overflow that a smaller loss scale cures
+            counts as True, though only the scale changes.
         """
-        self.last_good.copy_(
-            torch.where(_like(loss_is_finite, evaluated), evaluated, self.last_good)
-        )
+        kept = loss_is_finite.view(-1, *(1,) * (evaluated.ndim - 1))
+        self.last_good.copy_(torch.where(kept, evaluated, self.last_good))
         if self.scaling:
             gradient = gradient / self.scale[:, None]
         largest = torch.linalg.vector_norm(gradient, float("inf"), dim=1)
@@ -201,7 +203,7 @@ class LaneState:
         return good | curable
 
     def _adam(self, gradient: Tensor, good: Tensor) -> None:
-        # A weight of 0 leaves a lane's moments and parameters exactly as they are.
+        # A weight of 0 leaves a subject's moments and parameters exactly as they are.
         weight = good.to(gradient.dtype)[:, None]
         self.updates += good
         self.exp_avg.lerp_(gradient, weight * (1 - _BETAS[0]))
@@ -211,10 +213,10 @@ class LaneState:
         second_correction = (1 - _BETAS[1] ** count).sqrt().float()[:, None]
         steps = self._group_rates * (self.rate * good / first_correction)[:, None]
         parts = zip(
-            self.parameters.detach().split(self._group_sizes, 1),
-            self.exp_avg.split(self._group_sizes, 1),
-            self.exp_avg_sq.split(self._group_sizes, 1),
-            steps.float().split(1, 1),
+            torch.split(self.parameters.detach(), self._group_sizes, 1),
+            torch.split(self.exp_avg, self._group_sizes, 1),
+            torch.split(self.exp_avg_sq, self._group_sizes, 1),
+            torch.split(steps.float(), 1, 1),
             strict=True,
         )
         for parameters, exp_avg, exp_avg_sq, step in parts:
@@ -222,7 +224,7 @@ class LaneState:
             parameters.sub_((exp_avg / spread).mul_(step))
 
     def _rescale(self, good: Tensor, loss_is_finite: Tensor) -> None:
-        """Halves the scale after an overflow, doubles it after many steps without one."""
+        """Halve the scale after an overflow, double it after many steps without one."""
         overflow = loss_is_finite & ~good
         self.growth.copy_(torch.where(overflow, 0.0, self.growth + good))
         grown = self.growth >= _GROWTH_INTERVAL
@@ -231,7 +233,7 @@ class LaneState:
         self.scale.clamp_(min=_LOWEST_SCALE)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything an update changes, by name, each with one entry a lane: no copies."""
+        """Return all that an update changes, by name, with an entry for each subject: no copies."""
         return {
             "parameters": self.parameters.detach(),
             "exp_avg": self.exp_avg,
@@ -243,7 +245,7 @@ class LaneState:
         }
 
     def fixed_tensors(self) -> dict[str, Tensor]:
-        """What belongs to the lanes and no update changes: no copies."""
+        """Return the subjects' tensors that no update changes, by name: no copies."""
         fixed = {
             f"fixed.{_label(number, name)}": tensor
             for number, mine in enumerate(self._fixed)
@@ -252,7 +254,7 @@ class LaneState:
         return {**fixed, "group_rates": self._group_rates, "rate": self.rate}
 
     def keep(self, index: Tensor) -> None:
-        """Keeps the lanes of `index` only, in its order."""
+        """Keep the subjects of `index` only, in its order."""
         self.parameters = self.parameters.detach()[index].requires_grad_(True)
         for name in ("exp_avg", "exp_avg_sq", "updates", "scale", "growth", "last_good", "rate"):
             setattr(self, name, getattr(self, name)[index])
@@ -260,12 +262,12 @@ class LaneState:
         self._fixed = [{n: tensor[index] for n, tensor in mine.items()} for mine in self._fixed]
 
     def state_dict(self, row: int) -> dict[str, Tensor]:
-        """One lane's state on the CPU; the parameters and their moments by their names."""
+        """Return one subject's state on the CPU; parameters and their moments by their names."""
         state = {}
         for kind, tensor in self.tensors().items():
             mine = tensor[row].detach().to("cpu", copy=True)
             if kind in ("parameters", "exp_avg", "exp_avg_sq"):
-                parts = mine.split([parameter.shape.numel() for parameter in self._layout])
+                parts = torch.split(mine, [p.shape.numel() for p in self._layout])
                 for parameter, part in zip(self._layout, parts, strict=True):
                     state[f"{kind}.{parameter.label}"] = part.reshape(parameter.shape).clone()
             else:
@@ -273,7 +275,7 @@ class LaneState:
         return state
 
     def load_state_dict(self, row: int, state: Mapping[str, Tensor]) -> None:
-        """Puts one lane back to a state that `state_dict` gave for such a lane."""
+        """Restore one subject's state of `state_dict`."""
         for kind, tensor in self.tensors().items():
             if kind in ("parameters", "exp_avg", "exp_avg_sq"):
                 mine = torch.cat([state[f"{kind}.{p.label}"].flatten() for p in self._layout])
@@ -283,7 +285,7 @@ class LaneState:
 
 
 def _groups(encoder: int, module: SubjectTokens) -> list[list[_Parameter]]:
-    """The parameters of a module in the order of its groups."""
+    """Return the parameters of a module in the order of its groups."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [
         [_Parameter(encoder, names[id(p)], p.shape) for p in group["params"]]
@@ -293,7 +295,3 @@ def _groups(encoder: int, module: SubjectTokens) -> list[list[_Parameter]]:
 
 def _label(encoder: int, name: str) -> str:
     return name if encoder == 0 else f"encoder_{encoder + 1}.{name}"
-
-
-def _like(flags: Tensor, tensor: Tensor) -> Tensor:
-    return flags.view(-1, *(1,) * (tensor.ndim - 1))

@@ -1,4 +1,4 @@
-"""The training sentences: with the subjects' rows for a step, with the class words once a run."""
+"""Encode the training sentences with the tokens of a step and with the class words."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sefi_fast.prompts.text_encoder import token_table
 
 
 class Conditioning(NamedTuple):
-    """What the U-Net is given of the words of B samples, in the text encoders' dtype.
+    """Text conditioning of the U-Net for B samples, in the text encoders' dtype.
 
-    streams: [B, 2·M, C], the K stream and behind it the V stream.
+    streams: [B, 2·M, C], the K stream followed by the V stream.
     pooled: [B, D], the pooled embedding of the V sequence; None with one text encoder.
     """
 
@@ -25,23 +25,23 @@ class Conditioning(NamedTuple):
 
 
 class TrainingPrompts:
-    """P sentences with the placeholder in them, tokenised once for each of E text encoders.
+    """P sentences with the placeholder, tokenized once for each of E text encoders.
 
     Args:
         tokenizers: of the pipeline, one for each text encoder.
-        sentences: P sentences with {} where the subject stands.
-        placeholder: what stands for the subject.
+        sentences: P sentences with {} in the subject's place.
+        placeholder: the subject's word.
         class_ids: for each tokenizer the W ids of the class word in the placeholder's place.
-        device: where the text encoders are.
-        expand: what a tokenizer's prompts are before it reads them.
+        device: of the text encoders.
+        expand: turns prompts into those that a tokenizer reads.
 
     Attributes:
         input_ids: int64 [E, P, M], as in `PromptTokens`.
         slots: int64 [P, M], likewise, the same for all encoders.
 
     Raises:
-        PromptError: the placeholder is cut off or runs into another word in some sentence, or
-            stands at other positions for one tokenizer than for another.
+        PromptError: the placeholder is cut off or runs into another word in some sentence, or its
+            positions differ between the tokenizers.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class TrainingPrompts:
         for sentence, *placed in zip(prompts, *(each.slots for each in tokens), strict=True):
             if any(not torch.equal(other, placed[0]) for other in placed):
                 raise PromptError(
-                    f"the tokenizers of this pipeline split {sentence!r} into words differently, "
-                    "and the outputs of its text encoders stand side by side: use simpler words, "
-                    "or a model whose tokenizers share one vocabulary"
+                    f"the tokenizers of this pipeline split {sentence!r} into words differently. "
+                    "The outputs of its text encoders are joined token by token. Use simpler "
+                    "words, or a model whose tokenizers share one vocabulary"
                 )
         self.input_ids = torch.stack([each.input_ids for each in tokens]).to(device)
         self.slots = slots.to(device)
@@ -75,8 +75,8 @@ class TrainingPrompts:
         return self.slots.shape[0]
 
 
-class LanePrompts:
-    """The training sentences of L lanes, as many for each.
+class BatchedPrompts:
+    """The training sentences of L subjects, as many for each.
 
     Attributes:
         input_ids: int64 [L, E, P, M], as in `TrainingPrompts`.
@@ -84,25 +84,25 @@ class LanePrompts:
     """
 
     def __init__(self, prompts: Sequence[TrainingPrompts]) -> None:
-        self.input_ids = torch.stack([lane.input_ids for lane in prompts])
-        self.slots = torch.stack([lane.slots for lane in prompts])
+        self.input_ids = torch.stack([one.input_ids for one in prompts])
+        self.slots = torch.stack([one.slots for one in prompts])
 
     @property
     def sentences(self) -> int:
-        """P, sentences of a lane."""
+        """The number P of sentences of a subject."""
         return self.slots.shape[1]
 
     def keep(self, index: Tensor) -> None:
-        """Keeps the lanes of `index` only, in its order."""
+        """Keep the subjects of `index` only, in its order."""
         self.input_ids, self.slots = self.input_ids[index], self.slots[index]
 
     def reference(self, text_encoders: Sequence[nn.Module]) -> Tensor:
-        """The sentences with the class words, [L, P, M, C], without gradient."""
+        """Return the sentences with the class words, [L, P, M, C], without gradient."""
         with torch.no_grad():
             encoded, _ = encode_texts(
                 text_encoders, [ids.flatten(0, 1) for ids in self.input_ids.unbind(1)]
             )
-        return encoded.unflatten(0, self.slots.shape[:2])
+        return encoded.view(*self.slots.shape[:2], *encoded.shape[1:])
 
     def condition(
         self,
@@ -111,10 +111,10 @@ class LanePrompts:
         stages: Tensor,
         templates: Tensor,
     ) -> Conditioning:
-        """What the words of each of L·B samples are to the U-Net, differentiable in `tokens`.
+        """Encode the sentences of L·B samples, differentiable in `tokens`.
 
-        All go through a text transformer in one call, of a length that does not depend on what
-        was drawn: each pair of a stage and a sentence once, or each sample once where those are
+        Each text transformer runs once, on a batch whose length does not depend on the random
+        numbers: each pair of a stage and a sentence once, or each sample once where those are
         fewer.
 
         Args:
@@ -133,8 +133,8 @@ class LanePrompts:
                 x.unsqueeze(1).expand(-1, steps, -1, -1).flatten(1, 2) for x in (*ids, slots)
             )
         else:
-            tokens = take(tokens, stages)
-            *ids, slots = (take(x, templates) for x in (*ids, slots))
+            tokens = batched_gather(tokens, stages)
+            *ids, slots = (batched_gather(x, templates) for x in (*ids, slots))
         *ids, slots = (x.flatten(0, 1).repeat_interleave(rows, 0) for x in (*ids, slots))
         own = _by_encoder(tokens.reshape(-1, vectors, width), text_encoders)
         encoded, pooled = encode_texts(text_encoders, ids, slots, own)
@@ -144,36 +144,37 @@ class LanePrompts:
             pooled = pooled.view(*tokens.shape[:3], -1)[:, :, -1]
         if pairwise:
             index = stages * self.sentences + templates
-            encoded = take(encoded, index)
-            pooled = None if pooled is None else take(pooled, index)
+            encoded = batched_gather(encoded, index)
+            pooled = None if pooled is None else batched_gather(pooled, index)
         streams = encoded.expand(-1, -1, 2, -1, -1).flatten(2, 3).flatten(0, 1)
         return Conditioning(streams, None if pooled is None else pooled.flatten(0, 1))
 
 
 def _by_encoder(rows: Tensor, text_encoders: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """Rows [n, W, C] of all encoders, taken apart into each one's own."""
+    """Split rows [n, W, C] of all encoders into those of each."""
     if len(text_encoders) == 1:
         return (rows,)
     tables: list[Any] = [token_table(encoder) for encoder in text_encoders]
-    return rows.split([table.embedding_dim for table in tables], -1)
+    return torch.split(rows, [table.embedding_dim for table in tables], -1)
 
 
-def take(source: Tensor, index: Tensor) -> Tensor:
-    """`source[l, index[l, b]]` as [L, B, …], for a source [L, n, …]; the same bits in every run.
+def batched_gather(source: Tensor, index: Tensor) -> Tensor:
+    """Return `source[l, index[l, b]]` as [L, B, …], for a source [L, n, …].
 
-    The backward pass of an indexing adds up in any order on CUDA, and on a CPU with threads.
+    Results are the same bits in every run. The backward pass of an indexing adds up in any order
+    on CUDA, and on a CPU with threads.
     """
-    return _Take.apply(source, index)
+    return _BatchedGather.apply(source, index)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
 
 
-class _Take(torch.autograd.Function):
+class _BatchedGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
         ctx.count = source.shape[1]
         first = torch.arange(len(source), device=source.device).unsqueeze(1) * ctx.count
         taken = source.flatten(0, 1).index_select(0, (index + first).flatten())
-        return taken.unflatten(0, index.shape)
+        return taken.view(*index.shape, *taken.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

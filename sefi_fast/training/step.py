@@ -9,60 +9,65 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sefi_fast.attention.processor import PromptState
+from sefi_fast.attention.processor import AttentionRecord, PromptState
 from sefi_fast.prompts import stage_of
 from sefi_fast.training.base_model import autocast
 from sefi_fast.training.latents import LatentDistribution
-from sefi_fast.training.losses import AttentionTerm, noise_loss
-from sefi_fast.training.noise import Draw, NoiseSchedule
-from sefi_fast.training.optimizer import LaneState
-from sefi_fast.training.prompts import LanePrompts, take
+from sefi_fast.training.losses import AttentionLoss, clear, noise_loss
+from sefi_fast.training.noise import NoiseSample, NoiseSchedule
+from sefi_fast.training.optimizer import BatchedAdamW
+from sefi_fast.training.prompts import BatchedPrompts, batched_gather
 
 
 class FrozenModels(NamedTuple):
-    """What is not trained. dtype: what it computes in. forward: of the U-Net, perhaps compiled."""
+    """The parts of a step that are not trained.
+
+    forward: of the U-Net, perhaps compiled. record: requests to the attention layers, and their
+    results. dtype: of the computation.
+    """
 
     unet: Any
     forward: Callable[..., Any]
     text_encoders: tuple[Any, ...]
     schedule: NoiseSchedule
+    record: AttentionRecord
     dtype: torch.dtype
 
 
-class LaneTerms(NamedTuple):
-    """Noise loss and attention term of each lane, float32 [L], differentiable."""
+class StepLosses(NamedTuple):
+    """Noise loss and attention loss of each subject, float32 [L], differentiable."""
 
     noise: Tensor
     attention: Tensor
 
 
 class TrainingStep:
-    """Draws to updated parameters, for L lanes at once.
+    """One optimizer step of L subjects, from random numbers to updated parameters.
 
-    Nothing in it waits for the device or depends on the numbers drawn, so that it can be captured
-    as one graph: it reads `draws` and `state.rate`, changes `state`, and leaves its numbers in
-    `results`. The lanes' losses are added up, and no lane's loss depends on another lane's
-    parameters, so that each gradient is that of the lane alone.
+    It never waits for the device, and its operations do not depend on the random numbers, so that
+    it can be captured as one CUDA graph: it reads `noise` and `state.rate`, changes `state`, and
+    writes `results`. The subjects' losses are added up. No subject's loss depends on the parameters
+    of another, so that each gradient is that of the subject alone.
 
     Args:
-        weight: λ of the attention term.
+        weight: λ of the attention loss.
         time_ids: float32 [L, 6] for models with two text encoders, else None.
         timestep_weights: float32 [T] of the noise loss; None for ones.
 
     Attributes:
-        results: float32 [3, L]: noise loss (weighted by timestep), attention term, and 1 where the
+        results: float32 [3, L]: noise loss (weighted by timestep), attention loss, and 1 where the
             step was good.
     """
 
     def __init__(
         self,
         models: FrozenModels,
-        state: LaneState,
+        state: BatchedAdamW,
         latents: LatentDistribution,
-        prompts: LanePrompts,
-        attention: AttentionTerm,
+        prompts: BatchedPrompts,
+        attention: AttentionLoss,
         weight: float,
-        draws: Draw,
+        noise: NoiseSample,
         time_ids: Tensor | None = None,
         timestep_weights: Tensor | None = None,
     ) -> None:
@@ -70,24 +75,24 @@ class TrainingStep:
         self.state, self.latents, self.prompts = state, latents, prompts
         self.attention = attention
         self._weight = weight
-        self.draws = draws
+        self.noise = noise
         self.time_ids = time_ids
         self._timestep_weights = timestep_weights
         self.results = torch.zeros(3, len(state), dtype=torch.float32, device=latents.mean.device)
 
     def __call__(self) -> None:
-        """One step: every tensor it changes is one of `state.tensors()` or `results`."""
+        """Take one step. It changes `state.tensors()` and `results` only."""
         rows = self.state.rows()
-        count = len(self.draws.timesteps)
+        count = len(self.noise.timesteps)
         gradient: Tensor | None = None
         sums = torch.zeros_like(self.results[:2])
-        for number in range(count):
-            terms = self.terms(rows, Draw(*(part[number] for part in self.draws)))
-            sums += torch.stack(terms).detach()
-            total = (self.state.scale / count) * (terms.noise + self._weight * terms.attention)
+        for batch in range(count):
+            losses = self.losses(rows, NoiseSample(*(part[batch] for part in self.noise)))
+            sums += torch.stack(losses).detach()
+            total = (self.state.scale / count) * (losses.noise + self._weight * losses.attention)
             (grad_rows,) = torch.autograd.grad(total.sum(), rows)
-            # Under checkpointing the backward pass has filled the records once more.
-            self.attention.clear()
+            # With gradient checkpointing the backward pass has filled the records again.
+            clear(self._models.record)
             gradient = grad_rows if gradient is None else gradient + grad_rows
         sums /= count
         (gradient,) = torch.autograd.grad(rows, self.state.parameters, gradient)
@@ -95,51 +100,51 @@ class TrainingStep:
         good = self.state.update(gradient, rows.detach(), loss_is_finite)
         self.results.copy_(torch.cat([sums, good.to(sums.dtype).unsqueeze(0)]))
 
-    def terms(self, rows: Tensor, draw: Draw) -> LaneTerms:
-        """Both terms of the loss for tokens [L, S, 2 or 1, W, C] and one draw of [L, B, …]."""
+    def losses(self, rows: Tensor, sample: NoiseSample) -> StepLosses:
+        """Return the losses of tokens [L, S, 2 or 1, W, C] for one batch of numbers [L, B, …]."""
         models = self._models
-        device = rows.device
-        lanes, batch = draw.timesteps.shape
-        timesteps = draw.timesteps.flatten()
-        noise = draw.noise.flatten(0, 1)
-        latents = self._latents_of(draw)
+        subjects, batch = sample.timesteps.shape
+        timesteps = sample.timesteps.flatten()
+        noise = sample.noise.flatten(0, 1)
+        mean, std = (
+            batched_gather(part, sample.view) for part in (self.latents.mean, self.latents.std)
+        )
+        latents = (mean + std * sample.latent_noise).flatten(0, 1)
         noised = models.schedule.add_noise(latents, noise, timesteps)
-        stages = stage_of(draw.timesteps, rows.shape[1], models.schedule.num_train_timesteps)
-        with autocast(device, models.dtype):
-            words = self.prompts.condition(models.text_encoders, rows, stages, draw.template)
-        self.attention.ask(draw.template)
+        stages = stage_of(sample.timesteps, rows.shape[1], models.schedule.num_train_timesteps)
+        with autocast(rows.device, models.dtype):
+            words = self.prompts.condition(models.text_encoders, rows, stages, sample.template)
+        self.attention.request(models.record, sample.template)
         own_dtype = models.unet.dtype
         # Weights that are in half precision already need no autocast, which would only run the
-        # normalisations in float32.
-        casting = autocast(device, models.dtype) if own_dtype != models.dtype else nullcontext()
+        # normalizations in float32.
+        casts = own_dtype != models.dtype
         streams: Any = words.streams.to(own_dtype)
-        # The training's processors leave prompts of other threads to the processors before.
+        # The training's processors know its prompts from those of other threads by this.
         PromptState(training=True).put_on(streams)
-        given: dict[str, Any] = {"encoder_hidden_states": streams}
+        inputs: dict[str, Any] = {"encoder_hidden_states": streams}
         if words.pooled is not None:
             assert self.time_ids is not None
-            given["added_cond_kwargs"] = {
+            inputs["added_cond_kwargs"] = {
                 "text_embeds": words.pooled.to(own_dtype),
-                # Not in half precision, which rounds sizes in pixels.
+                # Half precision rounds sizes in pixels.
                 "time_ids": self.time_ids.repeat_interleave(batch, 0),
             }
-        with casting:
-            prediction = models.forward(noised.to(own_dtype), timesteps, **given).sample
+        with autocast(rows.device, models.dtype) if casts else nullcontext():
+            prediction = models.forward(noised.to(own_dtype), timesteps, **inputs).sample
         rebuilt = noise_loss(prediction, models.schedule.target(latents, noise, timesteps))
         if self._timestep_weights is not None:
             rebuilt = rebuilt * self._timestep_weights[timesteps]
-        rebuilt = rebuilt.view(lanes, batch).mean(1)
+        rebuilt = rebuilt.view(subjects, batch).mean(1)
         if not self.attention.is_on:
-            return LaneTerms(rebuilt, torch.zeros_like(rebuilt))
-        return LaneTerms(rebuilt, self.attention.collect(draw.view).view(lanes, batch).mean(1))
-
-    def _latents_of(self, draw: Draw) -> Tensor:
-        mean, std = (take(part, draw.view) for part in (self.latents.mean, self.latents.std))
-        return (mean + std * draw.latent_noise).flatten(0, 1)
+            return StepLosses(rebuilt, torch.zeros_like(rebuilt))
+        attention = self.attention.collect(models.record, sample.view)
+        clear(models.record)
+        return StepLosses(rebuilt, attention.view(subjects, batch).mean(1))
 
     def take_over(self, other: TrainingStep) -> bool:
-        """Copies another step's lanes into this one's tensors; False if they do not fit."""
-        mine, theirs = self._tensors(), other._tensors()
+        """Copy the subjects of another step into this one's tensors; False if they do not fit."""
+        mine, theirs = self.tensors(), other.tensors()
         shapes, wanted = ({n: t.shape for n, t in some.items()} for some in (mine, theirs))
         if shapes != wanted:
             return False
@@ -147,18 +152,18 @@ class TrainingStep:
             tensor.copy_(theirs[name])
         return True
 
-    def keep(self, index: Tensor, draws: Draw) -> None:
-        """Keeps the lanes of `index` only, in its order, reading `draws` from now on."""
+    def keep(self, index: Tensor, noise: NoiseSample) -> None:
+        """Keep the subjects of `index` only, in its order, and read `noise` from then on."""
         self.state.keep(index)
         self.latents = LatentDistribution(self.latents.mean[index], self.latents.std[index])
         self.prompts.keep(index)
         self.attention.keep(index)
         self.time_ids = None if self.time_ids is None else self.time_ids[index]
-        self.draws = draws
+        self.noise = noise
         self.results = self.results[:, : len(index)].clone()
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything that belongs to the lanes, by name."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that belongs to the subjects, by name."""
         time_ids = {} if self.time_ids is None else {"time_ids": self.time_ids}
         return {
             **time_ids,
@@ -166,7 +171,7 @@ class TrainingStep:
             "latents.std": self.latents.std,
             "input_ids": self.prompts.input_ids,
             "slots": self.prompts.slots,
-            **{f"attention.{name}": part for name, part in self.attention.tensors().items()},
+            **{f"attention.{name}": part for name, part in self.attention.tensors.items()},
             **self.state.fixed_tensors(),
             **self.state.tensors(),
         }

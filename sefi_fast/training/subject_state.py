@@ -21,74 +21,57 @@ from sefi_fast.prompts import class_token_ids, placeholder_ids, text_encoders, t
 from sefi_fast.prompts.text_encoder import token_table
 from sefi_fast.prompts.tokenization import with_all_vectors
 from sefi_fast.subject import Subject, SubjectTokens
-from sefi_fast.training.base_model import MODEL_KEYS, Source, model_settings, resolution_of
-from sefi_fast.training.checkpoint import Checkpoint, CheckpointFolder, Unfinished, folder_of
+from sefi_fast.training.base_model import MODEL_KEYS, BaseModel, model_settings, resolution_of
+from sefi_fast.training.checkpoint import Checkpoint, CheckpointFolder, folder_of
 from sefi_fast.training.config import TrainConfig
-from sefi_fast.training.engine import Lane, StepResult, check_saved
+from sefi_fast.training.engine import StepResult, SubjectInputs
 from sefi_fast.training.image import LARGEST_FILE, load_image, prepare, time_ids
-from sefi_fast.training.latents import encode_image
+from sefi_fast.training.latents import encode_image, load_mask
 from sefi_fast.training.monitor import History
-from sefi_fast.training.optimizer import LaneState, MovingAverage
+from sefi_fast.training.optimizer import BatchedAdamW, MovingAverage
 from sefi_fast.training.prompts import TrainingPrompts
-from sefi_fast.utils.files import check_folder, check_output, checksum, expanded, remove_partials
-from sefi_fast.utils.text import check_placeholder, composed, is_unicode
+from sefi_fast.utils.files import check_folder, checksum, expanded, remove_partials
+from sefi_fast.utils.text import composed, is_unicode
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+    ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
+logger = logging.getLogger(__name__)
 
+NON_FINITE_LIMIT = 3
 _WINDOW = 50
 _LEAST_GAIN = 0.01
 
 
-class Plateau:
-    """Watches the loss of each step, smoothed exponentially over about 50 steps.
-
-    Args:
-        patience: steps without a new lowest smoothed loss, lower by at least a hundredth of it,
-            after which the run has reached its plateau; None: never.
-    """
-
-    def __init__(self, patience: int | None) -> None:
-        self._patience = patience
-        self._average = 0.0
-        self._count = 0
-        self._lowest = math.inf
-        self._since = 0
-
-    def reached(self, loss: float) -> bool:
-        """Takes in one step's loss and says whether the plateau is reached."""
-        if self._patience is None:
-            return False
-        # A plain mean at first; a mean of few is no mark to hold later ones to.
-        self._count += 1
-        self._average += (loss - self._average) / min(self._count, _WINDOW)
-        if self._count < _WINDOW:
-            return False
-        if self._average < self._lowest * (1 - _LEAST_GAIN):
-            self._lowest, self._since = self._average, 0
-        else:
-            self._since += 1
-        return self._since >= self._patience
-
-
 class Callbacks:
-    """What a run tells while it trains; override what is wanted.
+    """Methods that a run calls while it trains; override those you need.
 
-    A plain function is taken for `on_step`.
+    A plain function in place of a `Callbacks` is `on_step`.
+
+    Example:
+        >>> class Print(sefi_fast.training.Callbacks):
+        ...     def on_step(self, step, history):
+        ...         print(step, history.loss[-1])
+        ...         return history.loss[-1] < 0.01
+        >>> sefi_fast.train("me.jpg", callback=Print())
     """
 
     def on_step(self, step: int, history: History) -> bool | None:
-        """After each step with a finite loss: steps done, history so far; True ends the subject."""
+        """Run after each step with a finite loss; True ends the training of the subject.
+
+        Args:
+            step: steps done.
+            history: of the subject so far.
+        """
 
     def on_checkpoint(self, step: int, path: Path) -> None:
-        """A checkpoint of that many steps lies at `path`."""
+        """Run after a checkpoint of `step` steps was written to `path`."""
 
     def on_end(self, subject: Subject) -> None:
-        """The subject is learnt, and saved if it has an output."""
+        """Run after the subject is trained, and saved if it has an output."""
 
 
 Callback = Callable[[int, History], "bool | None"]
@@ -107,7 +90,7 @@ class NonFiniteLossError(TrainingError):
 
 
 class UnsavedSubjectError(TrainingError):
-    """A learnt subject could not be written; its checkpoints stay.
+    """A trained subject could not be written; its checkpoints stay.
 
     Attributes:
         subject: the subject.
@@ -118,50 +101,60 @@ class UnsavedSubjectError(TrainingError):
         self.subject = subject
 
 
-Outcome = Subject | Exception
-"""What becomes of a job: the subject, or why there is none."""
+Result = Subject | Exception
+"""A trained subject, or the error that ended its training."""
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """One subject to learn beside others.
+class SubjectSpec:
+    """One subject to train: a call of `train` or a line of a manifest.
 
     Attributes:
         image: an image file, a PIL image or an array [h, w, 3].
-        class_word: what it is.
-        placeholder: the new word.
-        seed: of everything drawn at random; default: the configuration's.
+        class_word: what the subject is; default: that of the call.
+        name: for messages, and of the file of a subject of `train_many`; default: the file name of
+            the image.
+        placeholder: its word in prompts; default in a manifest: its name in angle brackets, with
+            hyphens for spaces (colons if another subject has that placeholder).
+        seed: of all random numbers; default: the configuration's.
         scene: where the image was taken; default: the configuration's.
         mask: where the subject is in the image, for `attention_loss="mask"`.
-        output: file for the finished subject; its checkpoints lie beside it.
+        model, model_config, vae: the base model, as for `train`; the same in all lines of a
+            manifest.
+        where: the line of the manifest, for messages.
+        output: file of the trained subject; its checkpoints go next to it.
         partial: file for the last good state of a subject that fails or is interrupted.
-        name: for messages; default: the placeholder.
         callback: a function called after each step, or `Callbacks`.
+        loaded: the image, if it has been read.
 
     Raises:
-        PromptError, TypeError: the placeholder is not one word, or the class word not a string.
+        TypeError: the class word is not a string, or the callback not a function.
     """
 
-    image: Picture
-    class_word: str
-    placeholder: str = "<it>"
+    image: ImageSource
+    class_word: str | None = None
+    name: str = ""
+    placeholder: str = ""
     seed: int | None = None
     scene: str | None = None
     mask: Any = None
+    model: str | None = None
+    model_config: str | None = None
+    vae: str | None = None
+    where: str = ""
     output: Path | None = None
     partial: Path | None = None
-    name: str = ""
     callback: Callback | Callbacks | None = None
+    loaded: Image.Image | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "placeholder", check_placeholder(self.placeholder))
-        if not isinstance(self.class_word, str):
+        if not isinstance(self.class_word, str | None):
             raise TypeError(f"class_word must be a string, got {type(self.class_word).__name__}")
-        # Half a character is told when the subject is prepared: it concerns no other.
-        if is_unicode(self.class_word):
+        # Half a character is an error of this subject alone, raised when it is prepared.
+        if self.class_word is not None and is_unicode(self.class_word):
             object.__setattr__(self, "class_word", composed(self.class_word))
-        if not (self.callback is None or isinstance(self.callback, Callbacks)) and not callable(
-            self.callback
+        if self.callback is not None and not (
+            isinstance(self.callback, Callbacks) or callable(self.callback)
         ):
             raise TypeError(f"callback must be a function or Callbacks, got {self.callback!r}")
 
@@ -171,14 +164,14 @@ class Job:
         return self.name or self.placeholder
 
 
-def seen_files(job: Job) -> dict[str, str]:
-    """Return the checksums of the image and the mask that are files, to know them again by.
+def file_checksums(spec: SubjectSpec) -> dict[str, str]:
+    """Return the checksums of the image and the mask that are files, to recognize them by.
 
     Raises:
-        ImageError: a file is there and cannot be read, or is too large for an image.
+        ImageError: a file cannot be read, or is too large for an image.
     """
     sums = {}
-    for name, source in (("picture", job.image), ("mask", job.mask)):
+    for name, source in (("image", spec.image), ("mask", spec.mask)):
         if isinstance(source, (str, os.PathLike)):
             try:
                 sums[name] = checksum(expanded(source), LARGEST_FILE)
@@ -190,7 +183,7 @@ def seen_files(job: Job) -> dict[str, str]:
 
 
 def class_word_for(class_word: str | None, model: Any) -> str:
-    """The class word given, or the bundled model's own.
+    """Return the class word given, or that of the bundled model.
 
     Raises:
         ValueError: none was given and the model is another.
@@ -203,95 +196,86 @@ def class_word_for(class_word: str | None, model: Any) -> str:
         return CLASS_WORD
     raise ValueError(
         "class_word is missing: say what the subject is (person, cat, car); only the "
-        "bundled model has a class word of its own"
+        "bundled model has its own class word"
     )
 
 
-logger = logging.getLogger(__name__)
-
-NON_FINITE_LIMIT = 3
-
-
-class Learner:
-    """One job in training.
-
-    To be made with the VAE on the source's device in float32.
+class EarlyStopping:
+    """Ends a run whose loss, smoothed exponentially over about 50 steps, no longer falls.
 
     Args:
-        job: what is learnt.
-        source: the model.
-        config: settings of the run; the job's seed and scene go before them.
-
-    Attributes:
-        job, config: of this subject.
-        done: steps so far, skipped ones included.
-        saved: step of the newest checkpoint; 0 if there is none.
-        history: what its training saw.
-        lane: what the engine needs.
-        folder: of its checkpoints; None without an output, or where none are wanted.
-
-    Raises:
-        ImageError, PromptError, ValueError, TypeError, OSError: the job cannot be done.
+        patience: steps without a new lowest smoothed loss, lower by at least a hundredth of it;
+            None: never.
     """
 
-    def __init__(self, job: Job, source: Source, config: TrainConfig) -> None:
-        given = {"seed": job.seed, "scene": job.scene}
+    def __init__(self, patience: int | None) -> None:
+        self._patience = patience
+        self._average = 0.0
+        self._count = 0
+        self._lowest = math.inf
+        self._since = 0
+
+    def reached(self, loss: float) -> bool:
+        """Add one step's loss, and return whether the run should end."""
+        if self._patience is None:
+            return False
+        # A plain mean at first; the mean of few losses is not a mark to compare later ones with.
+        self._count += 1
+        self._average += (loss - self._average) / min(self._count, _WINDOW)
+        if self._count < _WINDOW:
+            return False
+        if self._average < self._lowest * (1 - _LEAST_GAIN):
+            self._lowest, self._since = self._average, 0
+        else:
+            self._since += 1
+        return self._since >= self._patience
+
+
+class SubjectState:
+    """One subject in training. Make it with the VAE on the model's device in float32.
+
+    Args:
+        spec: the subject.
+        base: the model.
+        config: settings of the run; the seed and scene of the spec go before them.
+
+    Attributes:
+        spec, config: of this subject.
+        done: steps so far, skipped ones included.
+        saved: step of the newest checkpoint; 0 if there is none.
+        history: numbers of the steps.
+        inputs: for the engine.
+        average: of the tokens, with `ema_decay`.
+        folder: of its checkpoints; None without an output.
+
+    Raises:
+        ImageError, PromptError, ValueError, TypeError, OSError: the subject cannot be trained.
+    """
+
+    def __init__(self, spec: SubjectSpec, base: BaseModel, config: TrainConfig) -> None:
+        given = {"seed": spec.seed, "scene": spec.scene}
         own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        self.job, self.config = job, replace(config, **own)
-        picture, self._files = load_image(job.image), seen_files(job)
-        self.folder: CheckpointFolder | None = None
-        if job.output is not None:
-            check_output(job.output)
-            remove_partials(job.output)
-            self.folder = CheckpointFolder(folder_of(job.output), config.keep_checkpoints)
-            if config.checkpoint_every != 0:
-                self.folder.check()
-                check_folder(self.folder.path, make=False)
-        pipe = source.pipe
-        self._source, self.size = source, resolution_of(pipe, config.resolution)
-        tokenizers = [part.tokenizer for part in text_encoders(pipe)]
-        class_ids = placeholder_ids(tokenizers, composed(job.class_word), config.num_vectors)
-        prompts = TrainingPrompts(
-            tokenizers, self.config.sentences(), job.placeholder, class_ids, source.device,
-            partial(with_all_vectors, pipe),
-        )  # fmt: skip
-        for tokenizer, ids in zip(tokenizers, class_ids, strict=True):
-            # A bad one is to be told now, not when it is drawn.
-            texts = [x.replace("{}", job.placeholder) for x in config.validation_prompts]
-            if texts:
-                texts = with_all_vectors(pipe, texts, tokenizer)
-                tokenize_prompts(tokenizer, texts, [(job.placeholder, ids)])
-        pixels = prepare(picture, self.size, config.crop)
-        tables = [token_table(encoder) for encoder in source.text_encoders]
-        with torch.no_grad():
-            # One row a vector: rows that only repeat the last one are not kept with the subject.
-            self._start_rows = [
-                table(torch.tensor(ids, device=source.device)).float()
-                for table, ids in zip(tables, class_ids, strict=True)
-            ]
-            self._class_embeddings = [
-                rows[: len(class_token_ids(tokenizer, job.class_word))]
-                for rows, tokenizer in zip(self._start_rows, tokenizers, strict=True)
-            ]
+        self.spec, self.config = spec, replace(config, **own)
+        self._base, self.size = base, resolution_of(base.pipe, config.resolution)
+        image = load_image(spec.image) if spec.loaded is None else spec.loaded
+        self._files = file_checksums(spec)
+        self.folder = self._checkpoint_folder()
+        prompts = self._prompts()
+        pixels = prepare(image, self.size, config.crop)
         tokens = self._start_tokens()
-        mask = self._mask(picture)
-        sizes = time_ids(picture, self.size, config.crop) if is_sdxl(pipe) else None
-        self.lane = Lane(
-            tokens,
-            encode_image(pipe.vae, pixels, config.flip),
-            prompts,
-            self.config.seed,
-            mask,
-            sizes,
-        )
+        mask = None
+        if spec.mask is not None:
+            mask = load_mask(spec.mask, image, self.size, config.crop)
+        sizes = time_ids(image, self.size, config.crop) if is_sdxl(base.pipe) else None
+        latents = encode_image(base.pipe.vae, pixels, config.flip)
+        self.inputs = SubjectInputs(tokens, latents, prompts, self.config.seed, mask, sizes)
         self.average: MovingAverage | None = None
         if config.ema_decay is not None:
             start = torch.cat([module().detach() for module in tokens], -1)
             self.average = MovingAverage(config.ema_decay, start)
         self._identity = {
-            "placeholder": job.placeholder,
-            "class_word": job.class_word,
-            "the model's weights or noise schedule": source.checksum,
+            "placeholder": spec.placeholder,
+            "class_word": self._class_word,
             "the image": _checksum(pixels),
             "mask": "none" if mask is None else _checksum(mask),
         }
@@ -300,18 +284,19 @@ class Learner:
         self.history = History()
         self.done = self.saved = 0
         self._failures = 0
-        self._plateau = Plateau(config.patience)
+        self._early_stopping = EarlyStopping(config.patience)
         self._seconds_before = 0.0
 
-    def unfinished(self) -> Unfinished:
-        """What it takes to find this subject's checkpoints."""
-        return Unfinished(self.folder, self._identity, self.config, self._check)
+    @property
+    def identity(self) -> dict[str, str]:
+        """The image, words and model of this subject, as text and checksums."""
+        return {**self._identity, "the model's weights or noise schedule": self._base.checksum}
 
-    def take(self, result: StepResult, seconds: float) -> bool:
-        """Notes the result of one more step.
+    def record(self, result: StepResult, seconds: float) -> bool:
+        """Record the result of one more step.
 
         Args:
-            result: of this lane.
+            result: of this subject.
             seconds: since this process began to train.
 
         Returns:
@@ -327,18 +312,18 @@ class Learner:
         return False
 
     def ends_early(self) -> bool:
-        """Whether the subject is to end after the latest step, which gave a finite loss.
+        """Return whether to end after the latest step, which gave a finite loss.
 
-        To be asked once after each such step, since a callback is called and a plateau watched.
+        Call it once after each such step: it runs the callback and counts the step.
         """
         history, config = self.history, self.config
-        callback = self.job.callback
+        callback = self.spec.callback
         called = callback.on_step if isinstance(callback, Callbacks) else callback
         ended = called is not None and bool(called(self.done, history))
-        if self._plateau.reached(self._total(len(history.loss) - 1)):
+        if self._early_stopping.reached(self._total(len(history.loss) - 1)):
             logger.warning(
                 "%s: the loss has not fallen for %d steps, training ends after %d",
-                self.job.title, config.patience, self.done,
+                self.spec.title, config.patience, self.done,
             )  # fmt: skip
             ended = True
         return ended or (
@@ -346,46 +331,36 @@ class Learner:
         )
 
     def subject(self, tokens: Tensor) -> Subject:
-        """The subject with these tokens [S, 2 or 1, W, C], all encoders' side by side."""
+        """Return the subject with these tokens [S, 2 or 1, W, C], those of all encoders joined."""
         widths = [rows.shape[1] for rows in self._class_embeddings]
         return Subject(
-            placeholder=self.job.placeholder,
-            class_word=self.job.class_word,
-            tokens=list(tokens.cpu().split(widths, -1)),
+            placeholder=self.spec.placeholder,
+            class_word=self._class_word,
+            tokens=list(torch.split(tokens.cpu(), widths, -1)),
             class_embeddings=[rows.cpu() for rows in self._class_embeddings],
-            base_model=self._source.name,
+            base_model=self._base.name,
             settings={
                 **self.config.as_dict(),
-                **model_settings(*(getattr(self._source, name) for name in MODEL_KEYS)),
+                **model_settings(*(getattr(self._base, name) for name in MODEL_KEYS)),
                 **self._files,
             },
             history=self.history,
         )
 
     def checkpoint(self, engine_state: Mapping[str, Tensor]) -> Checkpoint:
-        """The whole state; `engine_state` is the engine's part of it."""
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "engine": engine_state,
-            "history": self.history.state_dict(),
-            "run": {"failures": torch.tensor(self._failures)},
-        }
-        if self.average is not None:
-            parts["average"] = self.average.state_dict()
-        tensors = {
-            f"{part}.{name}": tensor
-            for part, state in parts.items()
-            for name, tensor in state.items()
-        }
-        return Checkpoint(self.done, self.config.as_dict(), self._identity, tensors)
+        """Return the whole state; `engine_state` is the engine's part of it."""
+        tensors = self._tensors(engine_state)
+        return Checkpoint(self.done, self.config.as_dict(), self.identity, tensors)
 
-    def _check(self, checkpoint: Checkpoint) -> None:
+    def check(self, checkpoint: Checkpoint) -> None:
         """Raise ValueError unless `load` and the engine can take all of a checkpoint's contents."""
-        state = LaneState([self.lane.tokens], 1.0, torch.device("cpu"), scaling=False).state_dict(0)
-        state["generator"], state["step"] = torch.Generator().get_state(), torch.tensor(0)
         given = checkpoint.tensors
-        for name, own in self.checkpoint(state).tensors.items():
+        blank = BatchedAdamW([self.inputs.tokens], 1.0, torch.device("cpu"), scaling=False)
+        state = blank.state_dict(0)
+        state["generator"], state["step"] = torch.Generator().get_state(), torch.tensor(0)
+        for name, own in self._tensors(state).items():
             if not name.startswith("history."):
-                check_saved(name, given.get(name), own)
+                _check_saved(name, given.get(name), own)
         try:
             torch.Generator().set_state(given["engine.generator"])
         except RuntimeError as error:
@@ -403,22 +378,72 @@ class Learner:
             raise ValueError(f"its average has {int(given['average.updates'])} updates")
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Goes on from a checkpoint; the engine loads its own part."""
+        """Restore the state of a checkpoint; the engine loads its own part."""
         self.done = self.saved = checkpoint.step
         self.history = History.from_state_dict(checkpoint.part("history"))
         self._failures = int(checkpoint.part("run")["failures"])
         self._seconds_before = self.history.seconds[-1] if self.history.seconds else 0.0
         for index in range(len(self.history.loss)):
-            self._plateau.reached(self._total(index))
+            self._early_stopping.reached(self._total(index))
         if self.average is not None:
             self.average.load_state_dict(checkpoint.part("average"))
 
-    def _total(self, index: int) -> float:
-        history = self.history
-        return history.loss[index] + self.config.weight_lambda * history.subject_loss[index]
+    def save_partial(self, subject: Subject) -> bool:
+        """Save the unfinished subject if its spec wants that; a full disk hides no other error."""
+        path = self.spec.partial
+        if path is None or not self.history.loss:
+            return False
+        try:
+            subject.save(path)
+        except (OSError, ValueError) as error:
+            logger.warning("the subject as it is could not be saved to %s: %s", path, error)
+            return False
+        return True
+
+    @property
+    def _class_word(self) -> str:
+        assert self.spec.class_word is not None
+        return self.spec.class_word
+
+    def _checkpoint_folder(self) -> CheckpointFolder | None:
+        if self.spec.output is None:
+            return None
+        remove_partials(self.spec.output)
+        folder = CheckpointFolder(folder_of(self.spec.output), self.config.keep_checkpoints)
+        if self.config.checkpoint_every != 0:
+            folder.check()
+            check_folder(folder.path, make=False)
+        return folder
+
+    def _prompts(self) -> TrainingPrompts:
+        spec, config, pipe = self.spec, self.config, self._base.pipe
+        self._tokenizers = [part.tokenizer for part in text_encoders(pipe)]
+        self._class_ids = placeholder_ids(
+            self._tokenizers, composed(self._class_word), config.num_vectors
+        )
+        prompts = TrainingPrompts(
+            self._tokenizers, config.sentences(), spec.placeholder, self._class_ids,
+            self._base.device, partial(with_all_vectors, pipe),
+        )  # fmt: skip
+        # A validation prompt that cannot be used is an error before training.
+        if texts := [x.replace("{}", spec.placeholder) for x in config.validation_prompts]:
+            for tokenizer, ids in zip(self._tokenizers, self._class_ids, strict=True):
+                expanded_texts = with_all_vectors(pipe, texts, tokenizer)
+                tokenize_prompts(tokenizer, expanded_texts, [(spec.placeholder, ids)])
+        return prompts
 
     def _start_tokens(self) -> tuple[SubjectTokens, ...]:
-        config = self.config
+        config, device = self.config, self._base.device
+        with torch.no_grad():
+            start_rows = [
+                token_table(encoder)(torch.tensor(ids, device=device)).float()
+                for encoder, ids in zip(self._base.text_encoders, self._class_ids, strict=True)
+            ]
+            # Rows that only repeat the last one are not kept with the subject.
+            self._class_embeddings = [
+                rows[: len(class_token_ids(tokenizer, self._class_word))]
+                for rows, tokenizer in zip(start_rows, self._tokenizers, strict=True)
+            ]
         generator = torch.Generator().manual_seed(config.seed)
         return tuple(
             SubjectTokens(
@@ -428,41 +453,38 @@ class Learner:
                 train_base=config.train_base,
                 module=config.module,
                 generator=generator,
-            ).to(self._source.device)
-            for rows in self._start_rows
+            ).to(device)
+            for rows in start_rows
         )
 
-    def _mask(self, picture: Any) -> Tensor | None:
-        if self.job.mask is None:
-            return None
-        from sefi_fast.training.latents import load_mask
+    def _tensors(self, engine_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "engine": engine_state,
+            "history": self.history.state_dict(),
+            "run": {"failures": torch.tensor(self._failures)},
+        }
+        if self.average is not None:
+            parts["average"] = self.average.state_dict()
+        return {
+            f"{part}.{name}": tensor
+            for part, state in parts.items()
+            for name, tensor in state.items()
+        }
 
-        return load_mask(self.job.mask, picture, self.size, self.config.crop)
-
-
-def save_partial(learner: Learner, subject: Subject) -> bool:
-    """Saves an unfinished subject where its job wants one; a full disk hides no other error."""
-    path = learner.job.partial
-    if path is None or not learner.history.loss:
-        return False
-    try:
-        subject.save(path)
-    except (OSError, ValueError) as error:
-        logger.warning("the subject as it is could not be saved to %s: %s", path, error)
-        return False
-    return True
+    def _total(self, step: int) -> float:
+        history = self.history
+        return history.loss[step] + self.config.weight_lambda * history.subject_loss[step]
 
 
-def unsaved_error(learner: Learner, subject: Subject, error: Exception) -> UnsavedSubjectError:
-    """The error of a subject that is learnt but could not be written."""
-    kept = f"the checkpoint of step {learner.saved} stays, resume goes on from it"
-    outcome = UnsavedSubjectError(
-        f"the subject is learnt, but {learner.job.output} could not be written: {error}; "
-        + (kept if learner.saved else "it is in this error's `subject`"),
-        subject,
-    )
-    outcome.__cause__ = error
-    return outcome
+def _check_saved(name: str, given: Any, own: Tensor) -> None:
+    """Raise ValueError unless a saved tensor is there, with the shape and dtype of our own."""
+    if not isinstance(given, Tensor):
+        raise ValueError(f"the saved state has no {name}: it is not one of a run like this")
+    if given.shape != own.shape or given.dtype != own.dtype:
+        raise ValueError(
+            f"{name} of the saved state is {given.dtype} {tuple(given.shape)}, and here it is "
+            f"{own.dtype} {tuple(own.shape)}: resume with the model and the settings it began with"
+        )
 
 
 def _checksum(tensor: Tensor) -> str:

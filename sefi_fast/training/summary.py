@@ -1,4 +1,4 @@
-"""What became of many subjects, as one line of JSON each, also when several processes write it."""
+"""The results of many subjects, one line of JSON each, written by one or several processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from sefi_fast.errors import printable
 from sefi_fast.subject import Subject
 from sefi_fast.subject.subject import summarise
-from sefi_fast.training.manifest import Entry, Shard
+from sefi_fast.training.manifest import Shard
+from sefi_fast.training.subject_state import SubjectSpec
 from sefi_fast.utils.files import atomic_write, read_regular, remove_partials
 from sefi_fast.utils.strict_json import parse_json
 
@@ -22,10 +23,10 @@ _PART_LIMIT = 2**30
 
 
 class ManyResult(NamedTuple):
-    """What became of one subject of `train_many`.
+    """The result of one subject of `train_many`.
 
     name: the subject's. path: its file; None if there is none. subject: None if it failed. error:
-    why it failed; None if it did not. before: whether an earlier run had learnt it.
+    why it failed; None if it did not. before: whether an earlier run had trained it.
     """
 
     name: str
@@ -36,9 +37,9 @@ class ManyResult(NamedTuple):
 
 
 class Summary:
-    """The file `summary.jsonl`, a line a subject in the order of the manifest.
+    """The file `summary.jsonl`, a line for each subject in the order of the manifest.
 
-    Each of several processes writes lines of its own beside it; the last one joins them.
+    Each of several processes writes its own lines to a file next to it; the last one joins them.
 
     Args:
         folder: of the subjects' files.
@@ -59,7 +60,7 @@ class Summary:
             remove_partials(path)
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
-        """The lines of this process so far, whole or not at all.
+        """Write the lines of this process so far, whole or not at all.
 
         Raises:
             OSError: it cannot be written.
@@ -67,7 +68,7 @@ class Summary:
         atomic_write(self._folder / FILE if self._alone else self._own, _lines(rows))
 
     def join(self) -> None:
-        """Make one file of all processes' lines, if every process has ended."""
+        """Join the lines of all processes to one file, if every process has ended."""
         if self._alone:
             return
         try:
@@ -78,7 +79,9 @@ class Summary:
             # Another process is still at work, or has joined them all.
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is not written, a process's part of it is damaged: %s", FILE, error)
+            logger.warning(
+                "%s is not written, because a process's part of it is damaged: %s", FILE, error
+            )
             return
         if ended:
             atomic_write(self._folder / FILE, lines)
@@ -86,19 +89,19 @@ class Summary:
                 part.unlink(missing_ok=True)
 
 
-def row_of(number: int, entry: Entry, result: ManyResult | None) -> dict[str, Any]:
-    """The line of a subject; one without a result is still open."""
-    image = entry.image
+def row_of(number: int, spec: SubjectSpec, result: ManyResult | None) -> dict[str, Any]:
+    """Return the line of a subject; one without a result is still open."""
+    image = spec.image
     row: dict[str, Any] = {
         "number": number,
-        "name": entry.name,
-        "placeholder": entry.placeholder,
+        "name": spec.name,
+        "placeholder": spec.placeholder,
         "image": str(image) if isinstance(image, (str, Path)) else type(image).__name__,
         "state": "open",
     }
     if result is None:
         return row
-    row["state"] = "failed" if result.error else "before" if result.before else "learnt"
+    row["state"] = "failed" if result.error else "before" if result.before else "trained"
     if result.error is not None:
         row["error"] = printable(f"{type(result.error).__name__}: {result.error}")
     if result.subject is not None and result.path is not None:

@@ -13,7 +13,7 @@ from sefi_fast.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointFolder,
-    Timetable,
+    CheckpointInterval,
     discard,
     folder_of,
     read_checkpoint,
@@ -37,11 +37,11 @@ def folder(tmp_path):
     return CheckpointFolder(tmp_path / "me.safetensors.checkpoints", keep=2)
 
 
-def test_what_is_written_is_read(folder):
+def test_a_checkpoint_is_read_as_it_was_written(folder):
     written = make()
     path = folder.write(written)
     assert path.name == "step-000004.safetensors" and path.parent == folder.path
-    read = folder.read(4)
+    read = read_checkpoint(folder.file(4))
     assert (read.step, read.settings, read.identity) == (4, written.settings, written.identity)
     assert read.tensors.keys() == written.tensors.keys()
     for name, tensor in written.tensors.items():
@@ -63,10 +63,10 @@ def test_a_file_cut_anywhere_is_refused(folder):
     for length in (0, 1, 7, 8, 9, 8 + header // 2, 8 + header, 9 + header, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match="damaged"):
-            folder.read(4)
+            read_checkpoint(folder.file(4))
     path.write_bytes(content + b"\0")
     with pytest.raises(CheckpointError, match="damaged"):
-        folder.read(4)
+        read_checkpoint(folder.file(4))
 
 
 def test_every_flipped_bit_is_seen(folder):
@@ -78,31 +78,31 @@ def test_every_flipped_bit_is_seen(folder):
         content[place] ^= 1 << place % 8
         path.write_bytes(content)
         with pytest.raises(CheckpointError):
-            folder.read(4)
+            read_checkpoint(folder.file(4))
         content[place] ^= 1 << place % 8
     path.write_bytes(content)
-    assert folder.read(4).step == 4
+    assert read_checkpoint(folder.file(4)).step == 4
 
 
 def test_foreign_and_missing_and_newer_files_are_named(folder, tmp_path):
     import safetensors.torch
 
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
-        folder.read(4)
+        read_checkpoint(folder.file(4))
     path = folder.write(make())
     path.write_bytes(safetensors.torch.save({"x": torch.ones(3)}, {"format": "pt"}))
-    with pytest.raises(CheckpointError, match="is no checkpoint of sefi_fast"):
-        folder.read(4)
+    with pytest.raises(CheckpointError, match="is not a checkpoint of sefi_fast"):
+        read_checkpoint(folder.file(4))
     path.write_bytes(safetensors.torch.save({"x": torch.ones(3)}))
-    with pytest.raises(CheckpointError, match="is no checkpoint of sefi_fast"):
-        folder.read(4)
+    with pytest.raises(CheckpointError, match="is not a checkpoint of sefi_fast"):
+        read_checkpoint(folder.file(4))
     path.write_bytes(b"\x80\x04\x95pickled" * 20)
     with pytest.raises(CheckpointError, match="damaged"):
-        folder.read(4)
+        read_checkpoint(folder.file(4))
     metadata = {"format": "sefi_fast.checkpoint", "format_version": "2", "library_version": "9.0"}
     path.write_bytes(safetensors.torch.save({"x": torch.ones(3)}, metadata))
     with pytest.raises(CheckpointError, match=r"written by sefi_fast 9\.0 .* update"):
-        folder.read(4)
+        read_checkpoint(folder.file(4))
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_checkpoint(tmp_path / "folder.safetensors")
@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(folder, monkey
     with pytest.raises(OSError, match="No space left"):
         folder.write(make(4))
     assert sorted(os.listdir(folder.path)) == before
-    assert folder.read(2).step == 2
+    assert read_checkpoint(folder.file(2)).step == 2
 
 
 def test_a_limit_on_file_sizes_is_like_a_full_disk(folder):
@@ -161,10 +161,10 @@ def test_a_limit_on_file_sizes_is_like_a_full_disk(folder):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(os.listdir(folder.path)) == before
-    assert folder.read(2).step == 2
+    assert read_checkpoint(folder.file(2)).step == 2
 
 
-def test_something_in_the_folders_place_is_told(tmp_path):
+def test_a_file_in_the_folders_place_is_an_error(tmp_path):
     (tmp_path / "me.safetensors.checkpoints").write_text("a file")
     with pytest.raises(FileExistsError, match="is in the way"):
         CheckpointFolder(tmp_path / "me.safetensors.checkpoints").check()
@@ -201,18 +201,18 @@ def test_a_linked_folder_is_refused_and_stays(tmp_path):
     assert target.steps() == [4] and link.steps() == []
 
 
-def test_timetable(monkeypatch):
-    every = Timetable(3)
+def test_the_interval_between_checkpoints(monkeypatch):
+    every = CheckpointInterval(3)
     assert [step for step in range(1, 10) if every.due(step)] == [3, 6, 9]
-    assert not any(Timetable(0).due(step) for step in range(1, 10))
+    assert not any(CheckpointInterval(0).due(step) for step in range(1, 10))
     now = [0.0]
     monkeypatch.setattr("sefi_fast.training.checkpoint.time.perf_counter", lambda: now[0])
-    seldom = Timetable(None)
+    by_time = CheckpointInterval(None)
     due = []
     for second in range(400):
         now[0] = float(second)
-        if seldom.due(second):
+        if by_time.due(second):
             due.append(second)
             # Two seconds of writing are a fiftieth of a hundred.
-            seldom.written(2.0)
+            by_time.written(2.0)
     assert due == [60, 160, 260, 360]

@@ -1,13 +1,19 @@
-"""Settings are checked one by one, and say what is wrong."""
+"""Settings, their presets and their files: what is saved is loaded, each mistake is one error."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sefi_fast.errors import ConfigError
 from sefi_fast.training import TrainConfig
+from sefi_fast.training.config import PRESETS, read_settings, write_settings
 
 
 def test_defaults_are_valid_and_frozen():
@@ -19,68 +25,37 @@ def test_defaults_are_valid_and_frozen():
         config.steps = 3
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("steps", 0),
-        ("steps", -5),
-        ("batch_size", 0),
-        ("stages", 0),
-        ("num_vectors", 0),
-        ("num_vectors", 33),
-        ("seed", -1),
-        ("seed", 2**64),
-        ("resolution", 0),
-        ("validation_every", 0),
-        ("validation_steps", 0),
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("learning_rate", float("inf")),
-        ("weight_lambda", -0.1),
-        ("weight_lambda", float("nan")),
-        ("schedule", "polynomial"),
-        ("module", "mlp"),
-        ("crop", "middle"),
-        ("precision", "fp8"),
-        ("self_attention", "flash"),
-        ("templates", ()),
-        ("templates", ("a photo of a cat",)),
-        ("templates", ("a photo of {}", "a photo")),
-        ("validation_prompts", ("in the snow",)),
-        ("scene", "  "),
-        ("scene", "behind {}"),
-        ("loss_resolutions", ()),
-    ],
-)
-def test_values_out_of_range_are_named(name, value):
-    with pytest.raises(ValueError, match=name):
-        TrainConfig(**{name: value})
+OUT_OF_RANGE = {
+    "steps": (0, -5), "batch_size": (0,), "stages": (0,), "num_vectors": (0, 33),
+    "seed": (-1, 2**64), "resolution": (0,), "validation_every": (0,), "validation_steps": (0,),
+    "learning_rate": (0.0, float("nan"), float("inf")), "weight_lambda": (-0.1, float("nan")),
+    "ema_decay": (0, 1.0), "snr_gamma": (0,), "max_seconds": (0,), "validation_guidance": (-1,),
+    "schedule": ("polynomial",), "module": ("mlp",), "crop": ("middle",), "precision": ("fp8",),
+    "self_attention": ("flash", ["sdpa"]), "attention_loss": ("masks",), "capture": ("yes",),
+    "templates": ((), ("a photo of a cat",), ("a photo of {}", "a photo")),
+    "validation_prompts": (("in the snow",),), "scene": ("  ", "behind {}"),
+    "loss_resolutions": ((),), "trackers": ((" ",),),
+}  # fmt: skip
+WRONG_TYPES = {
+    "steps": (2.0, True, "300"), "batch_size": (None,), "learning_rate": ("fast", True),
+    "flip": (1,), "split": ("yes",), "reference_grad": (None,),
+    "templates": ("a photo of a {}", (1, 2)), "validation_prompts": ("a {}",),
+    "attention_backend": (3,), "device": (0,), "scene": (7,), "loss_resolutions": (16, (16.0,)),
+    "trackers": ("tensorboard", (3,)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "error"),
     [
-        ("steps", 2.0),
-        ("steps", True),
-        ("steps", "300"),
-        ("batch_size", None),
-        ("learning_rate", "fast"),
-        ("learning_rate", True),
-        ("flip", 1),
-        ("split", "yes"),
-        ("reference_grad", None),
-        ("templates", "a photo of a {}"),
-        ("templates", (1, 2)),
-        ("validation_prompts", "a {}"),
-        ("attention_backend", 3),
-        ("device", 0),
-        ("scene", 7),
-        ("loss_resolutions", 16),
-        ("loss_resolutions", (16.0,)),
+        (name, value, error)
+        for table, error in ((OUT_OF_RANGE, ValueError), (WRONG_TYPES, TypeError))
+        for name, values in table.items()
+        for value in values
     ],
 )
-def test_wrong_types_are_named(name, value):
-    with pytest.raises(TypeError, match=name):
+def test_values_out_of_range_and_wrong_types_are_named(name, value, error):
+    with pytest.raises(error, match=name):
         TrainConfig(**{name: value})
 
 
@@ -92,14 +67,14 @@ def test_overrides_replace_fields_of_a_config():
     assert TrainConfig.from_overrides(None, {}) == TrainConfig()
 
 
-def test_an_unknown_override_is_named_together_with_what_there_is():
+def test_an_unknown_override_is_named_with_the_settings():
     with pytest.raises(TypeError, match=r"stepps.*the settings are steps, batch_size"):
         TrainConfig.from_overrides(None, {"stepps": 3})
     with pytest.raises(TypeError, match="TrainConfig, got dict"):
         TrainConfig.from_overrides({"steps": 3}, {})
 
 
-def test_the_scene_stands_behind_every_template():
+def test_the_scene_follows_every_template():
     config = TrainConfig(templates=("a {}", "one {}"), scene="in the forest")
     assert config.sentences() == ("a {} in the forest", "one {} in the forest")
     assert TrainConfig(templates=("a {}",)).sentences() == ("a {}",)
@@ -114,3 +89,239 @@ def test_settings_survive_json():
 def test_every_field_has_a_line_of_help():
     for field in dataclasses.fields(TrainConfig):
         assert len(field.metadata["help"]) > 5, field.name
+
+
+def test_sefi_is_the_default():
+    assert TrainConfig.preset("sefi") == TrainConfig()
+
+
+@pytest.mark.parametrize(("name", "stages"), [("textual-inversion", 1), ("prospect", 10)])
+def test_older_methods_are_tied_free_rows_without_attention_loss(name, stages):
+    config = TrainConfig.preset(name)
+    assert (config.stages, config.split, config.module) == (stages, False, "free")
+    assert config.weight_lambda == 0 and config.schedule == "constant"
+    assert config.snr_gamma is None and config.learning_rate == 2e-3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_overrides_win(name):
+    assert TrainConfig.preset(name, stages=3, steps=5).stages == 3
+
+
+def test_likeness_is_the_method_with_three_vectors():
+    config = TrainConfig.preset("likeness")
+    assert config == TrainConfig(num_vectors=3, weight_lambda=0.01)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: TrainConfig.preset("sifi"),
+            ValueError,
+            "'textual-inversion', 'prospect', got 'sifi'",
+        ),
+        (
+            lambda: TrainConfig.preset("sefi", stage=1),
+            TypeError,
+            r"no setting stage \(did you mean",
+        ),
+    ],
+)
+def test_mistakes_in_presets_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+UNUSUAL = TrainConfig(
+    steps=7,
+    learning_rate=1e-7,
+    loss_resolutions=(8, 16),
+    templates=("a {} é", "yes: {}"),
+    ema_decay=0.5,
+    trackers=("tensorboard",),
+    max_seconds=3,
+    flip=False,
+)
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.yml", "run.json", "run"])
+@pytest.mark.parametrize("config", [TrainConfig(), UNUSUAL], ids=["default", "unusual"])
+def test_saved_settings_are_loaded(tmp_path, name, config):
+    path = tmp_path / "new" / name
+    config.save(path)
+    assert TrainConfig.load(path) == config
+    assert os.listdir(path.parent) == [name]
+
+
+def test_a_hand_written_file_may_leave_things_out_and_write_numbers_its_way(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("# mine\nlearning_rate: 1e-3\nweight_lambda: 0\nflip: no\nimage: me.jpg\n")
+    config = TrainConfig.load(path)
+    assert (config.learning_rate, config.weight_lambda, config.flip) == (1e-3, 0, False)
+    assert config.steps == TrainConfig().steps
+    assert read_settings(path).run == {"image": "me.jpg"}
+
+
+def test_fields_win_over_the_files_preset(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("stages: 4\npreset: prospect\n")
+    assert TrainConfig.load(path) == TrainConfig.preset("prospect", stages=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("step: 3", ValueError, r"unknown settings: step \(did you mean steps\?\); the settings"),
+        ("imagge: x\nzzz: 1", ValueError, r"imagge \(did you mean image\?\), zzz; the"),
+        ("steps: many", TypeError, "steps must be an integer, got 'many'"),
+        ("learning_rate: fast", TypeError, "learning_rate must be a number, got 'fast'"),
+        ("steps: -1", ValueError, "steps must be at least 1"),
+        ("image: 3", ValueError, "image must be a string, got 3"),
+        (
+            "preset: best",
+            ValueError,
+            "preset must be one of 'sefi', 'likeness', 'textual-inversion'",
+        ),
+        ("- steps", ValueError, "line by line, as 'steps: 600', got list"),
+        ("", ValueError, "line by line"),
+        ("a: [1", ValueError, "is not YAML"),
+        ("!!python/object/apply:os.getcwd []", ValueError, "is not YAML"),
+        # Aliases of 300 bytes that stand for 9^8 values.
+        (
+            "a: &a [x,x,x,x,x,x,x,x,x]\n"
+            + "".join(f"{y}: &{y} [{','.join([f'*{x}'] * 9)}]\n" for x, y in pairwise("abcdefghi"))
+            + "steps: *i",
+            ConfigError,
+            "anchors, aliases and tags",
+        ),
+        ("steps: &a 3", ConfigError, "anchors, aliases and tags"),
+        ("steps: " + "[" * 900 + "]" * 900, ConfigError, "nested more than 8 levels"),
+        ("".join(" " * n + "a:\n" for n in range(900)), ConfigError, "nested more than 8 levels"),
+        ("[" * 500_000, ConfigError, "nested more than 8 levels"),
+        ("templates: [" + "'{}'," * 11_000 + "]", ConfigError, "more than 10000 values"),
+        ("templates: [" + "'{}'," * 1_001 + "]", ConfigError, "at most 1,000 texts"),
+        ("x" * 3_000_000, OSError, "at most 2,097,152 are read"),
+        ("".join(f"k{n}: 1\n" for n in range(2000)), ConfigError, "k1005 and 1990 more; the"),
+        ("<<: {steps: 3}", ConfigError, "unknown settings: <<"),
+        ("steps: 1\n---\nsteps: 2", ConfigError, "expected a single document"),
+        ("steps: 1\nsteps: 2", ConfigError, "'steps' stands in it twice"),
+        ("1: 2", ConfigError, "line by line"),
+        ("? [a]\n: 3", ConfigError, "is not YAML"),
+        ("steps:\t3\n\tseed: 2", ConfigError, "is not YAML"),
+        ("steps: 0600", ConfigError, "steps must be an integer, got '0600'"),
+        ("steps: 1:00:00", ConfigError, "steps must be an integer, got '1:00:00'"),
+        ("weight_lambda: 1:30.5", ConfigError, "weight_lambda must be a number"),
+        ("steps: " + "9" * 100_000, ConfigError, "steps must be an integer"),
+        ("steps: " + "9" * 30, ConfigError, "steps must be at least 1 .* got a number of 100 bits"),
+        ("learning_rate: 1" + "0" * 400, ConfigError, "learning_rate must be finite"),
+        ("learning_rate: .inf", ConfigError, "learning_rate must be a number"),
+        ("learning_rate: nan", ConfigError, "learning_rate must be finite"),
+        ("steps: true", ConfigError, "steps must be an integer, got True"),
+        ("steps: 3.0", ConfigError, "steps must be an integer, got 3.0"),
+        ("stages: 101", ConfigError, "stages must be at least 1 and at most 100, got 101"),
+        ("batch_size: 999999999", ConfigError, "batch_size must be at least 1 and at most 4096"),
+        ("loss_resolutions: [0]", ConfigError, "loss_resolutions must be at most 100 sides"),
+        ("scene: !!binary aGVsbG8=", ConfigError, "anchors, aliases and tags"),
+        ("steps: !!int ''", ConfigError, "anchors, aliases and tags"),
+        ("flip: !!bool perhaps", ConfigError, "anchors, aliases and tags"),
+        ("steps: !!timestamp never", ConfigError, "anchors, aliases and tags"),
+        ('scene: "\\ud800"', ConfigError, "scene holds half a character"),
+        ("scene: " + "x" * 30_000, ConfigError, "scene must be at most"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, error, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(error, match=message) as raised:
+        TrainConfig.load(path)
+    assert str(path) in str(raised.value)
+    assert len(str(raised.value)) < 2100
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"steps": 1, "steps": 2}', "'steps' stands in it twice"),
+        ('{"learning_rate": NaN}', "NaN in it is not a finite number"),
+        ('{"steps": ' + "[" * 100_000, "is not JSON: it is nested too deeply"),
+        ('{"scene": "\\ud800"}', "scene holds half a character"),
+        ("steps: 3", "is not JSON"),
+    ],
+)
+def test_mistakes_in_json_are_named(tmp_path, text, message):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.load(path)
+
+
+def test_a_file_of_another_program_is_read_as_it_looks(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('\ufeff{"scene": "\\ud83d\\ude00"}', encoding="utf-8")
+    assert TrainConfig.load(path).scene == "😀"
+    path = tmp_path / "run.yaml"
+    path.write_text("\ufeffscene: 2024-01-01\nsteps: 1_000\n", encoding="utf-8")
+    config = TrainConfig.load(path)
+    assert (config.scene, config.steps) == ("2024-01-01", 1000)
+
+
+ODD_TEXTS = [
+    "0600", "1:30", "1e3", ".5e3", "-.5", "1.5e3", "2024-01-01", "<<", "=", "~", "yes", "1_0",
+    "\x85", "&a",
+]  # fmt: skip
+TEXTS = st.text(max_size=12) | st.sampled_from(ODD_TEXTS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scene=TEXTS,
+    texts=st.lists(TEXTS, min_size=1, max_size=3),
+    name=st.sampled_from(["run.yaml", "run.json"]),
+    values=st.fixed_dictionaries(
+        {},
+        optional={
+            "learning_rate": st.floats(1e-300, 1e300),
+            "steps": st.integers(-1, 10**8),
+            "stages": st.integers(0, 200),
+            "num_vectors": st.integers(0, 80),
+            "seed": st.integers(-1, 2**64),
+        },
+    ),
+)
+def test_all_valid_settings_can_be_saved_and_loaded(tmp_path_factory, scene, texts, name, values):
+    templates = tuple(text + "{}" for text in texts)
+    try:
+        config = TrainConfig(scene=scene, templates=templates, log_dir=scene, **values)
+    except ValueError:
+        return
+    path = tmp_path_factory.getbasetemp() / name
+    config.save(path)
+    assert TrainConfig.load(path) == config
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_whole_numbers_in_the_place_of_others_can_be_loaded(tmp_path, name):
+    config = TrainConfig(learning_rate=10**40, snr_gamma=10**300, max_seconds=7)
+    config.save(tmp_path / name)
+    assert TrainConfig.load(tmp_path / name) == config
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config file at"):
+        TrainConfig.load(tmp_path / "missing.yaml")
+    with pytest.raises(OSError, match="cannot be read"):
+        TrainConfig.load(tmp_path)
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ValueError, match="is not text"):
+        TrainConfig.load(tmp_path / "image.png")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            TrainConfig.load(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        TrainConfig().save(tmp_path / "file" / "run.yaml")
+    with pytest.raises(OSError):
+        write_settings(tmp_path, {"steps": 1})
+    assert sorted(os.listdir(tmp_path)) == ["file", "image.png", "pipe"]

@@ -1,4 +1,4 @@
-"""Image files of every kind: their colours, what they are called, and what they cost."""
+"""Odd image files: color profiles, deep pixels, foreign kinds, damage, size and memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,27 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
+from training.shared import random_image
 
 from sefi_fast.errors import ImageError, PathError
 from sefi_fast.training import load_image
-from sefi_fast.training.image import LARGEST_FILE
+from sefi_fast.training.image import LARGEST_FILE, decode
 from sefi_fast.training.latents import load_mask
 from sefi_fast.training.monitor import History
-from sefi_fast.training.subject_state import Job, seen_files
+from sefi_fast.training.subject_state import SubjectSpec, file_checksums
 
 PNG = b"\x89PNG\r\n\x1a\n"
 Image.init()
 AVIF = "AVIF" in Image.SAVE
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def decoded(content: bytes) -> Image.Image:
+    return decode(io.BytesIO(content), "it")
+
+
+def noise(side: int = 48) -> Image.Image:
+    return random_image(0, side, side)
 
 
 def s15(*values: float) -> bytes:
@@ -58,10 +67,10 @@ def curve(gamma: float) -> bytes:
 
 def wide_rgb(red, green, blue) -> bytes:
     names = (b"rXYZ", b"gXYZ", b"bXYZ")
-    colours = {
+    colors = {
         n: b"XYZ \0\0\0\0" + s15(*xyz) for n, xyz in zip(names, (red, green, blue), strict=True)
     }
-    return profile(b"RGB ", {**colours, **{n: curve(2.2) for n in (b"rTRC", b"gTRC", b"bTRC")}})
+    return profile(b"RGB ", {**colors, **{n: curve(2.2) for n in (b"rTRC", b"gTRC", b"bTRC")}})
 
 
 def inks() -> bytes:
@@ -79,9 +88,9 @@ def inks() -> bytes:
 
 P3 = wide_rgb((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
 ADOBE = wide_rgb((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446))
-GREY = profile(b"GRAY", {b"kTRC": curve(1.0)})
+GRAY = profile(b"GRAY", {b"kTRC": curve(1.0)})
 INKS = inks()
-COLOURS = {
+COLORS = {
     "RGB": (200, 80, 40),
     "RGBA": (200, 80, 40, 255),
     "L": 128,
@@ -90,9 +99,9 @@ COLOURS = {
 }
 
 
-def in_srgb(icc: bytes, mode: str, colour) -> np.ndarray:
+def in_srgb(icc: bytes, mode: str, color) -> np.ndarray:
     wanted = ImageCms.profileToProfile(
-        Image.new(mode, (1, 1), colour),
+        Image.new(mode, (1, 1), color),
         ImageCms.ImageCmsProfile(io.BytesIO(icc)),
         ImageCms.createProfile("sRGB"),
         outputMode="RGB",
@@ -103,39 +112,39 @@ def in_srgb(icc: bytes, mode: str, colour) -> np.ndarray:
 @pytest.mark.parametrize(
     ("icc", "mode", "suffix", "wanted"),
     [
-        *((icc, "RGB", suffix, in_srgb(icc, "RGB", COLOURS["RGB"]))
+        *((icc, "RGB", suffix, in_srgb(icc, "RGB", COLORS["RGB"]))
           for icc in (P3, ADOBE) for suffix in ("png", "jpg", "webp", "tif", "avif")),
-        *((P3, "RGBA", suffix, in_srgb(P3, "RGB", COLOURS["RGB"]))
+        *((P3, "RGBA", suffix, in_srgb(P3, "RGB", COLORS["RGB"]))
           for suffix in ("png", "webp", "tif")),
         *((P3, "L", suffix, in_srgb(P3, "RGB", (128,) * 3)) for suffix in ("png", "jpg", "tif")),
-        *((GREY, "L", suffix, [188] * 3) for suffix in ("png", "jpg", "tif")),
-        *((GREY, "LA", suffix, [188] * 3) for suffix in ("png", "tif")),
-        *((INKS, "CMYK", suffix, in_srgb(INKS, "CMYK", COLOURS["CMYK"]))
+        *((GRAY, "L", suffix, [188] * 3) for suffix in ("png", "jpg", "tif")),
+        *((GRAY, "LA", suffix, [188] * 3) for suffix in ("png", "tif")),
+        *((INKS, "CMYK", suffix, in_srgb(INKS, "CMYK", COLORS["CMYK"]))
           for suffix in ("jpg", "tif")),
-        *((SRGB, mode, "png", COLOURS["RGB"]) for mode in ("RGB", "RGBA")),
+        *((SRGB, mode, "png", COLORS["RGB"]) for mode in ("RGB", "RGBA")),
     ],
 )  # fmt: skip
-def test_colour_profiles_are_converted_to_srgb(tmp_path, icc, mode, suffix, wanted):
+def test_color_profiles_are_converted_to_srgb(tmp_path, icc, mode, suffix, wanted):
     if suffix == "avif" and not AVIF:
         pytest.skip("this Pillow has no AVIF")
     lossy = {"quality": 100} if suffix in ("jpg", "webp", "avif") else {}
     path = tmp_path / f"wide.{suffix}"
-    Image.new(mode, (32, 32), COLOURS[mode]).save(path, icc_profile=icc, **lossy)
+    Image.new(mode, (32, 32), COLORS[mode]).save(path, icc_profile=icc, **lossy)
     tolerance = 8 if lossy else 1
     loaded = load_image(path)
     for found in (loaded, load_image(Image.open(path)), load_image(loaded)):
         assert np.abs(np.asarray(found).astype(int)[16, 16] - wanted).max() <= tolerance
 
 
-def test_sixteen_bit_grey_with_a_profile(tmp_path):
+def test_sixteen_bit_gray_with_a_profile(tmp_path):
     Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)).save(tmp_path / "a.png")
     content = (tmp_path / "a.png").read_bytes()
-    packed = chunk(b"iCCP", b"grey\0\0" + zlib.compress(GREY))
+    packed = chunk(b"iCCP", b"gray\0\0" + zlib.compress(GRAY))
     (tmp_path / "a.png").write_bytes(content[:33] + packed + content[33:])
     assert np.abs(np.asarray(load_image(tmp_path / "a.png")).astype(int) - 188).max() <= 1
 
 
-def test_lab_images_have_their_colours(tmp_path):
+def test_lab_images_have_their_colors(tmp_path):
     to_lab = ImageCms.buildTransform(
         ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
     )
@@ -147,28 +156,28 @@ def test_lab_images_have_their_colours(tmp_path):
 
 @pytest.mark.parametrize(
     ("icc", "mode"),
-    [(bytes(300), "RGB"), (P3[:200], "RGB"), (INKS, "RGB"), (GREY, "RGB"), (P3, "CMYK")],
+    [(bytes(300), "RGB"), (P3[:200], "RGB"), (INKS, "RGB"), (GRAY, "RGB"), (P3, "CMYK")],
 )
 def test_a_profile_that_does_not_fit_is_ignored_with_a_warning(tmp_path, caplog, icc, mode):
-    image = Image.new(mode, (32, 32), COLOURS[mode])
+    image = Image.new(mode, (32, 32), COLORS[mode])
     image.save(tmp_path / "a.tif", icc_profile=icc)
     loaded = load_image(tmp_path / "a.tif")
     np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image.convert("RGB")))
-    assert "the colour profile of" in caplog.text
+    assert "the color profile of" in caplog.text
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, depth: int, colours: int, rows: bytes, *chunks: bytes) -> bytes:
-    header = struct.pack(">2I5B", width, height, depth, colours, 0, 0, 0)
+def png(width: int, height: int, depth: int, colors: int, rows: bytes, *chunks: bytes) -> bytes:
+    header = struct.pack(">2I5B", width, height, depth, colors, 0, 0, 0)
     parts = (chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)))
     return PNG + b"".join(parts) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_a_transparent_grey_of_any_depth(depth):
+def test_a_transparent_gray_of_any_depth(depth):
     """The upper half is black, the lower one white, and one of both is transparent."""
     highest = 2**depth - 1
     size = 32 * depth // 8
@@ -180,7 +189,7 @@ def test_a_transparent_grey_of_any_depth(depth):
 
 
 @pytest.mark.parametrize("key", [(65535, 32896, 0), (65535, 0, 0), (255, 128, 0)])
-def test_a_transparent_colour_of_sixteen_bits(key):
+def test_a_transparent_color_of_sixteen_bits(key):
     rows = (b"\0" + struct.pack(">3H", 65535, 32896, 0) * 20) * 20
     content = png(20, 20, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", *key)))
     wanted = (255, 255, 255) if key == (65535, 32896, 0) else (255, 128, 0)
@@ -203,7 +212,7 @@ def tiff(image: Image.Image, **tags: int) -> bytes:
 DEEP = np.repeat(np.array([0, 0xC800], np.uint16), 512).reshape(32, 32)
 FLOAT = DEEP / np.float32(2**16)
 TWELVE = np.repeat(np.array([0, 0xCC], np.uint8), 768).reshape(32, 48)
-GREYS = {
+GRAYS = {
     "16 bits": (tiff(Image.fromarray(DEEP)), 0, 199),
     "16 bits, white is zero": (tiff(Image.fromarray(DEEP), photometric=0), 255, 56),
     "float, white is zero": (tiff(Image.fromarray(FLOAT), photometric=0), 255, 56),
@@ -212,21 +221,10 @@ GREYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "upper", "lower"), GREYS.values(), ids=list(GREYS))
-def test_deep_greys_have_the_range_of_their_format(content, upper, lower):
+@pytest.mark.parametrize(("content", "upper", "lower"), GRAYS.values(), ids=list(GRAYS))
+def test_deep_grays_have_the_range_of_their_format(content, upper, lower):
     for loaded in (decoded(content), load_image(Image.open(io.BytesIO(content)))):
         assert (loaded.getpixel((5, 5)), loaded.getpixel((5, 25))) == ((upper,) * 3, (lower,) * 3)
-
-
-def decoded(content: bytes) -> Image.Image:
-    from sefi_fast.training.image import decode
-
-    return decode(io.BytesIO(content), "it")
-
-
-def noise(side: int = 48) -> Image.Image:
-    random = np.random.default_rng(0)
-    return Image.fromarray(random.integers(0, 255, (side, side, 3), dtype=np.uint8))
 
 
 def test_png_files_with_more_than_a_megabyte_of_text_or_profile(tmp_path):
@@ -270,7 +268,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("kind", "content"), KINDS.items(), ids=list(KINDS))
-def test_what_is_not_an_image_is_named_and_starts_no_program(tmp_path, monkeypatch, kind, content):
+def test_foreign_files_are_named_and_start_no_program(tmp_path, monkeypatch, kind, content):
     def refuse(*command, **_):
         raise AssertionError(f"{command} was started")
 
@@ -303,7 +301,7 @@ def test_the_largest_page_of_a_tiff_file_is_read(tmp_path):
 
 
 def dng(side: int, part: int) -> bytes:
-    """A grey page with an image of another size in its SubIFD."""
+    """A gray page with an image of another size in its SubIFD."""
     entries = [(256, side), (257, side), (258, 8), (259, 1), (262, 1), (273, 200), (277, 1),
                (278, side), (279, side * side), (330, 150)]  # fmt: skip
     head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
@@ -334,7 +332,7 @@ def test_a_small_tiff_file_with_many_parts_takes_no_time(monkeypatch):
     assert 3 < len(loads) < 30
 
 
-def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
+def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
@@ -357,15 +355,15 @@ def test_what_is_not_a_regular_file_is_refused_at_once(tmp_path):
 def test_the_bytes_of_a_file_are_bounded(tmp_path):
     path = tmp_path / "a.png"
     noise().save(path)
-    job = Job(path, "cat", mask=path)
+    spec = SubjectSpec(path, mask=path)
     found = f"{zlib.crc32(path.read_bytes()):08x}"
-    assert seen_files(job) == {"picture": found, "mask": found}
+    assert file_checksums(spec) == {"image": found, "mask": found}
     os.truncate(path, LARGEST_FILE + 1)
-    for read in (load_image, lambda path: seen_files(Job(path, "cat"))):
+    for read in (load_image, lambda path: file_checksums(SubjectSpec(path))):
         with pytest.raises(ImageError, match="536,870,913"):
             read(path)
     path.unlink()
-    assert seen_files(job) == {}
+    assert file_checksums(spec) == {}
 
 
 ERRORS = [NotImplementedError("none"), RuntimeError("odd"), MemoryError(), struct.error("short"),
@@ -374,7 +372,7 @@ ERRORS = [NotImplementedError("none"), RuntimeError("odd"), MemoryError(), struc
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_whatever_a_decoder_raises_is_one_error(tmp_path, monkeypatch, error):
+def test_any_error_of_a_decoder_is_one_error(tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
 
@@ -386,7 +384,7 @@ def test_whatever_a_decoder_raises_is_one_error(tmp_path, monkeypatch, error):
             load_image(source)
 
 
-def test_a_damaged_validation_image_of_a_checkpoint_is_told():
+def test_a_damaged_validation_image_of_a_checkpoint_is_an_error():
     history = History(validation=[(3, [noise()])])
     for number in (1, 2, 3):
         history.record(0.1, 0.2, number)
@@ -401,9 +399,9 @@ def test_a_damaged_validation_image_of_a_checkpoint_is_told():
 
 def test_an_image_above_a_gigabyte_is_refused_with_its_size(tmp_path):
     rows = b"\0" * 1000
-    for side, depth, colours in ((13000, 16, 0), (13000, 8, 6)):
+    for side, depth, colors in ((13000, 16, 0), (13000, 8, 6)):
         with pytest.raises(ImageError, match=str(side)):
-            decoded(png(side, side, depth, colours, rows))
+            decoded(png(side, side, depth, colors, rows))
     with pytest.raises(ImageError, match="400000000 pixels"):
         decoded(png(20000, 20000, 1, 0, rows))
     with pytest.raises(ImageError, match="12000×12000 .*1 GB"):
@@ -448,17 +446,17 @@ def saved(folder, side: int) -> list:
     exif = Image.Exif()
     exif[0x0112] = 6
     tiles = noise(side // 20).resize((side, side), Image.Resampling.NEAREST)
-    grey = np.asarray(tiles)[..., 0]
+    gray = np.asarray(tiles)[..., 0]
     layered = tiles.convert("RGBA")
-    layered.putalpha(Image.fromarray(grey))
+    layered.putalpha(Image.fromarray(gray))
     images = {
         "rgb.png": (tiles, {"icc_profile": P3}),
         "rgba.png": (layered, {}),
-        "deep.png": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+        "deep.png": (Image.fromarray(gray.astype(np.uint16) * 257), {}),
         "palette.png": (tiles.convert("P"), {"transparency": 3}),
         "a.jpg": (tiles, {"icc_profile": P3}),
         "inks.jpg": (tiles.convert("CMYK"), {"icc_profile": INKS, "progressive": True}),
-        "floats.tif": (Image.fromarray(grey.astype(np.float32) / 255), {}),
+        "floats.tif": (Image.fromarray(gray.astype(np.float32) / 255), {}),
     }
     for name, (image, options) in images.items():
         image.save(folder / name, exif=exif, **options)

@@ -1,4 +1,4 @@
-"""Models that training is given: one file offline, float8 and quantised weights, other inputs."""
+"""Models that training is given: one file offline, float8 and quantized weights, other inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from models import make_vae
 from PIL import Image
 from pipelines.checkpoint import save_checkpoint
 from torch import nn
-from training.pipeline_state import state_of
+from training.shared import FAST as THREE
+from training.shared import random_image, state_of
 from transformers import BertTokenizer, CLIPTokenizer, CLIPTokenizerFast, PreTrainedTokenizerFast
 
 import sefi_fast
@@ -25,13 +26,13 @@ from sefi_fast.prompts import text_encoders
 from sefi_fast.subject import Subject
 from sefi_fast.training import ManifestError
 
-FAST: dict[str, Any] = {"steps": 2, "batch_size": 1, "resolution": 64, "progress": False}
+FAST: dict[str, Any] = {**THREE, "steps": 2, "batch_size": 1}
 FP8 = torch.float8_e4m3fn
 
 
 @pytest.fixture
 def photo() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    return random_image(0)
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def one_file(sd15_pipeline, tmp_path, monkeypatch, photo):
 KEPT = {"model": "model.safetensors", "model_config": "pipe", "vae": "vae"}
 
 
-def test_c2_training_from_one_file_without_the_hub(one_file, photo):
+def test_training_from_one_file_without_the_hub(one_file, photo):
     with pytest.raises(ModelError, match="model_config= of train"):
         sefi_fast.train(photo, model="model.safetensors", class_word="cat", **FAST)
     subject = sefi_fast.train(photo, **KEPT, class_word="cat", output="a.safetensors", **FAST)
@@ -65,7 +66,7 @@ def test_c2_training_from_one_file_without_the_hub(one_file, photo):
         sefi_fast.train(photo, model=pipe, vae="vae", class_word="cat", **FAST)
 
 
-def test_c2_the_commands_take_a_config_and_a_vae(one_file, capsys):
+def test_the_commands_take_a_config_and_a_vae(one_file, capsys):
     train = ["train", "me.png", "--class-word", "cat", "-o", "me.safetensors", "--quiet"]
     train += ["--steps", "1", "--batch-size", "1", "--resolution", "64"]
     assert main([*train, "-m", "model.safetensors"]) == 1
@@ -88,7 +89,7 @@ def test_c2_the_commands_take_a_config_and_a_vae(one_file, capsys):
     assert "give --model" in capsys.readouterr().err
 
 
-def test_c2_a_manifest_names_a_config_and_a_vae(one_file, photo):
+def test_a_manifest_names_a_config_and_a_vae(one_file, photo):
     row = {"image": "me.png", "class_word": "cat", **KEPT}
     arguments = {**FAST, "output": "out"}
     (result,) = sefi_fast.train_many([row], **arguments)
@@ -116,7 +117,7 @@ NARROW = {
 
 
 @pytest.mark.parametrize("kind", NARROW)
-def test_c3_float8_weights_are_trained_through_and_given_back(sd15_pipeline, photo, kind):
+def test_float8_weights_are_trained_through_and_given_back(sd15_pipeline, photo, kind):
     NARROW[kind](sd15_pipeline)
     before = _bits(sd15_pipeline)
     subject = sefi_fast.train(photo, model=sd15_pipeline, class_word="cat", **FAST)
@@ -142,7 +143,7 @@ def _bits(pipe: Any) -> dict[tuple[str, str], Any]:
     }
 
 
-def test_c3_a_pipeline_cast_by_layers_takes_a_subject(sd15_pipeline, photo):
+def test_a_pipeline_cast_by_layers_takes_a_subject(sd15_pipeline, photo):
     sd15_pipeline.unet.enable_layerwise_casting(FP8, torch.float32)
     subject = sefi_fast.train(photo, model=sd15_pipeline, class_word="cat", **FAST)
     draw = {"num_inference_steps": 1, "output_type": "latent"}
@@ -157,7 +158,7 @@ def test_c3_a_pipeline_cast_by_layers_takes_a_subject(sd15_pipeline, photo):
 
 
 class Packed(nn.Parameter):
-    """A quantised weight of another library: bytes, or a tensor of its own class."""
+    """A quantized weight of another library: bytes, or a tensor of its own class."""
 
 
 def _dynamic(pipe):
@@ -174,17 +175,17 @@ def _own_class(pipe):
     layer.weight = Packed(layer.weight.detach(), requires_grad=False)
 
 
-QUANTISED = {
-    "text encoder, dynamic int8": (_dynamic, r"text_encoder|CLIPTextModel is quantised"),
+QUANTIZED = {
+    "text encoder, dynamic int8": (_dynamic, r"text_encoder|CLIPTextModel is quantized"),
     "U-Net in bytes": (_bytes, r"conv_in.weight is a Tensor of torch.uint8"),
     "U-Net of a class of its own": (_own_class, r"conv1.weight is a Packed of torch.float32"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated")
-@pytest.mark.parametrize("kind", QUANTISED)
-def test_c3_quantised_weights_are_refused_before_training(sd15_pipeline, photo, tmp_path, kind):
-    change, words = QUANTISED[kind]
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights_are_refused_before_training(sd15_pipeline, photo, tmp_path, kind):
+    change, words = QUANTIZED[kind]
     change(sd15_pipeline)
     before = state_of(sd15_pipeline)
     with pytest.raises(ModelError, match=words):
@@ -211,7 +212,7 @@ def _unigram(tmp_path):
 
 
 @pytest.mark.parametrize("make", [_bert, _unigram])
-def test_c4_a_tokenizer_that_is_not_clips_is_told_as_such(sd15_pipeline, photo, tmp_path, make):
+def test_a_tokenizer_that_is_not_clips_is_refused(sd15_pipeline, photo, tmp_path, make):
     subject = sefi_fast.train(photo, model=sd15_pipeline, class_word="cat", **FAST)
     sd15_pipeline.tokenizer = make(tmp_path)
     words = f"tokenizer of type {type(sd15_pipeline.tokenizer).__name__}, which does not cut text"
@@ -225,7 +226,7 @@ def test_c4_a_tokenizer_that_is_not_clips_is_told_as_such(sd15_pipeline, photo, 
 
 
 @pytest.mark.parametrize("kind", [CLIPTokenizer, CLIPTokenizerFast])
-def test_c4_clips_tokenizers_of_every_class_pass(sd15_folder, sd15_pipeline, kind):
+def test_clips_tokenizers_of_every_class_pass(sd15_folder, sd15_pipeline, kind):
     class Own(kind):
         """A subclass, as diffusers' multi-vector tokenizers are."""
 
@@ -256,14 +257,14 @@ def _unet_with(pipe: Any, settings: dict[str, Any]) -> UNet2DConditionModel:
 
 
 @pytest.mark.parametrize("kind", FURTHER)
-def test_c5_unets_that_want_further_inputs_are_refused_in_words(sd15_pipeline, photo, kind):
+def test_unets_that_want_further_inputs_are_refused_in_words(sd15_pipeline, photo, kind):
     settings, words = FURTHER[kind]
     sd15_pipeline.unet = _unet_with(sd15_pipeline, settings)
     with pytest.raises(ModelError, match=words):
         sefi_fast.train(photo, model=sd15_pipeline, class_word="cat", **FAST)
 
 
-def test_c5_advice_for_lcm_works(sd15_pipeline, photo):
+def test_advice_for_lcm_works(sd15_pipeline, photo):
     subject = sefi_fast.train(photo, model=sd15_pipeline, class_word="cat", **FAST)
     assert all(map(math.isfinite, subject.history.loss))
     distilled = _unet_with(sd15_pipeline, {"time_cond_proj_dim": 16})

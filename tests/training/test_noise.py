@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from sefi_fast.errors import ModelError
-from sefi_fast.training.noise import NoiseSchedule, draw
+from sefi_fast.training.noise import NoiseSchedule, sample_noise
 
 CPU = torch.device("cpu")
 
@@ -102,10 +102,10 @@ def test_other_models_are_refused():
 def drawn(batch_size, seed=0, **changes):
     settings = {"num_train_timesteps": 1000, "views": 2, "templates": 3, "latent_shape": (4, 6, 6)}
     generator = torch.Generator().manual_seed(seed)
-    return draw(generator, batch_size=batch_size, **{**settings, **changes})
+    return sample_noise(generator, batch_size=batch_size, **{**settings, **changes})
 
 
-def test_every_part_of_the_timesteps_is_drawn_once():
+def test_every_part_of_the_timesteps_is_sampled_once():
     for seed in range(20):
         for batch_size in (1, 3, 5, 8, 32):
             timesteps = drawn(batch_size, seed).timesteps
@@ -117,7 +117,7 @@ def test_every_part_of_the_timesteps_is_drawn_once():
                 assert set((timesteps * 5 // 1000).tolist()) == set(range(5))
 
 
-def test_shapes_and_kinds_of_a_draw():
+def test_shapes_and_distributions_of_a_sample():
     one = drawn(64)
     assert one.noise.shape == one.latent_noise.shape == (64, 4, 6, 6)
     assert not torch.equal(one.noise, one.latent_noise)
@@ -128,7 +128,7 @@ def test_shapes_and_kinds_of_a_draw():
     assert set(drawn(16, views=1, templates=1).view.tolist()) == {0}
 
 
-def test_a_draw_depends_on_its_generator_alone():
+def test_a_sample_depends_on_its_generator_alone():
     torch.manual_seed(5)
     first = drawn(4, seed=3)
     state = torch.random.get_rng_state()

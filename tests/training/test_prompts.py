@@ -8,7 +8,7 @@ import torch
 from sefi_fast.errors import PromptError
 from sefi_fast.prompts import encode_text
 from sefi_fast.training.latents import encode_image
-from sefi_fast.training.prompts import LanePrompts, TrainingPrompts, take
+from sefi_fast.training.prompts import BatchedPrompts, TrainingPrompts, batched_gather
 
 CPU = torch.device("cpu")
 SENTENCES = ("a photo of a {}", "{} in the snow")
@@ -35,61 +35,63 @@ def test_streams_are_those_of_each_sample(sd15_pipeline, streams, stages, templa
     text_encoder = sd15_pipeline.text_encoder
     generator = torch.Generator().manual_seed(0)
     words = ("dog", "cat", "bear")[: len(stages)]
-    lanes = [prompts_for(sd15_pipeline, " ".join([word] * vectors)) for word in words]
+    subjects = [prompts_for(sd15_pipeline, " ".join([word] * vectors)) for word in words]
     shape = (len(stages), 4, streams, vectors, 48)
     tokens = torch.randn(shape, generator=generator, requires_grad=True)
     stages, templates = torch.tensor(stages), torch.tensor(templates)
-    got, pooled = LanePrompts(lanes).condition([text_encoder], tokens, stages, templates)
+    got, pooled = BatchedPrompts(subjects).condition([text_encoder], tokens, stages, templates)
     assert pooled is None
     assert got.shape == (stages.numel(), 2 * 77, 48)
     got = got.unflatten(0, stages.shape).unflatten(2, (2, 77))
-    for lane, prompts in enumerate(lanes):
-        for sample, (stage, template) in enumerate(zip(stages[lane], templates[lane], strict=True)):
+    for index, prompts in enumerate(subjects):
+        for sample, (stage, template) in enumerate(
+            zip(stages[index], templates[index], strict=True)
+        ):
             for stream in range(2):
-                row = tokens[lane, stage, min(stream, streams - 1)][None]
+                row = tokens[index, stage, min(stream, streams - 1)][None]
                 ids, slots = prompts.input_ids[0, template], prompts.slots[template]
                 alone = encode_text(text_encoder, ids[None], slots[None], row)[0]
-                part = got[lane, sample, stream]
+                part = got[index, sample, stream]
                 torch.testing.assert_close(part, alone, rtol=1e-4, atol=1e-5)
     (gradient,) = torch.autograd.grad(got.square().sum(), tokens)
-    for lane in range(len(lanes)):
+    for index in range(len(subjects)):
         for stage in range(4):
-            used = stage in stages[lane]
-            assert bool(gradient[lane, stage].any()) == used
+            used = stage in stages[index]
+            assert bool(gradient[index, stage].any()) == used
 
 
 def test_the_class_words_row_gives_the_reference(sd15_pipeline):
     text_encoder = sd15_pipeline.text_encoder
     table = text_encoder.get_input_embeddings().weight
     words = ("dog", "cat")
-    lanes = LanePrompts([prompts_for(sd15_pipeline, word) for word in words])
+    subjects = BatchedPrompts([prompts_for(sd15_pipeline, word) for word in words])
     ids = [sd15_pipeline.tokenizer(w, add_special_tokens=False).input_ids[0] for w in words]
     tokens = table[ids].detach()[:, None, None, None].expand(-1, 1, 2, -1, -1)
     templates = torch.tensor([[0, 1]] * 2)
     stages = torch.zeros(2, 2, dtype=torch.long)
-    streams = lanes.condition([text_encoder], tokens, stages, templates).streams
-    reference = lanes.reference([text_encoder])
+    streams = subjects.condition([text_encoder], tokens, stages, templates).streams
+    reference = subjects.reference([text_encoder])
     assert not reference.requires_grad
-    for lane, word in enumerate(words):
+    for index, word in enumerate(words):
         plain = sd15_pipeline.tokenizer(
             [sentence.replace("{}", word) for sentence in SENTENCES],
             padding="max_length",
             return_tensors="pt",
         )
-        assert torch.equal(lanes.input_ids[lane, 0], plain.input_ids)
+        assert torch.equal(subjects.input_ids[index, 0], plain.input_ids)
     streams = streams.unflatten(0, (2, 2)).unflatten(2, (2, 77))
     torch.testing.assert_close(streams[:, :, 0], reference)
     torch.testing.assert_close(streams[:, :, 1], reference)
 
 
-def test_take_is_an_indexing_with_a_gradient_in_float64():
+def test_the_gather_is_an_indexing_with_a_gradient_in_float64():
     generator = torch.Generator().manual_seed(3)
     source = torch.randn(3, 4, 2, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     index = torch.randint(4, (3, 6), generator=generator)
-    wanted = torch.stack([source[lane, index[lane]] for lane in range(3)])
-    assert torch.equal(take(source, index), wanted)
+    wanted = torch.stack([source[n, index[n]] for n in range(3)])
+    assert torch.equal(batched_gather(source, index), wanted)
     weight = torch.randn(wanted.shape, generator=generator, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad((take(source, index) * weight).sum(), source)
+    (gradient,) = torch.autograd.grad((batched_gather(source, index) * weight).sum(), source)
     (plain,) = torch.autograd.grad((wanted * weight).sum(), source)
     torch.testing.assert_close(gradient, plain)
 

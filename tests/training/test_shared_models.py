@@ -31,7 +31,7 @@ def meanwhile(pipe, action):
 
 
 @pytest.mark.parametrize("tokens", [77, 154])
-def test_plain_and_attached_pipelines_draw_while_another_trains(sd15_pipeline, tokens):
+def test_plain_and_attached_pipelines_generate_while_another_trains(sd15_pipeline, tokens):
     pipe = sd15_pipeline
     plain, attached = (
         StableDiffusionPipeline(**pipe.components, requires_safety_checker=False) for _ in range(2)
@@ -79,7 +79,7 @@ def test_a_trace_or_regions_overlap_a_step_of_training(sd15_pipeline, watch, fir
     assert dict(pipe.unet.attn_processors) == before
 
 
-def test_two_trainings_of_one_unet_at_a_time_are_told(sd15_pipeline):
+def test_two_trainings_of_one_unet_at_a_time_are_refused(sd15_pipeline):
     pipe = sd15_pipeline
     before = dict(pipe.unet.attn_processors)
 

@@ -8,21 +8,13 @@ import threading
 
 import pytest
 import torch
+from training.shared import BUNDLED_IMAGE, QUICK, newest_step
 
-import sefi_fast
 from sefi_fast.subject import Subject
-from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import TrainingInterrupted, train
-from sefi_fast.training.checkpoint import newest_step
 from sefi_fast.training.signals import graceful
 
-PICTURE = sefi_fast.bundled_subject_image()
-FAST = {"class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "steps": 6, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return sefi_fast.load_pipeline(None)
+SIX = {**QUICK, "steps": 6}
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +30,15 @@ def usual_handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(pipe, tmp_path, number):
-    output = tmp_path / "me.safetensors"
-    straight = train(PICTURE, model=pipe, **FAST)
+def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(bundled, output, number):
+    straight = train(BUNDLED_IMAGE, model=bundled, **SIX)
 
     def callback(step, history):
         if step == 3:
             os.kill(os.getpid(), number)
 
     with pytest.raises(TrainingInterrupted, match=r"after 3 of 6 .* goes on from step 3") as caught:
-        train(PICTURE, model=pipe, output=output, callback=callback, **FAST)
+        train(BUNDLED_IMAGE, model=bundled, output=output, callback=callback, **SIX)
     assert (caught.value.signal, caught.value.step) == (number, 3)
     assert isinstance(caught.value, KeyboardInterrupt)
     assert newest_step(output) == 3
@@ -55,18 +46,17 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(pipe, tmp_path, numb
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    resumed = train(PICTURE, model=pipe, output=output, resume=True, **FAST)
+    resumed = train(BUNDLED_IMAGE, model=bundled, output=output, resume=True, **SIX)
     assert torch.equal(resumed.tokens[0], straight.tokens[0])
 
 
-def test_a_signal_in_the_last_step_finishes_the_run(pipe, tmp_path):
+def test_a_signal_in_the_last_step_finishes_the_run(bundled, output):
     def callback(step, history):
         if step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    output = tmp_path / "me.safetensors"
-    train(PICTURE, model=pipe, output=output, callback=callback, **FAST)
-    assert os.listdir(tmp_path) == [output.name]
+    train(BUNDLED_IMAGE, model=bundled, output=output, callback=callback, **SIX)
+    assert os.listdir(output.parent) == [output.name]
 
 
 def test_a_second_interrupt_does_not_wait():
@@ -104,10 +94,10 @@ def test_an_outer_one_is_shared():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_training_works_in_another_thread(pipe):
+def test_training_works_in_another_thread(bundled):
     results = []
     thread = threading.Thread(
-        target=lambda: results.append(train(PICTURE, model=pipe, **{**FAST, "steps": 1}))
+        target=lambda: results.append(train(BUNDLED_IMAGE, model=bundled, **{**SIX, "steps": 1}))
     )
     thread.start()
     thread.join()

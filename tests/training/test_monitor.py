@@ -1,28 +1,29 @@
-"""Trackers: accelerate's, told of before training if they are missing, never the end of a run."""
+"""Trackers and the progress bar: neither ends a run."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
+import re
 
 import numpy as np
 import pytest
 from accelerate import tracking
 from PIL import Image
+from training.shared import BUNDLED_IMAGE, QUICK
 
-import sefi_fast
 from sefi_fast.errors import TrainingError
-from sefi_fast.tiny_world import CLASS_WORD
-from sefi_fast.training import train
-from sefi_fast.training.monitor import Trackers, check_trackers
+from sefi_fast.training import History, train
+from sefi_fast.training.monitor import (
+    Progress,
+    Trackers,
+    check_trackers,
+    shows_colors,
+    thumbnails,
+)
 
-PICTURE = sefi_fast.bundled_subject_image()
-FAST = {"class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "steps": 3, "progress": False}
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return sefi_fast.load_pipeline(None)
+FAST = {**QUICK, "steps": 3}
 
 
 class Notes(tracking.GeneralTracker):
@@ -66,9 +67,9 @@ def notes(monkeypatch):
     return Notes
 
 
-def test_a_tracker_hears_of_every_step_and_picture(pipe, notes, tmp_path):
+def test_a_tracker_gets_every_step_and_image(bundled, notes, tmp_path):
     subject = train(
-        PICTURE, model=pipe, output=tmp_path / "me.safetensors", trackers=("notes",),
+        BUNDLED_IMAGE, model=bundled, output=tmp_path / "me.safetensors", trackers=("notes",),
         validation_prompts=("a {}",), validation_every=2, validation_steps=1,
         schedule="linear", learning_rate=3e-3, **FAST,
     )  # fmt: skip
@@ -85,25 +86,29 @@ def test_a_tracker_hears_of_every_step_and_picture(pipe, notes, tmp_path):
 
 
 def test_a_tracker_that_breaks_is_left_out_and_training_goes_on(
-    pipe, notes, tmp_path, monkeypatch, caplog
+    bundled, notes, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(notes, "breaks_at", 2)
-    subject = train(PICTURE, model=pipe, trackers=("notes",), log_dir=str(tmp_path), **FAST)
+    subject = train(
+        BUNDLED_IMAGE, model=bundled, trackers=("notes",), log_dir=str(tmp_path), **FAST
+    )
     assert len(subject.history.loss) == 3
     assert [step for step, _ in notes.made[0].told] == [1]
-    assert "'notes' fails and is left out from here: the disk is full" in caplog.text
+    assert "'notes' fails and is removed: the disk is full" in caplog.text
 
 
-def test_a_tracker_that_cannot_start_is_told_before_training(pipe, notes, tmp_path, monkeypatch):
+def test_a_tracker_that_cannot_start_is_an_error_before_training(
+    bundled, notes, tmp_path, monkeypatch
+):
     def start(tracker):
         raise RuntimeError("not logged in")
 
     monkeypatch.setattr(notes, "start", start)
     with pytest.raises(TrainingError, match="'notes' cannot start: not logged in"):
-        train(PICTURE, model=pipe, trackers=("notes",), log_dir=str(tmp_path), **FAST)
+        train(BUNDLED_IMAGE, model=bundled, trackers=("notes",), log_dir=str(tmp_path), **FAST)
 
 
-def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch, tmp_path):
+def test_a_missing_package_is_an_error_before_the_model_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
 
     class Untouchable:
@@ -111,23 +116,23 @@ def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch, tmp_pa
             raise AssertionError(f"the model's {name} was touched")
 
     with pytest.raises(TrainingError, match="needs a package that is not installed: pip install w"):
-        train(PICTURE, model=Untouchable(), class_word="cat", trackers=("wandb",))
+        train(BUNDLED_IMAGE, model=Untouchable(), class_word="cat", trackers=("wandb",))
     with pytest.raises(ValueError, match="no tracker 'tensorbord'; accelerate has .*tensorboard"):
-        train(PICTURE, model=Untouchable(), class_word="cat", trackers=("tensorbord",))
+        train(BUNDLED_IMAGE, model=Untouchable(), class_word="cat", trackers=("tensorbord",))
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"
 )
-def test_tensorboard_reads_what_was_logged(tmp_path):
+def test_tensorboard_reads_the_logged_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     check_trackers(("tensorboard",))
     trackers = Trackers(("tensorboard",), tmp_path, "<me>", {"steps": 2, "scene": None})
     for step in (1, 2):
         trackers.log({"loss": 0.5 / step}, step)
-    picture = Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8))
-    trackers.log_images({"validation": [picture, picture]}, 2)
+    image = Image.fromarray(np.full((8, 8, 3), 200, dtype=np.uint8))
+    trackers.log_images({"validation": [image, image]}, 2)
     trackers.close()
     assert os.listdir(tmp_path) == ["me"]
     events = EventAccumulator(str(tmp_path / "me"))
@@ -136,3 +141,48 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
     # The two images side by side.
     (drawn,) = events.Images("validation")
     assert (drawn.step, drawn.width, drawn.height) == (2, 16, 8)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_thumbnails_are_half_blocks_in_the_images_colors():
+    image = Image.new("RGB", (4, 4), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 2, 4, 4))
+    lines = thumbnails([image, Image.new("L", (9, 9), 128)], side=4).splitlines()
+    assert len(lines) == 2
+    assert all(line.count("▀") == 4 + 1 + 4 for line in lines)
+    colors = [re.findall(r"\[38;2;(\d+;\d+;\d+)m\x1b\[48;2;(\d+;\d+;\d+)m", x) for x in lines]
+    assert colors[0][0] == ("255;0;0", "255;0;0") and colors[1][0] == ("0;0;255", "0;0;255")
+    assert colors[0][5] == ("128;128;128", "128;128;128")
+
+
+def test_only_terminals_that_say_so_have_colors(monkeypatch):
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    assert shows_colors(Terminal()) and not shows_colors(io.StringIO())
+    monkeypatch.setenv("COLORTERM", "")
+    assert not shows_colors(Terminal())
+
+
+def test_the_bar_shows_images_and_means(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setenv("COLORTERM", "24bit")
+    histories = [History([1.0], [0.5], [0.1]), History([3.0], [1.5], [0.1]), History()]
+    bar = Progress("two of three", 4, 1, True)
+    bar.step(histories)
+    bar.images([Image.new("RGB", (8, 8), (1, 2, 3))])
+    bar.close()
+    text = stream.getvalue()
+    assert "two of three" in text and "2/4" in text
+    assert "loss=2" in text and "subject_loss=1" in text and "subjects=2" in text
+    assert "38;2;1;2;3" in text
+    silent = Terminal()
+    monkeypatch.setattr("sys.stderr", silent)
+    bar = Progress("none", 4, 0, False)
+    bar.step(histories)
+    bar.images([Image.new("RGB", (8, 8))])
+    bar.close()
+    assert silent.getvalue() == ""

@@ -1,31 +1,35 @@
-"""The update of all lanes at once against torch's own optimiser, lane by lane."""
+"""AdamW of a batch against torch's own, learning rates, moving averages and early stopping."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 from sefi_fast.subject import SubjectTokens
-from sefi_fast.training.optimizer import LaneState
+from sefi_fast.training import TrainConfig
+from sefi_fast.training.optimizer import BatchedAdamW, MovingAverage, rate_factor
+from sefi_fast.training.subject_state import EarlyStopping
 
 CPU = torch.device("cpu")
 
 
 def modules_of(count, widths=(16,), vectors=1):
-    """Of each lane one module for each text encoder."""
+    """Of each subject one module for each text encoder."""
     generator = torch.Generator().manual_seed(1)
     return [
         [
-            SubjectTokens((1 + lane) * torch.randn(vectors, width, generator=generator), stages=3)
+            SubjectTokens((1 + index) * torch.randn(vectors, width, generator=generator), stages=3)
             for width in widths
         ]
-        for lane in range(count)
+        for index in range(count)
     ]
 
 
 def rows_of(modules):
-    """Tokens of each lane, those of all text encoders side by side."""
-    return torch.stack([torch.cat([module() for module in lane], -1).detach() for lane in modules])
+    """Tokens of each subject, those of all text encoders side by side."""
+    return torch.stack([torch.cat([module() for module in one], -1).detach() for one in modules])
 
 
 @pytest.mark.parametrize("vectors", [1, 2])
@@ -41,9 +45,9 @@ def test_rows_are_those_of_the_modules(widths, vectors):
                 for _ in range(3)
             ]
             with torch.no_grad():
-                for parameter in (p for lane in modules for m in lane for p in m.parameters()):
+                for parameter in (p for one in modules for m in one for p in m.parameters()):
                     parameter += 0.1 * torch.randn(parameter.shape)
-            state = LaneState(modules, 1e-3, CPU, scaling=False)
+            state = BatchedAdamW(modules, 1e-3, CPU, scaling=False)
             assert state.rows().shape == (3, 3, 2, vectors, sum(widths))
             torch.testing.assert_close(state.rows().detach(), rows_of(modules))
 
@@ -52,10 +56,10 @@ def test_rows_are_those_of_the_modules(widths, vectors):
 @pytest.mark.parametrize("widths", [(16,), (16, 24)])
 def test_updates_are_those_of_adamw_with_steps_left_out(widths, vectors):
     modules = modules_of(2, widths, vectors)
-    state = LaneState(modules, 1e-2, CPU, scaling=False)
+    state = BatchedAdamW(modules, 1e-2, CPU, scaling=False)
     plain = [
-        torch.optim.AdamW([g for m in lane for g in m.parameter_groups(1e-2)], weight_decay=0.0)
-        for lane in modules
+        torch.optim.AdamW([g for m in one for g in m.parameter_groups(1e-2)], weight_decay=0.0)
+        for one in modules
     ]
     generator = torch.Generator().manual_seed(2)
     factors = (1.0, 0.5, 0.25, 2.0)
@@ -70,22 +74,22 @@ def test_updates_are_those_of_adamw_with_steps_left_out(widths, vectors):
             good[0] = False
         found = state.update(gradient, rows.detach(), torch.tensor([True, number != 1]))
         assert found.tolist() == good.tolist()
-        for lane, (own, optimizer) in enumerate(zip(modules, plain, strict=True)):
-            if not good[lane]:
+        for index, (own, optimizer) in enumerate(zip(modules, plain, strict=True)):
+            if not good[index]:
                 continue
             rates = [g for module in own for g in module.parameter_groups(1e-2 * factor)]
             for group, wanted in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = wanted["lr"]
             optimizer.zero_grad()
             tokens = torch.cat([module() for module in own], -1)
-            ((tokens - target[lane]) ** 2).sum().backward()
+            ((tokens - target[index]) ** 2).sum().backward()
             optimizer.step()
     torch.testing.assert_close(state.rows().detach(), rows_of(modules), rtol=1e-4, atol=1e-5)
     assert state.updates.tolist() == [3, 3]
 
 
-def test_a_lanes_state_names_what_belongs_to_which_text_encoder():
-    states = [LaneState(modules_of(2, (16, 24)), 1e-2, CPU, scaling=False) for _ in range(2)]
+def test_the_state_of_a_subject_has_names_for_each_text_encoder():
+    states = [BatchedAdamW(modules_of(2, (16, 24)), 1e-2, CPU, scaling=False) for _ in range(2)]
     gradient = torch.rand_like(states[0].parameters).detach()
     states[0].update(gradient, states[0].last_good, torch.tensor([True, True]))
     saved = states[0].state_dict(1)
@@ -96,8 +100,8 @@ def test_a_lanes_state_names_what_belongs_to_which_text_encoder():
     assert not torch.equal(states[1].parameters[0], states[0].parameters[0])
 
 
-def test_an_overflow_halves_that_lanes_scale_alone():
-    state = LaneState(modules_of(3), 1e-2, CPU, scaling=True)
+def test_an_overflow_halves_that_subjects_scale_alone():
+    state = BatchedAdamW(modules_of(3), 1e-2, CPU, scaling=True)
     first = state.scale.clone()
     parameters = state.parameters.detach().clone()
     gradient = torch.ones_like(parameters)
@@ -112,7 +116,7 @@ def test_an_overflow_halves_that_lanes_scale_alone():
 
 
 def test_a_scale_that_can_fall_no_further_is_a_failure():
-    state = LaneState(modules_of(1), 1e-2, CPU, scaling=True)
+    state = BatchedAdamW(modules_of(1), 1e-2, CPU, scaling=True)
     bad = torch.full_like(state.parameters, float("nan")).detach()
     found = []
     while not found or found[-1]:
@@ -121,7 +125,7 @@ def test_a_scale_that_can_fall_no_further_is_a_failure():
 
 
 def test_a_scale_does_not_fall_below_one():
-    state = LaneState(modules_of(1), 1e-2, CPU, scaling=True)
+    state = BatchedAdamW(modules_of(1), 1e-2, CPU, scaling=True)
     for _ in range(20):
         for value in (float("inf"), 1.0):
             gradient = torch.full_like(state.parameters, value).detach()
@@ -130,7 +134,7 @@ def test_a_scale_does_not_fall_below_one():
 
 
 def test_scales_grow_after_many_good_steps():
-    state = LaneState(modules_of(1), 1e-9, CPU, scaling=True)
+    state = BatchedAdamW(modules_of(1), 1e-9, CPU, scaling=True)
     first = state.scale.item()
     gradient = torch.ones_like(state.parameters).detach()
     for _ in range(2000):
@@ -139,10 +143,80 @@ def test_scales_grow_after_many_good_steps():
 
 
 def test_the_last_good_tokens_are_those_of_the_last_finite_loss():
-    state = LaneState(modules_of(2), 1e-2, CPU, scaling=False)
+    state = BatchedAdamW(modules_of(2), 1e-2, CPU, scaling=False)
     gradient = torch.ones_like(state.parameters).detach()
     evaluated = state.rows().detach() + 1
     start = state.last_good.clone()
     state.update(gradient, evaluated, torch.tensor([True, False]))
     assert torch.equal(state.last_good[0], evaluated[0])
     assert torch.equal(state.last_good[1], start[1])
+
+
+def rates(**settings):
+    config = TrainConfig(**settings)
+    return [rate_factor(config, done) for done in range(config.steps)]
+
+
+def test_constant_cosine_and_linear():
+    assert rates(steps=3, schedule="constant") == [1.0, 1.0, 1.0]
+    assert rates(steps=4, schedule="linear") == [1.0, 0.75, 0.5, 0.25]
+    wanted = [0.5 * (1 + math.cos(math.pi * n / 4)) for n in range(4)]
+    assert rates(steps=4, schedule="cosine") == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_warm_up_rises_evenly_and_the_rest_follows_the_schedule(schedule):
+    seen = rates(steps=9, schedule=schedule, warmup_steps=4)
+    assert seen[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert seen[4:] == pytest.approx(rates(steps=5, schedule=schedule))
+
+
+def test_the_rate_stays_in_range_for_all_settings():
+    for steps in (1, 2, 5):
+        for warmup in (0, 1, 5, 50):
+            for schedule in ("constant", "cosine", "linear"):
+                config = TrainConfig(steps=steps, warmup_steps=warmup, schedule=schedule)
+                assert all(0 <= rate_factor(config, done) <= 1 for done in range(steps + 3))
+                assert rate_factor(config, 0) > 0
+
+
+def test_the_average_is_the_recurrence_written_out():
+    rows = torch.randn(30, 2, 2, 5, generator=torch.Generator().manual_seed(0))
+    average = MovingAverage(0.7, rows[0])
+    wanted = rows[0].double()
+    for count, row in enumerate(rows[1:]):
+        average.update(row)
+        decay = min(0.7, (1 + count) / (10 + count))
+        wanted = decay * wanted + (1 - decay) * row.double()
+    torch.testing.assert_close(average.current().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_skips_nan_and_goes_on_from_its_state():
+    first, second = torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0)
+    average = MovingAverage(0.9, first)
+    average.update(torch.full((1, 2, 3), float("nan")))
+    assert torch.equal(average.current(), first)
+    other = MovingAverage(0.9, second)
+    other.load_state_dict(average.state_dict())
+    for one in (average, other):
+        one.update(second)
+    assert torch.equal(average.current(), other.current())
+    assert not torch.equal(average.current(), first)
+
+
+def ended_at(values, patience):
+    stopping = EarlyStopping(patience)
+    return next((n for n, value in enumerate(values, 1) if stopping.reached(value)), None)
+
+
+def test_a_flat_loss_ends_a_run_and_a_falling_one_does_not():
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.05 * torch.randn(1000, generator=generator)).tolist()
+    trend = [2 - 0.0015 * n for n in range(1000)]
+    falling = [value + x for value, x in zip(trend, noise, strict=True)]
+    flat = [max(value, trend[500]) + x for value, x in zip(trend, noise, strict=True)]
+    assert ended_at(falling, 100) is None
+    ended = ended_at(flat, 100)
+    assert ended is not None and 600 <= ended <= 800
+    assert ended_at([1.0] * 99, 20) == 70
+    assert ended_at([1.0] * 500, None) is None

@@ -1,21 +1,21 @@
-"""A borrowed pipeline is put back as it was, even when training cannot start."""
+"""A frozen pipeline is restored, also when training cannot start."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import pytest
 import torch
-from training.pipeline_state import state_of
+from training.shared import BUNDLED_IMAGE as IMAGE
+from training.shared import QUICK, state_of
 
 import sefi_fast
 from sefi_fast.errors import ModelError
-from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import TrainConfig, base_model, engine, subject_state, train
-from sefi_fast.training.trainer import running
+from sefi_fast.training.base_model import choose_device, choose_dtype, training_session
 
-IMAGE = sefi_fast.bundled_subject_image()
-FAST = {"class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "steps": 1, "progress": False}
+FAST = {**QUICK, "steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ class Unforeseen(BaseException):
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (base_model, "model_checksum"),
+        (base_model, "_weights"),
         (base_model, "checkpointed"),
         (subject_state, "encode_image"),
         (subject_state, "TrainingPrompts"),
@@ -50,7 +50,7 @@ class Unforeseen(BaseException):
         (base_model, "_is_channels_last"),
     ],
 )
-def test_whatever_ends_it(pipe, monkeypatch, module, name):
+def test_any_error_restores_the_pipeline(pipe, monkeypatch, module, name):
     before = state_of(pipe)
     calls = []
     honest = getattr(module, name)
@@ -73,7 +73,7 @@ def test_whatever_ends_it(pipe, monkeypatch, module, name):
 def test_an_interrupt_at_any_line(pipe):
     """Ctrl-C in the middle of the set-up: at lines spread over all of it."""
     before = state_of(pipe)
-    files = {base_model.__file__, base_model.__file__}
+    files = {base_model.__file__}
     config = TrainConfig(gradient_checkpointing=True)
 
     def run_until(stop):
@@ -91,7 +91,7 @@ def test_an_interrupt_at_any_line(pipe):
         previous = sys.gettrace()
         sys.settrace(trace)
         try:
-            with running(pipe, config):
+            with training_session(pipe, config):
                 sys.settrace(previous)
                 return count
         except KeyboardInterrupt:
@@ -117,7 +117,7 @@ def test_a_tensor_that_cannot_be_put_back_costs_no_other_one(pipe, monkeypatch):
         honest(*arguments)
 
     monkeypatch.setattr(base_model, "_move", move)
-    with pytest.raises(MemoryError), running(pipe, TrainConfig()):
+    with pytest.raises(MemoryError), training_session(pipe, TrainConfig()):
         fails.append(MemoryError())
     assert [parameter.requires_grad for parameter in pipe.unet.parameters()] == flags
     assert [part.training for part in pipe.unet.modules()] == modes
@@ -134,3 +134,33 @@ def test_weights_made_in_inference_mode_are_refused_and_stay(tmp_path):
     with torch.no_grad():
         pipe = sefi_fast.load_pipeline(None)
     assert len(train(IMAGE, model=pipe, **FAST).history.loss) == 1
+
+
+CUDA = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_taken_where_the_device_itself_has_it(monkeypatch, native):
+    asked = []
+
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext()
+    )
+    wanted = torch.bfloat16 if native else torch.float16
+    assert choose_dtype("auto", CUDA, torch.float32) == wanted
+    assert asked == [CUDA]
+
+
+def test_a_half_precision_model_keeps_its_own_and_a_cpu_takes_float32():
+    assert choose_dtype("auto", CUDA, torch.float16) == torch.float16
+    assert choose_dtype("auto", torch.device("cpu"), torch.float16) == torch.float32
+
+
+def test_devices_that_training_does_not_run_on_are_refused():
+    for device in ("meta", None):
+        with pytest.raises(ValueError, match="on the CPU and on CUDA, not on 'meta'"):
+            choose_device(device, torch.device("meta"))
