@@ -1,13 +1,10 @@
-"""The documents: links resolve, commands parse, Python blocks run, the site builds."""
+"""The documents: links resolve, commands parse, Python blocks run."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -99,12 +96,3 @@ def test_python_blocks_run(page, subjects, tmp_path, monkeypatch):
     monkeypatch.setattr(sefi_fast, "train", partial(sefi_fast.train, **few, resume=False))
     monkeypatch.setattr(sefi_fast, "train_many", partial(sefi_fast.train_many, **few))
     exec(compile(python_blocks(page), str(page), "exec"), {})
-
-
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the docs extra")
-def test_the_site_builds_without_a_warning(tmp_path):
-    build = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert build.returncode == 0 and not build.stderr, build.stderr[-3000:]
