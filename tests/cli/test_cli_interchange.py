@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipelines.sampling import draw, subject_for
+from pipelines.sampling import sample, subject_for
 from safetensors.torch import load_file, save_file
 
 from sefi_fast.cli import main
@@ -29,10 +29,10 @@ def test_diffusers_reads_what_export_wrote(sd15_pipeline, saved, tmp_path, capsy
     assert main(["export", file, "-o", str(tmp_path / "embedding.safetensors")]) == 0
     assert "load_textual_inversion" in capsys.readouterr().out
     attach(pipe, file)
-    ours = draw(pipe, "a photo of a <it>")
+    ours = sample(pipe, "a photo of a <it>")
     detach(pipe)
     pipe.load_textual_inversion(str(tmp_path), weight_name="embedding.safetensors")
-    theirs = draw(pipe, "a photo of a <it>")
+    theirs = sample(pipe, "a photo of a <it>")
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
     AttnProcessor2_0,
     PAGIdentitySelfAttnProcessor2_0,
 )
-from pipelines.sampling import draw, subject_for
+from pipelines.sampling import sample, subject_for
 
 import sefi_fast
 from sefi_fast import attach, detach, encode, generate, regions, train, train_many
@@ -29,7 +29,7 @@ from sefi_fast.training import TrainConfig
 PICTURE = sefi_fast.bundled_subject_image()
 BOX = (0, 0, 1, 1)
 QUICK = {"class_word": "cat", "steps": 1, "batch_size": 1, "stages": 1, "progress": False}
-short = partial(draw, num_inference_steps=1)
+short = partial(sample, num_inference_steps=1)
 
 
 class Work:
