@@ -28,10 +28,9 @@ from pipelines.sampling import (
     twin,
 )
 
-from sefi_fast import attach, detach, encode, trace
+from sefi_fast import attach, detach, encode
 from sefi_fast.errors import ModelError, SubjectFileError
 
-PROMPT = "a photo of a <a> and a <b> with a <c> on a <d>"
 # Placeholder → class word, stages, split: stages that meet on ten, one tied, one of two vectors.
 FOUR = {
     "<a>": ("cat", 5, True),
@@ -39,15 +38,6 @@ FOUR = {
     "<c>": ("bear", 1, True),
     "<d>": ("person", 2, False),
 }
-
-
-def save_four(pipe, folder, distance=1.0):
-    """Return four subjects and the files they were written to."""
-    subjects = [subject_for(pipe, name, *made, distance) for name, made in FOUR.items()]
-    files = [folder / f"{subject.class_word}.safetensors" for subject in subjects]
-    for subject, file in zip(subjects, files, strict=True):
-        subject.save(file)
-    return subjects, files
 
 
 @both_families
@@ -133,43 +123,6 @@ def test_one_step_without_guidance(pipe, make_subject):
     assert_differ(sample(pipe, "a photo of a <it>", **arguments), expected)
 
 
-@both_families
-def test_four_subjects_from_files_in_one_prompt(pipe, family, tmp_path):
-    subjects, files = save_four(pipe, tmp_path)
-    expected = sample_by_hand(pipe, PROMPT, subjects, steps=7)
-    attach(pipe, files)
-    actual = sample(pipe, PROMPT, num_inference_steps=7)
-    assert_close(actual, expected)
-    for left_out in subjects if family == "sd15" else subjects[:1]:
-        prompt = PROMPT.replace(left_out.placeholder, left_out.class_word)
-        assert_differ(sample(pipe, prompt, num_inference_steps=7), actual)
-
-
-def test_four_untrained_subjects_give_the_image_of_their_class_words(pipe, tmp_path):
-    expected = sample(pipe, "a photo of a cat and a red dog with a bear on a person")
-    attach(pipe, save_four(pipe, tmp_path, distance=0)[1])
-    assert_close(sample(pipe, PROMPT), expected)
-
-
-def test_subjects_stand_in_any_order_and_more_than_once(pipe, tmp_path):
-    subjects, files = save_four(pipe, tmp_path)
-    prompt = "the <d> of <b>, a <a> and the <d>"
-    named = [subject for subject in subjects if subject.placeholder != "<c>"]
-    expected = sample_by_hand(pipe, prompt, named)
-    attach(pipe, reversed(files))
-    assert_close(sample(pipe, prompt), expected)
-
-
-def test_each_of_four_subjects_has_a_map_of_its_own(pipe, tmp_path):
-    attach(pipe, save_four(pipe, tmp_path)[1])
-    with trace(pipe, list(FOUR)) as found:
-        sample(pipe, PROMPT)
-    maps = list(found.maps.values())
-    for index, one in enumerate(maps):
-        assert one.shape == (1, 16, 16) and bool(one.any())
-        assert all((one - other).abs().max() > 1e-4 for other in maps[:index])
-
-
 def test_attaching_again_replaces_the_subjects(pipe, make_subject, tmp_path):
     before = state_of(pipe)
     first, second = make_subject(), make_subject("<me>", "person")
@@ -189,6 +142,25 @@ def test_attaching_again_replaces_the_subjects(pipe, make_subject, tmp_path):
 
 
 @both_families
+@pytest.mark.parametrize(
+    "prompt",
+    ["a photo of a <a> and a <b> with a <c> on a <d>", "the <d> of <b>, a <a> and the <d>"],
+)
+def test_four_subjects_from_files_in_one_prompt(pipe, tmp_path, prompt):
+    subjects = [subject_for(pipe, name, *made) for name, made in FOUR.items() if name in prompt]
+    files = [tmp_path / f"{subject.class_word}.safetensors" for subject in subjects]
+    for subject, file in zip(subjects, files, strict=True):
+        subject.save(file)
+    expected = sample_by_hand(pipe, prompt, subjects, steps=7)
+    attach(pipe, reversed(files))
+    actual = sample(pipe, prompt, num_inference_steps=7)
+    assert_close(actual, expected)
+    for subject in subjects:
+        other = prompt.replace(subject.placeholder, subject.class_word)
+        assert_differ(sample(pipe, other, num_inference_steps=7), actual)
+
+
+@both_families
 def test_a_batch_gives_the_images_of_its_prompts_alone(pipe, make_subject):
     attach(pipe, [make_subject(), make_subject("<me>", "person", stages=10)])
     prompts = ["a photo of a <it>", "a dog in the snow", "a <me> with a <it>"]
@@ -197,20 +169,6 @@ def test_a_batch_gives_the_images_of_its_prompts_alone(pipe, make_subject):
     for index, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
         alone = sample(pipe, prompt, seed=index, negative_prompt=negative)
         assert_close(together[index : index + 1], alone)
-
-
-@both_families
-def test_one_tied_stage_is_textual_inversion(pipe, family, make_subject):
-    subject = make_subject(stages=1, split=False)
-    attach(pipe, subject)
-    actual = sample(pipe, "a photo of a <it>", negative_prompt="a car")
-    detach(pipe)
-    for suffix, tokens in zip(["", "_2"][: len(subject.tokens)], subject.tokens, strict=True):
-        tokenizer, encoder = (getattr(pipe, f"{p}{suffix}") for p in ("tokenizer", "text_encoder"))
-        pipe.load_textual_inversion(
-            {"<it>": tokens[0, 0]}, token="<it>", tokenizer=tokenizer, text_encoder=encoder
-        )
-    assert_close(actual, sample(pipe, "a photo of a <it>", negative_prompt="a car"))
 
 
 def with_flipped_class(pipe):
@@ -292,13 +250,11 @@ def test_other_pipelines_are_refused(pipe, make_subject, make, words):
     ids=["EDM", "continuous"],
 )
 def test_schedulers_without_training_timesteps_are_refused(pipe, make_subject, scheduler):
-    usual, pipe.scheduler = pipe.scheduler, scheduler
+    attached, pipe.scheduler = attach(twin(pipe), make_subject()), scheduler
     before = state_of(pipe)
     with pytest.raises(ModelError, match="logarithm of the noise"):
         attach(pipe, make_subject())
     assert state_of(pipe) == before
-    pipe.scheduler = usual
-    attach(pipe, make_subject())
-    pipe.scheduler = scheduler
+    attached.scheduler = scheduler
     with pytest.raises(ModelError, match="logarithm of the noise"):
-        sample(pipe, "a <it>")
+        sample(attached, "a <it>")

@@ -25,6 +25,10 @@ def in_every_stage(prompt, stages) -> torch.Tensor:
     return pack(prompt[:, None, None].expand(-1, stages, 2, -1, -1))
 
 
+def with_stages(streams, stages) -> torch.Tensor:
+    return streams.repeat_interleave(stages // streams.shape[1], 1)
+
+
 def stages_of(packed) -> int:
     return packed_stages(packed.shape[2], 48)
 
@@ -61,45 +65,48 @@ def test_it_is_called_and_answers_as_the_pipelines_own(pipe, subjects):
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_negative_prompts_are_packed_to_match(attached, images):
-    prompts = ["a <it>", "a <me>"]
-    want = encode(attached, prompts).repeat_interleave(images, 0)
-    for given, texts in ((None, ["", ""]), (["a car", "a dog"],) * 2):
-        positive, negative = encode_prompt(attached, prompts, images, negative_prompt=given)
-        assert_close(positive, want, 1e-5)
-        packed = in_every_stage(plain(attached, *texts), stages_of(want))
-        assert_close(negative, packed.repeat_interleave(images, 0), 1e-5)
+@pytest.mark.parametrize(
+    ("positive", "negative", "stages"),
+    [
+        (["a <it>", "a <me>"], None, 10),
+        (["a <it>", "a <me>"], ["a car", "a dog"], 10),
+        (["a <it>"], ["a <me>"], 10),
+        (["a dog"], ["a <it>"], 5),
+        (("packed", "a <me>"), None, 10),
+        (("packed", "a <me>"), ["a <it>"], 10),
+        (("packed", "a <it>"), ["a <me>"], 10),
+        (["a <it>"], ("plain", "a car"), 5),
+        (["a <it>"], ("packed", "a <me>"), 10),
+    ],
+)
+def test_prompt_and_negative_prompt_get_the_same_stages(
+    attached, subjects, positive, negative, stages, images
+):
+    def packed(text):
+        named = [subject for subject in subjects if subject.placeholder in text]
+        if not named:
+            return in_every_stage(plain(attached, text), 1)
+        return encode(attached, text, subjects=named)
+
+    arguments, expected = {"prompt": None}, []
+    for name, given in (("prompt", positive), ("negative_prompt", negative)):
+        if isinstance(given, tuple):
+            form, text = given
+            embeds = packed(text) if form == "packed" else plain(attached, text)
+            arguments[f"{name}_embeds"], texts = embeds, [text]
+        else:
+            arguments[name], texts = given, given or [""] * len(expected[0])
+        streams = torch.cat([with_stages(unpack(packed(text), 48), stages) for text in texts])
+        expected.append(streams)
+    for actual, want in zip(
+        encode_prompt(attached, images=images, **arguments), expected, strict=True
+    ):
+        assert_close(actual, pack(want.repeat_interleave(images, 0)), 1e-5)
 
 
-def test_a_placeholder_in_the_negative_prompt_packs_the_prompt(attached, subjects):
-    positive, negative = encode_prompt(attached, "a dog", negative_prompt="a <it>")
-    assert_close(negative, encode(attached, "a <it>", subjects=subjects[0]), 1e-5)
-    assert_close(positive, in_every_stage(plain(attached, "a dog"), stages_of(negative)), 1e-5)
+def test_a_negative_prompt_counts_only_with_guidance(attached):
     positive, negative = encode_prompt(attached, "a dog", guidance=False, negative_prompt="a <it>")
     assert positive.shape[2] == 48 and negative is None
-
-
-def test_packed_prompts_given_as_tensors(attached):
-    packed = encode(attached, "a <me>")
-    positive, negative = encode_prompt(attached, None, prompt_embeds=packed)
-    assert_close(positive, packed, 1e-5)
-    assert_close(negative, in_every_stage(plain(attached, ""), stages_of(packed)), 1e-5)
-    pair = packed.expand(2, -1, -1)
-    _, negative = encode_prompt(attached, None, 2, prompt_embeds=pair, negative_prompt="a <it>")
-    assert_close(negative, encode(attached, "a <it>").expand(4, -1, -1), 1e-5)
-    given = plain(attached, "a car")
-    _, negative = encode_prompt(attached, "a <it>", negative_prompt_embeds=given)
-    assert_close(negative, in_every_stage(given, 5), 1e-5)
-
-
-def test_tensors_of_different_stages_get_a_common_number(attached, subjects):
-    packed = encode(attached, "a <it>", subjects=subjects[0])
-    assert stages_of(packed) == 5
-    positive, negative = encode_prompt(
-        attached, None, prompt_embeds=packed, negative_prompt="a <me>"
-    )
-    assert torch.equal(unpack(positive, 48), unpack(packed, 48).repeat_interleave(2, 1))
-    assert_close(negative, encode(attached, "a <me>"), 1e-5)
 
 
 def test_plain_tensors_pass_through(attached):

@@ -1,4 +1,4 @@
-"""Models that pipelines, threads and copies share, and processors changed after attaching."""
+"""Models that pipelines, threads and copies share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import weakref
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from pipelines.features import load_lora
 from pipelines.sampling import (
     HINT,
     assert_close,
@@ -26,7 +24,6 @@ from pipelines.sampling import (
 
 from sefi_fast import attach, detach
 from sefi_fast.attention.layers import cross_attention_layers
-from sefi_fast.attention.processor import SeFiAttnProcessor
 from sefi_fast.errors import PromptError
 
 
@@ -154,66 +151,6 @@ def test_a_subject_detached_during_a_call_raises_an_error(pipe, make_subject, wh
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         sample(pipe, "a <it>", **arguments)
     assert set(hooks_on(pipe)) <= {end}
-
-
-def remove_hooks(pipe):
-    for module in pipe.unet.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_pre_hooks_with_kwargs.clear()
-
-
-class Foreign(AttnProcessor):
-    """A class that diffusers does not know."""
-
-    def __call__(self, *args, **kwargs):
-        return super().__call__(*args, **kwargs)
-
-
-def unfuse(pipe):
-    pipe.unet.fuse_qkv_projections()
-    pipe.unet.unfuse_qkv_projections()
-
-
-CHANGES = {
-    "default processors": lambda pipe: pipe.unet.set_default_attn_processor(),
-    "one processor": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
-    "a dictionary": lambda pipe: pipe.unet.set_attn_processor(
-        {name: AttnProcessor() for name in pipe.unet.attn_processors}
-    ),
-    "a processor of the user": lambda pipe: pipe.unet.set_attn_processor(Foreign()),
-    "our processor": lambda pipe: pipe.unet.set_attn_processor(SeFiAttnProcessor(backend="eager")),
-    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
-    "fused projections": lambda pipe: pipe.unet.fuse_qkv_projections(),
-    "unfused projections": unfuse,
-    "LoRA": load_lora,
-    "LoRA and away": lambda pipe: (load_lora(pipe), pipe.unload_lora_weights()),
-    "hooks removed": remove_hooks,
-}
-BETWEEN_STEPS = ["default processors", "attention slicing", "LoRA and away"]
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_processors_and_projections_changed_after_attaching(pipe, make_subject, name):
-    if "LoRA" in name:
-        pytest.importorskip("peft")
-    other, change = copy.deepcopy(pipe), CHANGES[name]
-    change(other)
-    attach(other, make_subject())
-    expected = sample(other, "a <it>")
-    attach(pipe, make_subject())
-    if name in BETWEEN_STEPS:
-
-        def callback(pipe, step, timestep, tensors):
-            change(pipe)
-            return tensors
-
-        assert_close(sample(pipe, "a <it>", callback_on_step_end=callback), expected)
-    change(pipe)
-    assert_close(sample(pipe, "a <it>"), expected)
-    chosen = dict(pipe.unet.attn_processors)
-    detach(pipe)
-    assert dict(pipe.unet.attn_processors) == chosen
-    assert not hooks_on(pipe)
 
 
 def pickled(value):
