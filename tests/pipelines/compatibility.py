@@ -42,7 +42,7 @@ def check(base: Any, family: str, kind: str, feature: str) -> str:
         return "not in diffusers"
     chosen = FEATURES[feature]
     early, late = (made.make(copy.deepcopy(base), family) for _ in range(2))
-    reason = chosen.applies(early)
+    reason = chosen.missing(early)
     if reason is not None:
         return reason
     arguments = made.arguments | chosen.arguments(early)

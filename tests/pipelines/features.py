@@ -270,25 +270,20 @@ class Feature:
 
     Attributes:
         around: given the pipeline and the prompt of the call.
-        applies: returns None where the feature exists, else why it does not.
+        needs: a method of the pipeline or its U-Net, or an argument of its call.
     """
 
     on: Callable[[Any], None] = lambda pipe: None
     arguments: Callable[[Any], dict[str, Any]] = lambda pipe: {}
     around: Callable[[Any, str], AbstractContextManager[Any]] = lambda pipe, text: nullcontext()
-    applies: Callable[[Any], str | None] = lambda pipe: None
+    needs: str = "__call__"
 
-
-def _lacks(method: str) -> Callable[[Any], str | None]:
-    return lambda pipe: None if hasattr(pipe, method) else "not in diffusers"
-
-
-def _call_lacks(argument: str) -> Callable[[Any], str | None]:
-    def applies(pipe: Any) -> str | None:
-        known = argument in inspect.signature(type(pipe).__call__).parameters
-        return None if known else "not in diffusers"
-
-    return applies
+    def missing(self, pipe: Any) -> str | None:
+        """Return None where the feature exists, else why it does not."""
+        known = {*dir(pipe), *dir(pipe.unet), *inspect.signature(type(pipe).__call__).parameters}
+        if self.needs not in known:
+            return "not in diffusers"
+        return "peft is missing" if "lora" in self.needs and not find_spec("peft") else None
 
 
 def load_ip_adapter(pipe: Any) -> None:
@@ -373,8 +368,8 @@ FEATURES = {
     "no guidance": Feature(arguments=lambda pipe: {"guidance_scale": 1.0}),
     "LCM": Feature(_use_lcm, lambda pipe: {"guidance_scale": 1.0}),
     "tensors": Feature(arguments=lambda pipe: {"as_tensors": True}),
-    "callback": Feature(arguments=_callback, applies=_call_lacks("callback_on_step_end")),
-    "clip_skip": Feature(arguments=lambda pipe: {"clip_skip": 1}, applies=_call_lacks("clip_skip")),
+    "callback": Feature(arguments=_callback, needs="callback_on_step_end"),
+    "clip_skip": Feature(arguments=lambda pipe: {"clip_skip": 1}, needs="clip_skip"),
     "IP-Adapter": Feature(
         load_ip_adapter,
         lambda pipe: {
@@ -382,22 +377,12 @@ FEATURES = {
                 torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))
             ]
         },
-        applies=_call_lacks("ip_adapter_image_embeds"),
+        needs="ip_adapter_image_embeds",
     ),
-    "LoRA": Feature(
-        load_lora,
-        applies=lambda pipe: (
-            _lacks("load_lora_weights")(pipe) or (None if find_spec("peft") else "peft is missing")
-        ),
-    ),
-    "FreeU": Feature(
-        lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), applies=_lacks("enable_freeu")
-    ),
+    "LoRA": Feature(load_lora, needs="load_lora_weights"),
+    "FreeU": Feature(lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), needs="enable_freeu"),
     "fused QKV": Feature(lambda pipe: pipe.unet.fuse_qkv_projections()),
-    "slicing": Feature(
-        lambda pipe: pipe.unet.set_attention_slice(1),
-        applies=lambda pipe: _lacks("set_attention_slice")(pipe.unet),
-    ),
+    "slicing": Feature(lambda pipe: pipe.unet.set_attention_slice(1), needs="set_attention_slice"),
     "regions": Feature(
         around=lambda pipe, text: regions(pipe, {f"{text} in the snow": (0.25, 0, 1, 0.6)})
     ),

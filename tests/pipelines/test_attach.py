@@ -10,7 +10,6 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionPipeline,
@@ -108,19 +107,6 @@ def test_each_step_takes_the_tokens_of_its_stage(pipe, make_subject, scheduler, 
     assert_close(actual, expected)
     if hasattr(pipe, "text_encoder_2"):
         assert_differ(actual, pooled_from_keys)
-
-
-@both_families
-def test_one_step_without_guidance(pipe, make_subject):
-    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
-        pipe.scheduler.config, timestep_spacing="trailing"
-    )
-    arguments = {"guidance_scale": 0.0, "num_inference_steps": 1, "num_images_per_prompt": 2}
-    expected = sample(pipe, "a photo of a cat", **arguments)
-    attach(pipe, make_subject(distance=0))
-    assert_close(sample(pipe, "a photo of a <it>", **arguments), expected)
-    attach(pipe, make_subject())
-    assert_differ(sample(pipe, "a photo of a <it>", **arguments), expected)
 
 
 def test_attaching_again_replaces_the_subjects(pipe, make_subject, tmp_path):

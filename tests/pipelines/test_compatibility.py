@@ -68,8 +68,8 @@ def test_everything(request, family, kind, feature):
 )
 def test_features_change_the_image(sdxl_pipeline, name):
     pipe, feature = sdxl_pipeline, FEATURES[name]
-    if feature.applies(pipe) is not None:
-        pytest.skip(feature.applies(pipe))
+    if feature.missing(pipe):
+        pytest.skip(feature.missing(pipe))
     plain = sample_small(pipe, "a cat", num_inference_steps=4)
     feature.on(pipe)
     arguments = {"num_inference_steps": 4} | feature.arguments(pipe)

@@ -109,14 +109,6 @@ def test_a_negative_prompt_counts_only_with_guidance(attached):
     assert positive.shape[2] == 48 and negative is None
 
 
-def test_plain_tensors_pass_through(attached):
-    given = plain(attached, "a car").repeat(1, 2, 1)
-    positive, negative = encode_prompt(
-        attached, None, prompt_embeds=given, negative_prompt_embeds=-given
-    )
-    assert torch.equal(positive, given) and torch.equal(negative, -given)
-
-
 def test_clip_skip_is_for_the_prompt_alone(attached):
     positive, negative = encode_prompt(attached, "a <it>", negative_prompt="a <me>", clip_skip=1)
     assert_close(positive, encode(attached, "a <it>", clip_skip=1), 1e-5)
@@ -164,14 +156,13 @@ def test_only_subjects_in_the_prompt_count_for_its_stages(pipe, make_subject):
     [
         ("a <it>", ["a car"], TypeError, "type of prompt, str, but it is list"),
         (["a <it>", "a dog"], ["a car"], ValueError, "1 negative prompts for 2 prompts"),
-        ("a <it>", (2, 1), ValueError, "is for 2 prompts, but there are 1"),
-        ("a <it>", (1, 2), PromptError, "154 tokens"),
+        ("a <it>", 2, ValueError, "is for 2 prompts, but there are 1"),
         ("a <it>ty", None, PromptError, "longer word"),
     ],
 )
 def test_prompts_that_do_not_fit_together_are_refused(attached, prompt, negative, error, words):
     arguments = {"negative_prompt": negative}
-    if isinstance(negative, tuple):
-        arguments = {"negative_prompt_embeds": plain(attached, "a car").repeat(*negative, 1)}
+    if negative == 2:
+        arguments = {"negative_prompt_embeds": plain(attached, "a car", "a dog")}
     with pytest.raises(error, match=words):
         encode_prompt(attached, prompt, **arguments)

@@ -37,13 +37,9 @@ class MaskedAttention:
         while height * width > queries:
             height, width = -(-height // 2), -(-width // 2)
         owner = torch.zeros(height, width, dtype=torch.long)
-        for y in range(height):
-            for x in range(width):
-                for number, (left, top, right, bottom) in enumerate(self.boxes, 1):
-                    if left * width <= x + 0.5 < right * width and (
-                        top * height <= y + 0.5 < bottom * height
-                    ):
-                        owner[y, x] = number
+        y, x = ((torch.arange(side) + 0.5) / side for side in (height, width))
+        for number, (left, top, right, bottom) in enumerate(self.boxes, 1):
+            owner[((top <= y) & (y < bottom))[:, None] & (left <= x) & (x < right)] = number
         return owner.flatten()
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):

@@ -7,7 +7,6 @@ import torch
 from pipelines.sampling import (
     assert_close,
     assert_differ,
-    encode_by_hand,
     encode_prompt,
     sample,
     state_of,
@@ -16,7 +15,7 @@ from pipelines.sampling import (
 
 from sefi_fast import attach, detach, encode
 from sefi_fast.errors import SubjectFileError
-from sefi_fast.prompts import encode_with_pooled, unpack
+from sefi_fast.prompts import encode_with_pooled
 from sefi_fast.subject import Subject
 
 
@@ -56,25 +55,6 @@ def test_a_clip_skip_beyond_the_layers_is_refused(pipe, make_subject):
         sample(pipe, "a <it>", clip_skip=3)
 
 
-def test_packed_tensors_hold_every_stage_and_pooled_embeddings_of_the_value_stream(
-    pipe, make_subject
-):
-    subject = make_subject(stages=3)
-    embeds, pooled = encode_with_pooled(pipe, ["a <it>", "a dog"], subjects=subject)
-    assert embeds.shape == (2, 77, 3 * (2 * (48 + 64) + 1)) and pooled.shape == (2, 3 * 32)
-    assert torch.equal(encode(pipe, ["a <it>", "a dog"], subjects=subject), embeds)
-    streams, pooled = unpack(embeds, 112), pooled.unflatten(1, (3, 32))
-    plain, plain_pooled = encode_by_hand(pipe, "a dog", [], 0, 0)
-    for stage in range(3):
-        timestep = (stage + 0.5) * 1000 / 3
-        for stream in range(2):
-            want, want_pooled = encode_by_hand(pipe, "a <it>", [subject], timestep, stream)
-            assert_close(streams[:1, stage, stream], want, 1e-4)
-            assert torch.allclose(pooled[:1, stage], want_pooled, atol=1e-4) == (stream == 1)
-            assert_close(streams[1:, stage, stream], plain, 1e-4)
-        assert_close(pooled[1:, stage], plain_pooled, 1e-4)
-
-
 def test_a_missing_negative_prompt_becomes_zeros(pipe, make_subject):
     attach(pipe, make_subject())
     positive, negative, _, negative_pooled = encode_prompt(pipe, "a <it>")
@@ -82,26 +62,21 @@ def test_a_missing_negative_prompt_becomes_zeros(pipe, make_subject):
     assert not negative.any() and not negative_pooled.any()
 
 
-def test_callbacks_see_and_may_change_packed_embeddings(pipe, make_subject):
+def test_a_callback_may_end_guidance(pipe, make_subject):
     attach(pipe, make_subject(distance=0))
-    seen = []
+    names, batches = ["prompt_embeds", "add_text_embeds", "add_time_ids"], []
 
     def stop_guiding(pipe, step, timestep, tensors):
-        seen.append((tensors["prompt_embeds"].shape, tensors["add_text_embeds"].shape))
+        batches.append([len(tensors[name]) for name in names])
         if step == 1:
             pipe._guidance_scale = 0.0
-            names = ("prompt_embeds", "add_text_embeds", "add_time_ids")
-            return tensors | {name: tensors[name].chunk(2)[-1] for name in names}
+            return {name: tensors[name].chunk(2)[-1] for name in names}
         return tensors
 
-    arguments = {
-        "callback_on_step_end": stop_guiding,
-        "callback_on_step_end_tensor_inputs": ["prompt_embeds", "add_text_embeds", "add_time_ids"],
-        "negative_prompt": "a car",
-    }
+    arguments = {"negative_prompt": "a car", "callback_on_step_end": stop_guiding}
+    arguments |= {"callback_on_step_end_tensor_inputs": names}
     actual = sample(pipe, "a photo of a <it>", **arguments)
-    packed, pooled = (77, 5 * (2 * 112 + 1)), (5 * 32,)
-    assert seen == [((batch, *packed), (batch, *pooled)) for batch in (2, 2, 1, 1)]
+    assert batches == [[2] * 3, [2] * 3, [1] * 3, [1] * 3]
     detach(pipe)
     assert_close(actual, sample(pipe, "a photo of a cat", **arguments))
 

@@ -27,36 +27,26 @@ from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.errors import PromptError
 
 
-def test_pipelines_that_share_a_unet(pipe, make_subject):
-    other = twin(pipe)
+@pytest.mark.parametrize("another", [twin, copy.copy, AutoPipelineForImage2Image.from_pipe])
+def test_pipelines_that_share_models(pipe, make_subject, another):
+    arguments = {} if another in (twin, copy.copy) else {"image": HINT, "strength": 1.0}
+    plain = sample(another(pipe), "a dog", **arguments)
     before = state_of(pipe)["unet."], dict(pipe.unet.attn_processors)
-    plain = sample(other, "a photo of a dog")
     attach(pipe, make_subject())
     mine = sample(pipe, "a <it>")
-    assert_close(sample(other, "a photo of a dog"), plain, 1e-5)
+    other = detach(another(pipe))
+    assert_close(sample(other, "a dog", **arguments), plain, 1e-5)
+    assert_close(sample(pipe, "a <it>"), mine)
     attach(other, make_subject("<me>", "person"))
-    theirs = sample(other, "a <me>")
+    theirs = sample(other, "a <me>", **arguments)
     assert_differ(theirs, mine)
     assert_close(sample(pipe, "a <it>"), mine)
     detach(pipe)
-    assert_close(sample(other, "a <me>"), theirs)
-    assert_close(sample(pipe, "a photo of a dog"), plain, 1e-5)
+    assert_close(sample(other, "a <me>", **arguments), theirs)
     detach(other)
+    assert "encode_prompt" not in vars(other) and not hooks_on(pipe)
     assert (state_of(pipe)["unet."], dict(pipe.unet.attn_processors)) == before
-    assert torch.equal(sample(other, "a photo of a dog"), plain)
-
-
-def test_a_pipeline_made_by_from_pipe_of_an_attached_one(pipe, make_subject):
-    arguments = {"image": HINT, "strength": 1.0}
-    expected = sample(AutoPipelineForImage2Image.from_pipe(pipe), "a photo of a dog", **arguments)
-    attach(pipe, make_subject())
-    mine = sample(pipe, "a <it>")
-    other = AutoPipelineForImage2Image.from_pipe(pipe)
-    assert_close(sample(other, "a photo of a dog", **arguments), expected, 1e-5)
-    attach(other, make_subject(distance=0, class_word="dog"))
-    assert_close(sample(other, "a photo of a <it>", **arguments), expected)
-    detach(other)
-    assert_close(sample(pipe, "a <it>"), mine)
+    assert torch.equal(sample(other, "a dog", **arguments), plain)
 
 
 @pytest.mark.parametrize("another", [twin, copy.copy])
@@ -75,19 +65,6 @@ def test_a_pipeline_deleted_without_detach_leaves_no_trace(pipe, make_subject, a
     assert sample(pipe, "a <it>").isfinite().all()
     detach(pipe)
     assert not hooks_on(pipe)
-
-
-def test_a_shallow_copy_is_attached_and_detached_by_itself(pipe, make_subject):
-    attach(pipe, make_subject())
-    mine = sample(pipe, "a <it>")
-    other = copy.copy(pipe)
-    detach(other)
-    assert_close(sample(pipe, "a <it>"), mine)
-    attach(other, make_subject("<me>", "person"))
-    detach(pipe)
-    assert sample(other, "a <me>").isfinite().all()
-    detach(other)
-    assert "encode_prompt" not in vars(other) and not hooks_on(pipe)
 
 
 def test_threads_that_share_a_unet(pipe, make_subject):

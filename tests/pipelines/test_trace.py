@@ -54,20 +54,37 @@ def check(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("size", [(128, 128), (64, 128), (104, 72)])
-def test_maps_of_a_bare_pipeline(pipe, guidance, size):
+BEACH = ("a photo of a cat on the beach", {"cat": [5], "beach": [8]})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "positions", "size", "guidance", "scheduler"),
+    [
+        (*BEACH, size, guidance, None)
+        for size in [(128, 128), (64, 128), (104, 72)]
+        for guidance in (1.0, 5.0)
+    ]
+    + [
+        # A word of several tokens gets their sum.
+        ("a zebra", {"zebra": [2, 3, 4, 5, 6]}, (128, 128), 5.0, None),
+        # A scheduler that calls the U-Net twice a step.
+        ("a dog", {"dog": [2]}, (128, 128), 5.0, HeunDiscreteScheduler),
+    ],
+)
+def test_maps_of_a_bare_pipeline(pipe, prompt, positions, size, guidance, scheduler):
     height, width = size
+    if scheduler is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     arguments = {"height": height, "width": width, "guidance_scale": guidance}
-    expected = sample(pipe, "a photo of a cat on the beach", **arguments)
+    expected = sample(pipe, prompt, **arguments)
     full = FullMaps(pipe, *size)
-    with trace(pipe, ["cat", "beach"]) as found:
-        assert_close(sample(pipe, "a photo of a cat on the beach", **arguments), expected)
-    assert list(found.maps) == ["cat", "beach"]
-    assert found.maps["cat"].shape == (1, height // 8, width // 8)
-    check(found.maps["cat"], full.word([5]))
-    check(found.maps["beach"], full.word([8]))
-    assert float(found.maps["cat"].min()) > 0 and float(found.maps["cat"].max()) < 1
+    with trace(pipe, list(positions)) as found:
+        assert_close(sample(pipe, prompt, **arguments), expected)
+    assert list(found.maps) == list(positions)
+    for word, columns in positions.items():
+        one = found.maps[word]
+        check(one, full.word(columns))
+        assert one.shape == (1, height // 8, width // 8) and one.min() > 0 and one.max() < 1
 
 
 def test_maps_of_subjects_in_batches_of_several_images(pipe, make_subject):
@@ -91,23 +108,6 @@ def test_a_subject_is_traced_as_its_class_word(pipe, make_subject):
         sample(pipe, "a photo of a cat on the beach")
     for word, other in (("<it>", "cat"), ("beach", "beach")):
         assert_close(found.maps[word], expected.maps[other], 1e-4)
-
-
-def test_a_word_of_several_tokens_is_their_sum(pipe):
-    tokens = pipe.tokenizer("zebra", add_special_tokens=False).input_ids
-    assert len(tokens) > 1
-    full = FullMaps(pipe)
-    with trace(pipe, "zebra") as found:
-        sample(pipe, "a zebra")
-    check(found.maps["zebra"], full.word(list(range(2, 2 + len(tokens)))))
-
-
-def test_a_scheduler_that_calls_the_unet_twice_a_step(pipe):
-    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    full = FullMaps(pipe)
-    with trace(pipe, ["dog"]) as found:
-        sample(pipe, "a dog", num_inference_steps=3)
-    check(found.maps["dog"], full.word([2]))
 
 
 def test_maps_next_to_a_controlnet_and_an_image_to_change(pipe, make_subject):
