@@ -140,20 +140,25 @@ def hooks_on(pipe: Any) -> list[Any]:
     ]
 
 
+def attend(
+    attn: Attention, hidden: Tensor, key_prompt: Tensor, value_prompt: Tensor, mask: Any = None
+) -> Tensor:
+    """Return the output of an attention layer, by its projections and PyTorch's attention."""
+    projected = (attn.to_q(hidden), attn.to_k(key_prompt), attn.to_v(value_prompt))
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
+    output = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    return attn.to_out[0](output)
+
+
 class _OracleAttention:
     """Plain attention whose keys and values come from prompts set from outside."""
 
-    key_prompt: Tensor
-    value_prompt: Tensor
+    prompts: list[Tensor]
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        prompts = (self.key_prompt, self.value_prompt)
         if encoder_hidden_states is None:
-            prompts = (hidden_states, hidden_states)
-        projected = (attn.to_q(hidden_states), attn.to_k(prompts[0]), attn.to_v(prompts[1]))
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
-        output = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return attn.to_out[0](output)
+            return attend(attn, hidden_states, hidden_states, hidden_states)
+        return attend(attn, hidden_states, *self.prompts)
 
 
 @torch.no_grad()
@@ -218,13 +223,12 @@ def sample_by_hand(
     time_ids = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).expand(2, -1)
     for t in scheduler.timesteps:
         encoded = [encode_by_hand(pipe, texts[i], subjects, float(t), i) for i in (0, 1)]
-        prompts, pooled = (
+        attention.prompts, pooled = (
             [torch.cat([empty[field], one[field]]) for one in encoded] for field in (0, 1)
         )
-        attention.key_prompt, attention.value_prompt = prompts
         added = {"text_embeds": pooled[pooled_stream], "time_ids": time_ids}
         model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
-        noise = pipe.unet(model_input, t, prompts[0], added_cond_kwargs=added).sample
+        noise = pipe.unet(model_input, t, attention.prompts[0], added_cond_kwargs=added).sample
         without, with_prompt = noise.chunk(2)
         noise = without + guidance * (with_prompt - without)
         latents = scheduler.step(noise, t, latents).prev_sample

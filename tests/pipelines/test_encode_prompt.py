@@ -25,10 +25,6 @@ def in_every_stage(prompt, stages) -> torch.Tensor:
     return pack(prompt[:, None, None].expand(-1, stages, 2, -1, -1))
 
 
-def with_stages(streams, stages) -> torch.Tensor:
-    return streams.repeat_interleave(stages // streams.shape[1], 1)
-
-
 def stages_of(packed) -> int:
     return packed_stages(packed.shape[2], 48)
 
@@ -84,24 +80,27 @@ def test_prompt_and_negative_prompt_get_the_same_stages(
 ):
     def packed(text):
         named = [subject for subject in subjects if subject.placeholder in text]
-        if not named:
-            return in_every_stage(plain(attached, text), 1)
-        return encode(attached, text, subjects=named)
+        if named:
+            return encode(attached, text, subjects=named)
+        return in_every_stage(plain(attached, text), 1)
+
+    def in_stages(text):
+        streams = unpack(packed(text), 48)
+        return pack(streams.repeat_interleave(stages // streams.shape[1], 1))
 
     arguments, expected = {"prompt": None}, []
     for name, given in (("prompt", positive), ("negative_prompt", negative)):
+        texts = given or [""] * len(expected[0])
         if isinstance(given, tuple):
-            form, text = given
-            embeds = packed(text) if form == "packed" else plain(attached, text)
-            arguments[f"{name}_embeds"], texts = embeds, [text]
+            form, *texts = given
+            embeds = packed(*texts) if form == "packed" else plain(attached, *texts)
+            arguments[f"{name}_embeds"] = embeds
         else:
-            arguments[name], texts = given, given or [""] * len(expected[0])
-        streams = torch.cat([with_stages(unpack(packed(text), 48), stages) for text in texts])
-        expected.append(streams)
-    for actual, want in zip(
-        encode_prompt(attached, images=images, **arguments), expected, strict=True
-    ):
-        assert_close(actual, pack(want.repeat_interleave(images, 0)), 1e-5)
+            arguments[name] = given
+        expected.append(torch.cat([in_stages(text) for text in texts]))
+    actual = encode_prompt(attached, images=images, **arguments)
+    for one, want in zip(actual, expected, strict=True):
+        assert_close(one, want.repeat_interleave(images, 0), 1e-5)
 
 
 def test_a_negative_prompt_counts_only_with_guidance(attached):

@@ -30,9 +30,6 @@ def attached(pipe, make_subject):
     return attach(pipe, make_subject())
 
 
-# Both Unicode forms
-
-
 def traced(pipe, name):
     with trace(pipe, [name]) as found:
         image = pipe(f"a {DECOMPOSED} person", **QUICK, generator=torch.Generator()).images[0]
@@ -88,9 +85,6 @@ def test_broken_text_in_the_name_of_a_model_can_be_kept(make_subject, tmp_path):
     subject = dataclasses.replace(make_subject(), base_model="models/\udcff")
     subject.save(tmp_path / "me.safetensors")
     assert Subject.load(tmp_path / "me.safetensors").base_model == "models/\\udcff"
-
-
-# Placeholders that reach a text encoder as plain words
 
 
 @pytest.mark.parametrize(
@@ -186,9 +180,6 @@ def test_another_text_encoder_put_into_the_pipeline(attached):
     attached.text_encoder = new
     sample(attached, "a <it>", **QUICK)
     assert not old._forward_pre_hooks and new._forward_pre_hooks
-
-
-# Placeholders that no subject has
 
 
 @pytest.fixture

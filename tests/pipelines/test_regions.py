@@ -12,6 +12,7 @@ from pipelines.sampling import (
     HINT,
     assert_close,
     assert_differ,
+    attend,
     encode_prompt,
     sample,
 )
@@ -50,10 +51,7 @@ class MaskedAttention:
             prompt = torch.cat([everywhere, torch.cat([positive, *self.prompts], 1)])
             owner = self.owner(hidden_states.shape[1])
             mask = owner[:, None] == torch.arange(len(self.prompts) + 1).repeat_interleave(77)
-        projected = (attn.to_q(hidden_states), attn.to_k(prompt), attn.to_v(prompt))
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in projected)
-        output = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        return attn.to_out[0](output)
+        return attend(attn, hidden_states, prompt, prompt, mask)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (64, 128), (104, 72)])

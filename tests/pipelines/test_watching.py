@@ -1,4 +1,4 @@
-"""What traces and regions share: they restore the pipeline and leave other calls alone."""
+"""Traces and regions restore the pipeline, leave other calls alone, and refuse each other."""
 
 from __future__ import annotations
 
