@@ -115,19 +115,19 @@ def table(bases: dict[str, Any]) -> tuple[str, int]:
     return "\n".join([HEAD, "", f"Run with {packages}.", *lines, "", *explained]) + "\n", wrong
 
 
-HEAD = """# What subjects were drawn with
+HEAD = """# Tested pipelines and features
 
 Every mark comes from a run of `python tests/pipelines/compatibility.py docs/compatibility.md` on
 random-weight models of each family's architecture at reduced width, on a CPU.
 
-✓ means that all of this held: a subject whose tokens are the class word's own draws the image
-that the class word draws with the bare pipeline, within rounding, whether the feature was turned on
-before `attach` or after it; a subject with other tokens draws another image; after `detach` the
-pipeline draws as before, bit for bit. Where the bare pipeline fails there is nothing to compare
-with; `clip_skip` on a prompt with a subject works there too, as its own test shows. – means that
+✓ means that all of this held. A subject whose tokens are those of its class word gives the image of
+the class word in the bare pipeline, within rounding, with the feature turned on before `attach` or
+after it. A subject with other tokens gives another image. After `detach` the pipeline gives the
+same image as before, bit for bit. Where the bare pipeline fails, there is nothing to compare with;
+`clip_skip` on a prompt with a subject works there too, as its own test shows. – means that
 diffusers has no such pipeline or feature.
 
-| column | what is turned on |
+| column | turned on |
 |---|---|
 | plain | nothing; guidance 5 |
 | several images | `num_images_per_prompt=2` |
@@ -145,7 +145,7 @@ diffusers has no such pipeline or feature.
 | model offload, sequential offload | accelerate's hooks, onto the CPU itself |
 
 Prompts made with `sefi_fast.encode` (SDXL: `sefi_fast.prompts.encode_with_pooled`), negative
-ones among them, are drawn after the text encoders were freed too (`pipe.text_encoder = None`).
+ones among them, also work after the text encoders were freed (`pipe.text_encoder = None`).
 Negative embeddings of another library go with a prompt in words, `pipe("… <me>",
 negative_prompt_embeds=…)`: next to `prompt_embeds` diffusers wants both of one shape.
 
@@ -153,11 +153,11 @@ Attaching changes no attention processor and no plain prompt: `set_attn_processo
 `set_default_attn_processor`, slicing, fused projections and adapters work before it and after it,
 and other threads may generate with other pipelines over the same models while subjects are attached
 and detached. Tokenizers of Hugging Face are not safe to share between threads: give each thread its
-own, or prompt embeddings. A trace and regions put processors of their own on the layers for their
-time. Attached pipelines, U-Nets and text encoders are copied and pickled: a pipeline comes back
+own, or prompt embeddings. Traces and regions set processors of their own on the layers while they
+run. Attached pipelines, U-Nets and text encoders are copied and pickled: a pipeline comes back
 with its subjects.
 
-Tried with the feature "plain" alone, by `tests/pipelines/test_compatibility.py`:
+Tested with the feature "plain" alone, by `tests/pipelines/test_compatibility.py`:
 perturbed-attention guidance (PAG), self-attention guidance (SAG), Attend-and-Excite, ControlNet-XS,
 InstructPix2Pix of SDXL, latent consistency models, GLIGEN, depth to image, upscaling (x4),
 Panorama, CycleDiffusion, Text2Video-Zero, AnimateDiff on a video, PIA.

@@ -1,4 +1,4 @@
-"""Base models, pipelines and features of diffusers that subjects are tried with."""
+"""Base models, pipelines and features of diffusers that subjects are tested with."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _controlnet(pipe: Any, count: int = 1) -> dict[str, Any]:
 def _changed(model: Any, **changes: Any) -> Any:
     """A random model of the same class and shape but for a few settings."""
     config = dict(model.config)
-    # Or the values named there would be taken for defaults and left out.
+    # Values named there would be replaced by defaults.
     config.pop("_use_default_values", None)
     return type(model).from_config(config | changes).eval()
 
@@ -132,7 +132,7 @@ class Kind:
         """Return a pipeline of this kind from the parts of the text-to-image one."""
         parts = {name: part for name, part in base.components.items() if part is not None}
         kind = getattr(diffusers, str(self.class_name(family)))
-        # What a class does not know it must not be given: their constructors differ.
+        # Constructors know different options.
         known = inspect.signature(kind).parameters
         extras = {"add_watermarker": False, "safety_checker": None, "feature_extractor": None}
         extras |= {"requires_safety_checker": False}
@@ -147,7 +147,7 @@ _HINT = {"image": IMAGE}
 _CHANGED = {"image": IMAGE, "strength": 0.8}
 _MASKED = _CHANGED | {"mask_image": MASK}
 _STEERED = {"control_image": 1 - IMAGE}
-_VIDEO = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+_VIDEO = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
 KINDS = {
     "text to image": Kind("StableDiffusion{XL}Pipeline"),
     "img2img": Kind("StableDiffusion{XL}Img2ImgPipeline", _CHANGED),
@@ -181,7 +181,7 @@ KINDS = {
         lambda pipe: pipe.enable_free_noise(context_length=4, context_stride=2),
     ),
 }
-# Tried with the feature "plain" alone.
+# Tested with the feature "plain" alone.
 OTHERS = {
     "perturbed-attention guidance": Kind("StableDiffusion{XL}PAGPipeline"),
     "ControlNet with perturbed-attention guidance": Kind(
