@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pipelines.sampling import (
@@ -15,7 +17,7 @@ from pipelines.sampling import (
 
 from sefi_fast import attach, detach, encode
 from sefi_fast.errors import SubjectFileError
-from sefi_fast.prompts import encode_with_pooled
+from sefi_fast.prompts import encode_with_pooled, install_stage_hook
 from sefi_fast.subject import Subject
 
 
@@ -113,3 +115,30 @@ def test_pooled_embeddings_that_do_not_fit_are_refused(pipe, make_subject):
         pipe.unet(torch.zeros(1, 4, 16, 16), 5, embeds, added_cond_kwargs=added)
     with pytest.raises(ValueError, match="prompt_2 holds 2 prompts, prompt 1"):
         encode_with_pooled(pipe, "a <it>", ["a", "b"])
+
+
+class TimeText(torch.nn.Module):
+    """Is called as SDXL's U-Net is, and returns the pooled embedding that reaches it."""
+
+    config = SimpleNamespace(
+        addition_embed_type="text_time",
+        projection_class_embeddings_input_dim=3 + 6 * 8,
+        addition_time_embed_dim=8,
+    )
+
+    def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs):
+        return added_cond_kwargs["text_embeds"] + sample
+
+
+@torch.no_grad()
+def test_the_choice_of_the_pooled_embedding_is_compiled_whole():
+    torch._dynamo.reset()
+    model = TimeText()
+    install_stage_hook(model, 3)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    pooled = torch.arange(30.0).reshape(2, 15)
+    added = {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)}
+    packed = torch.zeros(2, 4, 5 * (2 * 3 + 1))
+    for timestep, stages in ((torch.tensor(650), [3, 3]), (torch.tensor([0, 999]), [0, 4])):
+        found = compiled(torch.zeros(2, 3), timestep, packed, added_cond_kwargs=added)
+        assert torch.equal(found, pooled.unflatten(1, (5, 3))[torch.arange(2), stages])

@@ -96,6 +96,7 @@ def test_maps_of_subjects_in_batches_of_several_images(pipe, make_subject):
     check(found.maps["<it>"], torch.cat([full.word([2], 4)[:2], full.word([5, 8], 4)[2:]]))
     check(found.maps["snow"][:2], full.word([5], 4)[:2])
     assert not found.maps["snow"][2:].any()
+    assert found.overlay(Image.new("L", (96, 64)), "snow", 3).size == (96, 64)
 
 
 @both_families
