@@ -32,9 +32,9 @@ WORDS = (
 
 
 def make_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer (end-of-word suffix, 77 positions) learned on a few words.
+    """Return CLIP's byte-pair tokenizer (end-of-word suffix, 77 positions) trained on a few words.
 
-    The words of WORDS are one token each; anything else falls apart into several.
+    The words of WORDS are one token each, and any other word several.
     """
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -46,8 +46,8 @@ def make_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator([WORDS] * 20, trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in learned["merges"]]
+    trained = json.loads(tokenizer.to_str())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in trained["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = alphabet + [letter + "</w>" for letter in alphabet]
     pieces += ["".join(merge.split(" ")) for merge in merges]
@@ -64,27 +64,30 @@ def make_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
 def make_unet(
     cross_attention_dim: int, seed: int = 0, heads: int | tuple[int, ...] = 4, **options: Any
 ) -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's U-Net (four levels, cross-attention on three) at width 32/64/96/96."""
+    """Return Stable Diffusion 1.5's U-Net at width 32/64/96/96, or as the options say.
+
+    It has four levels, three of them with cross-attention.
+    """
     torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "block_out_channels": (32, 64, 96, 96),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    }
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64, 96, 96),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         attention_head_dim=heads,
         cross_attention_dim=cross_attention_dim,
         norm_num_groups=8,
-        **options,
+        **(settings | options),
     ).eval()
 
 
 def make_text_encoder(
     kind: type, tokenizer: CLIPTokenizer, seed: int = 0, **options: Any
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """CLIP's text transformer of two layers and width 48, or as the options say."""
+    """Return CLIP's text transformer of two layers and width 48, or as the options say."""
     torch.manual_seed(seed)
     ids = tokenizer.convert_tokens_to_ids
     settings: dict[str, Any] = {
@@ -105,22 +108,18 @@ def make_text_encoder(
         )
     ).eval()
     with torch.no_grad():
-        # CLIP's own initialisation (std 0.02) would make all prompts nearly alike.
+        # With CLIP's own initialisation (std 0.02) all prompts would be nearly alike.
         text_encoder.get_input_embeddings().weight.mul_(20)
     return text_encoder
 
 
 def make_vae(seed: int = 0, **options: Any) -> AutoencoderKL:
-    """Stable Diffusion's autoencoder (a factor of 8, four channels) at width 8 and 16."""
+    """Return Stable Diffusion's autoencoder (a factor of 8, four channels) at width 8 and 16."""
     torch.manual_seed(seed)
     return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 16, 16, 16),
-        layers_per_block=1,
-        latent_channels=4,
         norm_num_groups=8,
         sample_size=128,
         **options,
@@ -128,29 +127,32 @@ def make_vae(seed: int = 0, **options: Any) -> AutoencoderKL:
 
 
 def make_sd15(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
-    """A StableDiffusionPipeline of SD 1.5's architecture: 128×128 images, 77 tokens, width 48."""
+    """Return a pipeline of SD 1.5's architecture: 128×128 images, 77 tokens, width 48."""
     tokenizer = make_tokenizer(folder / "tokenizer")
-    return _assemble(
-        tokenizer,
-        make_text_encoder(CLIPTextModel, tokenizer, seed),
-        make_unet(48, seed + 2),
-        make_vae(seed + 1),
-    )
+    text_encoder = make_text_encoder(CLIPTextModel, tokenizer, seed)
+    return _sd(tokenizer, text_encoder, make_unet(48, seed + 2), make_vae(seed + 1))
 
 
 def make_sd21(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
-    """SD 2.1's architecture: v-prediction, linear projections, a head count for each level."""
+    """Return SD 2.1's architecture: v-prediction, linear projections, a head count a level."""
     tokenizer = make_tokenizer(folder / "tokenizer", pad_token="!")
     unet = make_unet(48, seed + 2, heads=(2, 4, 6, 6), use_linear_projection=True)
     text_encoder = make_text_encoder(
         CLIPTextModel, tokenizer, seed, hidden_act="gelu", pad_token_id=0, num_hidden_layers=3
     )
-    return _assemble(
-        tokenizer, text_encoder, unet, make_vae(seed + 1), prediction_type="v_prediction"
-    )
+    vae = make_vae(seed + 1)
+    return _sd(tokenizer, text_encoder, unet, vae, prediction_type="v_prediction")
 
 
-def _assemble(
+_BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def _sd(
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
     unet: UNet2DConditionModel,
@@ -162,15 +164,7 @@ def _assemble(
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            **schedule,
-        ),
+        scheduler=DDIMScheduler(**_BETAS, clip_sample=False, set_alpha_to_one=False, **schedule),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -180,10 +174,11 @@ def _assemble(
 
 
 def make_sdxl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
-    """SDXL base's architecture: text encoders of width 48 and 64, 128×128 images, 77 tokens.
+    """Return SDXL base's architecture: text encoders of width 48 and 64, 128×128 images, 77 tokens.
 
-    Three levels, attention on the lower two with one, two and three transformer blocks, heads by
-    level, linear projections, pooled embedding of width 32 and six time ids of width 8.
+    The U-Net has three levels, attention on the lower two with two and three transformer blocks, a
+    head count a level, linear projections, a pooled embedding of width 32 and six time ids of
+    width 8.
     """
     tokenizer = make_tokenizer(folder / "tokenizer")
     tokenizer_2 = make_tokenizer(folder / "tokenizer_2", pad_token="!")
@@ -198,26 +193,21 @@ def make_sdxl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
         projection_dim=32,
         pad_token_id=0,
     )
-    torch.manual_seed(seed + 2)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
+    unet = make_unet(
+        112,
+        seed + 2,
+        heads=(2, 4, 6),
         block_out_channels=(32, 64, 96),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
         transformer_layers_per_block=(1, 2, 3),
-        attention_head_dim=(2, 4, 6),
-        cross_attention_dim=112,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=32 + 6 * 8,
-        norm_num_groups=8,
-    ).eval()
+    )
     with torch.no_grad():
-        # Random weights hardly let the pooled embedding through to the image.
+        # With random weights the pooled embedding hardly reaches the image.
         unet.add_embedding.linear_1.weight.mul_(4)
         unet.add_embedding.linear_2.weight.mul_(4)
     pipe = StableDiffusionXLPipeline(
@@ -227,14 +217,7 @@ def make_sdxl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=unet,
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
-        force_zeros_for_empty_prompt=True,
+        scheduler=EulerDiscreteScheduler(**_BETAS, timestep_spacing="leading"),
         add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -242,7 +225,7 @@ def make_sdxl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
 
 
 def make_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetModel:
-    """A ControlNet of the U-Net's shape whose zero convolutions are random, so that it acts."""
+    """Return a ControlNet of the U-Net's shape with random weights for its zero convolutions."""
     torch.manual_seed(seed)
     controlnet = ControlNetModel.from_unet(unet, conditioning_channels=3)
     for block in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:

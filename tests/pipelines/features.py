@@ -1,9 +1,9 @@
-"""Base models, pipelines and features of diffusers that subjects are drawn with, as test cases."""
+"""Base models, pipelines and features of diffusers that subjects are tested with."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -21,14 +21,12 @@ from diffusers import (
     MotionAdapter,
     MultiControlNetModel,
     T2IAdapter,
-    UNet2DConditionModel,
 )
 from models import make_controlnet
 from PIL import Image
 from torch import Tensor
 
-from sefi_fast.pipelines import regions
-from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
+from sefi_fast import regions
 from sefi_fast.prompts import encode_with_pooled
 
 FAMILIES = {"SD 1.5": "sd15_pipeline", "SD 2.1": "sd21_pipeline", "SDXL": "sdxl_pipeline"}
@@ -41,19 +39,22 @@ def _controlnet(pipe: Any, count: int = 1) -> dict[str, Any]:
     return {"controlnet": nets[0] if count == 1 else MultiControlNetModel(nets)}
 
 
+def _changed(model: Any, **changes: Any) -> Any:
+    """A random model of the same class and shape but for a few settings."""
+    config = dict(model.config)
+    # Values named there would be replaced by defaults.
+    config.pop("_use_default_values", None)
+    return type(model).from_config(config | changes).eval()
+
+
 def _union(pipe: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     # from_unet leaves the width of its own transformer at that of the full-sized models.
-    config = dict(ControlNetUnionModel.from_unet(pipe.unet).config)
-    width = pipe.unet.config.block_out_channels[0]
-    # Or the values named there would be taken for defaults and left out.
-    config.pop("_use_default_values", None)
-    union = ControlNetUnionModel.from_config(
-        config | {"num_trans_channel": width, "num_proj_channel": width}
-    )
+    full, width = ControlNetUnionModel.from_unet(pipe.unet), pipe.unet.config.block_out_channels[0]
+    union = _changed(full, num_trans_channel=width, num_proj_channel=width)
     for block in [*union.controlnet_down_blocks, union.controlnet_mid_block]:
         torch.nn.init.normal_(block.weight, std=0.05)
-    return {"controlnet": union.eval()}
+    return {"controlnet": union}
 
 
 def _t2i_adapter(pipe: Any) -> dict[str, Any]:
@@ -83,119 +84,12 @@ def _motion(pipe: Any) -> dict[str, Any]:
     return {"motion_adapter": adapter.eval()}
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of pipeline: the class for SD 1.x and 2.x, the class for SDXL, what a call needs.
-
-    on: called with the pipeline once it is made.
-    """
-
-    sd: str | None
-    sdxl: str | None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    parts: Callable[[Any], dict[str, Any]] = lambda pipe: {}
-    on: Callable[[Any], None] = lambda pipe: None
-
-    def class_name(self, family: str) -> str | None:
-        """The pipeline class of diffusers for a family; None where there is none."""
-        return self.sdxl if family == "SDXL" else self.sd
-
-    def make(self, base: Any, family: str) -> Any:
-        """A pipeline of this kind from the parts of the text-to-image one."""
-        parts = {name: part for name, part in base.components.items() if part is not None}
-        kind = getattr(diffusers, str(self.class_name(family)))
-        # What a class does not know it must not be given: their constructors differ.
-        known = inspect.signature(kind).parameters
-        extras = {"add_watermarker": False, "safety_checker": None, "feature_extractor": None}
-        extras |= {"requires_safety_checker": False}
-        options = {name: value for name, value in extras.items() if name in known}
-        pipe = kind(**(parts | options | self.parts(base)))
-        pipe.set_progress_bar_config(disable=True)
-        self.on(pipe)
-        return pipe
-
-
-_STRENGTH = {"image": IMAGE, "strength": 0.8}
-KINDS = {
-    "text to image": Kind("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
-    "img2img": Kind(
-        "StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline", _STRENGTH
-    ),
-    "inpaint": Kind(
-        "StableDiffusionInpaintPipeline",
-        "StableDiffusionXLInpaintPipeline",
-        _STRENGTH | {"mask_image": MASK},
-    ),
-    "ControlNet": Kind(
-        "StableDiffusionControlNetPipeline",
-        "StableDiffusionXLControlNetPipeline",
-        {"image": IMAGE},
-        _controlnet,
-    ),
-    "two ControlNets": Kind(
-        "StableDiffusionControlNetPipeline",
-        "StableDiffusionXLControlNetPipeline",
-        {"image": [IMAGE, 1 - IMAGE]},
-        lambda pipe: _controlnet(pipe, 2),
-    ),
-    "ControlNet, guess_mode": Kind(
-        "StableDiffusionControlNetPipeline",
-        "StableDiffusionXLControlNetPipeline",
-        {"image": IMAGE, "guess_mode": True},
-        _controlnet,
-    ),
-    "ControlNet img2img": Kind(
-        "StableDiffusionControlNetImg2ImgPipeline",
-        "StableDiffusionXLControlNetImg2ImgPipeline",
-        _STRENGTH | {"control_image": 1 - IMAGE},
-        _controlnet,
-    ),
-    "ControlNet inpaint": Kind(
-        "StableDiffusionControlNetInpaintPipeline",
-        "StableDiffusionXLControlNetInpaintPipeline",
-        _STRENGTH | {"mask_image": MASK, "control_image": 1 - IMAGE},
-        _controlnet,
-    ),
-    "ControlNet-Union": Kind(
-        None,
-        "StableDiffusionXLControlNetUnionPipeline",
-        {"control_image": [IMAGE], "control_mode": [0]},
-        _union,
-    ),
-    "T2I-Adapter": Kind(
-        "StableDiffusionAdapterPipeline",
-        "StableDiffusionXLAdapterPipeline",
-        {"image": IMAGE},
-        _t2i_adapter,
-    ),
-    "AnimateDiff": Kind(
-        "AnimateDiffPipeline", "AnimateDiffSDXLPipeline", {"num_frames": 2}, _motion
-    ),
-    "AnimateDiff, FreeNoise": Kind(
-        "AnimateDiffPipeline",
-        None,
-        {"num_frames": 6},
-        _motion,
-        lambda pipe: pipe.enable_free_noise(context_length=4, context_stride=2),
-    ),
-}
-
-
 def _unet(**changes: Any) -> Callable[[Any], dict[str, Any]]:
-    """A random U-Net of the base's shape but for a few settings."""
-
     def parts(pipe: Any) -> dict[str, Any]:
         torch.manual_seed(4)
-        config = dict(pipe.unet.config)
-        # Or the values named there would be taken for defaults and left out.
-        config.pop("_use_default_values", None)
-        return {"unet": UNet2DConditionModel.from_config(config | changes).eval()}
+        return {"unet": _changed(pipe.unet, **changes)}
 
     return parts
-
-
-def _scheduler(kind: Any) -> Callable[[Any], dict[str, Any]]:
-    return lambda pipe: {"scheduler": kind.from_config(pipe.scheduler.config)}
 
 
 def _controlnet_xs(pipe: Any) -> dict[str, Any]:
@@ -209,84 +103,141 @@ def _controlnet_xs(pipe: Any) -> dict[str, Any]:
     return {"unet": unet, "controlnet": adapter.eval()}
 
 
-# Tried with the feature "plain" alone.
+@dataclass(frozen=True)
+class Kind:
+    """One kind of pipeline.
+
+    Attributes:
+        name: its class in diffusers, {XL} or {SDXL} where the name of SDXL's class has these
+            letters; without them the class serves one family alone.
+        arguments: further arguments of a call.
+        parts: models besides those of the text-to-image pipeline, which it gets.
+        on: called with the pipeline once it is made.
+    """
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    parts: Callable[[Any], dict[str, Any]] = lambda pipe: {}
+    on: Callable[[Any], None] = lambda pipe: None
+
+    def class_name(self, family: str) -> str | None:
+        """Return the pipeline class of diffusers for a family; None where there is none."""
+        sdxl = family == "SDXL"
+        if "{" not in self.name and ("XL" in self.name) != sdxl:
+            return None
+        name = self.name.format(XL="XL" * sdxl, SDXL="SDXL" * sdxl)
+        return name if hasattr(diffusers, name) else None
+
+    def make(self, base: Any, family: str) -> Any:
+        """Return a pipeline of this kind from the parts of the text-to-image one."""
+        parts = {name: part for name, part in base.components.items() if part is not None}
+        kind = getattr(diffusers, str(self.class_name(family)))
+        # Constructors know different options.
+        known = inspect.signature(kind).parameters
+        extras = {"add_watermarker": False, "safety_checker": None, "feature_extractor": None}
+        extras |= {"requires_safety_checker": False}
+        options = {name: value for name, value in extras.items() if name in known}
+        pipe = kind(**(parts | options | self.parts(base)))
+        pipe.set_progress_bar_config(disable=True)
+        self.on(pipe)
+        return pipe
+
+
+_HINT = {"image": IMAGE}
+_CHANGED = {"image": IMAGE, "strength": 0.8}
+_MASKED = _CHANGED | {"mask_image": MASK}
+_STEERED = {"control_image": 1 - IMAGE}
+_VIDEO = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+KINDS = {
+    "text to image": Kind("StableDiffusion{XL}Pipeline"),
+    "img2img": Kind("StableDiffusion{XL}Img2ImgPipeline", _CHANGED),
+    "inpaint": Kind("StableDiffusion{XL}InpaintPipeline", _MASKED),
+    "ControlNet": Kind("StableDiffusion{XL}ControlNetPipeline", _HINT, _controlnet),
+    "two ControlNets": Kind(
+        "StableDiffusion{XL}ControlNetPipeline",
+        {"image": [IMAGE, 1 - IMAGE]},
+        lambda pipe: _controlnet(pipe, 2),
+    ),
+    "ControlNet, guess_mode": Kind(
+        "StableDiffusion{XL}ControlNetPipeline", _HINT | {"guess_mode": True}, _controlnet
+    ),
+    "ControlNet img2img": Kind(
+        "StableDiffusion{XL}ControlNetImg2ImgPipeline", _CHANGED | _STEERED, _controlnet
+    ),
+    "ControlNet inpaint": Kind(
+        "StableDiffusion{XL}ControlNetInpaintPipeline", _MASKED | _STEERED, _controlnet
+    ),
+    "ControlNet-Union": Kind(
+        "StableDiffusionXLControlNetUnionPipeline",
+        {"control_image": [IMAGE], "control_mode": [0]},
+        _union,
+    ),
+    "T2I-Adapter": Kind("StableDiffusion{XL}AdapterPipeline", _HINT, _t2i_adapter),
+    "AnimateDiff": Kind("AnimateDiff{SDXL}Pipeline", {"num_frames": 2}, _motion),
+    "AnimateDiff, FreeNoise": Kind(
+        "AnimateDiffPipeline",
+        {"num_frames": 6},
+        _motion,
+        lambda pipe: pipe.enable_free_noise(context_length=4, context_stride=2),
+    ),
+}
+# Tested with the feature "plain" alone.
 OTHERS = {
-    "perturbed-attention guidance": Kind(
-        "StableDiffusionPAGPipeline", "StableDiffusionXLPAGPipeline"
-    ),
+    "perturbed-attention guidance": Kind("StableDiffusion{XL}PAGPipeline"),
     "ControlNet with perturbed-attention guidance": Kind(
-        "StableDiffusionControlNetPAGPipeline",
-        "StableDiffusionXLControlNetPAGPipeline",
-        {"image": IMAGE},
-        _controlnet,
+        "StableDiffusion{XL}ControlNetPAGPipeline", _HINT, _controlnet
     ),
-    "self-attention guidance": Kind("StableDiffusionSAGPipeline", None, {"output_type": "pt"}),
+    "self-attention guidance": Kind("StableDiffusionSAGPipeline", {"output_type": "pt"}),
     "Attend-and-Excite": Kind(
         "StableDiffusionAttendAndExcitePipeline",
-        None,
         {"token_indices": [5], "max_iter_to_alter": 1, "attn_res": (8, 8)},
     ),
-    "ControlNet-XS": Kind(
-        "StableDiffusionControlNetXSPipeline",
-        "StableDiffusionXLControlNetXSPipeline",
-        {"image": IMAGE},
-        _controlnet_xs,
-    ),
+    "ControlNet-XS": Kind("StableDiffusion{XL}ControlNetXSPipeline", _HINT, _controlnet_xs),
     "InstructPix2Pix": Kind(
-        None, "StableDiffusionXLInstructPix2PixPipeline", {"image": IMAGE}, _unet(in_channels=8)
+        "StableDiffusionXLInstructPix2PixPipeline", _HINT, _unet(in_channels=8)
     ),
     "latent consistency": Kind(
         "LatentConsistencyModelPipeline",
-        None,
-        parts=lambda pipe: _unet(time_cond_proj_dim=32)(pipe) | _scheduler(LCMScheduler)(pipe),
+        {},
+        _unet(time_cond_proj_dim=32),
+        lambda pipe: _use_lcm(pipe),
     ),
     "GLIGEN": Kind(
         "StableDiffusionGLIGENPipeline",
-        None,
         {"gligen_phrases": ["a dog"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]},
         _unet(attention_type="gated"),
     ),
     "depth to image": Kind(
         "StableDiffusionDepth2ImgPipeline",
-        None,
-        _STRENGTH | {"depth_map": torch.rand(1, 64, 64)},
+        _CHANGED | {"depth_map": torch.rand(1, 64, 64)},
         lambda pipe: _unet(in_channels=5)(pipe) | {"depth_estimator": None},
     ),
     "upscaling": Kind(
         "StableDiffusionUpscalePipeline",
-        None,
         {"image": IMAGE[..., :16, :16]},
         lambda pipe: _unet(in_channels=7)(pipe) | {"low_res_scheduler": DDPMScheduler()},
     ),
-    "Panorama": Kind("StableDiffusionPanoramaPipeline", None),
+    "Panorama": Kind("StableDiffusionPanoramaPipeline"),
     "CycleDiffusion": Kind(
-        "CycleDiffusionPipeline", None, _STRENGTH | {"source_prompt": "a dog", "eta": 0.1}
+        "CycleDiffusionPipeline", _CHANGED | {"source_prompt": "a dog", "eta": 0.1}
     ),
     "Text2Video-Zero": Kind(
-        "TextToVideoZeroPipeline",
-        "TextToVideoZeroSDXLPipeline",
+        "TextToVideoZero{SDXL}Pipeline",
         {"video_length": 2, "t0": 1, "t1": 2, "num_inference_steps": 4},
     ),
     "AnimateDiff on a video": Kind(
-        "AnimateDiffVideoToVideoPipeline",
-        None,
-        {
-            "video": [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")],
-            "num_inference_steps": 3,
-        },
-        _motion,
+        "AnimateDiffVideoToVideoPipeline", {"video": _VIDEO, "num_inference_steps": 3}, _motion
     ),
     "PIA": Kind(
         "PIAPipeline",
-        None,
-        _STRENGTH | {"num_frames": 2},
+        _CHANGED | {"num_frames": 2},
         lambda pipe: _motion(pipe) | _unet(in_channels=9)(pipe),
     ),
 }
 
 
 @torch.no_grad()
-def draw(pipe: Any, text: str, **arguments: Any) -> Tensor:
+def sample_small(pipe: Any, text: Any, **arguments: Any) -> Tensor:
     """Latents of a run of two steps on a small image."""
     settings: dict[str, Any] = {
         "num_inference_steps": 3 if "strength" in arguments else 2,
@@ -296,74 +247,57 @@ def draw(pipe: Any, text: str, **arguments: Any) -> Tensor:
     }
     if "image" not in arguments and "control_image" not in arguments:
         settings |= {"height": 64, "width": 64}
-    result = pipe(**_words(pipe, text, settings | arguments))
+    settings |= arguments
+    prompt = _encoded(pipe, text) if settings.pop("as_tensors", False) else {"prompt": text}
+    result = pipe(**prompt, **settings)
     return result.frames if hasattr(result, "frames") else result.images
 
 
-def _words(pipe: Any, text: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    if not arguments.pop("as_tensors", False):
-        return arguments | {"prompt": text}
-    if EncodePromptPatch.of(pipe) is not None:
+def _encoded(pipe: Any, text: str) -> dict[str, Any]:
+    if "<" in text:
         given = encode_with_pooled(pipe, text)._asdict()
-    else:
-        names = ("prompt_embeds", "", "pooled_prompt_embeds")
-        count = next(n for n in inspect.signature(pipe.encode_prompt).parameters if "num_" in n)
-        own = pipe.encode_prompt(
-            text, device=torch.device("cpu"), do_classifier_free_guidance=False, **{count: 1}
-        )
-        given = {name: value for name, value in zip(names, own, strict=False) if name}
-    return arguments | {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value is not None}
+    count = next(n for n in inspect.signature(pipe.encode_prompt).parameters if "num_" in n)
+    own = pipe.encode_prompt(
+        text, device=torch.device("cpu"), do_classifier_free_guidance=False, **{count: 1}
+    )
+    return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), own[::2], strict=False))
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Something a user turns on: on the pipeline, in the call, around the call, or all of these.
+    """A feature that a user turns on: on the pipeline, in the call, around the call, or all three.
 
-    around: of the pipeline and the call's sentence.
-    applies: None where the feature exists, else why it does not.
+    Attributes:
+        around: given the pipeline and the prompt of the call.
+        needs: a method of the pipeline or its U-Net, or an argument of its call.
     """
 
     on: Callable[[Any], None] = lambda pipe: None
     arguments: Callable[[Any], dict[str, Any]] = lambda pipe: {}
     around: Callable[[Any, str], AbstractContextManager[Any]] = lambda pipe, text: nullcontext()
-    applies: Callable[[Any], str | None] = lambda pipe: None
+    needs: str = "__call__"
 
-
-def _lacks(method: str) -> Callable[[Any], str | None]:
-    return lambda pipe: None if hasattr(pipe, method) else "not in diffusers"
-
-
-def _call_lacks(argument: str) -> Callable[[Any], str | None]:
-    def applies(pipe: Any) -> str | None:
-        known = argument in inspect.signature(type(pipe).__call__).parameters
-        return None if known else "not in diffusers"
-
-    return applies
-
-
-def _cross_layers(unet: Any) -> Iterator[tuple[int, Any]]:
-    for index, name in enumerate(unet.attn_processors):
-        layer = unet.get_submodule(name.removesuffix(".processor"))
-        if layer.is_cross_attention:
-            yield index, layer
+    def missing(self, pipe: Any) -> str | None:
+        """Return None where the feature exists, else why it does not."""
+        known = {*dir(pipe), *dir(pipe.unet), *inspect.signature(type(pipe).__call__).parameters}
+        if self.needs not in known:
+            return "not in diffusers"
+        return "peft is missing" if "lora" in self.needs and not find_spec("peft") else None
 
 
 def load_ip_adapter(pipe: Any) -> None:
     """A random IP-Adapter for image embeddings of width 24, four tokens each."""
     generator = torch.Generator().manual_seed(3)
     width = pipe.unet.config.cross_attention_dim
+    modules = [pipe.unet.get_submodule(n.rpartition(".")[0]) for n in pipe.unet.attn_processors]
+    layers = [module for module in modules if module.is_cross_attention]
+    # diffusers counts the layers as 1, 3, 5 …
     adapter = {
-        f"{index}.to_{letter}_ip.weight": 0.3
+        f"{2 * index + 1}.to_{letter}_ip.weight": 0.3
         * torch.randn(getattr(layer, f"to_{letter}").weight.shape, generator=generator)
-        for index, layer in _cross_layers(pipe.unet)
+        for index, layer in enumerate(layers)
         for letter in "kv"
-    }
-    # Its keys count as diffusers counts them: 1, 3, 5 … in the order of the layers.
-    order = sorted({int(key.split(".")[0]) for key in adapter})
-    places = {str(index): str(2 * place + 1) for place, index in enumerate(order)}
-    adapter = {
-        ".".join([places[key.split(".")[0]], *key.split(".")[1:]]): value
-        for key, value in adapter.items()
     }
     projection = {
         "proj.weight": 0.2 * torch.randn(4 * width, 24, generator=generator),
@@ -392,7 +326,7 @@ def load_lora(pipe: Any) -> None:
     pipe.load_lora_weights(weights)
 
 
-def _lcm(pipe: Any) -> None:
+def _use_lcm(pipe: Any) -> None:
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 
 
@@ -432,10 +366,10 @@ FEATURES = {
     "plain": Feature(),
     "several images": Feature(arguments=_count),
     "no guidance": Feature(arguments=lambda pipe: {"guidance_scale": 1.0}),
-    "LCM": Feature(_lcm, lambda pipe: {"guidance_scale": 1.0}),
+    "LCM": Feature(_use_lcm, lambda pipe: {"guidance_scale": 1.0}),
     "tensors": Feature(arguments=lambda pipe: {"as_tensors": True}),
-    "callback": Feature(arguments=_callback, applies=_call_lacks("callback_on_step_end")),
-    "clip_skip": Feature(arguments=lambda pipe: {"clip_skip": 1}, applies=_call_lacks("clip_skip")),
+    "callback": Feature(arguments=_callback, needs="callback_on_step_end"),
+    "clip_skip": Feature(arguments=lambda pipe: {"clip_skip": 1}, needs="clip_skip"),
     "IP-Adapter": Feature(
         load_ip_adapter,
         lambda pipe: {
@@ -443,22 +377,12 @@ FEATURES = {
                 torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))
             ]
         },
-        applies=_call_lacks("ip_adapter_image_embeds"),
+        needs="ip_adapter_image_embeds",
     ),
-    "LoRA": Feature(
-        load_lora,
-        applies=lambda pipe: (
-            _lacks("load_lora_weights")(pipe) or (None if find_spec("peft") else "peft is missing")
-        ),
-    ),
-    "FreeU": Feature(
-        lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), applies=_lacks("enable_freeu")
-    ),
+    "LoRA": Feature(load_lora, needs="load_lora_weights"),
+    "FreeU": Feature(lambda pipe: pipe.enable_freeu(0.9, 0.2, 1.2, 1.4), needs="enable_freeu"),
     "fused QKV": Feature(lambda pipe: pipe.unet.fuse_qkv_projections()),
-    "slicing": Feature(
-        lambda pipe: pipe.unet.set_attention_slice(1),
-        applies=lambda pipe: _lacks("set_attention_slice")(pipe.unet),
-    ),
+    "slicing": Feature(lambda pipe: pipe.unet.set_attention_slice(1), needs="set_attention_slice"),
     "regions": Feature(
         around=lambda pipe, text: regions(pipe, {f"{text} in the snow": (0.25, 0, 1, 0.6)})
     ),

@@ -1,201 +1,230 @@
-"""Attached subjects draw what a sampling loop by hand draws, and leave no trace when detached."""
+"""Attached subjects give what a sampling loop by hand gives, and detach leaves no trace."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
 )
-from PIL import Image
-from pipelines.sampling import draw, sample_by_hand, state_of
+from pipelines.sampling import (
+    assert_close,
+    assert_differ,
+    both_families,
+    encode_prompt,
+    sample,
+    sample_by_hand,
+    state_of,
+    subject_for,
+    twin,
+)
 
-import sefi_fast
+from sefi_fast import attach, detach, encode
 from sefi_fast.errors import ModelError, SubjectFileError
-from sefi_fast.pipelines import attach, detach
 
-CLOSE = {"rtol": 0, "atol": 2e-4}
+# Placeholder → class word, stages, split: stages that meet on ten, one tied, one of two vectors.
+FOUR = {
+    "<a>": ("cat", 5, True),
+    "<b>": ("red dog", 10, True),
+    "<c>": ("bear", 1, True),
+    "<d>": ("person", 2, False),
+}
 
 
-def test_a_plain_prompt_draws_what_the_bare_pipeline_draws(sd15_pipeline, make_subject):
-    pipe = sd15_pipeline
+@both_families
+def test_a_plain_prompt_gives_the_image_of_the_bare_pipeline(pipe, make_subject):
     arguments = {"negative_prompt": "a blue car", "num_images_per_prompt": 2}
-    expected = draw(pipe, "a photo of a dog", **arguments)
+    expected = sample(pipe, "a photo of a dog", **arguments)
     attach(pipe, make_subject())
-    torch.testing.assert_close(
-        draw(pipe, "a photo of a dog", **arguments), expected, rtol=0, atol=1e-5
-    )
+    assert_close(sample(pipe, "a photo of a dog", **arguments), expected, 1e-5)
 
 
-def test_detach_leaves_everything_bit_for_bit_as_it_was(sd15_pipeline, make_subject):
-    pipe = sd15_pipeline
-    expected = draw(pipe, "a photo of a cat")
+@both_families
+def test_detach_restores_everything_bit_for_bit(pipe, make_subject):
+    expected = sample(pipe, "a photo of a cat")
     before = state_of(pipe)
     assert attach(pipe, make_subject()) is pipe
     assert state_of(pipe) != before
-    pipe.encode_prompt("<it>", torch.device("cpu"), 1, True)
+    encode_prompt(pipe, "<it>")
     assert detach(pipe) is pipe
     assert state_of(pipe) == before
-    assert torch.equal(draw(pipe, "a photo of a cat"), expected)
+    assert torch.equal(sample(pipe, "a photo of a cat"), expected)
     assert detach(pipe) is pipe
 
 
+@both_families
+@pytest.mark.parametrize("negative", [None, "", "a red {}"])
 @pytest.mark.parametrize("split", [True, False])
-def test_an_untrained_subject_draws_its_class_word(sd15_pipeline, make_subject, split):
-    pipe = sd15_pipeline
-    expected = draw(pipe, "a photo of a cat on the beach", negative_prompt="a red cat")
+def test_an_untrained_subject_gives_the_image_of_its_class_word(
+    pipe, make_subject, split, negative
+):
+    def run(word):
+        other = negative and negative.format(word)
+        return sample(pipe, f"a photo of a {word} on the beach", negative_prompt=other)
+
+    expected = run("cat")
     attach(pipe, make_subject(distance=0, split=split))
-    actual = draw(pipe, "a photo of a <it> on the beach", negative_prompt="a red <it>")
-    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert_close(run("<it>"), expected)
 
 
 SCHEDULERS = {
-    "ddim": lambda config: None,
-    "euler": EulerDiscreteScheduler.from_config,
-    "euler with fractional timesteps": lambda config: EulerDiscreteScheduler.from_config(
-        config, use_karras_sigmas=True
-    ),
-    "heun": HeunDiscreteScheduler.from_config,
-    "dpm++": lambda config: DPMSolverMultistepScheduler.from_config(
-        config, algorithm_type="dpmsolver++", use_karras_sigmas=True
+    "DDIM": (DDIMScheduler, {}),
+    "Euler": (EulerDiscreteScheduler, {}),
+    "Euler with fractional timesteps": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "Heun": (HeunDiscreteScheduler, {}),
+    "DPM-Solver++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "zero terminal signal": (
+        DDIMScheduler,
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
     ),
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_each_step_takes_the_tokens_of_its_stage(sd15_pipeline, make_subject, name):
-    pipe = sd15_pipeline
-    pipe.scheduler = SCHEDULERS[name](pipe.scheduler.config) or pipe.scheduler
-    subject = make_subject()
-    expected = sample_by_hand(pipe, "a photo of a <it> on the beach", [subject], negative="a car")
-    attach(pipe, subject)
-    actual = draw(pipe, "a photo of a <it> on the beach", negative_prompt="a car")
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
-    plain = draw(pipe, "a photo of a cat on the beach", negative_prompt="a car")
-    assert (plain - actual).abs().max() > 1e-2
-
-
-def test_two_subjects_of_5_and_10_stages_stand_in_one_prompt(sd15_pipeline, make_subject):
-    pipe = sd15_pipeline
+@pytest.mark.parametrize(
+    ("family", "scheduler", "negative"),
+    [("sd15", name, "a car") for name in SCHEDULERS if name != "zero terminal signal"]
+    + [("sd21", "zero terminal signal", "a car"), ("sdxl", "Euler", None)]
+    + [("sdxl", "Euler", "a car")],
+)
+def test_each_step_takes_the_tokens_of_its_stage(pipe, make_subject, scheduler, negative):
+    kind, options = SCHEDULERS[scheduler]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     subjects = [make_subject(), make_subject("<me>", "person", stages=10, split=False)]
-    prompt = "a photo of a <me> with a <it>"
-    expected = sample_by_hand(pipe, prompt, subjects, steps=7)
+    prompt = "a photo of a <it> with a <me>"
+    by_hand = {"prompt": prompt, "subjects": subjects, "negative": negative, "steps": 7}
+    expected = sample_by_hand(pipe, **by_hand)
+    pooled_from_keys = sample_by_hand(pipe, **by_hand, pooled_stream=0)
     attach(pipe, subjects)
-    actual = draw(pipe, prompt, num_inference_steps=7)
-    torch.testing.assert_close(actual, expected, **CLOSE)
+    actual = sample(pipe, prompt, negative_prompt=negative, num_inference_steps=7)
+    assert_close(actual, expected)
+    if hasattr(pipe, "text_encoder_2"):
+        assert_differ(actual, pooled_from_keys)
 
 
-def test_attaching_again_replaces_the_subjects(sd15_pipeline, make_subject, tmp_path):
-    pipe = sd15_pipeline
+def test_attaching_again_replaces_the_subjects(pipe, make_subject, tmp_path):
     before = state_of(pipe)
     first, second = make_subject(), make_subject("<me>", "person")
+    path = tmp_path / "me.safetensors"
+    second.save(path)
     attach(pipe, first)
-    expected = draw(pipe, "a <it>")
-    second.save(tmp_path / "me.safetensors")
-    attach(pipe, [tmp_path / "me.safetensors"])
-    assert [s.placeholder for s in pipe.encode_prompt.subjects] == ["<me>"]
-    attach(pipe, str(tmp_path / "me.safetensors"))
+    expected = sample(pipe, "a <it>")
+    with_second = encode(pipe, "a <me>", subjects=second)
+    for given in ([path], path, str(path)):
+        attach(pipe, given)
+        assert torch.equal(encode(pipe, "a <me>"), with_second)
+        assert encode_prompt(pipe, "a <it>")[0].shape[2] == 48
     attach(pipe, [second, first])
-    torch.testing.assert_close(draw(pipe, "a <it>"), expected, **CLOSE)
+    assert_close(sample(pipe, "a <it>"), expected)
     detach(pipe)
     assert state_of(pipe)["unet."] == before["unet."]
 
 
-def test_the_samples_of_a_batch_do_not_meet(sd15_pipeline, make_subject):
-    pipe = sd15_pipeline
+@both_families
+@pytest.mark.parametrize(
+    "prompt",
+    ["a photo of a <a> and a <b> with a <c> on a <d>", "the <d> of <b>, a <a> and the <d>"],
+)
+def test_four_subjects_from_files_in_one_prompt(pipe, tmp_path, prompt):
+    subjects = [subject_for(pipe, name, *made) for name, made in FOUR.items() if name in prompt]
+    files = [tmp_path / f"{subject.class_word}.safetensors" for subject in subjects]
+    for subject, file in zip(subjects, files, strict=True):
+        subject.save(file)
+    expected = sample_by_hand(pipe, prompt, subjects, steps=7)
+    attach(pipe, reversed(files))
+    actual = sample(pipe, prompt, num_inference_steps=7)
+    assert_close(actual, expected)
+    for subject in subjects:
+        other = prompt.replace(subject.placeholder, subject.class_word)
+        assert_differ(sample(pipe, other, num_inference_steps=7), actual)
+
+
+@both_families
+def test_a_batch_gives_the_images_of_its_prompts_alone(pipe, make_subject):
     attach(pipe, [make_subject(), make_subject("<me>", "person", stages=10)])
     prompts = ["a photo of a <it>", "a dog in the snow", "a <me> with a <it>"]
     negatives = ["a red <me>", "", "a blue car"]
-    together = draw(pipe, prompts, negative_prompt=negatives)
+    together = sample(pipe, prompts, negative_prompt=negatives)
     for index, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
-        alone = draw(pipe, prompt, seed=index, negative_prompt=negative)
-        torch.testing.assert_close(together[index : index + 1], alone, **CLOSE)
+        alone = sample(pipe, prompt, seed=index, negative_prompt=negative)
+        assert_close(together[index : index + 1], alone)
 
 
-def test_no_guidance_and_several_pictures(sd15_pipeline, make_subject):
-    pipe = sd15_pipeline
-    attach(pipe, make_subject())
-    pair = draw(pipe, "a <it>", guidance_scale=1.0, num_images_per_prompt=2)
-    torch.testing.assert_close(pair[1:], draw(pipe, "a <it>", seed=1, guidance_scale=1.0), **CLOSE)
-    assert (pair[0] - pair[1]).abs().max() > 1e-2
+def with_flipped_class(pipe):
+    subject = subject_for(pipe)
+    subject.class_embeddings = [-subject.class_embeddings[0]]
+    return subject
 
 
-def picture(seed=0):
-    noise = torch.randint(0, 256, (128, 128, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(noise.to(torch.uint8).numpy())
+def with_one_placeholder(pipe):
+    return [subject_for(pipe), subject_for(pipe, "<me>"), subject_for(pipe, class_word="dog")]
 
 
 @pytest.mark.parametrize(
-    "pipeline_class", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline]
+    ("subjects", "error", "words"),
+    [
+        (with_one_placeholder, ValueError, "2 of the subjects have the placeholder '<it>'"),
+        (lambda pipe: [], ValueError, "at least one"),
+        (lambda pipe: "missing.safetensors", SubjectFileError, "missing"),
+        (with_flipped_class, SubjectFileError, "random"),
+    ],
 )
-def test_img2img_and_inpaint(sd15_pipeline, make_subject, pipeline_class):
-    pipe = pipeline_class(**sd15_pipeline.components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    arguments = {"image": picture(), "strength": 0.8, "negative_prompt": "a car"}
-    if pipeline_class is StableDiffusionInpaintPipeline:
-        arguments["mask_image"] = picture(1).convert("L")
-    expected = draw(pipe, "a photo of a cat", **arguments)
-    attach(pipe, make_subject(distance=0))
-    torch.testing.assert_close(draw(pipe, "a photo of a <it>", **arguments), expected, **CLOSE)
-    attach(pipe, make_subject())
-    assert (draw(pipe, "a photo of a <it>", **arguments) - expected).abs().max() > 1e-2
-    detach(pipe)
-    assert torch.equal(draw(pipe, "a photo of a cat", **arguments), expected)
+def test_refused_subjects_leave_the_pipeline_as_it_was(pipe, make_subject, subjects, error, words):
+    for attached in (None, make_subject("<other>", "person")):
+        if attached is not None:
+            attach(pipe, attached)
+        before = state_of(pipe)
+        with pytest.raises(error, match=words):
+            attach(pipe, subjects(pipe))
+        assert state_of(pipe) == before
+    assert encode_prompt(pipe, "a <other>")[0].shape[2] == 5 * (2 * 48 + 1)
 
 
-def test_wrong_subjects_are_refused_and_change_nothing(sd15_pipeline, make_subject, tmp_path):
-    pipe = sd15_pipeline
-    before = state_of(pipe)
-    with pytest.raises(ValueError, match="placeholder '<it>'"):
-        attach(pipe, [make_subject(), make_subject(class_word="dog")])
-    with pytest.raises(ValueError, match="at least one"):
-        attach(pipe, [])
-    with pytest.raises(SubjectFileError):
-        attach(pipe, tmp_path / "missing.safetensors")
-    foreign = make_subject()
-    foreign.class_embeddings = [-foreign.class_embeddings[0]]
-    with pytest.raises(SubjectFileError, match="random"):
-        attach(pipe, foreign)
-    assert state_of(pipe) == before
+class Editing(StableDiffusionPipeline):
+    def encode_prompt(self, prompt, image):
+        raise NotImplementedError
 
 
-def test_other_pipelines_are_refused_in_words(sd15_pipeline, make_subject):
-    parts = dict(sd15_pipeline.components)
-    subject = make_subject()
-    bare = StableDiffusionPipeline(
-        **(parts | {"text_encoder": None}), requires_safety_checker=False
-    )
-    with pytest.raises(ModelError, match="no text_encoder"):
-        attach(bare, subject)
+class WithoutPrompts(StableDiffusionPipeline):
+    encode_prompt: ClassVar = None
 
-    class FluxPipeline:
-        transformer = torch.nn.Identity()
 
-    with pytest.raises(ModelError, match="FluxPipeline denoises with a transformer"):
-        attach(FluxPipeline(), subject)
-    with pytest.raises(ModelError, match="U-Net of type NoneType"):
-        attach(object(), subject)
+class FluxPipeline:
+    transformer = torch.nn.Identity()
 
-    class Editing(StableDiffusionPipeline):
-        def encode_prompt(self, prompt, image):
-            raise NotImplementedError
 
-    with pytest.raises(
-        ModelError, match=r"without device, .* and with image\)\. Write the class word"
-    ):
-        attach(Editing(**parts, requires_safety_checker=False), subject)
-
-    class WithoutPrompts(StableDiffusionPipeline):
-        encode_prompt = None
-
-    with pytest.raises(ModelError, match="WithoutPrompts has no encode_prompt"):
-        attach(WithoutPrompts(**parts, requires_safety_checker=False), subject)
+@pytest.mark.parametrize(
+    ("family", "make", "words"),
+    [
+        ("sd15", lambda pipe: twin(pipe, text_encoder=None), "no text_encoder"),
+        ("sd15", lambda pipe: FluxPipeline(), "FluxPipeline denoises with a transformer"),
+        ("sd15", lambda pipe: object(), "U-Net of type NoneType"),
+        ("sd15", lambda pipe: twin(pipe, Editing), r"without device, .* and with image\)"),
+        (
+            "sd15",
+            lambda pipe: twin(pipe, WithoutPrompts),
+            "WithoutPrompts has no encode_prompt",
+        ),
+        (
+            "sdxl",
+            lambda pipe: twin(
+                pipe, StableDiffusionXLImg2ImgPipeline, text_encoder=None, tokenizer=None
+            ),
+            "second text encoder of SDXL alone",
+        ),
+    ],
+)
+def test_other_pipelines_are_refused(pipe, make_subject, make, words):
+    other, subject = make(pipe), make_subject()
+    with pytest.raises(ModelError, match=words):
+        attach(other, subject)
 
 
 @pytest.mark.parametrize(
@@ -206,18 +235,12 @@ def test_other_pipelines_are_refused_in_words(sd15_pipeline, make_subject):
     ],
     ids=["EDM", "continuous"],
 )
-def test_times_that_are_no_training_steps_are_refused(sd15_pipeline, make_subject, scheduler):
-    usual, sd15_pipeline.scheduler = sd15_pipeline.scheduler, scheduler
-    before = state_of(sd15_pipeline)
+def test_schedulers_without_training_timesteps_are_refused(pipe, make_subject, scheduler):
+    attached, pipe.scheduler = attach(twin(pipe), make_subject()), scheduler
+    before = state_of(pipe)
     with pytest.raises(ModelError, match="logarithm of the noise"):
-        attach(sd15_pipeline, make_subject())
-    assert state_of(sd15_pipeline) == before
-    sd15_pipeline.scheduler = usual
-    attach(sd15_pipeline, make_subject())
-    sd15_pipeline.scheduler = scheduler
+        attach(pipe, make_subject())
+    assert state_of(pipe) == before
+    attached.scheduler = scheduler
     with pytest.raises(ModelError, match="logarithm of the noise"):
-        draw(sd15_pipeline, "a <it>")
-
-
-def test_the_package_hands_attach_and_detach_on():
-    assert sefi_fast.attach is attach and sefi_fast.detach is detach
+        sample(attached, "a <it>")

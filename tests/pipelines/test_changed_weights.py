@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from pipelines.features import load_lora
-from pipelines.sampling import draw, subject_for
+from pipelines.sampling import sample, subject_for
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -105,11 +105,11 @@ def test_weights_changed_between_steps(sd15_pipeline, way):
         return tensors
 
     def changed(pipe, prompt):
-        return draw(pipe, prompt, callback_on_step_end=after_the_first_step, **SHORT)
+        return sample(pipe, prompt, callback_on_step_end=after_the_first_step, **SHORT)
 
     prompt = "a photo of a cat"
     expected = changed(copy.deepcopy(sd15_pipeline), prompt)
-    assert (expected - draw(sd15_pipeline, prompt, **SHORT)).abs().max() > 1e-3
+    assert (expected - sample(sd15_pipeline, prompt, **SHORT)).abs().max() > 1e-3
     attach(sd15_pipeline, subject_for(sd15_pipeline, distance=0))
     actual = changed(sd15_pipeline, "a photo of a <it>")
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-3)

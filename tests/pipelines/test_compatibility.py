@@ -1,4 +1,4 @@
-"""Subjects on every pipeline, and beside every feature, of each family.
+"""Subjects with every pipeline and every feature of each family.
 
 The whole table takes minutes: ``pytest -m long tests/pipelines/test_compatibility.py``.
 """
@@ -11,13 +11,15 @@ from pathlib import Path
 import diffusers
 import pytest
 from pipelines.compatibility import HEAD, WORKS, check
-from pipelines.features import FAMILIES, FEATURES, KINDS, OTHERS, draw
-from pipelines.sampling import state_of
+from pipelines.features import FAMILIES, FEATURES, KINDS, OTHERS, sample_small
+from pipelines.sampling import assert_differ, state_of
 
+from sefi_fast import attach
 from sefi_fast.errors import ModelError
-from sefi_fast.pipelines import attach
 
 NOTHING_TO_CHECK = ("not in diffusers", "peft is missing", "the bare pipeline fails")
+# These do not touch the prompt, in which the families differ: SDXL runs them in the long test.
+ALIKE = {"LCM", "LoRA", "FreeU", "fused QKV", "slicing", "model offload", "sequential offload"}
 
 
 def run(request, family: str, kind: str, feature: str) -> None:
@@ -30,29 +32,49 @@ def run(request, family: str, kind: str, feature: str) -> None:
     assert found == WORKS
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "text to image"])
-def test_every_pipeline_of_sdxl(request, kind):
-    run(request, "SDXL", kind, "plain")
-
-
-@pytest.mark.parametrize(
-    "kind", ["ControlNet inpaint", "T2I-Adapter", "AnimateDiff", "AnimateDiff, FreeNoise"]
-)
-def test_pipelines_of_stable_diffusion_that_have_no_tests_of_their_own(request, kind):
-    run(request, "SD 1.5", kind, "plain")
-
-
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
         (family, name)
-        for name, kind in OTHERS.items()
+        for name, kind in (KINDS | OTHERS).items()
         for family in ("SD 1.5", "SDXL")
         if kind.class_name(family) is not None
     ],
 )
-def test_other_pipelines(request, family, kind):
+def test_every_pipeline(request, family, kind):
     run(request, family, kind, "plain")
+
+
+@pytest.mark.parametrize(
+    ("family", "feature"),
+    [("SD 1.5", name) for name in FEATURES if name != "plain"]
+    + [("SDXL", name) for name in FEATURES if name not in {"plain", *ALIKE}]
+    + [("SD 2.1", name) for name in ("plain", "no guidance", "tensors")],
+)
+def test_every_feature(request, family, feature):
+    run(request, family, "text to image", feature)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything(request, family, kind, feature):
+    run(request, family, kind, feature)
+
+
+@pytest.mark.parametrize(
+    "name", ["callback", "clip_skip", "IP-Adapter", "LoRA", "FreeU", "regions"]
+)
+def test_features_change_the_image(sdxl_pipeline, name):
+    pipe, feature = sdxl_pipeline, FEATURES[name]
+    if feature.missing(pipe):
+        pytest.skip(feature.missing(pipe))
+    plain = sample_small(pipe, "a cat", num_inference_steps=4)
+    feature.on(pipe)
+    arguments = {"num_inference_steps": 4} | feature.arguments(pipe)
+    with feature.around(pipe, "a cat"):
+        assert_differ(sample_small(pipe, "a cat", **arguments), plain)
 
 
 REFUSED = {
@@ -69,66 +91,25 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_pipelines_that_are_refused(sd15_pipeline, make_subject, name):
+def test_pipelines_that_are_refused(pipe, make_subject, name):
     kind = getattr(diffusers, name)
-    parts = sd15_pipeline.components | {"prior_text_encoder": sd15_pipeline.text_encoder}
+    parts = pipe.components | {"prior_text_encoder": pipe.text_encoder}
     wanted = set(inspect.signature(kind).parameters) - {"requires_safety_checker"}
     if name == "LEditsPPPipelineStableDiffusion":
-        parts["scheduler"] = diffusers.DDIMScheduler.from_config(sd15_pipeline.scheduler.config)
-    pipe = kind(**{part: parts.get(part) for part in wanted})
-    before = state_of(pipe)
+        parts["scheduler"] = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    refused = kind(**{part: parts.get(part) for part in wanted})
+    before = state_of(refused)
     with pytest.raises(ModelError, match=REFUSED[name]):
-        attach(pipe, make_subject())
-    assert state_of(pipe) == before
+        attach(refused, make_subject())
+    assert state_of(refused) == before
 
 
-def test_a_modular_pipeline_is_refused(sdxl_pipeline, make_sdxl_subject):
-    pipe = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
-    pipe.update_components(**{n: getattr(sdxl_pipeline, n) for n in ("unet", "tokenizer")})
+@pytest.mark.parametrize("family", ["sdxl"])
+def test_a_modular_pipeline_is_refused(pipe, make_subject):
+    modular = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
+    modular.update_components(**{name: getattr(pipe, name) for name in ("unet", "tokenizer")})
     with pytest.raises(ModelError, match="StableDiffusionXLModularPipeline has no encode_prompt"):
-        attach(pipe, make_sdxl_subject())
-
-
-# No matter of the prompt, in which the families differ: of SD 1.5 here, of SDXL in the long test.
-ALIKE = {"LCM", "LoRA", "FreeU", "fused QKV", "slicing", "model offload", "sequential offload"}
-
-
-@pytest.mark.parametrize(
-    ("family", "feature"),
-    [("SD 1.5", name) for name in FEATURES if name != "plain"]
-    + [("SDXL", name) for name in FEATURES if name not in {"plain", *ALIKE}],
-)
-def test_every_feature(request, family, feature):
-    run(request, family, "text to image", feature)
-
-
-ACTING = ["callback", "clip_skip", "IP-Adapter", "LoRA", "FreeU", "regions"]
-
-
-@pytest.mark.parametrize("name", ACTING)
-def test_features_act_at_all(sdxl_pipeline, name):
-    pipe, feature = sdxl_pipeline, FEATURES[name]
-    if feature.applies(pipe) is not None:
-        pytest.skip(feature.applies(pipe))
-    plain = draw(pipe, "a cat", num_inference_steps=4)
-    feature.on(pipe)
-    arguments = {"num_inference_steps": 4} | feature.arguments(pipe)
-    with feature.around(pipe, "a cat"):
-        changed = draw(pipe, "a cat", **arguments)
-    assert (changed - plain).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("feature", ["plain", "no guidance", "tensors"])
-def test_velocity_prediction(request, feature):
-    run(request, "SD 2.1", "text to image", feature)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_everything(request, family, kind, feature):
-    run(request, family, kind, feature)
+        attach(modular, make_subject())
 
 
 def test_the_page_begins_as_its_command_writes_it():

@@ -10,7 +10,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
 )
 from models import make_controlnet
-from pipelines.sampling import draw, state_of
+from pipelines.sampling import sample, state_of
 from torch import nn
 
 from sefi_fast.attention.layers import cross_attention_layers
@@ -44,17 +44,17 @@ def controlled(request, sd15_pipeline):
 
 def test_controlnets_follow_the_subject_until_it_is_detached(controlled, make_subject):
     pipe, arguments = controlled
-    cat = draw(pipe, "a photo of a cat", **arguments)
-    dog = draw(pipe, "a photo of a dog", **arguments)
+    cat = sample(pipe, "a photo of a cat", **arguments)
+    dog = sample(pipe, "a photo of a dog", **arguments)
     before = state_of(pipe)
     attach(pipe, make_subject(distance=0))
-    torch.testing.assert_close(draw(pipe, "a photo of a <it>", **arguments), cat, **CLOSE)
-    torch.testing.assert_close(draw(pipe, "a photo of a dog", **arguments), dog, **CLOSE)
+    torch.testing.assert_close(sample(pipe, "a photo of a <it>", **arguments), cat, **CLOSE)
+    torch.testing.assert_close(sample(pipe, "a photo of a dog", **arguments), dog, **CLOSE)
     attach(pipe, make_subject())
-    assert (draw(pipe, "a photo of a <it>", **arguments) - cat).abs().max() > 1e-2
+    assert (sample(pipe, "a photo of a <it>", **arguments) - cat).abs().max() > 1e-2
     detach(pipe)
     assert state_of(pipe) | {"pipe": None} == before | {"pipe": None}
-    assert torch.equal(draw(pipe, "a photo of a dog", **arguments), dog)
+    assert torch.equal(sample(pipe, "a photo of a dog", **arguments), dog)
 
 
 @pytest.mark.parametrize("controlled", ["one", "img2img"], indirect=True)
@@ -71,7 +71,7 @@ def test_a_controlnet_attends_to_the_streams_of_the_stage(controlled, make_subje
     pipe.controlnet.register_forward_pre_hook(
         lambda module, args, kwargs: timesteps.append(args[1]), with_kwargs=True
     )
-    draw(pipe, "a <it>", guess_mode=guess_mode, **arguments)
+    sample(pipe, "a <it>", guess_mode=guess_mode, **arguments)
     assert len(seen) == len(timesteps) >= 3
     for streams, timestep in zip(seen, timesteps, strict=True):
         stage = int(stage_of(timestep, 5))

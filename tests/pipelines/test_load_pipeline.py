@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import make_controlnet, make_vae
 from pipelines.checkpoint import save_checkpoint
-from pipelines.sampling import draw, subject_for
+from pipelines.sampling import sample, subject_for
 from safetensors.torch import load_file, save_file
 
 from sefi_fast.errors import ModelError, PathError
@@ -61,9 +61,9 @@ def check_same_model(pipe, saved) -> None:
             found = getattr(pipe, name).state_dict()
             assert found.keys() == part.state_dict().keys()
             assert all(torch.equal(found[key], value) for key, value in part.state_dict().items())
-    wanted = draw(saved, "a cat")
+    wanted = sample(saved, "a cat")
     torch.testing.assert_close(
-        draw(pipe, "a cat"), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max())
+        sample(pipe, "a cat"), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max())
     )
 
 
@@ -86,7 +86,7 @@ def test_the_bundled_model_is_the_default():
     pipe = load_pipeline(device="cpu")
     pipe.set_progress_bar_config(disable=True)
     assert pipe.unet.dtype == torch.float32
-    assert draw(pipe, "a photo of a creature", num_inference_steps=1).isfinite().all()
+    assert sample(pipe, "a photo of a creature", num_inference_steps=1).isfinite().all()
 
 
 def test_a_variant_is_loaded_if_it_exists(sd15_folder, folder):
@@ -111,9 +111,9 @@ def test_a_single_file_means_what_its_folder_means(request, tmp_path, name):
     pipe = load_pipeline(tmp_path / "model.safetensors", device="cpu", config=tmp_path / "folder")
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe) is type(base)
-    torch.testing.assert_close(draw(pipe, "a cat"), draw(base, "a cat"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(sample(pipe, "a cat"), sample(base, "a cat"), rtol=0, atol=1e-4)
     attach(pipe, subject_for(pipe, distance=0))
-    torch.testing.assert_close(draw(pipe, "a <it>"), draw(base, "a cat"), rtol=0, atol=1e-3)
+    torch.testing.assert_close(sample(pipe, "a <it>"), sample(base, "a cat"), rtol=0, atol=1e-3)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(pipe.vae.decode(latents)[0], base.vae.decode(latents)[0])

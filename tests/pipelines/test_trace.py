@@ -1,6 +1,8 @@
-"""Traced maps against full maps computed beside the layers, and the state a trace leaves."""
+"""Traced maps against full maps computed next to the layers."""
 
 from __future__ import annotations
+
+import gc
 
 import numpy as np
 import pytest
@@ -9,19 +11,17 @@ import torch.nn.functional as F
 from diffusers import HeunDiscreteScheduler, StableDiffusionControlNetImg2ImgPipeline
 from models import make_controlnet
 from PIL import Image
-from pipelines.sampling import draw, state_of, unet_in_another_thread
+from pipelines.sampling import HINT, assert_close, both_families, encode_prompt, sample, twin
 
-import sefi_fast
+from sefi_fast import attach, detach, trace
 from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.errors import ModelError, PromptError
-from sefi_fast.pipelines import attach, detach, trace
-from sefi_fast.pipelines.tracing import draw_overlay
 
 
 class FullMaps:
     """Full maps of every cross-attention call, from the layers' own inputs."""
 
-    def __init__(self, pipe, height, width):
+    def __init__(self, pipe, height=128, width=128):
         self.calls = []
         self.size = (height // 8, width // 8)
         self.handles = [
@@ -36,19 +36,15 @@ class FullMaps:
         probabilities = (query @ key.transpose(-1, -2) * attn.scale).softmax(-1)
         self.calls.append(probabilities.mean(1))
 
-    def word(self, positions, samples):
+    def word(self, positions, samples=1):
         """[samples, h, w]: mean over layers and steps of the sum over a word's columns."""
         total = 0
         for probabilities in self.calls:
             column = probabilities[-samples:, :, positions].sum(-1)
-            factor = next(
-                f
-                for f in (1, 2, 4, 8)
-                if -(-self.size[0] // f) * -(-self.size[1] // f) == column.shape[1]
-            )
-            column = column.unflatten(1, [-(-n // factor) for n in self.size])[:, None]
-            resized = F.interpolate(column, self.size, mode="bilinear", align_corners=False)
-            total = total + resized[:, 0]
+            sizes = [tuple(-(-side // factor) for side in self.size) for factor in (1, 2, 4, 8)]
+            size = next(size for size in sizes if size[0] * size[1] == column.shape[1])
+            column = column.unflatten(1, size)[:, None]
+            total += F.interpolate(column, self.size, mode="bilinear", align_corners=False)[:, 0]
         for handle in self.handles:
             handle.remove()
         return total / len(self.calls)
@@ -58,83 +54,92 @@ def check(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-@pytest.mark.parametrize("size", [(128, 128), (64, 128), (104, 72)])
-def test_maps_of_a_bare_pipeline(sd15_pipeline, guidance, size):
-    pipe = sd15_pipeline
+BEACH = ("a photo of a cat on the beach", {"cat": [5], "beach": [8]})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "positions", "size", "guidance", "scheduler"),
+    [
+        (*BEACH, size, guidance, None)
+        for size in [(128, 128), (64, 128), (104, 72)]
+        for guidance in (1.0, 5.0)
+    ]
+    + [
+        # A word of several tokens gets their sum.
+        ("a zebra", {"zebra": [2, 3, 4, 5, 6]}, (128, 128), 5.0, None),
+        # A scheduler that calls the U-Net twice a step.
+        ("a dog", {"dog": [2]}, (128, 128), 5.0, HeunDiscreteScheduler),
+    ],
+)
+def test_maps_of_a_bare_pipeline(pipe, prompt, positions, size, guidance, scheduler):
     height, width = size
+    if scheduler is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     arguments = {"height": height, "width": width, "guidance_scale": guidance}
-    picture = draw(pipe, "a photo of a cat on the beach", **arguments)
-    full = FullMaps(pipe, height, width)
-    with trace(pipe, ["cat", "beach"]) as found:
-        traced = draw(pipe, "a photo of a cat on the beach", **arguments)
-    torch.testing.assert_close(traced, picture, rtol=0, atol=2e-4)
-    assert list(found.maps) == ["cat", "beach"]
-    assert found.maps["cat"].shape == (1, height // 8, width // 8)
-    check(found.maps["cat"], full.word([5], 1))
-    check(found.maps["beach"], full.word([8], 1))
-    assert float(found.maps["cat"].min()) > 0 and float(found.maps["cat"].max()) < 1
+    expected = sample(pipe, prompt, **arguments)
+    full = FullMaps(pipe, *size)
+    with trace(pipe, list(positions)) as found:
+        assert_close(sample(pipe, prompt, **arguments), expected)
+    assert list(found.maps) == list(positions)
+    for word, columns in positions.items():
+        one = found.maps[word]
+        check(one, full.word(columns))
+        assert one.shape == (1, height // 8, width // 8) and one.min() > 0 and one.max() < 1
 
 
-def test_maps_of_attached_subjects_batches_and_several_pictures(sd15_pipeline, make_subject):
-    pipe = sd15_pipeline
+def test_maps_of_subjects_in_batches_of_several_images(pipe, make_subject):
     attach(pipe, [make_subject(), make_subject("<me>", "person", stages=3)])
     prompts = ["a <it> in the snow", "the <me> with a <it> and a <it>"]
-    full = FullMaps(pipe, 128, 128)
+    full = FullMaps(pipe)
     with trace(pipe, ["<it>", "snow"]) as found:
-        draw(pipe, prompts, num_images_per_prompt=2, negative_prompt=["a <it>", "a red <it>"])
-    it = torch.cat([full.word([2], 4)[:2], full.word([5, 8], 4)[2:]])
-    check(found.maps["<it>"], it)
+        sample(pipe, prompts, num_images_per_prompt=2, negative_prompt=["a <it>", "a red <it>"])
+    check(found.maps["<it>"], torch.cat([full.word([2], 4)[:2], full.word([5, 8], 4)[2:]]))
     check(found.maps["snow"][:2], full.word([5], 4)[:2])
     assert not found.maps["snow"][2:].any()
+    assert found.overlay(Image.new("L", (96, 64)), "snow", 3).size == (96, 64)
 
 
-def test_a_word_of_several_tokens_is_their_sum(sd15_pipeline):
-    pipe = sd15_pipeline
-    tokens = pipe.tokenizer("zebra", add_special_tokens=False).input_ids
-    assert len(tokens) > 1
-    full = FullMaps(pipe, 128, 128)
-    with trace(pipe, "zebra") as found:
-        draw(pipe, "a zebra")
-    check(found.maps["zebra"], full.word(list(range(2, 2 + len(tokens))), 1))
+@both_families
+def test_a_subject_is_traced_as_its_class_word(pipe, make_subject):
+    attach(pipe, make_subject(distance=0))
+    with trace(pipe, ["<it>", "beach"]) as found:
+        sample(pipe, "a photo of a <it> on the beach")
+    detach(pipe)
+    with trace(pipe, ["cat", "beach"]) as expected:
+        sample(pipe, "a photo of a cat on the beach")
+    for word, other in (("<it>", "cat"), ("beach", "beach")):
+        assert_close(found.maps[word], expected.maps[other], 1e-4)
 
 
-def test_schedulers_that_call_the_unet_twice_a_step(sd15_pipeline):
-    pipe = sd15_pipeline
-    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    full = FullMaps(pipe, 128, 128)
-    with trace(pipe, ["dog"]) as found:
-        draw(pipe, "a dog", num_inference_steps=3)
-    check(found.maps["dog"], full.word([2], 1))
-
-
-def test_maps_beside_a_controlnet_and_of_a_picture_changed(sd15_pipeline, make_subject):
-    hint = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(9))
-    parts = sd15_pipeline.components | {"controlnet": make_controlnet(sd15_pipeline.unet, seed=1)}
+def test_maps_next_to_a_controlnet_and_an_image_to_change(pipe, make_subject):
+    hint = HINT[..., :64, :]
+    net = make_controlnet(pipe.unet, seed=1)
+    pipe = twin(pipe, StableDiffusionControlNetImg2ImgPipeline, controlnet=net)
     arguments = {"image": hint, "control_image": 1 - hint, "strength": 1.0}
-    pipe = StableDiffusionControlNetImg2ImgPipeline(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    arguments |= {"num_images_per_prompt": 2}
     attach(pipe, make_subject())
-    picture = draw(pipe, "a <it> in the snow", num_images_per_prompt=2, **arguments)
+    expected = sample(pipe, "a <it> in the snow", **arguments)
     full = FullMaps(pipe, 64, 128)
     with trace(pipe, ["<it>", "snow"]) as found:
-        traced = draw(pipe, "a <it> in the snow", num_images_per_prompt=2, **arguments)
-    torch.testing.assert_close(traced, picture, rtol=0, atol=2e-4)
+        assert_close(sample(pipe, "a <it> in the snow", **arguments), expected)
     check(found.maps["<it>"], full.word([2], 2))
     check(found.maps["snow"], full.word([5], 2))
 
 
-def test_memory_does_not_grow_with_steps(sd15_pipeline):
-    held = []
+def test_memory_does_not_grow_with_steps(pipe):
+    sizes = []
     for steps in (2, 9):
-        with trace(sd15_pipeline, ["cat"]) as found:
-            draw(sd15_pipeline, "a cat", num_inference_steps=steps)
-        held.append(sum(sums.numel() for sums in found._latest.sums.values()))
-    # One map a size: 16² + 8² + 4² + 2² of a 16 × 16 latent.
-    assert held == [340, 340]
+        with trace(pipe, ["cat"]) as found:
+            sample(pipe, "a cat", num_inference_steps=steps)
+            gc.collect()
+            objects = (x for x in gc.get_objects() if isinstance(x, torch.Tensor))
+            sizes.append(sum(tensor.numel() for tensor in objects))
+        assert found.maps["cat"].any()
+    # A map of the smallest layer has 16 numbers; seven belong to the scheduler's timesteps.
+    assert sizes[1] - sizes[0] < 16
 
 
-def test_only_the_columns_asked_for_are_ever_made(sd15_pipeline, monkeypatch):
+def test_only_the_columns_of_the_words_are_computed(pipe, monkeypatch):
     from sefi_fast.attention import processor
 
     columns, fused = set(), processor.fused_cross_attention
@@ -145,131 +150,45 @@ def test_only_the_columns_asked_for_are_ever_made(sd15_pipeline, monkeypatch):
         return result
 
     monkeypatch.setattr(processor, "fused_cross_attention", watched)
-    with trace(sd15_pipeline, ["cat", "snow"]):
-        draw(sd15_pipeline, "a cat in the snow")
+    with trace(pipe, ["cat", "snow"]):
+        sample(pipe, "a cat in the snow")
     assert columns == {2}
 
 
-@pytest.mark.parametrize("attached", [False, True])
-def test_everything_is_restored_on_exit_and_on_errors(sd15_pipeline, make_subject, attached):
-    pipe = sd15_pipeline
-    draw(pipe, "a cat")
-    if attached:
-        attach(pipe, make_subject())
-    before = state_of(pipe)
-    with trace(pipe, ["cat"]):
-        draw(pipe, "a cat")
-    assert state_of(pipe) == before
-    with pytest.raises(RuntimeError, match="stop"), trace(pipe, ["cat"]):
-        raise RuntimeError("stop")
-    assert state_of(pipe) == before
-
-    def fail(*args):
-        raise RuntimeError("halfway")
-
-    with pytest.raises(RuntimeError, match="halfway"), trace(pipe, ["cat"]):
-        draw(pipe, "a cat", callback_on_step_end=fail)
-    assert state_of(pipe) == before
-
-
-def test_attaching_and_detaching_inside_a_trace(sd15_pipeline, make_subject):
-    pipe = sd15_pipeline
-    draw(pipe, "a cat")
-    before = state_of(pipe)
-    with trace(pipe, ["<it>"]) as found:
-        attach(pipe, make_subject())
-        draw(pipe, "a <it>")
-    assert found.maps["<it>"].shape == (1, 16, 16)
-    assert pipe.encode_prompt.subjects
-    with trace(pipe, ["cat"]) as found:
-        detach(pipe)
-        draw(pipe, "a cat")
-    assert found.maps["cat"].any()
-    assert state_of(pipe) == before
-
-
-def test_maps_are_those_of_the_latest_call_and_stay(sd15_pipeline):
-    pipe = sd15_pipeline
+def test_maps_are_those_of_the_latest_call_and_stay(pipe):
     with trace(pipe, ["cat"]) as found:
         with pytest.raises(ValueError, match="nothing was traced"):
             _ = found.maps
-        draw(pipe, "a photo of a cat")
-        draw(pipe, ["a cat", "the cat"])
+        sample(pipe, "a photo of a cat")
+        sample(pipe, ["a cat", "the cat"])
         assert found.maps["cat"].shape == (2, 16, 16)
     second = found.maps["cat"]
     with trace(pipe, ["cat"]) as found:
-        draw(pipe, ["a cat", "the cat"])
+        sample(pipe, ["a cat", "the cat"])
     assert torch.equal(found.maps["cat"], second)
 
 
-def test_wrong_uses_are_told_in_words(sd15_pipeline, make_subject):
-    pipe = sd15_pipeline
-    draw(pipe, "a cat")
-    before = state_of(pipe)
+def test_wrong_words_and_batches_are_refused(pipe):
     absent = pytest.raises(PromptError, match="'dog' to trace is not in the prompt")
     with absent, trace(pipe, ["cat", "dog"]):
-        draw(pipe, "a cat")
-    with pytest.raises(PromptError, match="give it as text"), trace(pipe, ["cat"]):
-        draw(pipe, None, prompt_embeds=torch.zeros(1, 77, 48))
+        sample(pipe, "a cat")
     for words in ([], ["cat", "cat"]):
         with pytest.raises(ValueError, match="at least one word"), trace(pipe, words):
             pass
-    nested = pytest.raises(ValueError, match="already run")
-    with trace(pipe, ["cat"]), nested, trace(pipe, ["dog"]):
-        pass
-    with pytest.raises(ModelError, match="U-Net of type"), trace(object(), ["cat"]):
-        pass
     foreign = pytest.raises(ModelError, match="batch of 3 where the prompts make 2")
     with foreign, trace(pipe, ["cat"]):
-        pipe.encode_prompt("a cat", torch.device("cpu"), 1, True)
+        encode_prompt(pipe, "a cat")
         pipe.unet(torch.randn(3, 4, 16, 16), 10, torch.randn(3, 77, 48))
-    assert state_of(pipe) == before
-    compiled = torch.compile(pipe.unet)
-    pipe.unet = compiled
-    with pytest.raises(ModelError, match="compiled"), trace(pipe, ["cat"]):
-        pass
 
 
-def test_other_threads_go_on_undisturbed(sd15_pipeline):
-    pipe = sd15_pipeline
-    expected, results, work_between_steps = unet_in_another_thread(pipe)
-
-    with trace(pipe, ["cat"]) as found:
-        draw(pipe, "a cat", callback_on_step_end=work_between_steps)
-        alone = found.maps["cat"]
-    with trace(pipe, ["cat"]) as found:
-        draw(pipe, "a cat")
-    torch.testing.assert_close(alone, found.maps["cat"])
-    assert len(results) == 4
-    for result in results:
-        torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
-
-
-def test_overlays_keep_the_size_and_are_hot_where_the_word_is():
-    picture = Image.new("RGB", (96, 64), (90, 90, 90))
-    attention = torch.full((8, 12), 0.01)
-    attention[2, 9] = 0.3
-    drawn = draw_overlay(picture, attention)
-    assert drawn.size == picture.size and drawn.mode == "RGB"
-    brightness = np.asarray(drawn).sum(-1)
-    row, column = np.unravel_index(brightness.argmax(), brightness.shape)
-    assert abs(row - 20) <= 4 and abs(column - 76) <= 4
-    draw_overlay(picture.convert("L"), torch.zeros(8, 12))
-
-
-def test_overlay_and_grid_of_a_traced_call(sd15_pipeline):
-    pipe = sd15_pipeline
+def test_overlays_and_grids_of_a_traced_call(pipe):
+    arguments = {"num_inference_steps": 2, "num_images_per_prompt": 2, "height": 64, "width": 128}
     with trace(pipe, ["cat", "snow"]) as found:
-        images = pipe(
-            "a cat in the snow",
-            num_inference_steps=2,
-            num_images_per_prompt=2,
-            height=64,
-            width=128,
-        ).images
+        images = pipe("a cat in the snow", **arguments).images
     first, second = (found.overlay(images[0], "cat", index) for index in (0, 1))
     assert first.size == images[0].size == (128, 64)
-    assert first != second
+    assert first.mode == "RGB" and first != second
+    assert found.overlay(images[0].convert("L"), "cat").size == (128, 64)
     grid = found.grid(images)
     assert grid.width > 3 * 128 and grid.height > 2 * 64
     assert found.grid(images, ["snow"]).width < grid.width
@@ -281,5 +200,10 @@ def test_overlay_and_grid_of_a_traced_call(sd15_pipeline):
         found.grid([])
 
 
-def test_the_package_hands_trace_on():
-    assert sefi_fast.trace is trace
+def test_an_overlay_is_hot_where_the_map_is(pipe):
+    with trace(pipe, ["cat"]) as found:
+        sample(pipe, "a cat")
+    drawn = found.overlay(Image.new("RGB", (128, 128), (90, 90, 90)), "cat")
+    heat = np.asarray(drawn.resize((16, 16), Image.Resampling.BOX)).sum(-1).ravel()
+    order = found.maps["cat"][0].ravel().numpy()
+    assert np.corrcoef(heat, order)[0, 1] > 0.9

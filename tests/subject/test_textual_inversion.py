@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pipelines.sampling import draw
+from pipelines.sampling import sample
 from safetensors.torch import load_file, save, save_file
 
 from sefi_fast import Subject, attach, detach, export_embedding, import_embedding
@@ -30,12 +30,12 @@ def test_an_export_means_the_same_to_diffusers_and_comes_back(sd15_pipeline, tmp
     assert torch.equal(back.tokens[0], subject.tokens[0])
     assert torch.equal(back.class_embeddings[0], subject.class_embeddings[0])
     attach(pipe, back)
-    ours = draw(pipe, "a photo of a <it>")
+    ours = sample(pipe, "a photo of a <it>")
     detach(pipe)
     pipe.load_textual_inversion(str(tmp_path), weight_name="it.safetensors")
-    theirs = draw(pipe, "a photo of a <it>")
+    theirs = sample(pipe, "a photo of a <it>")
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert (ours - draw(pipe, "a photo of a cat")).abs().max() > 1e-2
+    assert (ours - sample(pipe, "a photo of a cat")).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("stages", "split"), [(5, True), (1, True), (3, False)])

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
-from pipelines.sampling import draw, subject_for
+from pipelines.sampling import sample, subject_for
 
 import sefi_fast
 from sefi_fast.attention.layers import cross_attention_layers
@@ -39,10 +39,12 @@ def test_plain_and_attached_pipelines_generate_while_another_trains(sd15_pipelin
     sefi_fast.attach(attached, subject_for(pipe))
     prompt = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(0))
     given = {"prompt_embeds": prompt, "negative_prompt_embeds": prompt.flip(1)}
-    expected = draw(plain, None, **given), draw(attached, "a <it>")
+    expected = sample(plain, None, **given), sample(attached, "a <it>")
     alone = sefi_fast.train(PICTURE, model=pipe, **FAST)
     drawn = []
-    meanwhile(pipe, lambda: drawn.extend((draw(plain, None, **given), draw(attached, "a <it>"))))
+    meanwhile(
+        pipe, lambda: drawn.extend((sample(plain, None, **given), sample(attached, "a <it>")))
+    )
     together = sefi_fast.train(PICTURE, model=pipe, **FAST)
     assert len(drawn) == 2
     for actual, wanted in zip(drawn, expected, strict=True):
@@ -58,7 +60,7 @@ def test_a_trace_or_regions_overlap_a_step_of_training(sd15_pipeline, watch, fir
     before = dict(pipe.unet.attn_processors)
     wanted = "cat" if watch is sefi_fast.trace else {"a cat": (0, 0, 0.5, 1)}
     with watch(other, wanted):
-        expected = draw(other, "a cat", num_inference_steps=1)
+        expected = sample(other, "a cat", num_inference_steps=1)
     alone = sefi_fast.train(PICTURE, model=pipe, **FAST)
     drawn = []
     with ExitStack() as stack:
@@ -68,7 +70,7 @@ def test_a_trace_or_regions_overlap_a_step_of_training(sd15_pipeline, watch, fir
         def overlap():
             if first == "training":
                 stack.enter_context(watch(other, wanted))
-            drawn.append(draw(other, "a cat", num_inference_steps=1))
+            drawn.append(sample(other, "a cat", num_inference_steps=1))
             if first == "watching":
                 stack.close()
 

@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.models.attention_processor import AttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
-from pipelines.sampling import draw, subject_for
+from pipelines.sampling import sample, subject_for
 
 import sefi_fast
 from sefi_fast import attach, detach, encode, export_embedding, regions, train, train_many
@@ -23,7 +23,7 @@ from sefi_fast.subject import Subject
 
 BOX = (0, 0, 1, 1)
 QUICK = {"class_word": "cat", "steps": 1, "batch_size": 1, "stages": 1, "progress": False}
-short = partial(draw, num_inference_steps=1)
+short = partial(sample, num_inference_steps=1)
 
 
 class Work:
