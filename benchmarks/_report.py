@@ -69,9 +69,9 @@ def _version(package: str) -> str | None:
 def _assembler(capability: tuple[int, int]) -> str | None:
     """Version of the kernels' assembler for a device, without which its times tell half."""
     try:
-        from sefi_fast.kernels.ptxas import assembler_version
+        from sefi_fast.kernels.ptxas import ptxas_version
 
-        return assembler_version(10 * capability[0] + capability[1])
+        return ptxas_version(10 * capability[0] + capability[1])
     except (ImportError, RuntimeError):
         return None
 

@@ -111,11 +111,11 @@ def problems_of(place: Place, dtype: torch.dtype) -> list[Problem]:
 
 def default_of(place: Place) -> KernelConfig | None:
     """What the table says now, for 77 keys; None where it has no such kernel."""
-    from sefi_fast.kernels.configs import choose_config, choose_sums
+    from sefi_fast.kernels.configs import choose_config, choose_fused_config
 
     kernel, capability, precision, width = place
     if kernel == "backward":
-        return choose_sums(capability, precision, width, 80)
+        return choose_fused_config(capability, precision, width, 80)
     return choose_config(kernel, capability, precision, width, 80)
 
 
@@ -133,7 +133,11 @@ def candidates(place: Place) -> list[KernelConfig]:
         # Sums of another number of gradients are other work.
         tried = [
             default._replace(
-                block=block, warps=warps, registers=registers, prefetch=prefetch, late=late
+                block_m=block,
+                num_warps=warps,
+                max_registers=registers,
+                prefetch=prefetch,
+                load_do_late=late,
             )
             for block, warps in shapes
             for prefetch, late in ((False, False), (True, False), (False, True))
@@ -148,19 +152,19 @@ def candidates(place: Place) -> list[KernelConfig]:
         ]
     else:
         tried = [
-            KernelConfig(block, warps, stages, reload, registers=registers, late=late)
+            KernelConfig(block, warps, stages, reload, max_registers=registers, load_do_late=late)
             for (block, warps), stages, reload in product(shapes, (1, 2), (False, True))
             for registers in _REGISTERS[warps]
             for late in ((False,) if place.kernel == "forward" or reload else (False, True))
         ]
-    others = [c for c in tried if c._replace(resident=default.resident) != default]
+    others = [c for c in tried if c._replace(ctas_per_sm=default.ctas_per_sm) != default]
     return list(dict.fromkeys([default, *others]))
 
 
 def as_code(config: KernelConfig) -> str:
     """The configuration as the table writes it: block, warps, stages, then what is not usual."""
     named = [
-        f"{name}={value}"
+        f"{name}={value!r}".replace("'", '"')
         for name, value in config._asdict().items()
         if name in config._field_defaults and value != config._field_defaults[name]
     ]

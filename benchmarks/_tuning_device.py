@@ -45,7 +45,7 @@ class Planned(NamedTuple):
         compiled = self.launches[0].prepared.compiled
         if compiled is None or capability not in LIMITS:
             return None
-        warps, shared = self.launches[0].config.warps, compiled.metadata.shared
+        warps, shared = self.launches[0].config.num_warps, compiled.metadata.shared
         return occupancy(capability, compiled.n_regs, warps, shared).blocks
 
 
@@ -53,7 +53,9 @@ class Bench:
     """One kernel on one problem: the tensors that all configurations share."""
 
     def __init__(self, kernel: str, problem: Problem, dtype: torch.dtype, device: Device) -> None:
-        from sefi_fast.kernels import Gradients, Inputs, empty_statistics
+        from sefi_fast.kernels import empty_row_stats
+
+        from sefi_fast.ops.types import AttentionInputs, OutputGrads
 
         self.kernel = kernel
         self.device = device
@@ -61,9 +63,9 @@ class Bench:
         tensors: Tensors = make_inputs(problem, place, dtype)
         self.scale = tensors.scale
         query, key, value = (tensor.detach() for tensor in tensors[:3])
-        self.inputs = Inputs(query, key, value, tensors.reference_key, None, None, None)
-        self.gradients = Gradients(tensors.grad_output, tensors.grad_subject_loss, None)
-        self.statistics = empty_statistics(query)
+        self.inputs = AttentionInputs(query, key, value, tensors.reference_key)
+        self.gradients = OutputGrads(tensors.grad_output, tensors.grad_subject_loss, None)
+        self.statistics = empty_row_stats(query)
         if kernel == "backward_key_value":
             self._query_launch(None, self.statistics, None).run()
 
@@ -84,7 +86,7 @@ class Bench:
 
     def plan(self, config: KernelConfig | None) -> Planned:
         """The launches under `config`, or under the table's."""
-        from sefi_fast.kernels import plan_backward_key_value, plan_backward_sums, plan_forward
+        from sefi_fast.kernels import plan_backward_fused, plan_backward_key_value, plan_forward
 
         query, key = self.inputs.query, self.inputs.key
         if self.kernel == "forward":
@@ -107,11 +109,11 @@ class Bench:
             grad_query = self._rows_like(query)
             results = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
             kept = None
-            if config.sums == 1:
+            if config.fuse_dkv == "dk":
                 kept = torch.full_like(self.statistics, math.nan)
                 results.pop("grad_value")
             totals = (grad_key, results.get("grad_value"))
-            launches = plan_backward_sums(
+            launches = plan_backward_fused(
                 self.inputs, self.gradients, grad_query, kept, totals,
                 self.scale, False, self.device, config,
             )  # fmt: skip
@@ -207,8 +209,8 @@ def check(
                 planned = bench.plan(trial.config)
                 planned.run()
                 resident = planned.resident(bench.device.capability)
-                if not trial.default and resident not in (None, trial.config.resident):
-                    trial.config = trial.config._replace(resident=resident)
+                if not trial.default and resident not in (None, trial.config.ctas_per_sm):
+                    trial.config = trial.config._replace(ctas_per_sm=resident)
                     planned = bench.plan(trial.config)
                     planned.run()
                 _synchronize(bench.device)

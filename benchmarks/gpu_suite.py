@@ -177,11 +177,11 @@ def measure_training(device: torch.device, deadline: float, folder: Path) -> dic
 
 def _chosen_backends(device: torch.device) -> set[str]:
     """The contenders whose backends the layers of SD 1.5 and SDXL get by themselves here."""
-    from sefi_fast.ops import choose_backend
+    from sefi_fast.ops import AttentionInputs, choose_backend
 
     widths = {layer.head_dim for _, layer in layers_of("sd15") + layers_of("sdxl")}
     tensors = [torch.empty(1, 1, 1, width, device=device, dtype=torch.bfloat16) for width in widths]
-    return {f"sefi-{choose_backend(tensor, tensor, tensor, tensor)}" for tensor in tensors}
+    return {f"sefi-{choose_backend(AttentionInputs(x, x, x, x))}" for x in tensors}
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], Path]:

@@ -15,22 +15,23 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sefi_fast.ops.types import AttentionInputs, OutputGrads
+
 from .configs import KernelConfig
 from .launch import Device, Launch
 from .plan import (
     KEY_GRADIENTS,
-    Gradients,
-    InputLayouts,
-    Inputs,
-    empty_statistics,
+    Layouts,
+    empty_row_stats,
+    fused_config,
+    input_tensors,
     plan_backward,
+    plan_backward_fused,
     plan_backward_key_value,
     plan_backward_query,
-    plan_backward_sums,
     plan_forward,
-    sums_config,
 )
-from .ptxas import assembling
+from .ptxas import fixed_ptxas
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -120,7 +121,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     with (
         tempfile.TemporaryDirectory() as folder,
         knobs.cache.scope(),
-        assembling(capability) as options,
+        fixed_ptxas(capability) as options,
         knobs.nvidia.scope(),
     ):
         knobs.cache.dir = folder
@@ -138,9 +139,9 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     return Report(
         source.name,
         capability,
-        launch.config.block,
-        launch.config.warps,
-        launch.config.stages,
+        launch.config.block_m,
+        launch.config.num_warps,
+        launch.config.num_stages,
         int(registers.group(1)),
         sum(map(int, spills)),
         compiled.metadata.shared,
@@ -154,8 +155,8 @@ def compile_launch(launch: Launch, capability: int) -> Report:
 class _Example(NamedTuple):
     """A call on tensors without memory, keys of one stream and the reference among them."""
 
-    inputs: Inputs
-    gradients: Gradients
+    inputs: AttentionInputs
+    gradients: OutputGrads
     attn_probs: Tensor | None
     scale: float
     device: Device
@@ -172,7 +173,7 @@ class _Example(NamedTuple):
             empty(batch, length, heads, head_dim, of=dtype).transpose(1, 2)
             for length in (rows, keys, keys)
         )
-        inputs = Inputs(
+        inputs = AttentionInputs(
             query,
             key,
             value,
@@ -182,7 +183,7 @@ class _Example(NamedTuple):
             empty(1, tokens, of=torch.int64) if tokens else None,
         )
         attn_probs = empty(batch, heads, tokens, rows) if tokens else None
-        gradients = Gradients(query, empty(batch) if reference else None, attn_probs)
+        gradients = OutputGrads(query, empty(batch) if reference else None, attn_probs)
         multiprocessors = MULTIPROCESSORS.get(capability, 132)
         return cls(
             inputs,
@@ -207,7 +208,6 @@ def call_launches(
         tokens=0,
     )  # fmt: skip
     inputs, gradients, _, scale, device = call
-    assert inputs.value is not None
     query, key, value = map(call.rows_like, (inputs.query, inputs.key, inputs.value))
     forward, _ = plan_forward(inputs, query, None, scale, device)
     totals = (query, key, value, None)
@@ -244,27 +244,27 @@ def example_launches(
     inputs, gradients, attn_probs, scale, device = call
     query, key = call.rows_like(inputs.query), call.rows_like(inputs.key)
     forward, _ = plan_forward(inputs, query, attn_probs, scale, device, configs.get("forward"))
-    statistics = empty_statistics(inputs.query)
+    row_stats = empty_row_stats(inputs.query)
     backward_query = plan_backward_query(
-        inputs, gradients, query, statistics, scale, reference_grad, device,
+        inputs, gradients, query, row_stats, scale, reference_grad, device,
         configs.get("backward_query"),
     )  # fmt: skip
     wanted = (key, key, key if reference_grad else None)
     keys_launches = plan_backward_key_value(
-        inputs, gradients, statistics, wanted, scale, device, configs.get("backward_key_value")
+        inputs, gradients, row_stats, wanted, scale, device, configs.get("backward_key_value")
     )
     launches = {"forward": forward, "backward_query": backward_query}
-    config = configs.get("backward", sums_config(InputLayouts.of(inputs), device))
+    config = configs.get("backward", fused_config(Layouts.of(input_tensors(inputs)), device))
     if config is not None:
-        totals = (key, key if config.sums > 1 else None)
-        name = "backward" if config.sums > 1 else "backward (grad_key)"
-        launches[name] = plan_backward_sums(
-            inputs, gradients, query, None if config.sums > 1 else statistics, totals, scale,
-            reference_grad, device, config,
+        totals = (key, key if config.fuse_dkv == "dkdv" else None)
+        name = "backward" if config.fuse_dkv == "dkdv" else "backward (grad_key)"
+        launches[name] = plan_backward_fused(
+            inputs, gradients, query, None if config.fuse_dkv == "dkdv" else row_stats, totals,
+            scale, reference_grad, device, config,
         )[0]  # fmt: skip
     for launch in keys_launches:
         written = [name for name in KEY_GRADIENTS if launch.arguments.get(name) is not None]
-        name = "backward_key_value" if written else "sum_partials"
+        name = "backward_key_value" if written else "reduce_splits"
         if name in launches:
             name += f" ({written[0]})"
         launches[name] = launch

@@ -21,7 +21,7 @@ from _shapes import Problem  # noqa: E402
 from _tuning import Place, Trial, Winner  # noqa: E402
 from sefi_fast.kernels import Device, KernelConfig, Launch  # noqa: E402
 from sefi_fast.kernels.configs import WIDTHS  # noqa: E402
-from sefi_fast.kernels.launch import Prepared  # noqa: E402
+from sefi_fast.kernels.launch import CompiledLaunch  # noqa: E402
 
 from sefi_fast.ops.triton import interpreted  # noqa: E402
 
@@ -93,15 +93,15 @@ def test_the_layers_of_a_place_are_those_that_take_its_configuration() -> None:
 
 
 def test_printed_lines_are_a_piece_of_the_table() -> None:
-    best = KernelConfig(32, 8, 2, reload=True)
+    best = KernelConfig(32, 8, 2, kv_in_loop=True)
     code = "\n".join(_tuning.table_lines([Winner(PLACE, best, "12 % faster")]))
-    assert "        # 12 % faster\n        80: KernelConfig(32, 8, 2, reload=True)," in code
+    assert "        # 12 % faster\n        80: KernelConfig(32, 8, 2, kv_in_loop=True)," in code
     table = eval(f"{{{code}}}", {"KernelConfig": KernelConfig})
     assert table == {("forward", 90, "half"): {80: best}}
 
 
 def test_a_device_without_lines_gets_all_its_widths() -> None:
-    best = KernelConfig(32, 8, 2, reload=True)
+    best = KernelConfig(32, 8, 2, kv_in_loop=True)
     place = PLACE._replace(capability=121)
     code = "\n".join(_tuning.table_lines([Winner(place, best, "12 % faster")]))
     (lines,) = eval(f"{{{code}}}", {"KernelConfig": KernelConfig}).values()
@@ -135,11 +135,11 @@ class TestOnTheInterpreter:
 
         def compile_launch(launch: Launch) -> None:
             compiled.append((launch.kernel.fn.__name__, launch.config))
-            if launch.config.block == 16:
+            if launch.config.block_m == 16:
                 raise RuntimeError("too little shared memory")
 
         monkeypatch.setattr(Launch, "compile", compile_launch)
-        configs = [KernelConfig(16, 4, 1), KernelConfig(32, 4, 1, separate=True)]
+        configs = [KernelConfig(16, 4, 1), KernelConfig(32, 4, 1, split_dk_dv=True)]
         device = Device(90, 2, True)
         device_tuning.compile_configs(
             self.problems[0], "float32", device, "backward_key_value", configs
@@ -197,7 +197,7 @@ class TestOnTheInterpreter:
                 # Half the rows of the problem are left out.
                 launch = planned.launches[0]
                 numbers = {**launch.prepared.numbers, "rows": launch.prepared.numbers["rows"] // 2}
-                fewer = Prepared(launch.kernel, launch.prepared.grid, numbers, config)
+                fewer = CompiledLaunch(launch.kernel, launch.prepared.grid, numbers, config)
                 planned.launches[0] = launch._replace(prepared=fewer)
             if config == self.configs[2]:
                 raise ValueError("out of resources")

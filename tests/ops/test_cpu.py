@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sefi_fast.errors import BackendError
 from sefi_fast.ops import cpu, fused_cross_attention
+from sefi_fast.ops.types import OutputGrads
 
 _C = pytest.importorskip("sefi_fast._C", reason="the native core is not built")
 
@@ -177,10 +178,8 @@ def _eager_in_float32(inputs: Inputs) -> Results:
 
 def test_query_gradient_alone_leaves_the_others_out():
     inputs = make_inputs(1, 2, 20, 77, 40)
-    grads = cpu.backward(
-        inputs.grad_output, None, None, *inputs.tensors, **inputs.options,
-        reference_grad=False, needs=(True, False, False, False),
-    )  # fmt: skip
+    options = inputs.options._replace(needs=(True, False, False, False))
+    grads = cpu.backward(OutputGrads(inputs.grad_output, None, None), inputs.tensors, options)
     assert grads[0] is not None and grads[1:] == (None, None, None)
 
 

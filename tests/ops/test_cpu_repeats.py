@@ -27,11 +27,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def everything(inputs: Any) -> list[Tensor]:
     """Every output and every gradient."""
-    outputs = cpu.forward(*inputs.tensors, **inputs.options)
-    grads = cpu.backward(
-        *inputs.grads, *inputs.tensors, **inputs.options,
-        reference_grad=True, needs=(True, True, True, True),
-    )  # fmt: skip
+    options = inputs.options._replace(reference_grad=True, needs=(True, True, True, True))
+    outputs = cpu.forward(inputs.tensors, options)
+    grads = cpu.backward(inputs.grads, inputs.tensors, options)
     return [*outputs, *(grad for grad in grads if grad is not None)]
 
 
@@ -111,11 +109,9 @@ def test_scratch_is_a_tenth_of_the_plain_path(queries, head_dim, heads, batch):
             return lambda *arguments: used.append(getattr(_C, name)(*arguments[:-1], 2))
 
     with mock.patch.object(cpu, "_C", Core()):
-        cpu.forward(*inputs.tensors, **inputs.options)
-        cpu.backward(
-            inputs.grad_output, inputs.grad_subject_loss, None, *inputs.tensors, **inputs.options,
-            reference_grad=False, needs=(True, True, True, False),
-        )  # fmt: skip
+        cpu.forward(inputs.tensors, inputs.options)
+        options = inputs.options._replace(needs=(True, True, True, False))
+        cpu.backward(inputs.grads._replace(attn_probs=None), inputs.tensors, options)
     assert len(used) == 2
     assert 0 < max(used) <= _plain_memory(inputs) / 10
 
@@ -125,7 +121,7 @@ def _plain_memory(inputs: Any) -> int:
     leaves = inputs.trainable()
     wanted = (leaves.query, leaves.key, leaves.value)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        output, subject_loss, _ = eager.forward(*leaves.tensors, **leaves.options)
+        output, subject_loss, _ = eager.forward(leaves.tensors, leaves.options)
         grads = torch.autograd.grad(
             (output, subject_loss), wanted, (inputs.grad_output, inputs.grad_subject_loss)
         )
@@ -140,13 +136,14 @@ def _plain_memory(inputs: Any) -> int:
 FORKED = """
 import os, sys, torch
 torch.set_num_threads(2)
-from sefi_fast.ops import cpu
+from sefi_fast.ops import AttentionInputs, cpu
+from sefi_fast.ops.types import Options
 query = torch.randn(1, 4, 600, 40); key = torch.randn(1, 4, 77, 40)
 narrow, narrow_key = query.bfloat16(), key.bfloat16()
-absent, options = (None,) * 4, {"probs_all_heads": False, "scale": 0.2}
+options = Options(False, 0.2, False)
 def run():  # and no operator of PyTorch's, whose own threads are gone in the child
-    wide = cpu.forward(query, key, key, *absent, **options)[0]
-    half = cpu.forward(narrow, narrow_key, narrow_key, *absent, **options)[0]
+    wide = cpu.forward(AttentionInputs(query, key, key), options)[0]
+    half = cpu.forward(AttentionInputs(narrow, narrow_key, narrow_key), options)[0]
     return wide.numpy().tobytes(), half.view(torch.int16).numpy().tobytes()
 before = run()
 child = os.fork()

@@ -117,7 +117,7 @@ def test_not_a_number_shows_in_the_alignment_of_a_single_key(emulated: Emulated)
     inputs.key_mask[:, 5] = True
     query = inputs.query.clone()
     query[0, 0, 3] = float("nan")
-    _, subject_loss, _ = cpu.forward(query, *inputs.tensors[1:], **inputs.options)
+    _, subject_loss, _ = cpu.forward(inputs.tensors._replace(query=query), inputs.options)
     assert subject_loss.isnan().all()
 
 
@@ -132,7 +132,7 @@ def test_half_precision_holds_the_weights_of_scores_of_any_size(
         (size + 300.0 * torch.randn(tensor.shape, generator=generator)).half()
         for tensor in (inputs.query, inputs.key)
     )
-    output, _, _ = cpu.forward(query, key, *inputs.tensors[2:], **inputs.options)
+    output, _, _ = cpu.forward(inputs.tensors._replace(query=query, key=key), inputs.options)
     scores = query.double() @ key.double().transpose(-1, -2) * 0.125
     true = torch.softmax(scores, -1) @ inputs.value.double()
     torch.testing.assert_close(output.double(), true, rtol=1e-2, atol=1e-2)
@@ -286,9 +286,7 @@ def test_one_pass_leaves_what_nobody_asks_for(emulated: Emulated, head_dim: int)
 
     def gradients(needs: tuple[bool, ...]) -> Any:
         with poisoned_empty():
-            return cpu.backward(
-                *inputs.grads, *inputs.tensors, **inputs.options, reference_grad=False, needs=needs
-            )
+            return cpu.backward(inputs.grads, inputs.tensors, inputs.options._replace(needs=needs))
 
     together = gradients((True, True, True, False))
     for needs in ((False, True, True), (True, True, False), (False, True, False)):
@@ -305,9 +303,8 @@ def test_each_gradient_asked_for_alone(emulated: Emulated, head_dim: int) -> Non
 
     def gradients(needs: tuple[bool, ...]) -> Any:
         with poisoned_empty():
-            return cpu.backward(
-                *inputs.grads, *inputs.tensors, **inputs.options, reference_grad=True, needs=needs
-            )
+            options = inputs.options._replace(reference_grad=True, needs=needs)
+            return cpu.backward(inputs.grads, inputs.tensors, options)
 
     together = gradients((True, True, True, True))
     for place, needs in enumerate(needed):

@@ -73,13 +73,12 @@ def _refused(call: Any, names: tuple[str, ...], run: Any, case: tuple[Any, Any, 
 
 @pytest.mark.parametrize("case", BOTH | ONLY_FORWARD)
 def test_forward_refuses(case):
-    call = native_call.forward_call(*INPUTS.tensors, **INPUTS.options)
+    call = native_call.forward_call(INPUTS.tensors, INPUTS.options)
     _refused(call, FORWARD, _C.forward, (BOTH | ONLY_FORWARD)[case])
 
 
 @pytest.mark.parametrize("case", BOTH | ONLY_BACKWARD)
 def test_backward_refuses(case):
-    call = native_call.backward_call(
-        *INPUTS.grads, *INPUTS.tensors, **INPUTS.options, reference_grad=True, needs=(True,) * 4
-    )
+    options = INPUTS.options._replace(reference_grad=True, needs=(True, True, True, True))
+    call = native_call.backward_call(INPUTS.grads, INPUTS.tensors, options)
     _refused(call, BACKWARD, _C.backward, (BOTH | ONLY_BACKWARD)[case])
