@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from sefi_fast.ops.torch_library import forward_op
-from sefi_fast.ops.types import AttentionInputs
 from sefi_fast.ops.validation import check_options, check_types
 
 
@@ -91,17 +90,20 @@ def fused_cross_attention(
         >>> result.output.shape, result.subject_loss.shape, result.attn_probs.shape
         (torch.Size([2, 8, 64, 40]), torch.Size([2]), torch.Size([2, 2, 64]))
     """
-    inputs = AttentionInputs(
-        query, key, value, reference_key, token_weights, key_mask, probs_positions
-    )
-    check_types(inputs)
+    check_types(query, key, value, reference_key, token_weights, key_mask, probs_positions)
     if scale is not None or probs_heads != "mean":
         check_options(probs_heads, scale)
-    outputs = forward_op(
-        *inputs,
+    output, subject_loss, attn_probs = forward_op(
+        query,
+        key,
+        value,
+        reference_key,
+        token_weights,
+        key_mask,
+        probs_positions,
         probs_heads == "all",
         None if scale is None else float(scale),
         reference_grad,
         backend,
     )
-    return CrossAttentionOutput(*outputs)
+    return CrossAttentionOutput(output, subject_loss, attn_probs)

@@ -117,13 +117,24 @@ def _input_arguments(
     inputs: AttentionInputs, options: Options, keep_alive: list[Tensor]
 ) -> InputArguments:
     """Return the inputs in layouts that a native module reads."""
-    batch, heads, seqlen_q, head_dim = inputs.query.shape
+    # Spelled out: loops over the tensors take longer.
+    query, key, value, reference_key, token_weights, key_mask, probs_positions = inputs
+    batch, heads, seqlen_q, head_dim = query.shape
     return (
-        (batch, heads, seqlen_q, inputs.key.shape[2], head_dim),
-        _CODES[inputs.query.dtype],
+        (batch, heads, seqlen_q, key.shape[2], head_dim),
+        _CODES[query.dtype],
         options.scale,
-        [_view(tensor, keep_alive) for tensor in inputs[:4]],
-        [_rows(tensor, keep_alive) for tensor in inputs[4:]],
+        [
+            _view(query, keep_alive),
+            _view(key, keep_alive),
+            _view(value, keep_alive),
+            _view(reference_key, keep_alive),
+        ],
+        [
+            _rows(token_weights, keep_alive),
+            _rows(key_mask, keep_alive),
+            _rows(probs_positions, keep_alive),
+        ],
         options.probs_all_heads,
     )
 

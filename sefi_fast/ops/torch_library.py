@@ -59,23 +59,14 @@ forward_op = torch.ops.sefi_fast.fused_cross_attention.default
 backward_op = torch.ops.sefi_fast.fused_cross_attention_backward.default
 
 
-def _options(
-    query: Tensor,
-    probs_all_heads: bool,
-    scale: float | None,
-    reference_grad: bool,
-    needs: Sequence[bool] = (False,) * 4,
-) -> Options:
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    return Options(probs_all_heads, scale, reference_grad, (needs[0], needs[1], needs[2], needs[3]))
-
-
 def _run_forward(*arguments: Any) -> Outputs:
     inputs = AttentionInputs(*arguments[:_TENSORS])
     probs_all_heads, scale, reference_grad, backend = arguments[_TENSORS:]
     check_inputs(inputs, scale, stored=True)
     check_positions(inputs)
-    options = _options(inputs.query, probs_all_heads, scale, reference_grad)
+    if scale is None:
+        scale = inputs.query.shape[3] ** -0.5
+    options = Options(probs_all_heads, scale, reference_grad)
     return load(choose_backend(inputs, backend)).forward(inputs, options)
 
 
@@ -85,7 +76,9 @@ def _run_backward(*arguments: Any, from_autograd: bool = False) -> list[Tensor]:
     probs_all_heads, scale, reference_grad, backend, needs = arguments[_GRADS + _TENSORS :]
     check_inputs(inputs, scale, stored=True)
     check_gradients(grads, inputs, probs_all_heads, needs, stored=True, from_autograd=from_autograd)
-    options = _options(inputs.query, probs_all_heads, scale, reference_grad, needs)
+    if scale is None:
+        scale = inputs.query.shape[3] ** -0.5
+    options = Options(probs_all_heads, scale, reference_grad, tuple(needs))
     found = load(choose_backend(inputs, backend)).backward(grads, inputs, options)
     # The registered op has no None among its results: only the wanted gradients, in order.
     return [grad for grad in found if grad is not None]
@@ -232,7 +225,9 @@ def _transformed_forward(*arguments: Any) -> Outputs:
             "no derivatives there. Pass backend=None or 'eager'."
         )
     check_inputs(inputs, scale, stored=False)
-    return eager.forward(inputs, _options(inputs.query, probs_all_heads, scale, reference_grad))
+    if scale is None:
+        scale = inputs.query.shape[3] ** -0.5
+    return eager.forward(inputs, Options(probs_all_heads, scale, reference_grad))
 
 
 def _autograd_backward(*arguments: Any, run: Any = _run_backward) -> Any:

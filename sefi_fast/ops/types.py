@@ -35,8 +35,9 @@ class AttentionInputs(NamedTuple):
     def probs_shape(self, all_heads: bool) -> tuple[int, ...]:
         """Return the shape of attn_probs: [B, T, N], or [B, H, T, N] for all heads."""
         batch, heads, seqlen_q, _ = self.query.shape
-        kept = (heads,) if all_heads else ()
-        return (batch, *kept, self.num_positions, seqlen_q)
+        positions = self.probs_positions
+        count = 0 if positions is None else positions.shape[1]
+        return (batch, heads, count, seqlen_q) if all_heads else (batch, count, seqlen_q)
 
 
 class OutputGrads(NamedTuple):
@@ -76,5 +77,7 @@ def empty_result(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return uninitialized memory of a result [B, H, L, D]: a view of a contiguous [B, L, H, D]."""
     batch, heads, length, head_dim = like.shape
     row = heads * head_dim
-    strides = (length * row, head_dim, row, 1)
-    return like.new_empty_strided(like.shape, strides, dtype=dtype or like.dtype)
+    shape, strides = (batch, heads, length, head_dim), (length * row, head_dim, row, 1)
+    if dtype is None:
+        return like.new_empty_strided(shape, strides)
+    return like.new_empty_strided(shape, strides, dtype=dtype)

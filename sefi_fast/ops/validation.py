@@ -31,14 +31,13 @@ _WANTED = {
     "probs_positions": "torch.int64 tensor",
 }
 _NAMES = (*(f"grad_{name}" for name in OutputGrads._fields), *AttentionInputs._fields)
-_OPTIONAL = (Tensor, type(None))
 
 
-def check_types(inputs: AttentionInputs) -> None:
+def check_types(*tensors: Any) -> None:
     """Raise TypeError unless the first three are tensors, and the other four tensors or None."""
-    for place, tensor in enumerate(inputs):
-        if not isinstance(tensor, Tensor if place < 3 else _OPTIONAL):
-            name = inputs._fields[place]
+    for place, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor) and (tensor is not None or place < 3):
+            name = AttentionInputs._fields[place]
             raise TypeError(f"{name} is {_kind(tensor)}: give a {_WANTED[name]}")
 
 
@@ -74,7 +73,7 @@ def check_inputs(inputs: AttentionInputs, scale: float | None, *, stored: bool) 
     """
     query, key, value, reference_key, token_weights, key_mask, probs_positions = inputs
     if query is None or key is None or value is None:
-        check_types(inputs)
+        check_types(*inputs)
     dtype, device, shape = query.dtype, query.device, query.shape
     if dtype not in _DTYPES:
         raise TypeError(f"query is {dtype}: give float32, float16 or bfloat16")
@@ -83,7 +82,7 @@ def check_inputs(inputs: AttentionInputs, scale: float | None, *, stored: bool) 
     batch, heads, _, head_dim = shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"the head dimension D is {head_dim}: it may be 1 to {MAX_HEAD_DIM}")
-    _check_strides("query", query, stored)
+    _check_strides("query", query, shape, stored)
 
     seqlen_k = key.shape[2] if key.dim() == 4 else 0
     wanted, shared = (batch, heads, seqlen_k, head_dim), (1, heads, seqlen_k, head_dim)
@@ -94,14 +93,15 @@ def check_inputs(inputs: AttentionInputs, scale: float | None, *, stored: bool) 
             raise TypeError(f"{name} is {tensor.dtype} but query is {dtype}: give both alike")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but query is on {device}: move one")
-        if tensor.shape != wanted and tensor.shape != shared:
+        other = tensor.shape
+        if other != wanted and other != shared:
             length = "M" if name == "key" else seqlen_k
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: with query {tuple(shape)} "
+                f"{name} has shape {tuple(other)}: with query {tuple(shape)} "
                 f"{'' if name == 'key' else f'and {seqlen_k} keys '}give "
                 f"[{_batches(batch)}, {heads}, {length}, {head_dim}]"
             )
-        _check_strides(name, tensor, stored)
+        _check_strides(name, tensor, other, stored)
     if not 1 <= seqlen_k <= MAX_KEYS:
         raise ValueError(f"there are {seqlen_k} keys: the operator takes 1 to {MAX_KEYS}")
 
@@ -125,9 +125,9 @@ def check_positions(inputs: AttentionInputs) -> None:
 
     Reading values would wait for a CUDA device; there a position too large gives zeros.
     """
-    positions, seqlen_k = inputs.probs_positions, inputs.key.shape[2]
+    positions = inputs.probs_positions
     if positions is not None and positions.is_cpu and positions.numel():
-        largest = int(positions.max())
+        largest, seqlen_k = int(positions.max()), inputs.key.shape[2]
         if largest >= seqlen_k:
             raise ValueError(
                 f"probs_positions names key {largest}, but there are {seqlen_k} keys: give "
@@ -156,8 +156,11 @@ def check_gradients(
             tensor, or `needs` that do not fit the inputs.
     """
     query = inputs.query
-    shapes = (query.shape, query.shape[:1], inputs.probs_shape(probs_all_heads))
-    for name, grad, shape in zip(_NAMES, grads, shapes, strict=False):
+    for name, grad, shape in (
+        ("grad_output", grads.output, query.shape),
+        ("grad_subject_loss", grads.subject_loss, (query.shape[0],)),
+        ("grad_attn_probs", grads.attn_probs, inputs.probs_shape(probs_all_heads)),
+    ):
         if grad is None:
             continue
         if not from_autograd:
@@ -173,16 +176,21 @@ def check_gradients(
         raise ValueError("needs asks for the gradient of a reference_key that is None: give one")
 
 
-def _check_strides(name: str, tensor: Tensor, stored: bool) -> None:
+def _check_strides(name: str, tensor: Tensor, shape: Sequence[int], stored: bool) -> None:
     """Check that the last axis of [B, H, L, D] is dense, and that the storage is large enough."""
-    shape, strides = tensor.shape, tensor.stride()
-    if strides[3] != 1 and shape[3] > 1:
+    batch, heads, length, head_dim = shape
+    of_batch, of_head, of_row, of_column = tensor.stride()
+    if of_column != 1 and head_dim > 1:
         raise ValueError(
-            f"{name} {tuple(shape)} has stride {strides[3]} along its last axis: that "
+            f"{name} {tuple(shape)} has stride {of_column} along its last axis: that "
             "axis must be dense, any view of [B, L, H * D] is; call .contiguous() on it"
         )
     if stored:
-        _check_storage(name, tensor)
+        # Every call comes here: faster than the loop of `_check_storage`.
+        last = (batch - 1) * of_batch + (heads - 1) * of_head + (length - 1) * of_row
+        end = (tensor.storage_offset() + last + head_dim) * tensor.itemsize
+        if end > tensor.untyped_storage().nbytes():
+            _check_storage(name, tensor)
 
 
 def _check_storage(name: str, tensor: Tensor) -> None:

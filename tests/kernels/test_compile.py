@@ -1,6 +1,6 @@
 """Every default configuration compiles: spills, matrix units, wide loads, shared memory.
 
-All head dimensions for sm_80, sm_86 and sm_90; for sm_100 the narrowest and the widest, and one of these for
+All head dimensions for sm_80, sm_86 and sm_90; for sm_100 the narrowest and the widest; one for
 sm_89, which has those of sm_86. All of them: python benchmarks/kernel_report.py --check.
 """
 
@@ -66,7 +66,7 @@ for head_dim in (40, 160) if not head_dims and capability == 80 else ():
 
 @functools.cache
 def reports(capability: int, *head_dims: int) -> dict[tuple[int, str], dict[str, Any]]:
-    """Reports by head dimension and kernel; without head dimensions all, for 8.0 float32's forward too."""
+    """Return reports by head dimension and kernel; by default all, on 8.0 float32's forward too."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(

@@ -10,12 +10,35 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from ops.inputs import Inputs
+from ops.inputs import Inputs, make_inputs
 from torch import Tensor
 
 from sefi_fast.ops import available_backends, eager, fused_cross_attention
 from sefi_fast.ops.dispatch import load
 from sefi_fast.ops.types import OutputGrads
+
+__all__ = [
+    "BACKENDS",
+    "FAST_BACKENDS",
+    "GRADIENTS",
+    "GRADIENTS_OF",
+    "OUTPUTS",
+    "Inputs",
+    "Results",
+    "autograd_results",
+    "backend_results",
+    "call_operator",
+    "check_backend",
+    "check_results",
+    "device_of",
+    "has_layout",
+    "log_sum_exp_subject_loss",
+    "make_inputs",
+    "operator_results",
+    "poisoned_empty",
+    "reference64",
+    "weighted_sum",
+]
 
 # Backends that run on this machine.
 BACKENDS = [name for name, reason in available_backends().items() if reason is None]
