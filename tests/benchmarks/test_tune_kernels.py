@@ -144,7 +144,7 @@ class TestOnTheInterpreter:
         device_tuning.compile_configs(
             self.problems[0], "float32", device, "backward_key_value", configs
         )
-        keys = [config for name, config in compiled if name.endswith("key_value")]
+        keys = [config for name, config in compiled if name.endswith("dkdv")]
         assert keys == [configs[0], configs[1], configs[1]]
 
     configs = (KernelConfig(16, 4, 1), KernelConfig(32, 4, 1), KernelConfig(64, 4, 1))
@@ -196,7 +196,8 @@ class TestOnTheInterpreter:
             if config == self.configs[1]:
                 # Half the rows of the problem are left out.
                 launch = planned.launches[0]
-                numbers = {**launch.prepared.numbers, "rows": launch.prepared.numbers["rows"] // 2}
+                numbers = dict(launch.prepared.numbers)
+                numbers["seqlen_q"] //= 2
                 fewer = CompiledLaunch(launch.kernel, launch.prepared.grid, numbers, config)
                 planned.launches[0] = launch._replace(prepared=fewer)
             if config == self.configs[2]:
