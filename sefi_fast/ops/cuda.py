@@ -72,28 +72,6 @@ def _device_not_supported_reason(query: Tensor) -> str | None:
     )
 
 
-# Head dimensions at which these kernels were measured to be faster than Triton's, by compute
-# capability, in half precision with the 77 keys of a text: docs/performance-gpu.md.
-_FASTER_HEAD_DIMS = {90: (40, 80, 160)}
-_MOST_KEYS = 80
-
-
-def faster_than_triton(inputs: AttentionInputs) -> bool:
-    """Return whether a call on this CUDA device is known to be faster here."""
-    query, key = inputs.query, inputs.key
-    fast = _FASTER_HEAD_DIMS.get(cuda_device(query.get_device()).capability, ())
-    if query.dtype.itemsize != 2 or query.shape[3] not in fast or key.shape[2] > _MOST_KEYS:
-        return False
-    # The kernels for tensor cores (csrc/cuda) load rows in vectors.
-    return all(tensor is None or _has_aligned_rows(tensor) for tensor in inputs[:4])
-
-
-def _has_aligned_rows(tensor: Tensor) -> bool:
-    """Return whether every row of two-byte elements begins at a multiple of 16 bytes."""
-    strides = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-    return tensor.data_ptr() % 16 == 0 and not any(size > 1 and step % 8 for size, step in strides)
-
-
 def _launch_target(query: Tensor) -> tuple[int, int]:
     """Return the number of multiprocessors of the query's device, and its current stream."""
     stream = torch.cuda.current_stream(query.device).cuda_stream

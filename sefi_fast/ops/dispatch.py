@@ -110,14 +110,33 @@ def _not_supported_reason(name: str, inputs: AttentionInputs) -> str | None:
     return module if isinstance(module, str) else module.not_supported_reason(inputs)
 
 
+# Head dimensions at which the backend "cuda" was measured to be faster than "triton", by compute
+# capability, in half precision with the 77 keys of a text: docs/performance-gpu.md.
+_FASTER_HEAD_DIMS = {90: (40, 80, 160)}
+_MOST_KEYS = 80
+
+
+def _cuda_is_faster(inputs: AttentionInputs) -> bool:
+    """Return whether "cuda" is known to be faster than "triton" for a call on a CUDA device."""
+    query, key = inputs.query, inputs.key
+    fast = _FASTER_HEAD_DIMS.get(cuda_device(query.get_device()).capability, ())
+    if query.dtype.itemsize != 2 or query.shape[3] not in fast or key.shape[2] > _MOST_KEYS:
+        return False
+    # The kernels for tensor cores (csrc/cuda) load rows in vectors.
+    return all(tensor is None or _has_aligned_rows(tensor) for tensor in inputs[:4])
+
+
+def _has_aligned_rows(tensor: Tensor) -> bool:
+    """Return whether every row of two-byte elements begins at a multiple of 16 bytes."""
+    strides = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    return tensor.data_ptr() % 16 == 0 and not any(size > 1 and step % 8 for size, step in strides)
+
+
 def _fastest_first(inputs: AttentionInputs) -> tuple[str, ...]:
     kind = inputs.query.device.type
     names = PRIORITY.get(kind, ())
-    if kind == "cuda" and not isinstance(_import("cuda"), str):
-        from sefi_fast.ops.cuda import faster_than_triton
-
-        if faster_than_triton(inputs):
-            return ("cuda", *(name for name in names if name != "cuda"))
+    if kind == "cuda" and _cuda_is_faster(inputs):
+        return ("cuda", *(name for name in names if name != "cuda"))
     return names
 
 
