@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from common.providers import EAGER, Provider, Workload, providers
@@ -165,22 +164,20 @@ def _idle_calls(inputs: Inputs) -> dict[str, Callable[[], object]]:
     from sefi_fast.kernels import Device
 
     from sefi_fast.ops import triton as backend
+    from sefi_fast.ops.types import AttentionInputs, Options, OutputGrads
 
     IdleDriver().install()
     backend._device = lambda _: Device(90, 132, False)  # type: ignore[assignment]
     query, key, value, reference = (tensor.detach() for tensor in inputs[:4])
-    rest = (query, key, value, reference, None, None, None)
-    options: dict[str, Any] = {"probs_all_heads": False, "scale": inputs.scale}
-    needs = (True, True, True, False)
+    tensors = AttentionInputs(query, key, value, reference)
+    grads = OutputGrads(inputs.grad_output, inputs.grad_subject_loss, None)
+    options = Options(False, inputs.scale, False, needs=(True, True, True, False))
 
     def forward() -> object:
-        return backend.forward(*rest, **options)
+        return backend.forward(tensors, options)
 
     def backward() -> object:
-        return backend.backward(
-            inputs.grad_output, inputs.grad_subject_loss, None, *rest,
-            reference_grad=False, needs=needs, **options,
-        )  # fmt: skip
+        return backend.backward(grads, tensors, options)
 
     return {"forward": forward, "backward": backward}
 

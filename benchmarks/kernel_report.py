@@ -111,7 +111,7 @@ def compile_triton(capability: int, head_dim: int, dtype: str) -> list[Row]:
     rows = []
     launches = example_launches(capability, getattr(torch, dtype), head_dim, ROWS)
     for name, launch in launches.items():
-        if name == "sum_partials":
+        if name == "reduce_splits":
             continue
         found = compile_launch(launch, capability)
         resident = occupancy(capability, found.registers, found.warps, found.shared_bytes)

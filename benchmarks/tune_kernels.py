@@ -35,21 +35,19 @@ from common.shapes import MODELS, Problem
 from common.timing import Effort, Timing, interleaved_cuda
 from sefi_fast.kernels import (
     Device,
-    Gradients,
-    Inputs,
     KernelConfig,
     Launch,
-    empty_statistics,
+    empty_row_stats,
+    plan_backward_fused,
     plan_backward_key_value,
     plan_backward_query,
-    plan_backward_sums,
     plan_forward,
 )
 from sefi_fast.kernels.configs import (
     TABLE,
     WIDTHS,
     choose_config,
-    choose_sums,
+    choose_fused_config,
     smallest_tile,
     split_tile,
 )
@@ -57,6 +55,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sefi_fast.ops.dispatch import cuda_device
+from sefi_fast.ops.types import AttentionInputs, OutputGrads
 
 KERNELS = ("forward", "backward", "backward_query", "backward_key_value")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -149,7 +148,7 @@ def default_of(slot: Slot) -> KernelConfig | None:
     """Return the table's configuration for 77 keys; None if the slot has no such kernel."""
     kernel, capability, precision, width = slot
     if kernel == "backward":
-        return choose_sums(capability, precision, width, 80)
+        return choose_fused_config(capability, precision, width, 80)
     return choose_config(kernel, capability, precision, width, 80)
 
 
@@ -191,7 +190,11 @@ def candidates(slot: Slot) -> list[Candidate]:
         # A sum of fewer or more gradients is different work: it keeps the default's.
         tried = [
             default._replace(
-                block=block, warps=warps, registers=registers, prefetch=prefetch, late=late
+                block_m=block,
+                num_warps=warps,
+                max_registers=registers,
+                prefetch=prefetch,
+                load_do_late=late,
             )
             for block, warps in shapes
             for prefetch, late in ((False, False), (True, False), (False, True))
@@ -206,12 +209,12 @@ def candidates(slot: Slot) -> list[Candidate]:
         ]
     else:
         tried = [
-            KernelConfig(block, warps, stages, reload, registers=registers, late=late)
+            KernelConfig(block, warps, stages, reload, max_registers=registers, load_do_late=late)
             for (block, warps), stages, reload in product(shapes, (1, 2), (False, True))
             for registers in _REGISTERS[warps]
             for late in ((False,) if slot.kernel == "forward" or reload else (False, True))
         ]
-    others = [c for c in tried if c._replace(resident=default.resident) != default]
+    others = [c for c in tried if c._replace(ctas_per_sm=default.ctas_per_sm) != default]
     configs = dict.fromkeys([default, *others])
     return [Candidate(slot, config, config is default) for config in configs]
 
@@ -219,7 +222,7 @@ def candidates(slot: Slot) -> list[Candidate]:
 def as_code(config: KernelConfig) -> str:
     """Return the configuration as the table writes it: block, warps, stages, then non-defaults."""
     named = [
-        f"{name}={value}"
+        f"{name}={value!r}".replace("'", '"')
         for name, value in config._asdict().items()
         if name in config._field_defaults and value != config._field_defaults[name]
     ]
@@ -261,7 +264,7 @@ class Planned(NamedTuple):
         compiled = self.launches[0].prepared.compiled
         if compiled is None or capability not in LIMITS:
             return None
-        warps, shared = self.launches[0].config.warps, compiled.metadata.shared
+        warps, shared = self.launches[0].config.num_warps, compiled.metadata.shared
         return occupancy(capability, compiled.n_regs, warps, shared).blocks
 
 
@@ -275,11 +278,11 @@ class Bench:
         tensors = make_inputs(problem, place, dtype)
         self.scale = tensors.scale
         query, key, value = (tensor.detach() for tensor in tensors[:3])
-        self.inputs = Inputs(query, key, value, tensors.reference_key, None, None, None)
-        self.gradients = Gradients(tensors.grad_output, tensors.grad_subject_loss, None)
-        self.statistics = empty_statistics(query)
+        self.inputs = AttentionInputs(query, key, value, tensors.reference_key)
+        self.gradients = OutputGrads(tensors.grad_output, tensors.grad_subject_loss, None)
+        self.row_stats = empty_row_stats(query)
         if kernel == "backward_key_value":
-            self._query_launch(None, self.statistics, None).run()
+            self._query_launch(None, self.row_stats, None).run()
 
     def _rows_like(self, like: Tensor) -> Tensor:
         """Return [B, rows, H, D] of NaN: elements that a kernel does not write show."""
@@ -287,10 +290,10 @@ class Bench:
         return like.new_full((batch, rows, heads, head_dim), math.nan)
 
     def _query_launch(
-        self, grad_query: Tensor | None, statistics: Tensor, config: KernelConfig | None
+        self, grad_query: Tensor | None, row_stats: Tensor, config: KernelConfig | None
     ) -> Launch:
         return plan_backward_query(
-            self.inputs, self.gradients, grad_query, statistics,
+            self.inputs, self.gradients, grad_query, row_stats,
             self.scale, False, self.device, config,
         )  # fmt: skip
 
@@ -308,25 +311,25 @@ class Bench:
         if self.kernel == "backward_query":
             grad_query = self._rows_like(query)
             # The sixth statistic belongs to the reference key's gradient, which is not computed.
-            statistics = torch.full_like(self.statistics, math.nan)
-            launch = self._query_launch(grad_query, statistics, config)
-            return Planned([launch], {"grad_query": grad_query, "statistics": statistics[..., :5]})
+            row_stats = torch.full_like(self.row_stats, math.nan)
+            launch = self._query_launch(grad_query, row_stats, config)
+            return Planned([launch], {"grad_query": grad_query, "row_stats": row_stats[..., :5]})
         grad_key, grad_value = self._rows_like(key), self._rows_like(key)
         if self.kernel == "backward":
             grad_query = self._rows_like(query)
             results = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value}
             kept = None
-            if config.sums == 1:
-                kept = torch.full_like(self.statistics, math.nan)
+            if config.fuse_dkv == "dk":
+                kept = torch.full_like(self.row_stats, math.nan)
                 results.pop("grad_value")
             totals = (grad_key, results.get("grad_value"))
-            launches = plan_backward_sums(
+            launches = plan_backward_fused(
                 self.inputs, self.gradients, grad_query, kept, totals,
                 self.scale, False, self.device, config,
             )  # fmt: skip
             return Planned(launches, results)
         launches = plan_backward_key_value(
-            self.inputs, self.gradients, self.statistics, (grad_key, grad_value, None),
+            self.inputs, self.gradients, self.row_stats, (grad_key, grad_value, None),
             self.scale, self.device, config,
         )  # fmt: skip
         return Planned(launches, {"grad_key": grad_key, "grad_value": grad_value})
@@ -406,8 +409,8 @@ def check(tried: list[Candidate], bench: Bench, dtype: torch.dtype) -> dict[str,
         try:
             planned = run(candidate.config)
             resident = planned.resident(bench.device.capability)
-            if resident not in (None, candidate.config.resident):
-                candidate.config = candidate.config._replace(resident=resident)
+            if resident not in (None, candidate.config.ctas_per_sm):
+                candidate.config = candidate.config._replace(ctas_per_sm=resident)
                 planned = run(candidate.config)
             candidate.dropped = difference(planned, wanted, dtype)
         except Exception as error:  # noqa: BLE001 - too little shared memory raises several types

@@ -1,7 +1,6 @@
-"""Backward kernel for the queries: recomputes the probabilities of its rows and writes dQ once.
+"""Backward kernel of dQ: recomputes the probabilities of its queries and writes dQ once.
 
-Where the registers hold them, it sums up dK and dV on the way, and no other kernel need read the
-rows again.
+If the registers hold them, it sums dK and dV as well, and no other kernel reads the queries again.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .memory import (
-    STATISTICS,
+    ROW_STATS,
     block_offset,
     head_offset,
     load_block,
@@ -25,272 +24,273 @@ from .memory import (
 from .primitives import (
     COUNTS,
     accumulate,
-    add_products,
+    add_dot_t,
     add_to_column,
-    pull_to_reference,
+    ref_softmax_and_d_probs,
     scale_rows,
     scores,
     softmax,
-    softmax_gradient,
+    softmax_bwd,
     zero_rows,
 )
-from .reduce import accumulate_keys, store_key_tiles, zero_keys
+from .reduce import accumulate_kv, store_kv, zeros_kv
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def cross_attention_backward_query(
+def _attn_bwd_dq(
     query, key, value, reference_key, token_weights, key_mask, probs_positions,
-    grad_output, grad_subject_loss, grad_attn_probs, grad_query, grad_key, grad_value, statistics,
+    grad_output, grad_subject_loss, grad_attn_probs, grad_query, grad_key, grad_value, row_stats,
     query_stride_b, query_stride_h, query_stride_n,
     key_stride_b, key_stride_h, key_stride_m,
     value_stride_b, value_stride_h, value_stride_m,
-    reference_stride_b, reference_stride_h, reference_stride_m,
-    output_stride_b, output_stride_h, output_stride_n,
-    weight_stride_b, mask_stride_b, token_stride_b, subject_loss_stride_b,
-    probs_stride_b, probs_stride_h, map_factor,
-    heads, rows, keys, tokens, blocks_a_program, scale_log2, scale,
-    DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
-    KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
-    RELOAD: tl.constexpr, PIPELINED: tl.constexpr, PREFETCH: tl.constexpr,
-    LATE: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
+    ref_stride_b, ref_stride_h, ref_stride_m,
+    do_stride_b, do_stride_h, do_stride_n,
+    weight_stride_b, mask_stride_b, positions_stride_b, loss_stride_b,
+    probs_stride_b, probs_stride_h, probs_factor,
+    heads, seqlen_q, seqlen_k, num_positions, blocks_per_cta, sm_scale_log2, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_N_TAIL: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr,
+    KV_IN_LOOP: tl.constexpr, PIPELINED: tl.constexpr, PREFETCH: tl.constexpr,
+    LOAD_DO_LATE: tl.constexpr, REFERENCE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """dQ of equations 9 and 11 for blocks_a_program blocks of rows of one head; dK_t and dV_t too.
+    """Compute dQ of equations 9 and 11 for blocks_per_cta blocks of queries; dK_t and dV_t too.
 
-    Grid (B·H, programs along the rows). Writes grad_query [B, N, H, D]; grad_key and grad_value,
-    the sums over this program's rows, [B, programs, M, H, D], not with RELOAD; and, for the kernel
-    of the keys, statistics [B, H, N, 8]: peak, inverse and rowsum(A_t ∘ dA_t) of A_t's rows, those
-    of A_r's, and two that say nothing. Each of these may be None. Gradients that did not come
-    (grad_output, grad_subject_loss, grad_attn_probs) are None, and so are value without the
-    first and reference_key without the second. RELOAD loads the keys anew for each block: each set
-    where it is used or, PIPELINED, all when the block begins, in truth a block before. PREFETCH
-    asks for the rows of the next block before this one is done, and holds them in registers until
-    then; LATE asks for the gradients of a block's outputs when its queries' scores are there, and
-    their tile may take the queries' memory.
+    Grid (B·H, splits). Each of these outputs may be None: grad_query [B, N, H, D]; grad_key and
+    grad_value, sums over this program's queries, [B, splits, M, H, D], not with KV_IN_LOOP; and for
+    `_attn_bwd_dkdv` row_stats [B, H, N, 8]: row_max, inv_sum and delta = rowsum(A_t ∘ dA_t) of
+    A_t, the same of A_r, and two unused. The gradients of outputs may be None; value is None
+    without grad_output, and reference_key without grad_subject_loss.
+
+    KV_IN_LOOP: load keys and values in every iteration, each where it is used or, PIPELINED, all an
+    iteration ahead. PREFETCH: load the next block's queries into registers before this block is
+    done. LOAD_DO_LATE: load the output gradients after the scores, so that their tile can reuse the
+    queries' shared memory.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
     HAS_WEIGHTS: tl.constexpr = token_weights is not None
-    MASK_MAIN: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
-    HAS_OUTPUT: tl.constexpr = grad_output is not None
-    HAS_ALIGNMENT: tl.constexpr = grad_subject_loss is not None
-    HAS_MAPS: tl.constexpr = grad_attn_probs is not None
+    MASK_N: tl.constexpr = HAS_MASK or (BLOCK_N_TAIL == 0 and not EVEN_N)
+    HAS_DO: tl.constexpr = grad_output is not None
+    HAS_LOSS: tl.constexpr = grad_subject_loss is not None
+    HAS_PROBS: tl.constexpr = grad_attn_probs is not None
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
-    SUMS_KEY: tl.constexpr = grad_key is not None
-    SUMS_VALUE: tl.constexpr = grad_value is not None
-    # Each set of keys where it is used; else all of them when the turn begins.
-    AT_USE: tl.constexpr = RELOAD and not PIPELINED
-    # Whether the keys of the main tile are too few to be shared by the warps.
-    TURNED: tl.constexpr = KEY_MAIN < 64
+    FUSE_DK: tl.constexpr = grad_key is not None
+    FUSE_DV: tl.constexpr = grad_value is not None
+    # Load each operand where it is used, else all at the start of an iteration.
+    LOAD_AT_USE: tl.constexpr = KV_IN_LOOP and not PIPELINED
+    # So few keys cannot be split over the warps.
+    TRANSPOSED: tl.constexpr = BLOCK_N < 64
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
 
-    valid_main, valid_tail = valid_keys(
-        key_mask, batch, mask_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_MASK
+    mask_n, mask_n_tail = valid_keys(
+        key_mask, batch, mask_stride_b, seqlen_k, BLOCK_N, BLOCK_N_TAIL, HAS_MASK
     )
     key += head_offset(batch, head, key_stride_b, key_stride_h, ALIGNMENT)
-    if HAS_OUTPUT:
+    if HAS_DO:
         value += head_offset(batch, head, value_stride_b, value_stride_h, ALIGNMENT)
-        grad_output += head_offset(batch, head, output_stride_b, output_stride_h, ALIGNMENT)
-    weight_main = valid_main
-    weight_tail = valid_tail
-    subject_loss_factor = 0.0
-    if HAS_ALIGNMENT:
-        reference_key += head_offset(batch, head, reference_stride_b, reference_stride_h, ALIGNMENT)
-        weight_main, weight_tail = load_weights(
-            token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
+        grad_output += head_offset(batch, head, do_stride_b, do_stride_h, ALIGNMENT)
+    w = mask_n
+    w_tail = mask_n_tail
+    loss_factor = 0.0
+    if HAS_LOSS:
+        reference_key += head_offset(batch, head, ref_stride_b, ref_stride_h, ALIGNMENT)
+        w, w_tail = load_weights(
+            token_weights, batch, weight_stride_b, seqlen_k, BLOCK_N, BLOCK_N_TAIL, HAS_WEIGHTS
         )
-        subject_loss_factor = tl.load(grad_subject_loss + batch * subject_loss_stride_b) * (
-            2.0 / heads
-        )
-    if HAS_MAPS:
-        probs_positions += batch.to(tl.int64) * token_stride_b
+        loss_factor = tl.load(grad_subject_loss + batch * loss_stride_b) * (2.0 / heads)
+    if HAS_PROBS:
+        probs_positions += batch.to(tl.int64) * positions_stride_b
         grad_attn_probs += head_offset(batch, head, probs_stride_b, probs_stride_h, 1)
 
     query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
     if grad_query is not None:
-        grad_query += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
-    if statistics is not None:
-        statistics += tl.program_id(0).to(tl.int64) * STATISTICS * rows
-    first = tl.program_id(1) * blocks_a_program
-    last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
-    end = tl.minimum(last * BLOCK, rows)
+        grad_query += head_offset(batch * seqlen_q, head, heads * HEAD_DIM, HEAD_DIM, ALIGNMENT)
+    if row_stats is not None:
+        row_stats += tl.program_id(0).to(tl.int64) * ROW_STATS * seqlen_q
+    first_block = tl.program_id(1) * blocks_per_cta
+    last_block = tl.minimum(first_block + blocks_per_cta, tl.cdiv(seqlen_q, BLOCK_M))
+    last_row = tl.minimum(last_block * BLOCK_M, seqlen_q)
     if PREFETCH:
         # Together with the keys: one wait.
-        next_queries, next_grad_outputs = load_pair(
-            query, grad_output, first, query_stride_n, output_stride_n, end, HAS_OUTPUT,
-            BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+        next_q, next_do = load_pair(
+            query, grad_output, first_block, query_stride_n, do_stride_n, last_row, HAS_DO,
+            BLOCK_M, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, ALIGNMENT, UPCAST,
         )  # fmt: skip
-    if not RELOAD:
-        (key_main, key_tail, value_main, value_tail,
-         reference_main, reference_tail) = load_operands(
-            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-            valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
-            KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+    if not KV_IN_LOOP:
+        # k, v, k_ref: [BLOCK_N, HEAD_DIM] in parts; *_tail: [BLOCK_N_TAIL, HEAD_DIM]
+        (k, k_tail, v, v_tail, k_ref, k_ref_tail) = load_operands(
+            key, value, reference_key, key_stride_m, value_stride_m, ref_stride_m, seqlen_k,
+            mask_n, mask_n_tail, HAS_DO, HAS_LOSS, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL,
+            BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
-    if SUMS_KEY:
-        key_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
-        key_tail_sum = key_sum
-        if KEY_TAIL > 0:
-            key_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
-    if SUMS_VALUE:
-        value_sum = zero_keys(KEY_MAIN, DIM_MAIN, DIM_TAIL, TURNED)
-        value_tail_sum = value_sum
-        if KEY_TAIL > 0:
-            value_tail_sum = zero_keys(KEY_TAIL, DIM_MAIN, DIM_TAIL, True)
-    # Without hoisting the loop keeps its shared-memory descriptors out of the registers.
-    for step in tl.range(0, last - first, disable_licm=True):
-        block = first + step
-        row = block * BLOCK + tl.arange(0, BLOCK)
-        row_valid = row < rows
+    # dk, dv: [BLOCK_N, HEAD_DIM] in parts, transposed with TRANSPOSED
+    if FUSE_DK:
+        dk = zeros_kv(BLOCK_N, BLOCK_D, BLOCK_D_TAIL, TRANSPOSED)
+        dk_tail = dk
+        if BLOCK_N_TAIL > 0:
+            dk_tail = zeros_kv(BLOCK_N_TAIL, BLOCK_D, BLOCK_D_TAIL, True)
+    if FUSE_DV:
+        dv = zeros_kv(BLOCK_N, BLOCK_D, BLOCK_D_TAIL, TRANSPOSED)
+        dv_tail = dv
+        if BLOCK_N_TAIL > 0:
+            dv_tail = zeros_kv(BLOCK_N_TAIL, BLOCK_D, BLOCK_D_TAIL, True)
+    # LICM would hold the shared-memory descriptors in registers.
+    for step in tl.range(0, last_block - first_block, disable_licm=True):
+        block = first_block + step
+        offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < seqlen_q
+        # q, do: [BLOCK_M, HEAD_DIM] in parts
         if PREFETCH:
-            queries = next_queries
-            grad_outputs = next_grad_outputs
-        elif LATE:
-            queries = load_block(
-                query, block, query_stride_n, end,
-                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            q = next_q
+            do = next_do
+        elif LOAD_DO_LATE:
+            q = load_block(
+                query, block, query_stride_n, last_row,
+                BLOCK_M, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, ALIGNMENT, UPCAST,
             )  # fmt: skip
         else:
-            queries, grad_outputs = load_pair(
-                query, grad_output, block, query_stride_n, output_stride_n, end, HAS_OUTPUT,
-                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            q, do = load_pair(
+                query, grad_output, block, query_stride_n, do_stride_n, last_row, HAS_DO,
+                BLOCK_M, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, ALIGNMENT, UPCAST,
             )  # fmt: skip
         if PIPELINED:
-            (key_main, key_tail, value_main, value_tail,
-             reference_main, reference_tail) = load_operands(
-                key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-                valid_main, valid_tail, HAS_OUTPUT, HAS_ALIGNMENT, DIM, DIM_MAIN, DIM_TAIL,
-                KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+            (k, k_tail, v, v_tail, k_ref, k_ref_tail) = load_operands(
+                key, value, reference_key, key_stride_m, value_stride_m, ref_stride_m, seqlen_k,
+                mask_n, mask_n_tail, HAS_DO, HAS_LOSS, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL,
+                BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        if AT_USE:
-            key_main, key_tail = load_tiles(
-                key, key_stride_m, keys, valid_main, valid_tail,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+        if LOAD_AT_USE:
+            k, k_tail = load_tiles(
+                key, key_stride_m, seqlen_k, mask_n, mask_n_tail,
+                HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK,
+                ALIGNMENT, UPCAST,
             )  # fmt: skip
-        main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
-        main, tail, peak, inverse = softmax(
-            main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT
+        # p: [BLOCK_M, BLOCK_N], p_tail: [BLOCK_M, BLOCK_N_TAIL]
+        p, p_tail = scores(q, k, k_tail, BLOCK_D_TAIL, BLOCK_N_TAIL)
+        p, p_tail, row_max, inv_sum = softmax(
+            p, p_tail, mask_n, mask_n_tail, sm_scale_log2, BLOCK_N_TAIL, MASK_N, HAS_MASK, EXACT
         )
-        if HAS_ALIGNMENT and not AT_USE:
-            # The last use of the queries' tile before the sums.
-            other_main, other_tail = scores(
-                queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
-            )
-            (other_main, other_tail, other_peak, other_inverse,
-             pull_main, pull_tail) = pull_to_reference(
-                main, tail, other_main, other_tail, valid_main, valid_tail,
-                weight_main, weight_tail, subject_loss_factor, scale_log2,
-                KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+        if HAS_LOSS and not LOAD_AT_USE:
+            # The last use of the queries' tile before dK.
+            p_ref, p_ref_tail = scores(q, k_ref, k_ref_tail, BLOCK_D_TAIL, BLOCK_N_TAIL)
+            (p_ref, p_ref_tail, ref_row_max, ref_inv_sum,
+             dp_loss, dp_loss_tail) = ref_softmax_and_d_probs(
+                p, p_tail, p_ref, p_ref_tail, mask_n, mask_n_tail,
+                w, w_tail, loss_factor, sm_scale_log2,
+                BLOCK_N_TAIL, MASK_N, HAS_MASK, EXACT,
             )  # fmt: skip
-            grad_main = pull_main
-            grad_tail = pull_tail
+            dp = dp_loss
+            dp_tail = dp_loss_tail
         else:
-            grad_main = tl.zeros_like(main)
-            grad_tail = tl.zeros_like(tail)
-        if LATE and HAS_OUTPUT:
-            grad_outputs = load_block(
-                grad_output, block, output_stride_n, end,
-                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            dp = tl.zeros_like(p)
+            dp_tail = tl.zeros_like(p_tail)
+        if LOAD_DO_LATE and HAS_DO:
+            do = load_block(
+                grad_output, block, do_stride_n, last_row,
+                BLOCK_M, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        if SUMS_VALUE:
-            value_sum = accumulate_keys(value_sum, main, grad_outputs, DIM_TAIL, TURNED)
-            if KEY_TAIL > 0:
-                value_tail_sum = accumulate_keys(value_tail_sum, tail, grad_outputs, DIM_TAIL, True)
-        if HAS_OUTPUT:
-            if AT_USE:
-                value_main, value_tail = load_tiles(
-                    value, value_stride_m, keys, valid_main, valid_tail,
-                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
-                    UPCAST,
+        if FUSE_DV:
+            dv = accumulate_kv(dv, p, do, BLOCK_D_TAIL, TRANSPOSED)
+            if BLOCK_N_TAIL > 0:
+                dv_tail = accumulate_kv(dv_tail, p_tail, do, BLOCK_D_TAIL, True)
+        if HAS_DO:
+            if LOAD_AT_USE:
+                v, v_tail = load_tiles(
+                    value, value_stride_m, seqlen_k, mask_n, mask_n_tail,
+                    HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK,
+                    ALIGNMENT, UPCAST,
                 )  # fmt: skip
-            grad_main = add_products(grad_main, grad_outputs, value_main, DIM_TAIL)
-            if KEY_TAIL > 0:
-                grad_tail = add_products(grad_tail, grad_outputs, value_tail, DIM_TAIL)
-        if HAS_MAPS:
-            for token in range(tokens):
-                gradient = tl.load(grad_attn_probs + token * rows + row, mask=row_valid, other=0.0)
-                grad_main, grad_tail = add_to_column(
-                    grad_main, grad_tail, tl.load(probs_positions + token), gradient * map_factor,
-                    KEY_MAIN, KEY_TAIL,
+            dp = add_dot_t(dp, do, v, BLOCK_D_TAIL)
+            if BLOCK_N_TAIL > 0:
+                dp_tail = add_dot_t(dp_tail, do, v_tail, BLOCK_D_TAIL)
+        if HAS_PROBS:
+            for i in range(num_positions):
+                # [BLOCK_M]
+                column = tl.load(grad_attn_probs + i * seqlen_q + offs_m, mask=mask_m, other=0.0)
+                dp, dp_tail = add_to_column(
+                    dp, dp_tail, tl.load(probs_positions + i), column * probs_factor,
+                    BLOCK_N, BLOCK_N_TAIL,
                 )  # fmt: skip
-        if HAS_ALIGNMENT and AT_USE:
-            reference_main, reference_tail = load_tiles(
-                reference_key, reference_stride_m, keys, valid_main, valid_tail,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+        if HAS_LOSS and LOAD_AT_USE:
+            k_ref, k_ref_tail = load_tiles(
+                reference_key, ref_stride_m, seqlen_k, mask_n, mask_n_tail,
+                HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK,
+                ALIGNMENT, UPCAST,
             )  # fmt: skip
-            other_main, other_tail = scores(
-                queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
-            )
-            (other_main, other_tail, other_peak, other_inverse,
-             pull_main, pull_tail) = pull_to_reference(
-                main, tail, other_main, other_tail, valid_main, valid_tail,
-                weight_main, weight_tail, subject_loss_factor, scale_log2,
-                KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+            p_ref, p_ref_tail = scores(q, k_ref, k_ref_tail, BLOCK_D_TAIL, BLOCK_N_TAIL)
+            (p_ref, p_ref_tail, ref_row_max, ref_inv_sum,
+             dp_loss, dp_loss_tail) = ref_softmax_and_d_probs(
+                p, p_tail, p_ref, p_ref_tail, mask_n, mask_n_tail,
+                w, w_tail, loss_factor, sm_scale_log2,
+                BLOCK_N_TAIL, MASK_N, HAS_MASK, EXACT,
             )  # fmt: skip
-            grad_main += pull_main
-            if KEY_TAIL > 0:
-                grad_tail += pull_tail
-        grad_main, grad_tail, mean = softmax_gradient(main, tail, grad_main, grad_tail, KEY_TAIL)
+            dp += dp_loss
+            if BLOCK_N_TAIL > 0:
+                dp_tail += dp_loss_tail
+        ds, ds_tail, delta = softmax_bwd(p, p_tail, dp, dp_tail, BLOCK_N_TAIL)
         if PREFETCH:
-            # Late enough to find registers, early enough to arrive behind what is left to do.
-            next_queries, next_grad_outputs = load_pair(
-                query, grad_output, block + 1, query_stride_n, output_stride_n, end, HAS_OUTPUT,
-                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            # Late enough to find free registers, early enough to hide the loads.
+            next_q, next_do = load_pair(
+                query, grad_output, block + 1, query_stride_n, do_stride_n, last_row, HAS_DO,
+                BLOCK_M, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        if SUMS_KEY:
-            key_sum = accumulate_keys(key_sum, grad_main, queries, DIM_TAIL, TURNED)
-            if KEY_TAIL > 0:
-                key_tail_sum = accumulate_keys(key_tail_sum, grad_tail, queries, DIM_TAIL, True)
-        if AT_USE:
-            # Not the tiles from above, which would fill the registers until here.
+        if FUSE_DK:
+            dk = accumulate_kv(dk, ds, q, BLOCK_D_TAIL, TRANSPOSED)
+            if BLOCK_N_TAIL > 0:
+                dk_tail = accumulate_kv(dk_tail, ds_tail, q, BLOCK_D_TAIL, True)
+        if LOAD_AT_USE:
+            # The tiles from above would occupy registers until here.
             tl.debug_barrier()
-            key_main, key_tail = load_tiles(
-                key, key_stride_m, keys, valid_main, valid_tail,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+            k, k_tail = load_tiles(
+                key, key_stride_m, seqlen_k, mask_n, mask_n_tail,
+                HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK,
+                ALIGNMENT, UPCAST,
             )  # fmt: skip
-        sums = accumulate(zero_rows(BLOCK, DIM_MAIN, DIM_TAIL), grad_main, key_main, DIM_TAIL)
-        if KEY_TAIL > 0:
-            sums = accumulate(sums, grad_tail, key_tail, DIM_TAIL)
+        # acc: dQ [BLOCK_M, HEAD_DIM] in parts
+        acc = accumulate(zero_rows(BLOCK_M, BLOCK_D, BLOCK_D_TAIL), ds, k, BLOCK_D_TAIL)
+        if BLOCK_N_TAIL > 0:
+            acc = accumulate(acc, ds_tail, k_tail, BLOCK_D_TAIL)
         if REFERENCE_GRAD:
-            pull_main, pull_tail, other_mean = softmax_gradient(
-                other_main, other_tail, -pull_main, -pull_tail, KEY_TAIL
+            ds_ref, ds_ref_tail, ref_delta = softmax_bwd(
+                p_ref, p_ref_tail, -dp_loss, -dp_loss_tail, BLOCK_N_TAIL
             )
-            if AT_USE:
-                reference_main, reference_tail = load_tiles(
-                    reference_key, reference_stride_m, keys, valid_main, valid_tail,
-                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
-                    UPCAST,
+            if LOAD_AT_USE:
+                k_ref, k_ref_tail = load_tiles(
+                    reference_key, ref_stride_m, seqlen_k, mask_n, mask_n_tail,
+                    HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK,
+                    ALIGNMENT, UPCAST,
                 )  # fmt: skip
-            sums = accumulate(sums, pull_main, reference_main, DIM_TAIL)
-            if KEY_TAIL > 0:
-                sums = accumulate(sums, pull_tail, reference_tail, DIM_TAIL)
+            acc = accumulate(acc, ds_ref, k_ref, BLOCK_D_TAIL)
+            if BLOCK_N_TAIL > 0:
+                acc = accumulate(acc, ds_ref_tail, k_ref_tail, BLOCK_D_TAIL)
         if grad_query is not None:
-            sums = scale_rows(sums, scale, DIM_TAIL)
-            target = grad_query + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
-            target_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
-            store_rows(target, target_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
-        if statistics is not None:
-            # One tile: each store of its own would take two barriers to lay out.
-            column = tl.arange(0, STATISTICS)[None, :]
-            kept = tl.where(column == 0, peak[:, None], inverse[:, None])
-            kept = tl.where(column == 2, mean[:, None], kept)
-            if HAS_ALIGNMENT:
-                kept = tl.where(column == 3, other_peak[:, None], kept)
-                kept = tl.where(column == 4, other_inverse[:, None], kept)
+            acc = scale_rows(acc, scale, BLOCK_D_TAIL)
+            dq = grad_query + block_offset(block, BLOCK_M, heads * HEAD_DIM, ALIGNMENT)
+            dq_offsets = row_offsets(tl.arange(0, BLOCK_M), heads * HEAD_DIM, ALIGNMENT)
+            store_rows(dq, dq_offsets, mask_m, acc, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL)
+        if row_stats is not None:
+            # Stored as one tile [BLOCK_M, ROW_STATS]: each single store would take two barriers.
+            column = tl.arange(0, ROW_STATS)[None, :]
+            stats = tl.where(column == 0, row_max[:, None], inv_sum[:, None])
+            stats = tl.where(column == 2, delta[:, None], stats)
+            if HAS_LOSS:
+                stats = tl.where(column == 3, ref_row_max[:, None], stats)
+                stats = tl.where(column == 4, ref_inv_sum[:, None], stats)
             if REFERENCE_GRAD:
-                kept = tl.where(column == 5, other_mean[:, None], kept)
-            places = statistics + (row * STATISTICS)[:, None] + column
-            tl.store(places, kept, mask=row_valid[:, None])
+                stats = tl.where(column == 5, ref_delta[:, None], stats)
+            places = row_stats + (offs_m * ROW_STATS)[:, None] + column
+            tl.store(places, stats, mask=mask_m[:, None])
 
-    place = batch * tl.num_programs(1) + tl.program_id(1)
-    start = head_offset(place * keys, head, heads * DIM, DIM, ALIGNMENT)
-    if SUMS_KEY:
-        store_key_tiles(
-            grad_key, start, heads * DIM, keys, key_sum, key_tail_sum, scale,
-            KEY_MAIN, KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
+    split = batch * tl.num_programs(1) + tl.program_id(1)
+    start = head_offset(split * seqlen_k, head, heads * HEAD_DIM, HEAD_DIM, ALIGNMENT)
+    if FUSE_DK:
+        store_kv(
+            grad_key, start, heads * HEAD_DIM, seqlen_k, dk, dk_tail, scale,
+            BLOCK_N, BLOCK_N_TAIL, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, ALIGNMENT, TRANSPOSED,
         )  # fmt: skip
-    if SUMS_VALUE:
-        store_key_tiles(
-            grad_value, start, heads * DIM, keys, value_sum, value_tail_sum, 1.0,
-            KEY_MAIN, KEY_TAIL, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, TURNED,
+    if FUSE_DV:
+        store_kv(
+            grad_value, start, heads * HEAD_DIM, seqlen_k, dv, dv_tail, 1.0,
+            BLOCK_N, BLOCK_N_TAIL, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, ALIGNMENT, TRANSPOSED,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Forward kernel: output, subject loss and selected probabilities in one pass over the rows."""
+"""Forward kernel: output, subject loss and chosen probabilities in one pass over the queries."""
 
 from __future__ import annotations
 
@@ -21,122 +21,125 @@ from .primitives import COUNTS, accumulate, pick_column, scores, softmax, zero_r
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def cross_attention_forward(
+def _attn_fwd(
     query, key, value, reference_key, token_weights, key_mask, probs_positions,
     output, subject_loss, attn_probs,
     query_stride_b, query_stride_h, query_stride_n,
     key_stride_b, key_stride_h, key_stride_m,
     value_stride_b, value_stride_h, value_stride_m,
-    reference_stride_b, reference_stride_h, reference_stride_m,
-    weight_stride_b, mask_stride_b, token_stride_b,
-    heads, rows, keys, tokens, blocks_a_program, scale_log2,
-    DIM: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr,
-    KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr, FULL_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr, RELOAD: tl.constexpr,
+    ref_stride_b, ref_stride_h, ref_stride_m,
+    weight_stride_b, mask_stride_b, positions_stride_b,
+    heads, seqlen_q, seqlen_k, num_positions, blocks_per_cta, sm_scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_N_TAIL: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, ALIGNMENT: tl.constexpr, UPCAST: tl.constexpr, KV_IN_LOOP: tl.constexpr,
 ):  # fmt: skip
-    """Equations 4 and 5 for blocks_a_program blocks of rows of one head.
+    """Compute equations 4 and 5 for blocks_per_cta blocks of queries of one head.
 
-    Grid (B·H, programs along the rows). Writes output [B, N, H, D], subject loss [B, H, programs]
-    (this program's rows' part of the sum in equation 5) and maps [B, H, T, N]; reference_key,
-    token_weights, key_mask and maps may be None. FULL_KEYS says that the key tiles hold M keys
-    exactly.
+    Grid (B·H, splits). Writes output [B, N, H, D], subject_loss [B, H, splits], whose sum is that
+    of equation 5, and attn_probs [B, H, T, N]. reference_key, token_weights, key_mask and
+    attn_probs may be None. EVEN_N: the tiles of keys hold M keys exactly.
     """
     HAS_MASK: tl.constexpr = key_mask is not None
     HAS_WEIGHTS: tl.constexpr = token_weights is not None
     HAS_REFERENCE: tl.constexpr = reference_key is not None
-    MASK_MAIN: tl.constexpr = HAS_MASK or (KEY_TAIL == 0 and not FULL_KEYS)
+    MASK_N: tl.constexpr = HAS_MASK or (BLOCK_N_TAIL == 0 and not EVEN_N)
     EXACT: tl.constexpr = query.dtype.element_ty == tl.float32
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
 
-    valid_main, valid_tail = valid_keys(
-        key_mask, batch, mask_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_MASK
+    mask_n, mask_n_tail = valid_keys(
+        key_mask, batch, mask_stride_b, seqlen_k, BLOCK_N, BLOCK_N_TAIL, HAS_MASK
     )
     key += head_offset(batch, head, key_stride_b, key_stride_h, ALIGNMENT)
     value += head_offset(batch, head, value_stride_b, value_stride_h, ALIGNMENT)
     if HAS_REFERENCE:
-        reference_key += head_offset(batch, head, reference_stride_b, reference_stride_h, ALIGNMENT)
-        weight_main, weight_tail = load_weights(
-            token_weights, batch, weight_stride_b, keys, KEY_MAIN, KEY_TAIL, HAS_WEIGHTS
+        reference_key += head_offset(batch, head, ref_stride_b, ref_stride_h, ALIGNMENT)
+        w, w_tail = load_weights(
+            token_weights, batch, weight_stride_b, seqlen_k, BLOCK_N, BLOCK_N_TAIL, HAS_WEIGHTS
         )
-    if not RELOAD:
-        (key_main, key_tail, value_main, value_tail,
-         reference_main, reference_tail) = load_operands(
-            key, value, reference_key, key_stride_m, value_stride_m, reference_stride_m, keys,
-            valid_main, valid_tail, True, HAS_REFERENCE, DIM, DIM_MAIN, DIM_TAIL,
-            KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+    if not KV_IN_LOOP:
+        # k, v, k_ref: [BLOCK_N, HEAD_DIM] in parts; *_tail: [BLOCK_N_TAIL, HEAD_DIM]
+        (k, k_tail, v, v_tail, k_ref, k_ref_tail) = load_operands(
+            key, value, reference_key, key_stride_m, value_stride_m, ref_stride_m, seqlen_k,
+            mask_n, mask_n_tail, True, HAS_REFERENCE, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL,
+            BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK, ALIGNMENT, UPCAST,
         )  # fmt: skip
     if attn_probs is not None:
-        probs_positions += batch.to(tl.int64) * token_stride_b
-        attn_probs += tl.program_id(0).to(tl.int64) * tokens * rows
+        probs_positions += batch.to(tl.int64) * positions_stride_b
+        attn_probs += tl.program_id(0).to(tl.int64) * num_positions * seqlen_q
 
     query += head_offset(batch, head, query_stride_b, query_stride_h, ALIGNMENT)
-    output += head_offset(batch * rows, head, heads * DIM, DIM, ALIGNMENT)
-    if RELOAD:
-        query_offsets = row_offsets(tl.arange(0, BLOCK), query_stride_n, ALIGNMENT)
-    distance = tl.zeros([BLOCK], tl.float32)
-    first = tl.program_id(1) * blocks_a_program
-    last = tl.minimum(first + blocks_a_program, tl.cdiv(rows, BLOCK))
-    for step in tl.range(0, last - first, disable_licm=True):
-        block = first + step
-        row = block * BLOCK + tl.arange(0, BLOCK)
-        row_valid = row < rows
-        if RELOAD:
-            # With offsets held over the loop: there they cost less than finding them again.
-            source = query + block_offset(block, BLOCK, query_stride_n, ALIGNMENT)
-            queries = load_rows(
-                source, query_offsets, row_valid, DIM, DIM_MAIN, DIM_TAIL, True, UPCAST
+    output += head_offset(batch * seqlen_q, head, heads * HEAD_DIM, HEAD_DIM, ALIGNMENT)
+    if KV_IN_LOOP:
+        query_offsets = row_offsets(tl.arange(0, BLOCK_M), query_stride_n, ALIGNMENT)
+    loss = tl.zeros([BLOCK_M], tl.float32)  # [BLOCK_M]
+    first_block = tl.program_id(1) * blocks_per_cta
+    last_block = tl.minimum(first_block + blocks_per_cta, tl.cdiv(seqlen_q, BLOCK_M))
+    # LICM would hold the shared-memory descriptors in registers.
+    for step in tl.range(0, last_block - first_block, disable_licm=True):
+        block = first_block + step
+        offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < seqlen_q
+        # q: [BLOCK_M, HEAD_DIM] in parts
+        if KV_IN_LOOP:
+            # The offsets are held over the loop: here they cost less than computing them again.
+            source = query + block_offset(block, BLOCK_M, query_stride_n, ALIGNMENT)
+            q = load_rows(
+                source, query_offsets, mask_m, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, True, UPCAST
             )
         else:
-            queries = load_block(
-                query, block, query_stride_n, rows,
-                BLOCK, DIM, DIM_MAIN, DIM_TAIL, ALIGNMENT, UPCAST,
+            q = load_block(
+                query, block, query_stride_n, seqlen_q,
+                BLOCK_M, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, ALIGNMENT, UPCAST,
             )  # fmt: skip
-        if RELOAD:
-            key_main, key_tail = load_tiles(
-                key, key_stride_m, keys, valid_main, valid_tail,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+        if KV_IN_LOOP:
+            k, k_tail = load_tiles(
+                key, key_stride_m, seqlen_k, mask_n, mask_n_tail,
+                HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK,
+                ALIGNMENT, UPCAST,
             )  # fmt: skip
-        main, tail = scores(queries, key_main, key_tail, DIM_TAIL, KEY_TAIL)
-        main, tail, _, _ = softmax(
-            main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT
+        # p: [BLOCK_M, BLOCK_N], p_tail: [BLOCK_M, BLOCK_N_TAIL]
+        p, p_tail = scores(q, k, k_tail, BLOCK_D_TAIL, BLOCK_N_TAIL)
+        p, p_tail, _, _ = softmax(
+            p, p_tail, mask_n, mask_n_tail, sm_scale_log2, BLOCK_N_TAIL, MASK_N, HAS_MASK, EXACT
         )
         if attn_probs is not None:
-            for token in range(tokens):
-                column = tl.load(probs_positions + token)
-                picked = pick_column(main, tail, column, KEY_MAIN, KEY_TAIL)
-                tl.store(attn_probs + token * rows + row, picked, mask=row_valid)
+            for i in range(num_positions):
+                position = tl.load(probs_positions + i)
+                column = pick_column(p, p_tail, position, BLOCK_N, BLOCK_N_TAIL)  # [BLOCK_M]
+                tl.store(attn_probs + i * seqlen_q + offs_m, column, mask=mask_m)
         if HAS_REFERENCE:
-            if RELOAD:
-                reference_main, reference_tail = load_tiles(
-                    reference_key, reference_stride_m, keys, valid_main, valid_tail,
-                    DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT,
-                    UPCAST,
+            if KV_IN_LOOP:
+                k_ref, k_ref_tail = load_tiles(
+                    reference_key, ref_stride_m, seqlen_k, mask_n, mask_n_tail,
+                    HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK,
+                    ALIGNMENT, UPCAST,
                 )  # fmt: skip
-            other_main, other_tail = scores(
-                queries, reference_main, reference_tail, DIM_TAIL, KEY_TAIL
-            )
-            other_main, other_tail, _, _ = softmax(
-                other_main, other_tail, valid_main, valid_tail, scale_log2,
-                KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+            p_ref, p_ref_tail = scores(q, k_ref, k_ref_tail, BLOCK_D_TAIL, BLOCK_N_TAIL)
+            p_ref, p_ref_tail, _, _ = softmax(
+                p_ref, p_ref_tail, mask_n, mask_n_tail, sm_scale_log2,
+                BLOCK_N_TAIL, MASK_N, HAS_MASK, EXACT,
             )  # fmt: skip
-            difference = main - other_main
-            squared = tl.sum(difference * difference * weight_main[None, :], axis=1)
-            if KEY_TAIL > 0:
-                difference = tail - other_tail
-                squared += tl.sum(difference * difference * weight_tail[None, :], axis=1)
-            distance += tl.where(row_valid, squared, 0.0)
-        if RELOAD:
-            value_main, value_tail = load_tiles(
-                value, value_stride_m, keys, valid_main, valid_tail,
-                DIM, DIM_MAIN, DIM_TAIL, KEY_MAIN, KEY_TAIL, FULL_KEYS, HAS_MASK, ALIGNMENT, UPCAST,
+            difference = p - p_ref  # [BLOCK_M, BLOCK_N]
+            row_loss = tl.sum(difference * difference * w[None, :], axis=1)
+            if BLOCK_N_TAIL > 0:
+                difference = p_tail - p_ref_tail
+                row_loss += tl.sum(difference * difference * w_tail[None, :], axis=1)
+            loss += tl.where(mask_m, row_loss, 0.0)
+        if KV_IN_LOOP:
+            v, v_tail = load_tiles(
+                value, value_stride_m, seqlen_k, mask_n, mask_n_tail,
+                HEAD_DIM, BLOCK_D, BLOCK_D_TAIL, BLOCK_N, BLOCK_N_TAIL, EVEN_N, HAS_MASK,
+                ALIGNMENT, UPCAST,
             )  # fmt: skip
-        sums = accumulate(zero_rows(BLOCK, DIM_MAIN, DIM_TAIL), main, value_main, DIM_TAIL)
-        if KEY_TAIL > 0:
-            sums = accumulate(sums, tail, value_tail, DIM_TAIL)
-        target = output + block_offset(block, BLOCK, heads * DIM, ALIGNMENT)
-        output_offsets = row_offsets(tl.arange(0, BLOCK), heads * DIM, ALIGNMENT)
-        store_rows(target, output_offsets, row_valid, sums, DIM, DIM_MAIN, DIM_TAIL)
+        # acc: [BLOCK_M, HEAD_DIM] in parts
+        acc = accumulate(zero_rows(BLOCK_M, BLOCK_D, BLOCK_D_TAIL), p, v, BLOCK_D_TAIL)
+        if BLOCK_N_TAIL > 0:
+            acc = accumulate(acc, p_tail, v_tail, BLOCK_D_TAIL)
+        out = output + block_offset(block, BLOCK_M, heads * HEAD_DIM, ALIGNMENT)
+        out_offsets = row_offsets(tl.arange(0, BLOCK_M), heads * HEAD_DIM, ALIGNMENT)
+        store_rows(out, out_offsets, mask_m, acc, HEAD_DIM, BLOCK_D, BLOCK_D_TAIL)
     if HAS_REFERENCE:
-        place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(subject_loss + place, tl.sum(distance) / heads)
+        split = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(subject_loss + split, tl.sum(loss) / heads)

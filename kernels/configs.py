@@ -1,189 +1,196 @@
-"""The table of launch configurations: block of rows, warps and stages by device and head width."""
+"""Launch configurations by kernel, compute capability, precision and head dimension."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class KernelConfig(NamedTuple):
-    """How one kernel is launched: rows of a block, warps, software-pipeline stages.
+    """Launch configuration of one kernel.
 
-    reload: the keys are loaded again for each block of rows, each set where it is used. Where the
-    matrix unit takes its operands from registers (8.x), keys held over the loop would fill them
-    all. With two stages all that a block needs is on its way to shared memory while the block
-    before it is worked on, and stays there until it is used: no wait, and hardly a barrier, at
-    the price of that memory. registers: the most a thread, for the compiler to keep to; 0 leaves
-    it to the compiler. resident: so many programs fit on a multiprocessor at once, by the registers
-    and the shared memory that come of it.
-
-    For the kernel of the queries alone: sums, how many of dK and dV it adds up as well (1 is dK),
-    where the registers hold their accumulators; what is left is for the kernel of the keys.
-    prefetch: the next block's rows are asked for before this block's products. late: a block's
-    output gradients are asked for after the scores, and their tile may take the queries' shared
-    memory, where dK is not summed up as well; with reload always.
-
-    For the kernel of the keys alone: separate, one launch a gradient, where the accumulators of two
-    do not fit into the registers together. key_tile: so many keys a program, a power of two
-    from 16 on, where the accumulators of all keys do not fit; 0 is all keys. Programs of the same
-    rows then read them once each, from the L2 cache but for the first.
+    Attributes:
+        block_m: queries of a block.
+        num_warps: warps of a program.
+        num_stages: stages of Triton's software pipeline.
+        kv_in_loop: load the keys and values again for each block of queries. Where the matrix unit
+            takes operands from registers (8.x), keys held over the loop would fill them all. With
+            two stages a block's loads arrive in shared memory during the block before it: no waits
+            and hardly a barrier, at the price of that memory.
+        split_dk_dv: only "backward_key_value": one launch a gradient, where the accumulators of two
+            do not fit into the registers together.
+        block_n: only "backward_key_value": keys of a program, a power of two from 16 on, where the
+            accumulators of all keys do not fit; 0 is all keys.
+        max_registers: limit of registers a thread; 0 leaves it to the compiler.
+        ctas_per_sm: programs that fit on a multiprocessor at once, by registers and shared memory.
+        fuse_dkv: only "backward": the gradients that `_attn_bwd_dq` sums along with dQ, a key of
+            FUSED_GRADS.
+        prefetch: only "backward": load the next block's queries before this block's products.
+        load_do_late: only the kernels of dQ: load a block's output gradients after the scores, so
+            that their tile can reuse the queries' shared memory if dK is not summed. Always on with
+            kv_in_loop.
     """
 
-    block: int
-    warps: int
-    stages: int
-    reload: bool = False
-    separate: bool = False
-    key_tile: int = 0
-    registers: int = 0
-    resident: int = 2
-    sums: int = 0
+    block_m: int
+    num_warps: int
+    num_stages: int
+    kv_in_loop: bool = False
+    split_dk_dv: bool = False
+    block_n: int = 0
+    max_registers: int = 0
+    ctas_per_sm: int = 2
+    fuse_dkv: str = "none"
     prefetch: bool = False
-    late: bool = False
+    load_do_late: bool = False
 
     @property
     def pipelined(self) -> bool:
-        """Whether a block's loads, keys included, are asked for a block ahead."""
-        return self.reload and self.stages > 1
+        """Whether a block's loads, keys included, are issued a block ahead."""
+        return self.kv_in_loop and self.num_stages > 1
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton's compiler is told."""
-        options = {"num_warps": self.warps, "num_stages": self.stages}
-        return {**options, "maxnreg": self.registers} if self.registers else options
+        """Options of Triton's compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**options, "maxnreg": self.max_registers} if self.max_registers else options
 
+
+FUSED_GRADS = {"none": 0, "dk": 1, "dkdv": 2}
+"""Number of gradients of keys that `_attn_bwd_dq` sums, by `KernelConfig.fuse_dkv`."""
 
 WIDTHS = (48, 64, 80, 160, 256)
-"""Upper ends of the head width buckets, in columns of main and tail tile together: of all devices,
-some have more."""
+"""Upper ends of the buckets of head dimensions, main and tail tile together. Some devices have
+more."""
 
-SUM_COLUMNS = {1: 128, 4: 512}
-"""Elements a program of the kernel that adds up partial gradients, by its warps: no more than four
-a thread, so that a thread has all partial sums of its elements and shares none."""
+REDUCE_BLOCKS = {1: 128, 4: 512}
+"""Elements of a program of `_reduce_splits`, by its warps: up to four a thread, so that a thread
+has all partial sums of its elements and shares none."""
 
 
-# Lines as benchmarks/tune_kernels.py prints them. Those of "forward", and of "backward" up to 64
-# columns, on 9.0 were chosen on an H200 (docs/performance-gpu.md). The others were never measured:
-# they were chosen by spills, then by an estimate from the machine code of 77 keys with the loss.
-# benchmarks/kernel_report.py shows registers; tests/kernels/test_compile.py checks spills and what
-# is resident.
+# Lines as benchmarks/tune_kernels.py prints them. On 9.0 those of "forward", and of "backward" up
+# to 64, were chosen on an H200 (docs/performance-gpu.md). All others are not measured: they were
+# chosen by spills, then by an estimate from the machine code of 77 keys with the loss.
+# benchmarks/kernel_report.py shows registers; tests/kernels/test_compile.py checks spills and
+# ctas_per_sm.
 TABLE: dict[tuple[str, int, str], dict[int, KernelConfig]] = {
     ("forward", 90, "half"): {
-        48: KernelConfig(64, 4, 1, registers=128, resident=4),
-        64: KernelConfig(64, 4, 1, registers=128, resident=4),
-        80: KernelConfig(64, 4, 1, resident=4),
+        48: KernelConfig(64, 4, 1, max_registers=128, ctas_per_sm=4),
+        64: KernelConfig(64, 4, 1, max_registers=128, ctas_per_sm=4),
+        80: KernelConfig(64, 4, 1, ctas_per_sm=4),
         160: KernelConfig(64, 4, 1),
-        256: KernelConfig(64, 8, 1, resident=1),
+        256: KernelConfig(64, 8, 1, ctas_per_sm=1),
     },
     ("backward_query", 90, "half"): {
-        48: KernelConfig(64, 4, 1, registers=128, resident=4),
-        64: KernelConfig(64, 4, 1, registers=128, resident=4),
-        80: KernelConfig(64, 4, 1, registers=168, resident=3),
-        160: KernelConfig(64, 4, 1, late=True),
-        256: KernelConfig(64, 8, 1, resident=1),
+        48: KernelConfig(64, 4, 1, max_registers=128, ctas_per_sm=4),
+        64: KernelConfig(64, 4, 1, max_registers=128, ctas_per_sm=4),
+        80: KernelConfig(64, 4, 1, max_registers=168, ctas_per_sm=3),
+        160: KernelConfig(64, 4, 1, load_do_late=True),
+        256: KernelConfig(64, 8, 1, ctas_per_sm=1),
     },
-    # dK and dV, or at 80 dK alone, along with dQ.
+    # `_attn_bwd_dq` with dK and dV, or at 80 with dK alone.
     ("backward", 90, "half"): {
-        48: KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True),
-        64: KernelConfig(64, 4, 1, registers=255, sums=2, prefetch=True),
-        80: KernelConfig(64, 4, 1, registers=255, sums=1, late=True),
+        48: KernelConfig(64, 4, 1, max_registers=255, fuse_dkv="dkdv", prefetch=True),
+        64: KernelConfig(64, 4, 1, max_registers=255, fuse_dkv="dkdv", prefetch=True),
+        80: KernelConfig(64, 4, 1, max_registers=255, fuse_dkv="dk", load_do_late=True),
     },
     ("backward_key_value", 90, "half"): {
         48: KernelConfig(64, 4, 1),
         64: KernelConfig(64, 4, 1),
-        80: KernelConfig(64, 4, 1, key_tile=64),
-        160: KernelConfig(64, 4, 1, key_tile=64),
-        256: KernelConfig(64, 8, 1, separate=True, resident=1),
+        80: KernelConfig(64, 4, 1, block_n=64),
+        160: KernelConfig(64, 4, 1, block_n=64),
+        256: KernelConfig(64, 8, 1, split_dk_dv=True, ctas_per_sm=1),
     },
     ("forward", 100, "half"): {
         48: KernelConfig(64, 4, 1),
-        64: KernelConfig(64, 4, 1, registers=168, resident=3),
+        64: KernelConfig(64, 4, 1, max_registers=168, ctas_per_sm=3),
         80: KernelConfig(64, 4, 1),
-        160: KernelConfig(64, 4, 1, registers=255),
-        256: KernelConfig(64, 8, 1, resident=1),
+        160: KernelConfig(64, 4, 1, max_registers=255),
+        256: KernelConfig(64, 8, 1, ctas_per_sm=1),
     },
     ("backward_query", 100, "half"): {
-        48: KernelConfig(64, 4, 1, resident=3),
-        64: KernelConfig(64, 4, 1, reload=True, resident=3),
-        80: KernelConfig(64, 4, 1, reload=True),
-        160: KernelConfig(64, 4, 1, reload=True),
-        256: KernelConfig(64, 8, 1, resident=1),
+        48: KernelConfig(64, 4, 1, ctas_per_sm=3),
+        64: KernelConfig(64, 4, 1, kv_in_loop=True, ctas_per_sm=3),
+        80: KernelConfig(64, 4, 1, kv_in_loop=True),
+        160: KernelConfig(64, 4, 1, kv_in_loop=True),
+        256: KernelConfig(64, 8, 1, ctas_per_sm=1),
     },
     ("forward", 80, "half"): {
-        48: KernelConfig(64, 4, 2, reload=True),
-        64: KernelConfig(64, 4, 2, reload=True),
-        80: KernelConfig(64, 4, 2, reload=True),
+        48: KernelConfig(64, 4, 2, kv_in_loop=True),
+        64: KernelConfig(64, 4, 2, kv_in_loop=True),
+        80: KernelConfig(64, 4, 2, kv_in_loop=True),
         160: KernelConfig(16, 4, 1),
         256: KernelConfig(16, 4, 1),
     },
     ("backward_query", 80, "half"): {
-        48: KernelConfig(64, 4, 2, reload=True),
-        64: KernelConfig(64, 4, 2, reload=True),
-        80: KernelConfig(64, 4, 2, reload=True),
-        128: KernelConfig(16, 4, 2, reload=True),
-        160: KernelConfig(64, 4, 2, reload=True, resident=1),
-        256: KernelConfig(16, 4, 1, reload=True),
+        48: KernelConfig(64, 4, 2, kv_in_loop=True),
+        64: KernelConfig(64, 4, 2, kv_in_loop=True),
+        80: KernelConfig(64, 4, 2, kv_in_loop=True),
+        128: KernelConfig(16, 4, 2, kv_in_loop=True),
+        160: KernelConfig(64, 4, 2, kv_in_loop=True, ctas_per_sm=1),
+        256: KernelConfig(16, 4, 1, kv_in_loop=True),
     },
     ("backward_key_value", 80, "half"): {
-        48: KernelConfig(64, 4, 1, key_tile=32),
-        64: KernelConfig(64, 4, 1, key_tile=32),
-        80: KernelConfig(64, 4, 2, reload=True, key_tile=64),
-        160: KernelConfig(64, 4, 2, reload=True, key_tile=16),
-        256: KernelConfig(16, 4, 1, reload=True, separate=True),
+        48: KernelConfig(64, 4, 1, block_n=32),
+        64: KernelConfig(64, 4, 1, block_n=32),
+        80: KernelConfig(64, 4, 2, kv_in_loop=True, block_n=64),
+        160: KernelConfig(64, 4, 2, kv_in_loop=True, block_n=16),
+        256: KernelConfig(16, 4, 1, kv_in_loop=True, split_dk_dv=True),
     },
-    # 100 KiB of shared memory a multiprocessor: what is pipelined must be small.
+    # A multiprocessor has 100 KiB of shared memory: pipelined tiles must be small.
     ("forward", 86, "half"): {
-        48: KernelConfig(64, 4, 2, reload=True),
-        64: KernelConfig(64, 4, 2, reload=True),
-        80: KernelConfig(64, 4, 1, reload=True),
+        48: KernelConfig(64, 4, 2, kv_in_loop=True),
+        64: KernelConfig(64, 4, 2, kv_in_loop=True),
+        80: KernelConfig(64, 4, 1, kv_in_loop=True),
         160: KernelConfig(16, 4, 1),
         256: KernelConfig(16, 4, 1),
     },
     ("backward_query", 86, "half"): {
-        48: KernelConfig(64, 4, 2, reload=True),
-        64: KernelConfig(64, 4, 1, reload=True),
-        80: KernelConfig(64, 4, 2, reload=True, resident=1),
-        160: KernelConfig(16, 4, 1, reload=True),
-        256: KernelConfig(16, 4, 1, reload=True),
+        48: KernelConfig(64, 4, 2, kv_in_loop=True),
+        64: KernelConfig(64, 4, 1, kv_in_loop=True),
+        80: KernelConfig(64, 4, 2, kv_in_loop=True, ctas_per_sm=1),
+        160: KernelConfig(16, 4, 1, kv_in_loop=True),
+        256: KernelConfig(16, 4, 1, kv_in_loop=True),
     },
     ("backward_key_value", 86, "half"): {
-        48: KernelConfig(64, 4, 1, key_tile=32),
-        64: KernelConfig(64, 4, 1, key_tile=32),
-        80: KernelConfig(32, 4, 1, key_tile=32),
-        160: KernelConfig(32, 4, 2, reload=True, key_tile=16),
-        256: KernelConfig(16, 4, 1, reload=True, separate=True),
+        48: KernelConfig(64, 4, 1, block_n=32),
+        64: KernelConfig(64, 4, 1, block_n=32),
+        80: KernelConfig(32, 4, 1, block_n=32),
+        160: KernelConfig(32, 4, 2, kv_in_loop=True, block_n=16),
+        256: KernelConfig(16, 4, 1, kv_in_loop=True, split_dk_dv=True),
     },
-    # Without tensor cores a thread's part of a product is long, and ptxas gives up early where it
-    # has no limit to keep to: 32 registers and all else in memory, at 160 columns.
+    # Without tensor cores a thread's part of a product is long, and without a limit ptxas gives up
+    # early: 32 registers at a head dimension of 160, and everything else in memory.
     ("forward", 80, "single"): {
-        48: KernelConfig(16, 8, 1, resident=1),
-        64: KernelConfig(16, 8, 1, reload=True, resident=1),
-        80: KernelConfig(16, 8, 1, reload=True, resident=1),
-        160: KernelConfig(16, 8, 1, reload=True, registers=255, resident=1),
-        256: KernelConfig(16, 8, 1, reload=True, registers=255, resident=1),
+        48: KernelConfig(16, 8, 1, ctas_per_sm=1),
+        64: KernelConfig(16, 8, 1, kv_in_loop=True, ctas_per_sm=1),
+        80: KernelConfig(16, 8, 1, kv_in_loop=True, ctas_per_sm=1),
+        160: KernelConfig(16, 8, 1, kv_in_loop=True, max_registers=255, ctas_per_sm=1),
+        256: KernelConfig(16, 8, 1, kv_in_loop=True, max_registers=255, ctas_per_sm=1),
     },
     ("backward_query", 80, "single"): {
-        48: KernelConfig(16, 8, 1, resident=1),
-        64: KernelConfig(16, 8, 1, reload=True, resident=1),
-        80: KernelConfig(16, 8, 1, reload=True, resident=1),
-        160: KernelConfig(16, 8, 1, reload=True, registers=255, resident=1),
-        256: KernelConfig(16, 8, 1, reload=True, registers=255, resident=1),
+        48: KernelConfig(16, 8, 1, ctas_per_sm=1),
+        64: KernelConfig(16, 8, 1, kv_in_loop=True, ctas_per_sm=1),
+        80: KernelConfig(16, 8, 1, kv_in_loop=True, ctas_per_sm=1),
+        160: KernelConfig(16, 8, 1, kv_in_loop=True, max_registers=255, ctas_per_sm=1),
+        256: KernelConfig(16, 8, 1, kv_in_loop=True, max_registers=255, ctas_per_sm=1),
     },
     ("backward_key_value", 80, "single"): {
-        48: KernelConfig(16, 8, 1, reload=True, resident=1),
-        64: KernelConfig(16, 8, 1, reload=True, resident=1),
-        80: KernelConfig(16, 8, 1, reload=True, resident=1),
-        160: KernelConfig(16, 8, 1, True, True, key_tile=32, registers=255, resident=1),
-        256: KernelConfig(16, 4, 1, True, True, key_tile=16, registers=255),
+        48: KernelConfig(16, 8, 1, kv_in_loop=True, ctas_per_sm=1),
+        64: KernelConfig(16, 8, 1, kv_in_loop=True, ctas_per_sm=1),
+        80: KernelConfig(16, 8, 1, kv_in_loop=True, ctas_per_sm=1),
+        160: KernelConfig(16, 8, 1, True, True, block_n=32, max_registers=255, ctas_per_sm=1),
+        256: KernelConfig(16, 4, 1, True, True, block_n=16, max_registers=255),
     },
 }
 
 
 def _unpipelined(kernel: str, width: int) -> KernelConfig:
-    """What stands in for a configuration with a pipeline, in half precision before 9.0."""
+    """Return the replacement of a pipelined configuration, in half precision before 9.0."""
     wide = width > 80
     if kernel == "backward_key_value":
-        return KernelConfig(32, 4, 1, reload=wide, key_tile=16 if wide else 32)
-    return KernelConfig(16 if wide else 64, 4, 1, reload=True)
+        return KernelConfig(32, 4, 1, kv_in_loop=wide, block_n=16 if wide else 32)
+    return KernelConfig(16 if wide else 64, 4, 1, kv_in_loop=True)
 
 
 def choose_config(
@@ -194,40 +201,45 @@ def choose_config(
     key_width: int,
     pipeline: bool = True,
 ) -> KernelConfig:
-    """The configuration of the newest listed device that is not newer than this one.
+    """Return the configuration of the newest listed device that is not newer than this one.
 
-    kernel is "forward", "backward_query" or "backward_key_value"; capability is major · 10 + minor;
-    precision "half" or "single"; width and key_width are columns of main and tail tile together.
-    pipeline: whether Triton pipelines the call well: it has no maps, whose loop inside the loop
-    over the rows prevents that, and nothing more to hold than usual, as the reference key's
-    gradient is, or in the kernel of the keys a mask.
+    Args:
+        kernel: "forward", "backward_query" or "backward_key_value".
+        capability: major * 10 + minor.
+        precision: "half" or "single".
+        width: head dimension of main and tail tile together.
+        key_width: keys of main and tail tile together.
+        pipeline: whether Triton pipelines the call well. Probabilities prevent it by their inner
+            loop; the reference key's gradient, or in "backward_key_value" a mask, take registers.
     """
     if capability // 10 == 12:
-        capability = 89  # consumer Blackwell: matrix instructions and shared memory as on 8.9
+        capability = 89  # consumer Blackwell has the matrix instructions and shared memory of 8.9
     listed = [c for k, c, p in TABLE if k == kernel and p == precision and c <= capability]
     table = TABLE[kernel, max(listed, default=80), precision]
     config = table[next(limit for limit in table if width <= limit)]
-    if config.pipelined and (not pipeline or (key_width > 80 and not config.key_tile)):
+    if config.pipelined and (not pipeline or (key_width > 80 and not config.block_n)):
         config = _unpipelined(kernel, width)
-    if config.key_tile:
+    if config.block_n:
         return config
-    # More than 80 keys hold more probabilities a row: more warps to hold them, or fewer rows, but
-    # no fewer than a warp group's 64 where there are warp groups.
+    # More than 80 keys have more probabilities a query: more warps hold them, or fewer queries, but
+    # no fewer than a warp group's 64.
     if key_width > 80:
-        config = config._replace(warps=8, stages=1, registers=255, resident=1)
+        config = config._replace(num_warps=8, num_stages=1, max_registers=255, ctas_per_sm=1)
     if kernel == "backward_key_value" and key_width > (128 if precision == "half" else 80):
-        return config._replace(key_tile=64 if precision == "half" else 32)
+        return config._replace(block_n=64 if precision == "half" else 32)
     if key_width > 128:
         if capability >= 90 and precision == "half":
-            # 160 keys of 160 columns, three times, are what shared memory holds.
-            reload = config.reload or key_width * width > 160 * 160
-            return config._replace(block=64, reload=reload)
-        config = config._replace(block=max(config.block // 2, 16))
+            # Shared memory holds three times 160 keys of a head dimension of 160.
+            kv_in_loop = config.kv_in_loop or key_width * width > 160 * 160
+            return config._replace(block_m=64, kv_in_loop=kv_in_loop)
+        config = config._replace(block_m=max(config.block_m // 2, 16))
     return config
 
 
-def choose_sums(capability: int, precision: str, width: int, key_width: int) -> KernelConfig | None:
-    """The configuration with which the kernel of the queries sums up dK, and dV, as well.
+def choose_fused_config(
+    capability: int, precision: str, width: int, key_width: int
+) -> KernelConfig | None:
+    """Return the configuration with which `_attn_bwd_dq` sums dK, and dV, as well.
 
     None where the registers do not hold the sums. Arguments are those of `choose_config`.
     """
@@ -238,12 +250,15 @@ def choose_sums(capability: int, precision: str, width: int, key_width: int) -> 
     return table[limit]
 
 
-def shared_bytes(precision: str, capability: int, width: int, key_main: int, key_tail: int) -> int:
-    """Shared memory that a program of any of the kernels needs, at most, as compiling them showed.
+SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+"""Shared memory that a program can have, by compute capability; 99 on the others from 8.6 on."""
 
-    precision, capability and width are those of `choose_config`, key_main and key_tail the tiles of
-    keys. Before 9.0 pipelined kernels need up to 88 KiB whatever these are, which every device has,
-    and on 8.0 up to 124.
+
+def shared_bytes(precision: str, capability: int, width: int, key_main: int, key_tail: int) -> int:
+    """Return the most shared memory that a program of any kernel needs, found by compiling them.
+
+    Arguments are those of `choose_config`; key_main and key_tail are the tiles of keys. Before 9.0
+    pipelined kernels need up to 88 KiB in all cases, which every device has, and up to 124 on 8.0.
     """
     keys = key_main + key_tail
     if precision == "single":
@@ -252,7 +267,7 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
         else:
             needed = 4 * width * (key_main + 32 if width <= 160 else 2 * key_main + 48)
     elif capability // 10 in (9, 10):
-        # Warp groups take keys, values and a block's rows from shared memory.
+        # Warp groups take keys, values and a block's queries from shared memory.
         needed = 4 * width * keys + (84 if keys <= 80 else 64) * 1024
     else:
         needed = 2 * width * keys + 8 * 1024
@@ -260,13 +275,32 @@ def shared_bytes(precision: str, capability: int, width: int, key_main: int, key
     return max(needed, pipelined * 1024)
 
 
-def smallest_tile(kernel: str, precision: str, capability: int) -> int:
-    """Columns that a main tile of the head width has at least; arguments as in `choose_config`.
+def not_supported_reason(
+    dtype: torch.dtype, head_dim: int, seqlen_k: int, capability: int
+) -> str | None:
+    """Say why a device has too little shared memory for the kernels; None where it has enough."""
+    tiles = (sum(split_tile(head_dim, 32)), *split_tile(seqlen_k, 64))
+    half = shared_bytes("half", capability, *tiles)
+    single = dtype == torch.float32
+    needed = shared_bytes("single", capability, *tiles) if single else half
+    available = SHARED_KIB.get(capability, 99)
+    if needed <= 1024 * available:
+        return None
+    fits = ": bfloat16 fits" if half <= 1024 * available else ""
+    return (
+        f"{str(dtype).removeprefix('torch.')} with {seqlen_k} keys and a head dimension of "
+        f"{head_dim} may need {-(-needed // 1024)} KiB of shared memory, and the device gives a "
+        f"program {available} KiB{fits}"
+    )
 
-    For warp groups a tail tile is another product to wait for, which takes longer than columns
-    without a meaning: 40 columns are one tile of 64. In the kernel of the keys the head width is
-    also a row count of the matrix unit, 64 at least. Float32 has no matrix unit and keeps the
-    scores of all kernels equal to the last bit.
+
+def smallest_tile(kernel: str, precision: str, capability: int) -> int:
+    """Return the smallest main tile of the head dimension; arguments are those of `choose_config`.
+
+    With warp groups a tail tile is another product to wait for, which takes longer than padding: a
+    head dimension of 40 is one tile of 64. In "backward_key_value" the head dimension is also a row
+    count of the matrix unit, at least 64. Float32 has no matrix unit; its tiles keep the scores of
+    all kernels equal to the last bit.
     """
     if precision == "single":
         return 32
@@ -274,10 +308,10 @@ def smallest_tile(kernel: str, precision: str, capability: int) -> int:
 
 
 def split_tile(size: int, smallest: int) -> tuple[int, int]:
-    """Main and tail tile, powers of two from 16 on, that cover a size; no tail gives 0.
+    """Return main and tail tile, powers of two from 16 on, that cover a size; no tail is 0.
 
-    A tail is used where both together are smaller than the next power of two and the main tile has
-    at least `smallest` columns: 77 -> (64, 16), 40 -> (32, 16), 160 -> (128, 32), 64 -> (64, 0).
+    There is a tail if both together are smaller than the next power of two and the main tile is at
+    least `smallest`: 77 -> (64, 16), 40 -> (32, 16), 160 -> (128, 32), 64 -> (64, 0).
     """
     whole = 16
     while whole < size:

@@ -1,69 +1,65 @@
-"""Plan launches: layouts, tiles, split of the rows, and the arguments of each kernel."""
+"""Plans of launches: layouts, tiles, splits of the queries, and the arguments of each kernel."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from .attn_bwd_dkdv import cross_attention_backward_key_value
-from .attn_bwd_dq import cross_attention_backward_query
-from .attn_fwd import cross_attention_forward
+from .attn_bwd_dkdv import _attn_bwd_dkdv
+from .attn_bwd_dq import _attn_bwd_dq
+from .attn_fwd import _attn_fwd
 from .configs import (
-    SUM_COLUMNS,
+    FUSED_GRADS,
+    REDUCE_BLOCKS,
     KernelConfig,
     choose_config,
-    choose_sums,
+    choose_fused_config,
     smallest_tile,
     split_tile,
 )
-from .launch import Device, Launch, Prepared
-from .memory import STATISTICS
-from .reduce import sum_partials
+from .launch import ALIGNED_BYTES, CompiledLaunch, Device, Launch
+from .memory import ROW_STATS
+from .reduce import _reduce_splits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sefi_fast.ops.types import AttentionInputs, InputGrads, OutputGrads
 
 MAX_ROW_STRIDE = 2**31 // 256 - 1
 """Largest step between rows, in elements: a tile has up to 256 rows and 32-bit offsets in it."""
 
+SMALLEST_SCALE = 1e-30
+"""Used for a scale of 0: hidden scores are -inf, and -inf times 0 would be NaN."""
 
-class Inputs(NamedTuple):
-    """The operator's inputs as a backend gets them; key and the like may be batch 1.
+LOG2_E = math.log2(math.e)
 
-    The backward pass leaves out what no gradient needs, value among it.
-    """
+CTA_OVERHEAD_BLOCKS = 1.5
+"""Time of a program without its blocks of queries, in such blocks: loads of the keys, instruction
+cache misses, stores of partial sums. Fitted to times of few and of many programs on an H200."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor | None
-    reference_key: Tensor | None
-    token_weights: Tensor | None
-    key_mask: Tensor | None
-    probs_positions: Tensor | None
+KEY_GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
 
+KeyGrads = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
+"""Gradients of key, value and reference key."""
 
-class Gradients(NamedTuple):
-    """The gradients that reach the operator: of output, subject loss and maps, each may be None.
-
-    maps is [B, T, N] or [B, H, T, N], contiguous; subject loss has any stride.
-    """
-
-    output: Tensor | None
-    subject_loss: Tensor | None
-    attn_probs: Tensor | None
+# One plan for each layout: all layers of a model at a few sizes are some dozens.
+cached_plan = functools.lru_cache(maxsize=1024)
 
 
 class Layout(NamedTuple):
-    """All of a tensor that a plan depends on."""
+    """The properties of a tensor that a plan depends on."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
 
     def steps(self) -> tuple[int, int, int]:
-        """Strides of batch, head and row in elements; 0 along an axis of one entry."""
+        """Return the strides of batch, head and row in elements; 0 along an axis of one entry."""
         batch, head, row = (
             0 if size == 1 else stride
             for size, stride in zip(self.shape[:3], self.strides[:3], strict=True)
@@ -71,8 +67,8 @@ class Layout(NamedTuple):
         return batch, head, row
 
 
-class InputLayouts(NamedTuple):
-    """Layouts of Inputs."""
+class Layouts(NamedTuple):
+    """Layouts of the tensors that the kernels read, by the kernels' names; None where absent."""
 
     query: Layout
     key: Layout
@@ -81,470 +77,437 @@ class InputLayouts(NamedTuple):
     token_weights: Layout | None
     key_mask: Layout | None
     probs_positions: Layout | None
+    grad_output: Layout | None = None
+    grad_subject_loss: Layout | None = None
+    grad_attn_probs: Layout | None = None
 
     @classmethod
-    def of(cls, inputs: Inputs) -> InputLayouts:
-        return cls(*map(_layout, inputs))
+    def of(cls, tensors: Mapping[str, Tensor | None]) -> Layouts:
+        found: list[Any] = [
+            None if x is None else Layout(x.shape, x.stride(), x.dtype) for x in tensors.values()
+        ]
+        return cls(*found)
 
 
-class GradientLayouts(NamedTuple):
-    """Layouts of Gradients."""
-
-    output: Layout | None
-    subject_loss: Layout | None
-    attn_probs: Layout | None
-
-    @classmethod
-    def of(cls, gradients: Gradients) -> GradientLayouts:
-        return cls(*map(_layout, gradients))
-
-
-def _layout(tensor: Tensor | None) -> Any:
-    return None if tensor is None else Layout(tensor.shape, tensor.stride(), tensor.dtype)
+def input_tensors(inputs: AttentionInputs, grads: OutputGrads | None = None) -> dict[str, Any]:
+    """Return the tensors that the kernels read, by name, without those that no gradient needs."""
+    tensors = inputs._asdict()
+    if inputs.reference_key is None:
+        tensors["token_weights"] = None
+    if grads is None:
+        return tensors
+    if grads.output is None:
+        tensors["value"] = None
+    if grads.subject_loss is None:
+        tensors["reference_key"] = tensors["token_weights"] = None
+    if grads.attn_probs is None:
+        tensors["probs_positions"] = None
+    tensors["grad_output"] = grads.output
+    tensors["grad_subject_loss"] = grads.subject_loss
+    tensors["grad_attn_probs"] = grads.attn_probs
+    return tensors
 
 
 def steps_of(layout: Layout | None) -> tuple[int, int, int]:
-    """Strides of batch, head and row; zeros for a tensor that is not there."""
+    """Return the strides of batch, head and row; zeros for an absent tensor."""
     return (0, 0, 0) if layout is None else layout.steps()
 
 
 def batch_step(layout: Layout | None) -> int:
-    """Stride of the first axis; 0 where it has one entry or there is no tensor."""
+    """Return the stride of the first axis; 0 if it has one entry or the tensor is absent."""
     return 0 if layout is None or layout.shape[0] == 1 else layout.strides[0]
 
 
 def row_alignment(head_dim: int, *layouts: Layout | None) -> int:
-    """Elements of 16 bytes if every row of every tensor starts at a multiple of them, else 1."""
+    """Return the elements of 16 bytes if all rows start at multiples of them, else 1."""
     present = [layout for layout in layouts if layout is not None]
-    elements = 16 // present[0].dtype.itemsize
+    elements = ALIGNED_BYTES // present[0].dtype.itemsize
     steps = [head_dim, *(step for layout in present for step in layout.steps())]
     return elements if all(step % elements == 0 for step in steps) else 1
 
 
-SMALLEST_SCALE = 1e-30
-"""Stands for a scale of 0: hidden scores are -inf, and -inf times 0 would be NaN."""
-
-LOG2_E = math.log2(math.e)
-
-START = 1.5
-"""What a program takes besides its blocks of rows, in such blocks: the keys' loads, code that is
-not in the cache yet, the sums it leaves. From what an H200 took for programs of few and of many."""
-
-# A plan for each layout met: all layers of a model at a few sizes are some dozens.
-kept = functools.lru_cache(maxsize=1024)
+def precision_of(layouts: Layouts) -> str:
+    return "single" if layouts.query.dtype == torch.float32 else "half"
 
 
-def precision_of(inputs: InputLayouts) -> str:
-    return "single" if inputs.query.dtype == torch.float32 else "half"
-
-
-def tiles_of(kernel: str, inputs: InputLayouts, device: Device) -> dict[str, Any]:
-    head_dim, keys = inputs.query.shape[3], inputs.key.shape[2]
-    smallest = smallest_tile(kernel, precision_of(inputs), device.capability)
-    dim_main, dim_tail = split_tile(head_dim, smallest)
-    key_main, key_tail = split_tile(keys, 64)
+def tiles_of(kernel: str, layouts: Layouts, device: Device) -> dict[str, Any]:
+    """Return the tiles of the head dimension and of the keys, by the kernels' names."""
+    head_dim, seqlen_k = layouts.query.shape[3], layouts.key.shape[2]
+    smallest = smallest_tile(kernel, precision_of(layouts), device.capability)
+    block_d, block_d_tail = split_tile(head_dim, smallest)
+    block_n, block_n_tail = split_tile(seqlen_k, 64)
     return {
-        "DIM": head_dim,
-        "DIM_MAIN": dim_main,
-        "DIM_TAIL": dim_tail,
-        "KEY_MAIN": key_main,
-        "KEY_TAIL": key_tail,
-        "FULL_KEYS": keys == key_main + key_tail,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_D_TAIL": block_d_tail,
+        "BLOCK_N": block_n,
+        "BLOCK_N_TAIL": block_n_tail,
+        "EVEN_N": seqlen_k == block_n + block_n_tail,
     }
 
 
-def tile_keys(tiles: dict[str, Any], keys: int, key_tile: int) -> int:
-    """Put the tiles of keys that programs share into `tiles`; their number, 1 for all in one."""
-    count = -(-keys // key_tile) if key_tile else 1
-    if count > 1:
-        tiles |= {"KEY_MAIN": key_tile, "KEY_TAIL": 0, "FULL_KEYS": keys == count * key_tile}
-    tiles["KEY_TILES"] = count
-    return count
-
-
-def _place(
-    inputs: InputLayouts, tiles: dict[str, Any], device: Device
+def _table_place(
+    layouts: Layouts, tiles: dict[str, Any], device: Device
 ) -> tuple[int, str, int, int]:
-    """Where the table of configurations is looked up: what `choose_config` takes after a kernel."""
+    """Return the arguments of `choose_config` that follow the kernel."""
     return (
         device.capability,
-        precision_of(inputs),
-        tiles["DIM_MAIN"] + tiles["DIM_TAIL"],
-        tiles["KEY_MAIN"] + tiles["KEY_TAIL"],
+        precision_of(layouts),
+        tiles["BLOCK_D"] + tiles["BLOCK_D_TAIL"],
+        tiles["BLOCK_N"] + tiles["BLOCK_N_TAIL"],
     )
 
 
-def config_of(
-    kernel: str, inputs: InputLayouts, tiles: dict[str, Any], device: Device, pipeline: bool
-) -> KernelConfig:
-    return choose_config(kernel, *_place(inputs, tiles, device), pipeline)
+@cached_plan
+def fused_config(layouts: Layouts, device: Device) -> KernelConfig | None:
+    """Return the configuration that sums dK, and dV, along with dQ; None where there is none."""
+    return choose_fused_config(
+        *_table_place(layouts, tiles_of("backward", layouts, device), device)
+    )
 
 
-@kept
-def sums_config(inputs: InputLayouts, device: Device) -> KernelConfig | None:
-    """With what the kernel of the queries sums up dK, and dV, as well; None where it does not."""
-    return choose_sums(*_place(inputs, tiles_of("backward", inputs, device), device))
+class SplitPlan(NamedTuple):
+    """The split of the queries of one head among programs."""
+
+    num_splits: int
+    blocks_per_cta: int
 
 
-def split_rows(
-    inputs: InputLayouts, config: KernelConfig, device: Device, key_tiles: int = 1
-) -> tuple[int, int]:
-    """(programs along the rows, blocks of rows a program) that are expected to end first.
+def choose_num_splits(
+    layouts: Layouts, config: KernelConfig, device: Device, tiles_n: int = 1
+) -> SplitPlan:
+    """Return the split of the queries with the least expected time: waves × time of a program.
 
-    A multiprocessor holds config.resident programs at once, and one program more than all of them
-    hold keeps most of the device waiting for it. So what counts is the turns that the programs take
-    together, times what one takes: its blocks of rows and its START.
+    One program more than fit on the device at once costs a whole wave.
     """
-    batch, heads, rows, _ = inputs.query.shape
-    blocks = -(-rows // config.block)
-    places = config.resident * device.multiprocessors
+    batch, heads, seqlen_q, _ = layouts.query.shape
+    blocks = -(-seqlen_q // config.block_m)
+    ctas_per_wave = config.ctas_per_sm * device.multiprocessors
     best = (math.inf, 0, 0)
-    blocks_a_program = blocks
-    while blocks_a_program > 0:
-        programs = -(-blocks // blocks_a_program)
-        blocks_a_program = -(-blocks // programs)
-        turns = -(-batch * heads * key_tiles * programs // places)
-        best = min(best, (turns * (blocks_a_program + START), programs, blocks_a_program))
-        blocks_a_program -= 1
-    return best[1:]
+    blocks_per_cta = blocks
+    while blocks_per_cta > 0:
+        num_splits = -(-blocks // blocks_per_cta)
+        blocks_per_cta = -(-blocks // num_splits)
+        waves = -(-batch * heads * tiles_n * num_splits // ctas_per_wave)
+        time = waves * (blocks_per_cta + CTA_OVERHEAD_BLOCKS)
+        best = min(best, (time, num_splits, blocks_per_cta))
+        blocks_per_cta -= 1
+    return SplitPlan(*best[1:])
 
 
-def common_numbers(inputs: InputLayouts, tiles: dict[str, Any], scale: float) -> dict[str, Any]:
-    """Numbers that all kernels of rows take."""
-    numbers: dict[str, Any] = {}
+def _common_numbers(
+    layouts: Layouts,
+    tiles: dict[str, Any],
+    scale: float,
+    device: Device,
+    config: KernelConfig,
+    split: SplitPlan,
+) -> dict[str, Any]:
+    """Return the numbers that all kernels over queries take."""
+    numbers = dict(tiles)
     for name in ("query", "key", "value", "reference_key"):
-        short = "reference" if name == "reference_key" else name
+        short = "ref" if name == "reference_key" else name
         row = "n" if name == "query" else "m"
         names = [f"{short}_stride_{axis}" for axis in ("b", "h", row)]
-        numbers |= zip(names, steps_of(getattr(inputs, name)), strict=True)
-    probs_positions = inputs.probs_positions
-    return (
-        numbers
-        | tiles
-        | {
-            "weight_stride_b": batch_step(inputs.token_weights),
-            "mask_stride_b": batch_step(inputs.key_mask),
-            "token_stride_b": batch_step(probs_positions),
-            "heads": inputs.query.shape[1],
-            "rows": inputs.query.shape[2],
-            "keys": inputs.key.shape[2],
-            "tokens": 0 if probs_positions is None else probs_positions.shape[1],
-            "scale_log2": max(scale * LOG2_E, SMALLEST_SCALE),
-        }
+        numbers.update(zip(names, steps_of(getattr(layouts, name)), strict=True))
+    positions = layouts.probs_positions
+    numbers.update(
+        weight_stride_b=batch_step(layouts.token_weights),
+        mask_stride_b=batch_step(layouts.key_mask),
+        positions_stride_b=batch_step(positions),
+        heads=layouts.query.shape[1],
+        seqlen_q=layouts.query.shape[2],
+        seqlen_k=layouts.key.shape[2],
+        num_positions=0 if positions is None else positions.shape[1],
+        sm_scale_log2=max(scale * LOG2_E, SMALLEST_SCALE),
+        blocks_per_cta=split.blocks_per_cta,
+        BLOCK_M=config.block_m,
+        KV_IN_LOOP=config.kv_in_loop,
+        ALIGNMENT=row_alignment(layouts.query.shape[3], *layouts[:4], layouts.grad_output),
+        UPCAST=device.interpreted and layouts.query.dtype == torch.bfloat16,
     )
+    return numbers
 
 
-@kept
-def _prepare_forward(
-    inputs: InputLayouts, scale: float, device: Device, config: KernelConfig | None
-) -> Prepared:
-    tiles = tiles_of("forward", inputs, device)
-    config = config or config_of(
-        "forward", inputs, tiles, device, pipeline=inputs.probs_positions is None
+@cached_plan
+def _compiled_forward(
+    layouts: Layouts, scale: float, device: Device, config: KernelConfig | None
+) -> CompiledLaunch:
+    tiles = tiles_of("forward", layouts, device)
+    config = config or choose_config(
+        "forward", *_table_place(layouts, tiles, device), layouts.probs_positions is None
     )
-    programs, blocks = split_rows(inputs, config, device)
-    batch, heads, _, head_dim = inputs.query.shape
-    numbers = common_numbers(inputs, tiles, scale) | {
-        "blocks_a_program": blocks,
-        "BLOCK": config.block,
-        "RELOAD": config.reload,
-        "ALIGNMENT": row_alignment(head_dim, *inputs[:4]),
-        "UPCAST": device.interpreted and inputs.query.dtype == torch.bfloat16,
-    }
-    return Prepared(cross_attention_forward, (batch * heads, programs), numbers, config)
+    split = choose_num_splits(layouts, config, device)
+    batch, heads = layouts.query.shape[:2]
+    numbers = _common_numbers(layouts, tiles, scale, device, config, split)
+    return CompiledLaunch(_attn_fwd, (batch * heads, split.num_splits), numbers, config)
 
 
 def plan_forward(
-    inputs: Inputs, output: Tensor, attn_probs: Tensor | None, scale: float, device: Device,
-    config: KernelConfig | None = None,
+    inputs: AttentionInputs, output: Tensor, attn_probs: Tensor | None, scale: float,
+    device: Device, config: KernelConfig | None = None,
 ) -> tuple[Launch, Tensor | None]:  # fmt: skip
-    """The forward launch, and the partial subject_losses [B, H, programs] it will write, if any.
+    """Return the forward launch and the partial subject losses [B, H, splits] it will write.
 
-    output is [B, N, H, D] contiguous, maps [B, H, T, N] contiguous float32 or None. config stands
-    in for the table's, here and below.
+    output is memory of a contiguous [B, N, H, D], attn_probs of a [B, H, T, N] float32 or None.
+    config replaces the table's, here and below.
     """
-    prepared = _prepare_forward(InputLayouts.of(inputs), scale, device, config)
+    tensors = input_tensors(inputs)
+    compiled = _compiled_forward(Layouts.of(tensors), scale, device, config)
     partials = None
     if inputs.reference_key is not None:
         batch, heads = inputs.query.shape[:2]
-        partials = output.new_empty((batch, heads, prepared.grid[1]), dtype=torch.float32)
-    tensors = inputs._asdict() | {
-        "output": output,
-        "subject_loss": partials,
-        "attn_probs": attn_probs,
-    }
-    return Launch(prepared, tensors), partials
-
-
-KEY_GRADIENTS = ("grad_key", "grad_value", "grad_reference_key")
+        partials = output.new_empty((batch, heads, compiled.grid[1]), dtype=torch.float32)
+    tensors.update(output=output, subject_loss=partials, attn_probs=attn_probs)
+    return Launch(compiled, tensors), partials
 
 
 class _Partial(NamedTuple):
-    """What the programs of a launch leave of one gradient: `count` sums for each batch of total."""
+    """Partial sums of one gradient: `num_splits` for each batch of total."""
 
     sums: Tensor
     total: Tensor
-    count: int
+    num_splits: int
 
 
 def _backward_numbers(
-    kernel: str, inputs: InputLayouts, gradients: GradientLayouts, scale: float,
-    reference_grad: bool, device: Device, config: KernelConfig | None,
+    kernel: str, layouts: Layouts, scale: float, reference_grad: bool, device: Device,
+    config: KernelConfig | None,
 ) -> tuple[dict[str, Any], KernelConfig, int]:  # fmt: skip
-    """Numbers shared by the backward kernels, their configuration and the programs."""
-    tiles = tiles_of(kernel, inputs, device)
-    masked = kernel == "backward_key_value" and inputs.key_mask is not None
-    pipeline = gradients.attn_probs is None and not reference_grad and not masked
-    config = config or config_of(kernel, inputs, tiles, device, pipeline)
-    key_tiles = 1
-    if kernel == "backward_key_value":
-        key_tiles = tile_keys(tiles, inputs.key.shape[2], config.key_tile)
-    programs, blocks = split_rows(inputs, config, device, key_tiles)
-    heads, _, head_dim = inputs.query.shape[1:]
-    attn_probs = gradients.attn_probs
-    all_heads = attn_probs is not None and len(attn_probs.shape) == 4
-    output_steps = steps_of(gradients.output)
-    numbers = common_numbers(inputs, tiles, scale) | {
-        "output_stride_b": output_steps[0],
-        "output_stride_h": output_steps[1],
-        "output_stride_n": output_steps[2],
-        "subject_loss_stride_b": batch_step(gradients.subject_loss),
-        "probs_stride_b": 0 if attn_probs is None else attn_probs.strides[0],
-        "probs_stride_h": attn_probs.strides[1] if attn_probs is not None and all_heads else 0,
-        "map_factor": 1.0 if all_heads else 1.0 / heads,
-        "blocks_a_program": blocks,
-        "scale": scale,
-        "BLOCK": config.block,
-        "RELOAD": config.reload,
-        "PIPELINED": config.pipelined,
-        "ALIGNMENT": row_alignment(head_dim, *inputs[:4], gradients.output),
-        "UPCAST": device.interpreted and inputs.query.dtype == torch.bfloat16,
-    }
-    return numbers, config, programs
-
-
-def _gradient_tensors(inputs: Inputs, gradients: Gradients) -> dict[str, Tensor | None]:
-    return inputs._asdict() | {
-        "grad_output": gradients.output,
-        "grad_subject_loss": gradients.subject_loss,
-        "grad_attn_probs": gradients.attn_probs,
-    }
-
-
-@kept
-def _prepare_backward_query(
-    kernel: str, inputs: InputLayouts, gradients: GradientLayouts, scale: float,
-    reference_grad: bool, device: Device, config: KernelConfig | None,
-) -> Prepared:  # fmt: skip
-    reference_grad = reference_grad and gradients.subject_loss is not None
-    numbers, config, programs = _backward_numbers(
-        kernel, inputs, gradients, scale, reference_grad, device, config
+    """Return the numbers shared by the backward kernels, their configuration and the splits."""
+    tiles = tiles_of(kernel, layouts, device)
+    of_keys = kernel == "backward_key_value"
+    masked = of_keys and layouts.key_mask is not None
+    pipeline = layouts.grad_attn_probs is None and not reference_grad and not masked
+    config = config or choose_config(kernel, *_table_place(layouts, tiles, device), pipeline)
+    seqlen_k = layouts.key.shape[2]
+    tiles_n = -(-seqlen_k // config.block_n) if of_keys and config.block_n else 1
+    if tiles_n > 1:
+        even = seqlen_k == tiles_n * config.block_n
+        tiles.update(BLOCK_N=config.block_n, BLOCK_N_TAIL=0, EVEN_N=even)
+    split = choose_num_splits(layouts, config, device, tiles_n)
+    probs = layouts.grad_attn_probs
+    all_heads = probs is not None and len(probs.shape) == 4
+    numbers = _common_numbers(layouts, tiles, scale, device, config, split)
+    names = ("do_stride_b", "do_stride_h", "do_stride_n")
+    numbers.update(zip(names, steps_of(layouts.grad_output), strict=True))
+    numbers.update(
+        loss_stride_b=batch_step(layouts.grad_subject_loss),
+        probs_stride_b=0 if probs is None else probs.strides[0],
+        probs_stride_h=probs.strides[1] if probs is not None and all_heads else 0,
+        probs_factor=1.0 if all_heads else 1.0 / layouts.query.shape[1],
+        scale=scale,
+        PIPELINED=config.pipelined,
     )
-    numbers["REFERENCE_GRAD"] = reference_grad
-    numbers["PREFETCH"] = config.prefetch
-    numbers["LATE"] = config.late or (config.reload and not config.pipelined)
-    batch, heads = inputs.query.shape[:2]
-    return Prepared(cross_attention_backward_query, (batch * heads, programs), numbers, config)
+    if of_keys:
+        numbers["TILES_N"] = tiles_n
+    return numbers, config, split.num_splits
 
 
-def empty_statistics(query: Tensor) -> Tensor:
-    """The float32 buffer [B, H, N, 8] from the kernel of the queries to that of the keys."""
-    batch, heads, rows, _ = query.shape
-    return query.new_empty((batch, heads, rows, STATISTICS.value), dtype=torch.float32)
+@cached_plan
+def _compiled_backward_query(
+    kernel: str, layouts: Layouts, scale: float, reference_grad: bool, device: Device,
+    config: KernelConfig | None,
+) -> CompiledLaunch:  # fmt: skip
+    reference_grad = reference_grad and layouts.grad_subject_loss is not None
+    numbers, config, num_splits = _backward_numbers(
+        kernel, layouts, scale, reference_grad, device, config
+    )
+    numbers.update(
+        REFERENCE_GRAD=reference_grad,
+        PREFETCH=config.prefetch,
+        LOAD_DO_LATE=config.load_do_late or (config.kv_in_loop and not config.pipelined),
+    )
+    batch, heads = layouts.query.shape[:2]
+    return CompiledLaunch(_attn_bwd_dq, (batch * heads, num_splits), numbers, config)
+
+
+def empty_row_stats(query: Tensor) -> Tensor:
+    """Return the float32 buffer [B, H, N, 8] that `_attn_bwd_dq` writes for `_attn_bwd_dkdv`."""
+    return query.new_empty((*query.shape[:3], ROW_STATS.value), dtype=torch.float32)
 
 
 def plan_backward_query(
-    inputs: Inputs, gradients: Gradients, grad_query: Tensor | None, statistics: Tensor | None,
-    scale: float, reference_grad: bool, device: Device, config: KernelConfig | None = None,
+    inputs: AttentionInputs, grads: OutputGrads, grad_query: Tensor | None,
+    row_stats: Tensor | None, scale: float, reference_grad: bool, device: Device,
+    config: KernelConfig | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch that writes grad_query, [B, N, H, D] contiguous, and the statistics of its rows.
+    """Return the launch that writes grad_query, a contiguous [B, N, H, D], and row_stats.
 
-    statistics, as `empty_statistics` makes them, are what the kernel of the keys needs. config
-    stands in for the table's, here and below.
+    row_stats is memory from `empty_row_stats`, which `plan_backward_key_value` needs.
     """
-    layouts = GradientLayouts.of(gradients)
-    prepared = _prepare_backward_query(
-        "backward_query", InputLayouts.of(inputs), layouts, scale, reference_grad, device, config
+    tensors = input_tensors(inputs, grads)
+    compiled = _compiled_backward_query(
+        "backward_query", Layouts.of(tensors), scale, reference_grad, device, config
     )
-    tensors = _gradient_tensors(inputs, gradients)
-    return Launch(prepared, tensors | {"grad_query": grad_query, "statistics": statistics})
+    tensors.update(grad_query=grad_query, row_stats=row_stats)
+    return Launch(compiled, tensors)
 
 
-def plan_backward_sums(
-    inputs: Inputs, gradients: Gradients, grad_query: Tensor | None, statistics: Tensor | None,
-    totals: tuple[Tensor | None, Tensor | None], scale: float, reference_grad: bool,
-    device: Device, config: KernelConfig,
+def plan_backward_fused(
+    inputs: AttentionInputs, grads: OutputGrads, grad_query: Tensor | None,
+    row_stats: Tensor | None, totals: tuple[Tensor | None, Tensor | None], scale: float,
+    reference_grad: bool, device: Device, config: KernelConfig,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write what `plan_backward_query` does, and the gradients of key and value.
+    """Return the launches of `plan_backward_query` that write dK, and dV, as well.
 
-    totals are as for `plan_backward_key_value`; config says that the kernel sums them up.
+    totals are as for `plan_backward_key_value`; config.fuse_dkv says which of them are summed.
     """
-    launch, partials = _backward_sums(
-        inputs, gradients, grad_query, statistics, totals, scale, reference_grad, device, config
+    launch, partials = _backward_fused(
+        inputs, grads, grad_query, row_stats, totals, scale, reference_grad, device, config
     )
-    return [launch, *_plan_sums(partials, device)]
+    return [launch, *_plan_reductions(partials, device)]
 
 
-def _backward_sums(
-    inputs: Inputs, gradients: Gradients, grad_query: Tensor | None, statistics: Tensor | None,
-    totals: tuple[Tensor | None, Tensor | None], scale: float, reference_grad: bool,
-    device: Device, config: KernelConfig,
+def _backward_fused(
+    inputs: AttentionInputs, grads: OutputGrads, grad_query: Tensor | None,
+    row_stats: Tensor | None, totals: tuple[Tensor | None, Tensor | None], scale: float,
+    reference_grad: bool, device: Device, config: KernelConfig,
 ) -> tuple[Launch, list[_Partial]]:  # fmt: skip
-    layouts = GradientLayouts.of(gradients)
-    prepared = _prepare_backward_query(
-        "backward", InputLayouts.of(inputs), layouts, scale, reference_grad, device, config
+    tensors = input_tensors(inputs, grads)
+    compiled = _compiled_backward_query(
+        "backward", Layouts.of(tensors), scale, reference_grad, device, config
     )
-    written, partials = _partials(inputs, totals, prepared.grid[1])
-    tensors = _gradient_tensors(inputs, gradients) | {
-        "grad_query": grad_query,
-        "grad_key": written[0],
-        "grad_value": written[1],
-        "statistics": statistics,
-    }
-    return Launch(prepared, tensors), partials
+    written, partials = _partials(inputs, totals, compiled.grid[1])
+    tensors.update(
+        grad_query=grad_query, grad_key=written[0], grad_value=written[1], row_stats=row_stats
+    )
+    return Launch(compiled, tensors), partials
 
 
-@kept
-def _prepare_backward_key_value(
-    inputs: InputLayouts, gradients: GradientLayouts, scale: float, reference_grad: bool,
-    device: Device, config: KernelConfig | None,
-) -> Prepared:  # fmt: skip
-    numbers, config, splits = _backward_numbers(
-        "backward_key_value", inputs, gradients, scale, reference_grad, device, config
+@cached_plan
+def _compiled_backward_key_value(
+    layouts: Layouts, scale: float, reference_grad: bool, device: Device,
+    config: KernelConfig | None,
+) -> CompiledLaunch:  # fmt: skip
+    numbers, config, num_splits = _backward_numbers(
+        "backward_key_value", layouts, scale, reference_grad, device, config
     )
-    batch, heads = inputs.query.shape[:2]
-    grid = (batch * heads * numbers["KEY_TILES"], splits)
-    return Prepared(cross_attention_backward_key_value, grid, numbers, config)
+    batch, heads = layouts.query.shape[:2]
+    grid = (batch * heads * numbers["TILES_N"], num_splits)
+    return CompiledLaunch(_attn_bwd_dkdv, grid, numbers, config)
 
 
 def plan_backward_key_value(
-    inputs: Inputs, gradients: Gradients, statistics: Tensor,
-    totals: tuple[Tensor | None, Tensor | None, Tensor | None], scale: float, device: Device,
-    config: KernelConfig | None = None,
+    inputs: AttentionInputs, grads: OutputGrads, row_stats: Tensor, totals: KeyGrads, scale: float,
+    device: Device, config: KernelConfig | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write the gradients of key, value and reference key.
+    """Return the launches that write the gradients of key, value and reference key.
 
-    totals are [B or 1, M, H, D] contiguous or None where not wanted, at least one is wanted. A
-    batch of 1 under a larger batch of queries gets the sum over it. Without more than one partial
-    sum a gradient, the first kernel writes the totals itself.
+    totals are contiguous [B or 1, M, H, D], or None where not wanted; at least one is wanted. A
+    batch of 1 under a larger batch of queries gets the sum over it. With one split a gradient, the
+    first kernel writes the totals itself.
     """
     launches, partials = _backward_key_value(
-        inputs, gradients, statistics, totals, scale, device, config
+        inputs, grads, row_stats, totals, scale, device, config
     )
-    return launches + _plan_sums(partials, device)
+    return launches + _plan_reductions(partials, device)
 
 
 def _backward_key_value(
-    inputs: Inputs, gradients: Gradients, statistics: Tensor,
-    totals: tuple[Tensor | None, Tensor | None, Tensor | None], scale: float, device: Device,
-    config: KernelConfig | None,
+    inputs: AttentionInputs, grads: OutputGrads, row_stats: Tensor, totals: KeyGrads, scale: float,
+    device: Device, config: KernelConfig | None,
 ) -> tuple[list[Launch], list[_Partial]]:  # fmt: skip
-    layouts = GradientLayouts.of(gradients)
-    prepared = _prepare_backward_key_value(
-        InputLayouts.of(inputs), layouts, scale, totals[2] is not None, device, config
+    tensors = input_tensors(inputs, grads)
+    compiled = _compiled_backward_key_value(
+        Layouts.of(tensors), scale, totals[2] is not None, device, config
     )
-    written, partials = _partials(inputs, totals, prepared.grid[1])
-    tensors = _gradient_tensors(inputs, gradients) | {"statistics": statistics}
+    tensors["row_stats"] = row_stats
+    written, partials = _partials(inputs, totals, compiled.grid[1])
     parts = [dict(zip(KEY_GRADIENTS, written, strict=True))]
-    if prepared.config.separate:
+    if compiled.config.split_dk_dv:
         parts = [{name: each} for name, each in parts[0].items() if each is not None]
-    return [Launch(prepared, tensors | part) for part in parts], partials
+    return [Launch(compiled, tensors | part) for part in parts], partials
 
 
 def plan_backward(
-    inputs: Inputs, gradients: Gradients,
-    totals: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    scale: float, reference_grad: bool, device: Device,
+    inputs: AttentionInputs, grads: OutputGrads, totals: InputGrads, scale: float,
+    reference_grad: bool, device: Device,
 ) -> list[Launch]:  # fmt: skip
-    """The launches that write the gradients of query, key, value and reference key.
+    """Return the launches that write the gradients of query, key, value and reference key.
 
-    totals are as for `plan_backward_query` and `plan_backward_key_value`, one at least is wanted.
+    totals are as for `plan_backward_query` and `plan_backward_key_value`; at least one is wanted.
     """
     grad_query, *of_keys = totals
-    config = sums_config(InputLayouts.of(inputs), device)
-    summed: list[Tensor | None] = [None, None]
+    config = fused_config(Layouts.of(input_tensors(inputs)), device)
     # Without dK the sums would leave the greater part to the kernel of the keys.
-    if config is not None and of_keys[0] is not None:
-        summed[: config.sums] = of_keys[: config.sums]
-        of_keys[: config.sums] = [None] * config.sums
-    statistics = None
+    fused = FUSED_GRADS[config.fuse_dkv] if config is not None and totals[1] is not None else 0
+    summed = (totals[1] if fused > 0 else None, totals[2] if fused > 1 else None)
+    of_keys[:fused] = [None] * fused
+    row_stats = None
     if any(total is not None for total in of_keys):
-        statistics = empty_statistics(inputs.query)
+        row_stats = empty_row_stats(inputs.query)
     partials: list[_Partial] = []
-    if summed[0] is None:
-        launches = [
-            plan_backward_query(
-                inputs, gradients, grad_query, statistics, scale, reference_grad, device
-            )
-        ]
-    else:
-        assert config is not None
-        launch, partials = _backward_sums(
-            inputs, gradients, grad_query, statistics, (summed[0], summed[1]), scale,
-            reference_grad, device, config,
-        )  # fmt: skip
-        launches = [launch]
-    if statistics is not None:
-        wanted = (of_keys[0], of_keys[1], of_keys[2])
-        more, others = _backward_key_value(
-            inputs, gradients, statistics, wanted, scale, device, None
+    if config is not None and fused:
+        launch, partials = _backward_fused(
+            inputs, grads, grad_query, row_stats, summed, scale, reference_grad, device, config
         )
+    else:
+        launch = plan_backward_query(
+            inputs, grads, grad_query, row_stats, scale, reference_grad, device
+        )
+    launches = [launch]
+    if row_stats is not None:
+        wanted = (of_keys[0], of_keys[1], of_keys[2])
+        more, others = _backward_key_value(inputs, grads, row_stats, wanted, scale, device, None)
         launches += more
         partials += others
-    return launches + _plan_sums(partials, device)
+    return launches + _plan_reductions(partials, device)
 
 
 def _partials(
-    inputs: Inputs, totals: Sequence[Tensor | None], splits: int
+    inputs: AttentionInputs, totals: Sequence[Tensor | None], num_splits: int
 ) -> tuple[list[Tensor | None], list[_Partial]]:
-    """What the programs write for each total, and what is to be added up then.
+    """Return the memory that the programs write for each total, and the sums to reduce.
 
-    They write the total itself where each of its batches has one sum.
+    The programs write the total itself if each of its batches has one sum.
     """
     batch, heads, _, head_dim = inputs.query.shape
-    shape = (batch, splits, inputs.key.shape[2], heads, head_dim)
+    shape = (batch, num_splits, inputs.key.shape[2], heads, head_dim)
     written: list[Tensor | None] = []
     partials = []
     for total in totals:
-        if total is None or (splits == 1 and total.shape[0] == batch):
+        if total is None or (num_splits == 1 and total.shape[0] == batch):
             written.append(total)
             continue
         sums = total.new_empty(shape, dtype=torch.float32)
         written.append(sums)
-        partials.append(_Partial(sums, total, batch * splits // total.shape[0]))
+        partials.append(_Partial(sums, total, batch * num_splits // total.shape[0]))
     return written, partials
 
 
-def _plan_sums(partials: Sequence[_Partial], device: Device) -> list[Launch]:
-    """The launches that add up partial sums into the totals, those of one kind together."""
+def _plan_reductions(partials: Sequence[_Partial], device: Device) -> list[Launch]:
+    """Return the launches that reduce partial sums into totals, equal shapes in one launch."""
     kinds: dict[tuple[int, int], list[_Partial]] = {}
     for partial in partials:
-        kinds.setdefault((partial.total.shape[0], partial.count), []).append(partial)
-    return [_plan_sum(kind, device) for _, kind in sorted(kinds.items())]
+        kinds.setdefault((partial.total.shape[0], partial.num_splits), []).append(partial)
+    return [_plan_reduction(kind, device) for _, kind in sorted(kinds.items())]
 
 
-@kept
-def _prepare_sum(
-    elements: int, groups: int, gradients: int, dtype: torch.dtype, count: int, device: Device
-) -> Prepared:
-    """dtype is not read: kernels of another one are others."""
-    ahead = next(size for size in (2, 4, 8, 16) if size >= min(count, 16))
-    # Small programs where larger ones would leave multiprocessors without any.
-    places = 2 * device.multiprocessors
-    warps = 4 if elements * groups * gradients >= SUM_COLUMNS[4] * places else 1
-    block = SUM_COLUMNS[warps]
-    numbers = {"elements": elements, "count": count, "BLOCK": block, "AHEAD": ahead}
-    grid = (-(-elements // block), groups, gradients)
-    return Prepared(sum_partials, grid, numbers, KernelConfig(block, warps, 1))
-
-
-def _plan_sum(partials: Sequence[_Partial], device: Device) -> Launch:
-    """The launch that adds up the partial sums of up to three gradients of equal shape."""
-    _, total, count = partials[0]
-    prepared = _prepare_sum(
-        total.numel() // total.shape[0], total.shape[0], len(partials), total.dtype, count, device
+def _plan_reduction(partials: Sequence[_Partial], device: Device) -> Launch:
+    """Return the launch that reduces up to three gradients of equal shape."""
+    _, total, num_splits = partials[0]
+    groups = total.shape[0]
+    compiled = _compiled_reduction(
+        total.numel() // groups, groups, len(partials), total.dtype, num_splits, device
     )
     tensors: dict[str, Tensor | None] = {}
-    for place, (sums, into, _) in zip(("first", "second", "third"), partials, strict=False):
-        tensors |= {f"{place}_partials": sums, f"{place}_total": into}
-    return Launch(prepared, tensors)
+    for place, partial in zip(("first", "second", "third"), partials, strict=False):
+        tensors[f"{place}_partials"] = partial.sums
+        tensors[f"{place}_total"] = partial.total
+    return Launch(compiled, tensors)
+
+
+@cached_plan
+def _compiled_reduction(
+    numel: int, groups: int, gradients: int, dtype: torch.dtype, num_splits: int, device: Device
+) -> CompiledLaunch:
+    """Return the kernel for totals of `dtype`, which is part of the cache's key alone."""
+    ahead = next(size for size in (2, 4, 8, 16) if size >= min(num_splits, 16))
+    # Small programs where larger ones would leave multiprocessors idle.
+    enough = numel * groups * gradients >= REDUCE_BLOCKS[4] * 2 * device.multiprocessors
+    warps = 4 if enough else 1
+    block = REDUCE_BLOCKS[warps]
+    numbers = {"numel": numel, "num_splits": num_splits, "BLOCK": block, "AHEAD": ahead}
+    grid = (-(-numel // block), groups, gradients)
+    return CompiledLaunch(_reduce_splits, grid, numbers, KernelConfig(block, warps, 1))

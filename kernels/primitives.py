@@ -1,6 +1,6 @@
-"""The mathematics shared by the kernels: products of tiles, masked softmax, its gradient, columns.
+"""Mathematics of the kernels: products of tiles, masked softmax, its gradient, single columns.
 
-Tuples carry the main and the tail part of a tile along the head width (memory.py).
+Tuples hold the main and the tail part of a tile along the head dimension (memory.py).
 """
 
 from __future__ import annotations
@@ -9,190 +9,190 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-COUNTS = ("heads", "tokens", "blocks_a_program", "count")
-"""Arguments of the kernels that only count: a 1 or a multiple of 16 among them, which a batch or a
-resolution decides, is not worth a kernel of its own."""
+COUNTS = ("heads", "num_positions", "blocks_per_cta", "num_splits")
+"""Arguments that only count. Triton would compile a kernel more for a 1 or a multiple of 16 among
+them, which depends on batch and resolution."""
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def zero_rows(ROWS: tl.constexpr, DIM_MAIN: tl.constexpr, DIM_TAIL: tl.constexpr):
-    """A float32 accumulator of rows, as a tuple of its parts."""
-    main = tl.zeros([ROWS, DIM_MAIN], tl.float32)
-    if DIM_TAIL > 0:
-        return (main, tl.zeros([ROWS, DIM_TAIL], tl.float32))
+def zero_rows(ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_D_TAIL: tl.constexpr):
+    """Return a float32 accumulator [ROWS, HEAD_DIM] as a tuple of its parts."""
+    main = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if BLOCK_D_TAIL > 0:
+        return (main, tl.zeros([ROWS, BLOCK_D_TAIL], tl.float32))
     else:
         return (main,)
 
 
 @triton.jit
-def inner_products(left, right, DIM_TAIL: tl.constexpr):
-    """left · rightᵀ over the head width: [rows of left, rows of right], float32."""
+def dot_t(left, right, BLOCK_D_TAIL: tl.constexpr):
+    """Return left · rightᵀ over the head dimension: [rows of left, rows of right], float32."""
     products = tl.dot(left[0], tl.trans(right[0]), input_precision="ieee")
-    if DIM_TAIL > 0:
+    if BLOCK_D_TAIL > 0:
         products = tl.dot(left[1], tl.trans(right[1]), acc=products, input_precision="ieee")
     return products
 
 
 @triton.jit
-def add_products(sums, left, right, DIM_TAIL: tl.constexpr):
-    """sums + left · rightᵀ: the matrix unit adds, and the sums need no registers besides."""
-    sums = tl.dot(left[0], tl.trans(right[0]), acc=sums, input_precision="ieee")
-    if DIM_TAIL > 0:
-        sums = tl.dot(left[1], tl.trans(right[1]), acc=sums, input_precision="ieee")
-    return sums
+def add_dot_t(acc, left, right, BLOCK_D_TAIL: tl.constexpr):
+    """Return acc + left · rightᵀ; the matrix unit adds, so no more registers are needed."""
+    acc = tl.dot(left[0], tl.trans(right[0]), acc=acc, input_precision="ieee")
+    if BLOCK_D_TAIL > 0:
+        acc = tl.dot(left[1], tl.trans(right[1]), acc=acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
-def accumulate(sums, weights, rows, DIM_TAIL: tl.constexpr):
-    """sums + weights · rows, part by part; the weights are rounded to the rows' dtype."""
+def accumulate(acc, weights, rows, BLOCK_D_TAIL: tl.constexpr):
+    """Return acc + weights · rows in parts; the weights are rounded to the rows' dtype."""
     rounded = weights.to(rows[0].dtype)
-    main = tl.dot(rounded, rows[0], acc=sums[0], input_precision="ieee")
-    if DIM_TAIL > 0:
-        return (main, tl.dot(rounded, rows[1], acc=sums[1], input_precision="ieee"))
+    main = tl.dot(rounded, rows[0], acc=acc[0], input_precision="ieee")
+    if BLOCK_D_TAIL > 0:
+        return (main, tl.dot(rounded, rows[1], acc=acc[1], input_precision="ieee"))
     else:
         return (main,)
 
 
 @triton.jit
-def scale_rows(rows, factor, DIM_TAIL: tl.constexpr):
-    """Every part times one factor."""
-    if DIM_TAIL > 0:
+def scale_rows(rows, factor, BLOCK_D_TAIL: tl.constexpr):
+    """Return every part times one factor."""
+    if BLOCK_D_TAIL > 0:
         return (rows[0] * factor, rows[1] * factor)
     else:
         return (rows[0] * factor,)
 
 
 @triton.jit
-def exponentials(scores, peak, scale_log2, EXACT: tl.constexpr):
-    """exp2((scores - peak) · scale_log2) for the rows' peaks.
+def exp_scores(scores, row_max, sm_scale_log2, EXACT: tl.constexpr):
+    """Return exp2((scores - row_max) · sm_scale_log2), [BLOCK_M, keys].
 
     EXACT, for float32, subtracts first: the difference is then exact where it matters. Else one
-    fused multiply-add an element does both, and its rounding is far below that of half precision.
+    fused multiply-add an element does both, with a rounding far below that of half precision.
     """
     if EXACT:
-        return tl.exp2((scores - peak[:, None]) * scale_log2)
+        return tl.exp2((scores - row_max[:, None]) * sm_scale_log2)
     else:
-        return tl.exp2(scores * scale_log2 - (peak * scale_log2)[:, None])
+        return tl.exp2(scores * sm_scale_log2 - (row_max * sm_scale_log2)[:, None])
 
 
 @triton.jit
-def normalised(powers, inverse):
-    """Powers times their row's inverse sum, each rounded by itself.
+def normalized(powers, inv_sum):
+    """Return powers times the inv_sum of their row, each product rounded on its own.
 
-    Fused with the difference of two maps, the one half would be exact and the other rounded: equal
-    scores would leave a loss, and a gradient of it, of some 1e-9 instead of 0.
+    Fused with the difference of two maps, one of them would be exact and the other rounded: equal
+    scores would give a loss, and a gradient, of about 1e-9 instead of 0.
     """
     if INTERPRETED:
-        return powers * inverse[:, None]
+        return powers * inv_sum[:, None]
     else:
-        return libdevice.mul_rn(powers, inverse[:, None])
+        return libdevice.mul_rn(powers, inv_sum[:, None])
 
 
 @triton.jit
-def scores(queries, key_main, key_tail, DIM_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr):
-    """Scores of all keys, not scaled: main tile and tail tile, which repeats the first if none."""
-    main = inner_products(queries, key_main, DIM_TAIL)
-    if KEY_TAIL > 0:
-        return main, inner_products(queries, key_tail, DIM_TAIL)
+def scores(q, k, k_tail, BLOCK_D_TAIL: tl.constexpr, BLOCK_N_TAIL: tl.constexpr):
+    """Return unscaled scores [BLOCK_M, BLOCK_N] and [BLOCK_M, BLOCK_N_TAIL].
+
+    Without a tail the second result repeats the first and must not be used, here and below.
+    """
+    main = dot_t(q, k, BLOCK_D_TAIL)
+    if BLOCK_N_TAIL > 0:
+        return main, dot_t(q, k_tail, BLOCK_D_TAIL)
     else:
         return main, main
 
 
 @triton.jit
 def softmax(
-    main, tail, valid_main, valid_tail, scale_log2, KEY_TAIL: tl.constexpr,
-    MASK_MAIN: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
+    p, p_tail, mask_n, mask_n_tail, sm_scale_log2, BLOCK_N_TAIL: tl.constexpr,
+    MASK_N: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over all keys (equation 4), float32: main tile, tail tile, rows' peak and inverse.
+    """Compute the softmax over all keys (equation 4) in float32; return it, row_max and inv_sum.
 
-    A probability is exp2((score - peak) · scale_log2) · inverse; scale_log2 is the scale times
-    log2(e) and positive. A row without any key has inverse 0. Without a tail tile the second
-    result repeats the first and must not be used. EXACT is that of `exponentials`.
+    A probability is exp2((score - row_max) · sm_scale_log2) · inv_sum; sm_scale_log2 is the scale
+    times log2(e) and positive. A row without any key has inv_sum 0. EXACT is that of `exp_scores`.
     """
-    if MASK_MAIN:
-        main = tl.where(valid_main[None, :], main, float("-inf"))
-    peak = tl.max(main, axis=1)
-    if KEY_TAIL > 0:
-        tail = tl.where(valid_tail[None, :], tail, float("-inf"))
-        peak = tl.maximum(peak, tl.max(tail, axis=1))
+    if MASK_N:
+        p = tl.where(mask_n[None, :], p, float("-inf"))
+    row_max = tl.max(p, axis=1)
+    if BLOCK_N_TAIL > 0:
+        p_tail = tl.where(mask_n_tail[None, :], p_tail, float("-inf"))
+        row_max = tl.maximum(row_max, tl.max(p_tail, axis=1))
     if HAS_MASK:
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-    main = exponentials(main, peak, scale_log2, EXACT)
-    total = tl.sum(main, axis=1)
-    if KEY_TAIL > 0:
-        tail = exponentials(tail, peak, scale_log2, EXACT)
-        total += tl.sum(tail, axis=1)
-    inverse = 1.0 / total
+        row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    p = exp_scores(p, row_max, sm_scale_log2, EXACT)
+    row_sum = tl.sum(p, axis=1)
+    if BLOCK_N_TAIL > 0:
+        p_tail = exp_scores(p_tail, row_max, sm_scale_log2, EXACT)
+        row_sum += tl.sum(p_tail, axis=1)
+    inv_sum = 1.0 / row_sum
     if HAS_MASK:
-        inverse = tl.where(total == 0.0, 0.0, inverse)
-    main = normalised(main, inverse)
-    if KEY_TAIL > 0:
-        return main, normalised(tail, inverse), peak, inverse
+        inv_sum = tl.where(row_sum == 0.0, 0.0, inv_sum)
+    p = normalized(p, inv_sum)
+    if BLOCK_N_TAIL > 0:
+        return p, normalized(p_tail, inv_sum), row_max, inv_sum
     else:
-        return main, main, peak, inverse
+        return p, p, row_max, inv_sum
 
 
 @triton.jit
-def pull(
-    main, tail, other_main, other_tail, weight_main, weight_tail, factor, KEY_TAIL: tl.constexpr
-):
+def d_probs_loss(p, p_tail, p_ref, p_ref_tail, w, w_tail, factor, BLOCK_N_TAIL: tl.constexpr):
     """Return the subject loss's part of the gradient of the probabilities (equation 10)."""
-    pull_main = (main - other_main) * (weight_main * factor)[None, :]
-    if KEY_TAIL > 0:
-        return pull_main, (tail - other_tail) * (weight_tail * factor)[None, :]
+    dp_loss = (p - p_ref) * (w * factor)[None, :]
+    if BLOCK_N_TAIL > 0:
+        return dp_loss, (p_tail - p_ref_tail) * (w_tail * factor)[None, :]
     else:
-        return pull_main, pull_main
+        return dp_loss, dp_loss
 
 
 @triton.jit
-def pull_to_reference(
-    main, tail, other_main, other_tail, valid_main, valid_tail, weight_main, weight_tail, factor,
-    scale_log2, KEY_TAIL: tl.constexpr, MASK_MAIN: tl.constexpr, HAS_MASK: tl.constexpr,
+def ref_softmax_and_d_probs(
+    p, p_tail, p_ref, p_ref_tail, mask_n, mask_n_tail, w, w_tail, factor,
+    sm_scale_log2, BLOCK_N_TAIL: tl.constexpr, MASK_N: tl.constexpr, HAS_MASK: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """`softmax` of the reference's scores, and the pull to it on main and tail."""
-    other_main, other_tail, peak, inverse = softmax(
-        other_main, other_tail, valid_main, valid_tail, scale_log2,
-        KEY_TAIL, MASK_MAIN, HAS_MASK, EXACT,
+    """Compute `softmax` of the reference's scores, and `d_probs_loss` of it."""
+    p_ref, p_ref_tail, row_max, inv_sum = softmax(
+        p_ref, p_ref_tail, mask_n, mask_n_tail, sm_scale_log2,
+        BLOCK_N_TAIL, MASK_N, HAS_MASK, EXACT,
     )  # fmt: skip
-    pull_main, pull_tail = pull(
-        main, tail, other_main, other_tail, weight_main, weight_tail, factor, KEY_TAIL
+    dp_loss, dp_loss_tail = d_probs_loss(
+        p, p_tail, p_ref, p_ref_tail, w, w_tail, factor, BLOCK_N_TAIL
     )
-    return other_main, other_tail, peak, inverse, pull_main, pull_tail
+    return p_ref, p_ref_tail, row_max, inv_sum, dp_loss, dp_loss_tail
 
 
 @triton.jit
-def softmax_gradient(probability_main, probability_tail, main, tail, KEY_TAIL: tl.constexpr):
-    """Gradient of the scores from that of the probabilities (equation 8), and the rows' mean."""
-    mean = tl.sum(probability_main * main, axis=1)
-    if KEY_TAIL > 0:
-        mean += tl.sum(probability_tail * tail, axis=1)
-    main = probability_main * (main - mean[:, None])
-    if KEY_TAIL > 0:
-        return main, probability_tail * (tail - mean[:, None]), mean
+def softmax_bwd(p, p_tail, dp, dp_tail, BLOCK_N_TAIL: tl.constexpr):
+    """Return the gradient of the scores from that of the probabilities (equation 8), and delta."""
+    delta = tl.sum(p * dp, axis=1)
+    if BLOCK_N_TAIL > 0:
+        delta += tl.sum(p_tail * dp_tail, axis=1)
+    ds = p * (dp - delta[:, None])
+    if BLOCK_N_TAIL > 0:
+        return ds, p_tail * (dp_tail - delta[:, None]), delta
     else:
-        return main, main, mean
+        return ds, ds, delta
 
 
 @triton.jit
-def pick_column(main, tail, column, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr):
-    """One column of the probabilities; zeros for a column that does not exist."""
-    picked = tl.sum(tl.where(tl.arange(0, KEY_MAIN)[None, :] == column, main, 0.0), axis=1)
-    if KEY_TAIL > 0:
-        columns = KEY_MAIN + tl.arange(0, KEY_TAIL)
-        picked += tl.sum(tl.where(columns[None, :] == column, tail, 0.0), axis=1)
-    return picked
+def pick_column(p, p_tail, position, BLOCK_N: tl.constexpr, BLOCK_N_TAIL: tl.constexpr):
+    """Return one column [BLOCK_M] of the probabilities, zeros for a key that does not exist."""
+    column = tl.sum(tl.where(tl.arange(0, BLOCK_N)[None, :] == position, p, 0.0), axis=1)
+    if BLOCK_N_TAIL > 0:
+        offs_n = BLOCK_N + tl.arange(0, BLOCK_N_TAIL)
+        column += tl.sum(tl.where(offs_n[None, :] == position, p_tail, 0.0), axis=1)
+    return column
 
 
 @triton.jit
-def add_to_column(main, tail, column, gradient, KEY_MAIN: tl.constexpr, KEY_TAIL: tl.constexpr):
-    """Add one column's gradient; nothing for a column that does not exist."""
-    added = gradient[:, None]
-    main = main + tl.where(tl.arange(0, KEY_MAIN)[None, :] == column, added, 0.0)
-    if KEY_TAIL > 0:
-        columns = KEY_MAIN + tl.arange(0, KEY_TAIL)
-        return main, tail + tl.where(columns[None, :] == column, added, 0.0)
+def add_to_column(dp, dp_tail, position, column, BLOCK_N: tl.constexpr, BLOCK_N_TAIL: tl.constexpr):
+    """Add the gradient [BLOCK_M] of one column, nothing for a key that does not exist."""
+    added = column[:, None]
+    dp = dp + tl.where(tl.arange(0, BLOCK_N)[None, :] == position, added, 0.0)
+    if BLOCK_N_TAIL > 0:
+        offs_n = BLOCK_N + tl.arange(0, BLOCK_N_TAIL)
+        return dp, dp_tail + tl.where(offs_n[None, :] == position, added, 0.0)
     else:
-        return main, main
+        return dp, dp

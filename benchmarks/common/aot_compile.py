@@ -13,20 +13,21 @@ import triton
 from sefi_fast.kernels.launch import Device, Launch
 from sefi_fast.kernels.plan import (
     KEY_GRADIENTS,
-    Gradients,
-    InputLayouts,
-    Inputs,
-    empty_statistics,
+    Layouts,
+    empty_row_stats,
+    fused_config,
+    input_tensors,
+    plan_backward_fused,
     plan_backward_key_value,
     plan_backward_query,
-    plan_backward_sums,
     plan_forward,
-    sums_config,
 )
-from sefi_fast.kernels.ptxas import assembling
+from sefi_fast.kernels.ptxas import fixed_ptxas
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from sefi_fast.ops.types import AttentionInputs, OutputGrads
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -117,7 +118,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     with (
         tempfile.TemporaryDirectory() as folder,
         knobs.cache.scope(),
-        assembling(capability) as options,
+        fixed_ptxas(capability) as options,
         knobs.nvidia.scope(),
     ):
         knobs.cache.dir = folder
@@ -135,9 +136,9 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     return Report(
         source.name,
         capability,
-        launch.config.block,
-        launch.config.warps,
-        launch.config.stages,
+        launch.config.block_m,
+        launch.config.num_warps,
+        launch.config.num_stages,
         int(registers.group(1)),
         sum(map(int, spills)),
         compiled.metadata.shared,
@@ -164,32 +165,32 @@ def example_launches(
         return torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2)
 
     query, key, value, reference_key = (empty(length) for length in (rows, keys, keys, keys))
-    inputs = Inputs(query, key, value, reference_key, None, None, None)
-    gradients = Gradients(query, torch.empty(batch, device="meta"), None)
+    inputs = AttentionInputs(query, key, value, reference_key)
+    gradients = OutputGrads(query, torch.empty(batch, device="meta"), None)
     scale = head_dim**-0.5
     device = Device(capability, MULTIPROCESSORS.get(capability, 132), False)
     # [B, rows, H, D] buffers of the results.
     output, total = (torch.empty_like(like.transpose(1, 2)) for like in (query, key))
     forward, _ = plan_forward(inputs, output, None, scale, device)
-    statistics = empty_statistics(query)
+    row_stats = empty_row_stats(query)
     launches = {
         "forward": forward,
         "backward_query": plan_backward_query(
-            inputs, gradients, output, statistics, scale, False, device
+            inputs, gradients, output, row_stats, scale, False, device
         ),
     }
-    config = sums_config(InputLayouts.of(inputs), device)
+    config = fused_config(Layouts.of(input_tensors(inputs)), device)
     if config is not None:
-        both = config.sums > 1
-        launches["backward" if both else "backward (grad_key)"] = plan_backward_sums(
-            inputs, gradients, output, None if both else statistics,
+        both = config.fuse_dkv == "dkdv"
+        launches["backward" if both else "backward (grad_key)"] = plan_backward_fused(
+            inputs, gradients, output, None if both else row_stats,
             (total, total if both else None), scale, False, device, config,
         )[0]  # fmt: skip
     for launch in plan_backward_key_value(
-        inputs, gradients, statistics, (total, total, None), scale, device
+        inputs, gradients, row_stats, (total, total, None), scale, device
     ):
         written = [name for name in KEY_GRADIENTS if launch.arguments.get(name) is not None]
-        name = "backward_key_value" if written else "sum_partials"
+        name = "backward_key_value" if written else "reduce_splits"
         if name in launches:
             name += f" ({written[0]})"
         launches[name] = launch

@@ -102,9 +102,9 @@ def _version(package: str) -> str | None:
 def _ptxas_version(capability: int) -> str | None:
     """Return the version of the kernels' assembler, on which times of Triton's kernels depend."""
     try:
-        from sefi_fast.kernels.ptxas import assembler_version
+        from sefi_fast.kernels.ptxas import ptxas_version
 
-        return assembler_version(capability)
+        return ptxas_version(capability)
     except (ImportError, RuntimeError):
         return None
 

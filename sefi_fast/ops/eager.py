@@ -1,4 +1,4 @@
-"""The fused cross-attention written plainly in PyTorch: the meaning of every other backend."""
+"""The fused cross-attention in plain PyTorch operations: the reference for every other backend."""
 
 from __future__ import annotations
 
@@ -7,155 +7,126 @@ import math
 import torch
 from torch import Tensor
 
+from sefi_fast.ops.types import (
+    AttentionInputs,
+    InputGrads,
+    Options,
+    OutputGrads,
+    Outputs,
+    wide_dtype,
+)
 
-def why_not(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    reference_key: Tensor | None,
-    probs_positions: Tensor | None,
-) -> str | None:
-    """None: the plain path takes every input."""
+
+def not_supported_reason(inputs: AttentionInputs) -> str | None:
+    """Return None: this backend takes every input."""
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    reference_key: Tensor | None,
-    token_weights: Tensor | None,
-    key_mask: Tensor | None,
-    probs_positions: Tensor | None,
-    *,
-    probs_all_heads: bool,
-    scale: float,
-    reference_grad: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Equations 4 and 5 of docs/method.md with whole maps in memory; autograd can differentiate it.
+def forward(inputs: AttentionInputs, options: Options) -> Outputs:
+    """Compute equations 4 and 5 of docs/method.md with whole maps in memory.
 
-    Args:
-        reference_grad: False detaches the reference map, as the operator's own default does.
+    Autograd can differentiate it. Without `options.reference_grad` the reference map is detached.
 
     Returns:
         output [B, H, N, D] in the query's dtype, a view of a contiguous [B, N, H, D]; the loss [B]
-        and maps [B, (H,) T, N] in float32 (float64 for float64 inputs).
+        and probabilities [B, (H,) T, N] in float32 (float64 for float64 inputs).
     """
-    batch, heads, queries, _ = query.shape
-    key, value, reference_key = _shown(key_mask, key, value, reference_key)
-    target = _probabilities(query, key, key_mask, scale)
-    output = target.to(query.dtype) @ value
-    output = output.transpose(1, 2).contiguous().transpose(1, 2)
+    query, key, value, ref_key, token_weights, key_mask, probs_positions = _without_hidden(inputs)
+    batch, heads, _, _ = query.shape
+    probs = _probabilities(query, key, key_mask, options.scale)
+    output = _heads_inside(probs.to(query.dtype) @ value)
 
-    if reference_key is None:
-        subject_loss = target.new_zeros(batch)
+    if ref_key is None:
+        subject_loss = probs.new_zeros(batch)
     else:
-        reference = _probabilities(query, reference_key, key_mask, scale)
-        squares = (target - (reference if reference_grad else reference.detach())).square()
+        ref_probs = _probabilities(query, ref_key, key_mask, options.scale)
+        squares = (probs - (ref_probs if options.reference_grad else ref_probs.detach())).square()
         if token_weights is not None:
             squares = squares * token_weights[:, None, None, :]
         subject_loss = squares.sum((1, 2, 3)) / max(heads, 1)
 
     if probs_positions is None:
-        shape = (batch, heads, 0, queries) if probs_all_heads else (batch, 0, queries)
-        return output, subject_loss, target.new_zeros(shape)
-    columns, inside = _columns(probs_positions, target)
-    attn_probs = (target.gather(3, columns) * inside).transpose(2, 3)
-    if not probs_all_heads:
+        shape = inputs.probs_shape(options.probs_all_heads)
+        return output, subject_loss, probs.new_zeros(shape)
+    columns, inside = _columns(probs_positions, probs)
+    attn_probs = (probs.gather(3, columns) * inside).transpose(2, 3)
+    if not options.probs_all_heads:
         attn_probs = attn_probs.sum(1) / max(heads, 1)
     return output, subject_loss, attn_probs.contiguous()
 
 
-def backward(
-    grad_output: Tensor | None,
-    grad_subject_loss: Tensor | None,
-    grad_attn_probs: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    reference_key: Tensor | None,
-    token_weights: Tensor | None,
-    key_mask: Tensor | None,
-    probs_positions: Tensor | None,
-    *,
-    probs_all_heads: bool,
-    scale: float,
-    reference_grad: bool,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Equations 7 to 11 of docs/method.md, in closed form.
-
-    Args:
-        needs: whether the gradients of query, key, value and reference_key are wanted.
-
-    Returns:
-        Those gradients, None where not wanted, each with its input's shape and dtype and laid out
-        as a view of a contiguous [.., length, H, D].
-    """
-    dtype = query.dtype
-    heads = max(query.shape[1], 1)
-    like = (key, value, reference_key)
-    key, value, reference_key = _shown(key_mask, key, value, reference_key)
-    target = _probabilities(query, key, key_mask, scale)
-    grad_target = torch.zeros_like(target)
-    if grad_output is not None:
-        grad_target += grad_output @ value.transpose(2, 3)
-    reference_scores = None
-    if grad_subject_loss is not None and reference_key is not None:
-        reference = _probabilities(query, reference_key, key_mask, scale)
-        pull = (target - reference) * (grad_subject_loss * (2.0 / heads))[:, None, None, None]
+def backward(grads: OutputGrads, inputs: AttentionInputs, options: Options) -> InputGrads:
+    """Compute equations 7 to 11 of docs/method.md in closed form."""
+    query, key, value, ref_key, token_weights, key_mask, probs_positions = _without_hidden(inputs)
+    dtype, heads, scale = query.dtype, max(query.shape[1], 1), options.scale
+    probs = _probabilities(query, key, key_mask, scale)
+    d_probs = torch.zeros_like(probs)
+    if grads.output is not None:
+        d_probs += grads.output @ value.transpose(2, 3)
+    d_ref_scores = None
+    if grads.subject_loss is not None and ref_key is not None:
+        ref_probs = _probabilities(query, ref_key, key_mask, scale)
+        factor = (grads.subject_loss * (2.0 / heads))[:, None, None, None]
+        d_probs_loss = (probs - ref_probs) * factor
         if token_weights is not None:
-            pull = pull * token_weights[:, None, None, :]
-        grad_target += pull
-        if reference_grad:
-            reference_scores = _softmax_backward(reference, -pull).to(dtype)
-    if grad_attn_probs is not None and probs_positions is not None:
-        columns, inside = _columns(probs_positions, target)
-        shares = grad_attn_probs if probs_all_heads else grad_attn_probs[:, None] / heads
-        column_grad = shares.transpose(2, 3).to(target.dtype) * inside
-        grad_target.scatter_add_(3, columns, column_grad.expand(columns.shape))
-    scores = _softmax_backward(target, grad_target).to(dtype)
+            d_probs_loss = d_probs_loss * token_weights[:, None, None, :]
+        d_probs += d_probs_loss
+        if options.reference_grad:
+            d_ref_scores = _softmax_backward(ref_probs, -d_probs_loss).to(dtype)
+    if grads.attn_probs is not None and probs_positions is not None:
+        columns, inside = _columns(probs_positions, probs)
+        every_head = options.probs_all_heads
+        shares = grads.attn_probs if every_head else grads.attn_probs[:, None] / heads
+        d_columns = shares.transpose(2, 3).to(probs.dtype) * inside
+        d_probs.scatter_add_(3, columns, d_columns.expand(columns.shape))
+    d_scores = _softmax_backward(probs, d_probs).to(dtype)
 
-    grads: list[Tensor | None] = [None, None, None, None]
-    if needs[0]:
-        grad_query = scores @ key
-        if reference_scores is not None and reference_key is not None:
-            grad_query = grad_query + reference_scores @ reference_key
-        grads[0] = grad_query * scale
-    if needs[1]:
-        grads[1] = _fold((scores.transpose(2, 3) @ query) * scale, like[0])
-    if needs[2]:
-        if grad_output is None:
-            grads[2] = torch.zeros_like(like[1])
+    # Gradients have the shapes of the inputs; a mask of every sample broadcasts the tensors above.
+    found: list[Tensor | None] = [None, None, None, None]
+    if options.needs[0]:
+        d_query = d_scores @ key
+        if d_ref_scores is not None and ref_key is not None:
+            d_query = d_query + d_ref_scores @ ref_key
+        found[0] = d_query * scale
+    if options.needs[1]:
+        found[1] = _sum_to((d_scores.transpose(2, 3) @ query) * scale, inputs.key)
+    if options.needs[2]:
+        if grads.output is None:
+            found[2] = torch.zeros_like(inputs.value)
         else:
-            grads[2] = _fold(target.to(dtype).transpose(2, 3) @ grad_output, like[1])
-    if needs[3] and like[2] is not None:
-        if reference_scores is None:
-            grads[3] = torch.zeros_like(like[2])
+            found[2] = _sum_to(probs.to(dtype).transpose(2, 3) @ grads.output, inputs.value)
+    if options.needs[3] and inputs.reference_key is not None:
+        if d_ref_scores is None:
+            found[3] = torch.zeros_like(inputs.reference_key)
         else:
-            folded = (reference_scores.transpose(2, 3) @ query) * scale
-            grads[3] = _fold(folded, like[2])
-    laid_out = [
-        None if g is None else g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads
-    ]
+            d_ref_key = (d_ref_scores.transpose(2, 3) @ query) * scale
+            found[3] = _sum_to(d_ref_key, inputs.reference_key)
+    laid_out = [None if grad is None else _heads_inside(grad) for grad in found]
     return laid_out[0], laid_out[1], laid_out[2], laid_out[3]
 
 
-def _shown(
-    key_mask: Tensor | None, key: Tensor, value: Tensor, reference_key: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three with zeros in hidden rows: what stands there, be it NaN, has no say."""
-    if key_mask is None:
-        return key, value, reference_key
-    shown = key_mask[:, None, :, None]
-    zero = key.new_zeros(())
-    rest = None if reference_key is None else torch.where(shown, reference_key, zero)
-    return torch.where(shown, key, zero), torch.where(shown, value, zero), rest
+def _heads_inside(tensor: Tensor) -> Tensor:
+    """Return a [B, H, L, D] as a view of a contiguous [B, L, H, D]."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _without_hidden(inputs: AttentionInputs) -> AttentionInputs:
+    """Return the inputs with zeros in masked rows, where even a NaN must have no effect."""
+    if inputs.key_mask is None:
+        return inputs
+    visible = inputs.key_mask[:, None, :, None]
+    zero = inputs.key.new_zeros(())
+    ref_key = inputs.reference_key
+    return inputs._replace(
+        key=torch.where(visible, inputs.key, zero),
+        value=torch.where(visible, inputs.value, zero),
+        reference_key=None if ref_key is None else torch.where(visible, ref_key, zero),
+    )
 
 
 def _probabilities(query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(Q Kᵀ · scale), [B, H, N, M] float32 or float64; rows without any key are zero."""
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    """Return softmax(Q Kᵀ · scale) [B, H, N, M] in float32 or float64, zero without any key."""
+    wide = wide_dtype(query.dtype)
     if query.dtype == torch.float16 and 0 < abs(scale) < 1:
         # The products before the scale may lie beyond 65504; a power of two costs no rounding.
         power = 2.0 ** round(math.log2(abs(scale)))
@@ -170,7 +141,7 @@ def _probabilities(query: Tensor, key: Tensor, key_mask: Tensor | None, scale: f
 
 
 def _columns(probs_positions: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather indices [B, H, N, T] of the wanted columns, and which of them are columns at all."""
+    """Return gather indices [B, H, N, T] of the positions, and which of them are keys at all."""
     batch, heads, queries, keys = probabilities.shape
     inside = (probs_positions >= 0) & (probs_positions < keys)
     columns = probs_positions.clamp(0, keys - 1)[:, None, None, :].expand(batch, heads, queries, -1)
@@ -178,11 +149,11 @@ def _columns(probs_positions: Tensor, probabilities: Tensor) -> tuple[Tensor, Te
 
 
 def _softmax_backward(probabilities: Tensor, grad: Tensor) -> Tensor:
-    """Equation 8: dS = A ∘ (dA − rowsum(A ∘ dA))."""
-    total = (probabilities * grad).sum(-1, keepdim=True)
-    return probabilities * (grad - total)
+    """Compute equation 8: dS = A ∘ (dA − rowsum(A ∘ dA))."""
+    delta = (probabilities * grad).sum(-1, keepdim=True)
+    return probabilities * (grad - delta)
 
 
-def _fold(grad: Tensor, like: Tensor) -> Tensor:
-    """Sum over the batch where the input was broadcast over it."""
+def _sum_to(grad: Tensor, like: Tensor) -> Tensor:
+    """Sum over the batch if the input was broadcast over it."""
     return grad.sum(0, keepdim=True) if like.shape[0] == 1 and grad.shape[0] != 1 else grad

@@ -1,4 +1,4 @@
-"""What the native modules take and give: tensors as addresses and strides, results laid out."""
+"""Calls of the native modules: tensors as addresses and strides, and results laid out."""
 
 from __future__ import annotations
 
@@ -8,205 +8,165 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ABSENT_VIEW = (0, 0, 0, 0, 0)
-_ABSENT_ROWS = (0, 0, 0)
+from sefi_fast.ops.types import (
+    KERNEL_DTYPES,
+    AttentionInputs,
+    InputGrads,
+    Options,
+    OutputGrads,
+    Outputs,
+    empty_result,
+)
 
 View = tuple[int, int, int, int, int]
+"""Address, batch size, and the strides of batch, head and row."""
 Rows = tuple[int, int, int]
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def why_not(query: Tensor) -> str | None:
-    """Why no native module takes the query's dtype, or None."""
-    if query.dtype not in _CODES:
-        return f"it takes float32, float16 and bfloat16, not {query.dtype}"
-    return None
-
-
+"""Address and shape of a dense [B or 1, L]."""
 InputArguments = tuple[tuple[int, ...], int, float, list[View], list[Rows], bool]
 ForwardArguments = tuple[tuple[int, ...], int, float, list[View], list[Rows], bool, View, int, int]
 BackwardArguments = tuple[
     tuple[int, ...], int, float, list[View], list[Rows], bool, View, int, int, bool, list[View]
 ]
 
+_CODES = {dtype: code for code, dtype in enumerate(KERNEL_DTYPES)}
+_ABSENT_VIEW = (0, 0, 0, 0, 0)
+_ABSENT_ROWS = (0, 0, 0)
+
 
 class ForwardCall(NamedTuple):
-    """A forward call laid out; where `arguments` is None the results are there already."""
+    """A forward call; where `arguments` is None the results are complete already."""
 
-    results: tuple[Tensor, Tensor, Tensor]
-    """Output, subject loss and maps, to be written."""
+    results: Outputs
     arguments: ForwardArguments | None
-    held: Sequence[Tensor]
-    """Copies that addresses among the arguments point into."""
+    keep_alive: Sequence[Tensor]
+    """Copies whose addresses are among the arguments."""
 
 
 class BackwardCall(NamedTuple):
-    """A backward call laid out; where `arguments` is None the results are there already."""
+    """A backward call; where `arguments` is None the results are complete already."""
 
-    results: Gradients
-    """Gradients of query, key, value and reference key, to be written or zero already."""
+    results: InputGrads
     arguments: BackwardArguments | None
-    held: Sequence[Tensor]
+    keep_alive: Sequence[Tensor]
 
 
-def forward_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    reference_key: Tensor | None,
-    token_weights: Tensor | None,
-    key_mask: Tensor | None,
-    probs_positions: Tensor | None,
-    *,
-    probs_all_heads: bool,
-    scale: float,
-) -> ForwardCall:
-    """Lay out validated inputs and results."""
-    batch, heads, queries, _ = query.shape
-    columns = 0 if probs_positions is None else probs_positions.shape[1]
-    output, output_view = _like(query)
-    subject_loss = query.new_empty(batch, dtype=torch.float32)
-    shape = (batch, heads, columns, queries) if probs_all_heads else (batch, columns, queries)
-    attn_probs = query.new_empty(shape, dtype=torch.float32)
+def not_supported_reason(inputs: AttentionInputs) -> str | None:
+    """Say why no compiled backend takes the inputs' dtype; None where they do."""
+    if inputs.query.dtype not in KERNEL_DTYPES:
+        return f"the dtype is {inputs.query.dtype}, and it takes float32, float16 and bfloat16"
+    return None
+
+
+def forward_call(inputs: AttentionInputs, options: Options) -> ForwardCall:
+    """Lay out the results of validated inputs, and the arguments of the native call."""
+    query = inputs.query
+    output = empty_result(query)
+    subject_loss = query.new_empty(query.shape[0], dtype=torch.float32)
+    probs_shape = inputs.probs_shape(options.probs_all_heads)
+    attn_probs = query.new_empty(probs_shape, dtype=torch.float32)
     if query.numel() == 0:
         return ForwardCall((output, subject_loss.zero_(), attn_probs.zero_()), None, ())
-    held: list[Tensor] = []
+    keep_alive: list[Tensor] = []
     arguments = (
-        *_inputs(
-            query, key, value, reference_key, token_weights, key_mask, probs_positions,
-            probs_all_heads, scale, held,
-        ),
-        output_view,
+        *_input_arguments(inputs, options, keep_alive),
+        _view(output, keep_alive),
         subject_loss.data_ptr(),
         attn_probs.data_ptr(),
-    )  # fmt: skip
-    return ForwardCall((output, subject_loss, attn_probs), arguments, held)
-
-
-def backward_call(
-    grad_output: Tensor | None,
-    grad_subject_loss: Tensor | None,
-    grad_attn_probs: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    reference_key: Tensor | None,
-    token_weights: Tensor | None,
-    key_mask: Tensor | None,
-    probs_positions: Tensor | None,
-    *,
-    probs_all_heads: bool,
-    scale: float,
-    reference_grad: bool,
-    needs: tuple[bool, bool, bool, bool],
-) -> BackwardCall:
-    """Lay out validated inputs, gradients of the outputs and those that `needs` asks for."""
-    through_reference = (
-        reference_grad and reference_key is not None and grad_subject_loss is not None
     )
+    return ForwardCall((output, subject_loss, attn_probs), arguments, keep_alive)
+
+
+def backward_call(grads: OutputGrads, inputs: AttentionInputs, options: Options) -> BackwardCall:
+    """Lay out the gradients that `options` needs, and the arguments of the native call."""
+    query, needs = inputs.query, options.needs
+    grad_output = grads.output
+    not_empty = query.numel() > 0
     # The softmax over a single key is constant: nothing reaches its score, not even rounding.
-    scores = key.shape[2] > 1
-    empty = query.numel() == 0
-    grads: list[Tensor | None] = []
-    written: list[View] = []
-    held: list[Tensor] = []
-    for tensor, need, reached in (
-        (query, needs[0], scores),
-        (key, needs[1], scores),
-        (value, needs[2], grad_output is not None),
-        (reference_key, needs[3], scores and through_reference),
-    ):
-        if not need or tensor is None:
-            grads.append(None)
-            written.append(_ABSENT_VIEW)
+    scores = not_empty and inputs.key.shape[2] > 1
+    through_reference = options.reference_grad and grads.subject_loss is not None
+    reached = (scores, scores, not_empty and grad_output is not None, scores and through_reference)
+    results: list[Tensor | None] = [None, None, None, None]
+    written: list[View] = [_ABSENT_VIEW] * 4
+    keep_alive: list[Tensor] = []
+    for place, tensor in enumerate(inputs[:4]):
+        if tensor is None or not needs[place]:
             continue
-        grad, view = _like(tensor)
-        grads.append(grad)
-        if reached and not empty:
-            written.append(view)
+        results[place] = grad = empty_result(tensor)
+        if reached[place]:
+            written[place] = _view(grad, keep_alive)
         else:
             grad.zero_()
-            written.append(_ABSENT_VIEW)
-    results = (grads[0], grads[1], grads[2], grads[3])
-    if written.count(_ABSENT_VIEW) == len(written):
-        return BackwardCall(results, None, ())
+    input_grads = (results[0], results[1], results[2], results[3])
+    if written.count(_ABSENT_VIEW) == 4:
+        return BackwardCall(input_grads, None, ())
     if grad_output is not None and grad_output.dtype != query.dtype:
         grad_output = grad_output.to(query.dtype)
-        held.append(grad_output)
+        keep_alive.append(grad_output)
     arguments = (
-        *_inputs(
-            query, key, value, reference_key, token_weights, key_mask, probs_positions,
-            probs_all_heads, scale, held,
-        ),
-        _view(grad_output, held),
-        _address(grad_subject_loss, held, torch.float32),
-        _address(grad_attn_probs, held, torch.float32),
-        reference_grad,
+        *_input_arguments(inputs, options, keep_alive),
+        _view(grad_output, keep_alive),
+        _address(grads.subject_loss, keep_alive, torch.float32),
+        _address(grads.attn_probs, keep_alive, torch.float32),
+        options.reference_grad,
         written,
-    )  # fmt: skip
-    return BackwardCall(results, arguments, held)
+    )
+    return BackwardCall(input_grads, arguments, keep_alive)
 
 
-def _inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    reference_key: Tensor | None,
-    token_weights: Tensor | None,
-    key_mask: Tensor | None,
-    probs_positions: Tensor | None,
-    probs_all_heads: bool,
-    scale: float,
-    held: list[Tensor],
+def _input_arguments(
+    inputs: AttentionInputs, options: Options, keep_alive: list[Tensor]
 ) -> InputArguments:
-    """The operator's inputs in layouts a native module reads."""
-    batch, heads, queries, head_dim = query.shape
+    """Return the inputs in layouts that a native module reads."""
+    # Spelled out: loops over the tensors take longer.
+    query, key, value, reference_key, token_weights, key_mask, probs_positions = inputs
+    batch, heads, seqlen_q, head_dim = query.shape
     return (
-        (batch, heads, queries, key.shape[2], head_dim),
+        (batch, heads, seqlen_q, key.shape[2], head_dim),
         _CODES[query.dtype],
-        scale,
-        [_view(query, held), _view(key, held), _view(value, held), _view(reference_key, held)],
-        [_rows(token_weights, held), _rows(key_mask, held), _rows(probs_positions, held)],
-        probs_all_heads,
+        options.scale,
+        [
+            _view(query, keep_alive),
+            _view(key, keep_alive),
+            _view(value, keep_alive),
+            _view(reference_key, keep_alive),
+        ],
+        [
+            _rows(token_weights, keep_alive),
+            _rows(key_mask, keep_alive),
+            _rows(probs_positions, keep_alive),
+        ],
+        options.probs_all_heads,
     )
 
 
-def _like(tensor: Tensor) -> tuple[Tensor, View]:
-    """Uninitialised [B, H, L, D] as a view of a contiguous [B, L, H, D], and its `_view`."""
-    batch, heads, length, width = tensor.shape
-    row = heads * width
-    step = length * row
-    made = tensor.new_empty_strided((batch, heads, length, width), (step, width, row, 1))
-    return made, (made.data_ptr(), batch, step, width, row)
+def _view(tensor: Tensor | None, keep_alive: list[Tensor]) -> View:
+    """Return address and strides of a tensor, or of a copy where its last axis is not dense.
 
-
-def _view(tensor: Tensor | None, held: list[Tensor]) -> View:
-    """Address and strides of a tensor, or of a copy with a dense last axis where it has none.
-
-    Copies go into `held`, which must live as long as their addresses are used.
+    The copy is appended to `keep_alive`, which must live as long as the address is used.
     """
     if tensor is None:
         return _ABSENT_VIEW
     batch, head, row, last = tensor.stride()
     if last != 1 and tensor.shape[3] > 1:
         tensor = tensor.contiguous()
-        held.append(tensor)
+        keep_alive.append(tensor)
         batch, head, row, _ = tensor.stride()
     return (tensor.data_ptr(), tensor.shape[0], batch, head, row)
 
 
-def _rows(tensor: Tensor | None, held: list[Tensor]) -> Rows:
+def _rows(tensor: Tensor | None, keep_alive: list[Tensor]) -> Rows:
     if tensor is None:
         return _ABSENT_ROWS
-    return (_address(tensor, held), *tensor.shape)
+    return (_address(tensor, keep_alive), *tensor.shape)
 
 
-def _address(tensor: Tensor | None, held: list[Tensor], dtype: torch.dtype | None = None) -> int:
-    """Of a dense tensor. Gradients of sums come expanded, one number for all entries."""
+def _address(
+    tensor: Tensor | None, keep_alive: list[Tensor], dtype: torch.dtype | None = None
+) -> int:
+    """Return the address of a tensor or of a dense copy: gradients of sums come expanded."""
     if tensor is None:
         return 0
     dense = (tensor if dtype is None or tensor.dtype == dtype else tensor.to(dtype)).contiguous()
     if dense is not tensor:
-        held.append(dense)
+        keep_alive.append(dense)
     return dense.data_ptr()

@@ -17,7 +17,7 @@ from common.shapes import Problem
 from common.timing import Effort, Timing
 from sefi_fast.kernels import Device, KernelConfig, Launch
 from sefi_fast.kernels.configs import WIDTHS
-from sefi_fast.kernels.launch import Prepared
+from sefi_fast.kernels.launch import CompiledLaunch
 from tune_kernels import KERNELS, Best, Candidate, Slot
 
 from sefi_fast.ops.dispatch import CudaDevice
@@ -95,9 +95,9 @@ def test_the_layers_of_a_slot_are_those_that_use_its_configuration() -> None:
 @pytest.mark.parametrize("capability", [90, 121])
 def test_the_printed_lines_are_lines_of_the_table(capability: int) -> None:
     """A device without lines gets all widths."""
-    slot, best = SLOT._replace(capability=capability), KernelConfig(32, 8, 2, reload=True)
+    slot, best = SLOT._replace(capability=capability), KernelConfig(32, 8, 2, kv_in_loop=True)
     code = "\n".join(tune_kernels.table_lines([Best(slot, best, "12 % faster")]))
-    assert "        # 12 % faster\n        80: KernelConfig(32, 8, 2, reload=True)," in code
+    assert "        # 12 % faster\n        80: KernelConfig(32, 8, 2, kv_in_loop=True)," in code
     ((key, lines),) = eval(f"{{{code}}}", {"KernelConfig": KernelConfig}).items()
     assert key == ("forward", capability, "half") and lines[80] == best
     assert list(lines) == ([80] if capability == 90 else list(WIDTHS))
@@ -132,15 +132,15 @@ class TestOnTheInterpreter:
 
         def compile_launch(launch: Launch) -> None:
             compiled.append((launch.kernel.fn.__name__, launch.config))
-            if launch.config.block == 16:
+            if launch.config.block_m == 16:
                 raise RuntimeError("too little shared memory")
 
         monkeypatch.setattr(Launch, "compile", compile_launch)
-        configs = [KernelConfig(16, 4, 1), KernelConfig(32, 4, 1, separate=True)]
+        configs = [KernelConfig(16, 4, 1), KernelConfig(32, 4, 1, split_dk_dv=True)]
         tune_kernels.compile_configs(
             self.problems[0], torch.float32, Device(90, 2, True), "backward_key_value", configs
         )
-        keys = [config for name, config in compiled if name.endswith("key_value")]
+        keys = [config for name, config in compiled if name.endswith("dkdv")]
         assert keys == [configs[0], configs[1], configs[1]]
 
     def run(self, kernel: str, factors: list[float], spread: float = 0.01) -> Best | None:
@@ -182,8 +182,9 @@ class TestOnTheInterpreter:
             if config == self.configs[1]:
                 # Half of the problem's rows are left out.
                 launch = planned.launches[0]
-                numbers = {**launch.prepared.numbers, "rows": launch.prepared.numbers["rows"] // 2}
-                fewer = Prepared(launch.kernel, launch.prepared.grid, numbers, config)
+                numbers = dict(launch.prepared.numbers)
+                numbers["seqlen_q"] //= 2
+                fewer = CompiledLaunch(launch.kernel, launch.prepared.grid, numbers, config)
                 planned.launches[0] = launch._replace(prepared=fewer)
             if config == self.configs[2]:
                 raise ValueError("out of resources")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sefi_fast.kernels import Device
-from sefi_fast.kernels.configs import TABLE, KernelConfig, choose_config, choose_sums, split_tile
-from sefi_fast.kernels.plan import START, InputLayouts, Layout, split_rows
+from sefi_fast.kernels.configs import (
+    TABLE,
+    choose_config,
+    choose_fused_config,
+    not_supported_reason,
+    split_tile,
+)
 
 KERNELS = ("forward", "backward_query", "backward_key_value")
 
@@ -57,8 +59,8 @@ def test_every_device_and_width_has_a_configuration(kernel: str, precision: str)
         for width in (16, 48, 64, 80, 96, 160, 256):
             for keys in (16, 80, 128, 256):
                 config = choose_config(kernel, capability, precision, width, keys)
-                assert config.block in (16, 32, 64, 128)
-                assert config.warps in (4, 8)
+                assert config.block_m in (16, 32, 64, 128)
+                assert config.num_warps in (4, 8)
 
 
 def test_a_newer_device_takes_the_newest_row_that_is_not_newer() -> None:
@@ -75,12 +77,13 @@ def test_consumer_blackwell_has_the_lines_of_the_older_matrix_unit() -> None:
             assert choose_config(kernel, 120, "half", width, 80) == known
 
 
-def test_sums_of_the_keys_go_along_with_dq_where_the_registers_hold_them() -> None:
-    assert [choose_sums(90, "half", width, 80).sums for width in (16, 64, 80)] == [2, 2, 1]
-    assert choose_sums(90, "half", 96, 80) is None
-    assert choose_sums(90, "half", 64, 96) is None
+def test_dk_and_dv_are_fused_with_dq_where_the_registers_hold_them() -> None:
+    found = [choose_fused_config(90, "half", width, 80) for width in (16, 64, 80)]
+    assert [config and config.fuse_dkv for config in found] == ["dkdv", "dkdv", "dk"]
+    assert choose_fused_config(90, "half", 96, 80) is None
+    assert choose_fused_config(90, "half", 64, 96) is None
     for capability, precision in ((90, "single"), (80, "half"), (89, "half"), (100, "half")):
-        assert choose_sums(capability, precision, 64, 80) is None
+        assert choose_fused_config(capability, precision, 64, 80) is None
 
 
 @pytest.mark.parametrize("key_width", [144, 160, 192, 256])
@@ -88,54 +91,41 @@ def test_many_keys_keep_a_warp_group_s_rows_and_fit_shared_memory(key_width: int
     for kernel in ("forward", "backward_query"):
         for width in (48, 64, 80, 160):
             config = choose_config(kernel, 90, "half", width, key_width)
-            assert config.block >= 64
-            # Without reload three sets of keys are held, two bytes an element.
-            assert config.reload or 3 * 2 * key_width * width < 227 * 1024
-            assert choose_config(kernel, 80, "half", width, key_width).block <= 32
-    assert choose_config("backward_key_value", 90, "half", 64, key_width).key_tile == 64
+            assert config.block_m >= 64
+            # Without kv_in_loop three sets of keys are held, two bytes an element.
+            assert config.kv_in_loop or 3 * 2 * key_width * width < 227 * 1024
+            assert choose_config(kernel, 80, "half", width, key_width).block_m <= 32
+    assert choose_config("backward_key_value", 90, "half", 64, key_width).block_n == 64
     single = choose_config("backward_key_value", 90, "single", 80, 96)
-    assert single.key_tile == 32
-
-
-def split(heads: int, rows: int, config: KernelConfig) -> tuple[int, int]:
-    query = Layout((1, heads, rows, 40), (1, 1, 1, 1), torch.bfloat16)
-    inputs = InputLayouts(query, query, query, None, None, None, None)
-    return split_rows(inputs, config, Device(90, 132, False))
+    assert single.block_n == 32
 
 
 @pytest.mark.parametrize(
-    ("heads", "rows", "resident", "programs"),
+    ("capability", "dtype", "head_dim", "keys", "refused"),
     [
-        # 4 programs a head would be 512 on 396 places: two turns for a third more than one.
-        (128, 4096, 3, (3, 22)),
-        (128, 4096, 2, (2, 32)),
-        (128, 1024, 3, (3, 6)),
-        # Everything fits at once: as many as there are blocks.
-        (8, 1024, 3, (16, 1)),
-        # Two turns of few rows are longer than one of more: what a program begins with counts.
-        (8, 4096, 3, (32, 2)),
-        (1, 1, 3, (1, 1)),
+        (86, torch.float32, 160, 77, False),
+        (86, torch.float32, 160, 154, True),
+        (80, torch.float32, 160, 154, True),
+        (80, torch.float32, 80, 154, False),
+        (80, torch.float32, 128, 160, True),
+        (89, torch.float32, 128, 128, True),
+        (89, torch.float32, 40, 256, True),
+        (80, torch.float32, 256, 77, True),
+        (90, torch.float32, 256, 77, False),
+        (90, torch.float32, 80, 256, False),
+        (89, torch.bfloat16, 256, 256, True),
+        (120, torch.float16, 192, 193, True),
+        (120, torch.bfloat16, 256, 128, False),
+        (80, torch.bfloat16, 256, 256, False),
+        (90, torch.bfloat16, 256, 192, True),
+        (90, torch.bfloat16, 160, 256, False),
     ],
 )
-def test_programs_fill_whole_turns(
-    heads: int, rows: int, resident: int, programs: tuple[int, int]
+def test_calls_that_no_program_can_hold_are_refused(
+    capability: int, dtype: torch.dtype, head_dim: int, keys: int, refused: bool
 ) -> None:
-    assert split(heads, rows, KernelConfig(64, 4, 1, resident=resident)) == programs
-
-
-@given(
-    st.integers(1, 3000), st.integers(1, 20_000), st.integers(1, 4),
-    st.sampled_from([16, 32, 64, 128]),
-)  # fmt: skip
-def test_every_row_has_a_program_and_no_other_split_is_expected_to_end_before(
-    heads: int, rows: int, resident: int, block: int
-) -> None:
-    programs, each = split(heads, rows, KernelConfig(block, 4, 1, resident=resident))
-    blocks = -(-rows // block)
-    assert (programs - 1) * each < blocks <= programs * each
-
-    def cost(programs: int) -> float:
-        turns = -(-heads * programs // (132 * resident))
-        return turns * (-(-blocks // programs) + START)
-
-    assert cost(programs) == min(map(cost, range(1, blocks + 1)))
+    reason = not_supported_reason(dtype, head_dim, keys, capability)
+    assert (reason is not None) == refused
+    if reason is not None:
+        assert f"{keys} keys and a head dimension of {head_dim}" in reason
+        assert ("bfloat16 fits" in reason) == (dtype == torch.float32)

@@ -1,4 +1,4 @@
-"""Fixtures of the operator's tests: who was called with what."""
+"""Fixtures of the operator's tests: every backend, recorded calls, CUDA sources on the host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sefi_fast.ops import dispatch
 
 @pytest.fixture(scope="session")
 def emulated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all of pytest's processes: what one has compiled there, the others load."""
+    """Return one folder for all of pytest's processes: one compiles there, the others load."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -28,7 +28,7 @@ def emulated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def emulated_library(emulated_folder: Path) -> Path:
-    """The CUDA sources compiled for the host, once for all tests that run them."""
+    """Compile the CUDA sources for the host, once for all tests that run them."""
     from cuda_emulation.library import build
 
     with FileLock(emulated_folder / "lock"):
@@ -38,7 +38,7 @@ def emulated_library(emulated_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def cuda_module(emulated_folder: Path, emulated_library: Path) -> types.ModuleType:
-    """The binding of those sources, as sefi_fast._cuda."""
+    """Return the binding of those sources, as sefi_fast._cuda."""
     from cuda_emulation.module import build_module
 
     with FileLock(emulated_folder / "lock"):
@@ -56,17 +56,17 @@ def cuda_module(emulated_folder: Path, emulated_library: Path) -> types.ModuleTy
 def emulated_cuda(
     cuda_module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> types.ModuleType:
-    """The backend "cuda" on CPU tensors; only the questions to a device are answered here."""
+    """Run the backend "cuda" on CPU tensors; only the device's properties are made up."""
     from sefi_fast.ops import cuda
 
     monkeypatch.setattr(cuda, "_cuda", cuda_module)
-    monkeypatch.setattr(cuda, "_why_not_device", lambda query: None)
-    monkeypatch.setattr(cuda, "_place", lambda query: (2, 0))
+    monkeypatch.setattr(cuda, "_device_not_supported_reason", lambda query: None)
+    monkeypatch.setattr(cuda, "_launch_target", lambda query: (2, 0))
     return cuda_module
 
 
 @pytest.fixture
-def calls_of(monkeypatch) -> Callable[..., list[types.SimpleNamespace]]:
+def calls_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[types.SimpleNamespace]]:
     """calls_of("cpu", "eager") → a list that grows by every call of those backends' functions."""
 
     def watch(*names: str) -> list[types.SimpleNamespace]:
@@ -81,16 +81,15 @@ def calls_of(monkeypatch) -> Callable[..., list[types.SimpleNamespace]]:
 
 
 def _recorder(
-    module: types.ModuleType, name: str, direction: str, calls: list[types.SimpleNamespace]
+    module: Any, name: str, direction: str, calls: list[types.SimpleNamespace]
 ) -> Callable[..., Any]:
     original = getattr(module, direction)
 
-    def record(*arguments: Any, **options: Any) -> Any:
-        calls.append(
-            types.SimpleNamespace(
-                backend=name, direction=direction, arguments=arguments, options=options
-            )
-        )
-        return original(*arguments, **options)
+    def record(*arguments: Any) -> Any:
+        *grads, inputs, options = arguments
+        call = types.SimpleNamespace(backend=name, direction=direction, inputs=inputs)
+        call.options, call.grads = options, grads[0] if grads else None
+        calls.append(call)
+        return original(*arguments)
 
     return record

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sefi_fast.ops.types import AttentionInputs, Options, OutputGrads
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -28,25 +30,18 @@ class Inputs:
     grad_attn_probs: Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The seven tensors that every backend's functions take in this order."""
-        return (
-            self.query,
-            self.key,
-            self.value,
-            self.reference_key,
-            self.token_weights,
-            self.key_mask,
-            self.probs_positions,
-        )
+    def tensors(self) -> AttentionInputs:
+        return AttentionInputs(*(getattr(self, name) for name in AttentionInputs._fields))
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {"probs_all_heads": self.probs_all_heads, "scale": self.scale}
+    def options(self) -> Options:
+        """The options of a backend's functions; every gradient that there can be is wanted."""
+        needs = (True, True, True, self.reference_key is not None)
+        return Options(self.probs_all_heads, self.scale, self.reference_grad, needs)
 
     @property
-    def grads(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.grad_output, self.grad_subject_loss, self.grad_attn_probs
+    def grads(self) -> OutputGrads:
+        return OutputGrads(self.grad_output, self.grad_subject_loss, self.grad_attn_probs)
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments of `fused_cross_attention` for this call."""

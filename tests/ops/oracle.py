@@ -13,10 +13,13 @@ import torch
 from ops.inputs import Inputs, make_inputs
 from torch import Tensor
 
-from sefi_fast.ops import eager, fused_cross_attention
+from sefi_fast.ops import available_backends, eager, fused_cross_attention
 from sefi_fast.ops.dispatch import load
+from sefi_fast.ops.types import OutputGrads
 
 __all__ = [
+    "BACKENDS",
+    "FAST_BACKENDS",
     "GRADIENTS",
     "GRADIENTS_OF",
     "OUTPUTS",
@@ -24,15 +27,23 @@ __all__ = [
     "Results",
     "autograd_results",
     "backend_results",
+    "call_operator",
     "check_backend",
     "check_results",
+    "device_of",
     "has_layout",
     "log_sum_exp_subject_loss",
     "make_inputs",
     "operator_results",
     "poisoned_empty",
     "reference64",
+    "weighted_sum",
 ]
+
+# Backends that run on this machine.
+BACKENDS = [name for name, reason in available_backends().items() if reason is None]
+# Triton's interpreter takes a second a call.
+FAST_BACKENDS = [name for name in BACKENDS if name != "triton" or torch.cuda.is_available()]
 
 OUTPUTS = ("output", "subject_loss", "attn_probs")
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_reference_key")
@@ -50,23 +61,38 @@ class Results(NamedTuple):
     gradients: dict[str, dict[str, Tensor | None]]
 
 
-def chosen_grads(inputs: Inputs, which: str) -> list[Tensor | None]:
-    """Gradients of output, subject loss and maps, None for all but `which` (one, or "all")."""
-    return [
-        grad if which in (name, "all") else None
-        for name, grad in zip(OUTPUTS, inputs.grads, strict=True)
-    ]
+def device_of(backend: str) -> str:
+    """Return the device on which a backend is tested."""
+    return "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+
+
+def call_operator(inputs: Inputs, backend: str | None = None, **changes: Any) -> Any:
+    """Call the public operator on these inputs."""
+    arguments = inputs.keywords() | {"backend": backend} | changes
+    return fused_cross_attention(inputs.query, inputs.key, inputs.value, **arguments)
+
+
+def weighted_sum(inputs: Inputs, outputs: Sequence[Tensor]) -> Any:
+    """Return a scalar whose gradients for the outputs are the inputs' gradients."""
+    pairs = zip(outputs, inputs.grads, strict=True)
+    return sum((output * grad).sum() for output, grad in pairs)
+
+
+def chosen_grads(inputs: Inputs, which: str) -> OutputGrads:
+    """Return the gradients of the outputs, None for all but `which` (one, or "all")."""
+    pairs = zip(OUTPUTS, inputs.grads, strict=True)
+    return OutputGrads(*(grad if which in (name, "all") else None for name, grad in pairs))
 
 
 def autograd_results(inputs: Inputs) -> Results:
-    """What the eager forward and PyTorch's own autograd give, without the closed-form backward."""
+    """Return the results of the eager forward and PyTorch's autograd, without our backward."""
     inputs = inputs.trainable()
     leaves = {
         f"grad_{name}": getattr(inputs, name)
         for name in ("query", "key", "value", "reference_key")
         if getattr(inputs, name) is not None
     }
-    outputs = eager.forward(*inputs.tensors, **inputs.options, reference_grad=inputs.reference_grad)
+    outputs = eager.forward(inputs.tensors, inputs.options)
     gradients: dict[str, dict[str, Tensor | None]] = {}
     for which in GRADIENTS_OF:
         pairs = [
@@ -92,11 +118,11 @@ def autograd_results(inputs: Inputs) -> Results:
 
 
 def reference64(inputs: Inputs) -> Results:
-    """The truth: everything in float64."""
+    """Return the truth: everything in float64."""
     return autograd_results(inputs.double())
 
 
-def rounded_anew(inputs: Inputs, seed: int) -> Results:
+def rounded_again(inputs: Inputs, seed: int) -> Results:
     """Return the truth for inputs that differ by about one rounding.
 
     A sum of D products taken one by one errs √D times as much as one rounding of each; a quarter
@@ -115,43 +141,29 @@ def rounded_anew(inputs: Inputs, seed: int) -> Results:
 
 
 def backend_results(backend: str | Any, inputs: Inputs) -> Results:
-    """What a backend gives, called as the operator calls it, on allocations full of NaN.
+    """Return a backend's results, called as the operator calls it, on allocations full of NaN.
 
     Args:
         backend: a backend's name, or any object with its `forward` and `backward`.
     """
     module = load(backend) if isinstance(backend, str) else backend
-    needs = (True, True, True, inputs.reference_key is not None)
+    tensors, options = inputs.tensors, inputs.options
     with torch.no_grad(), poisoned_empty():
-        outputs = dict(zip(OUTPUTS, module.forward(*inputs.tensors, **inputs.options), strict=True))
-        gradients = {
-            which: dict(
-                zip(
-                    GRADIENTS,
-                    module.backward(
-                        *chosen_grads(inputs, which),
-                        *inputs.tensors,
-                        **inputs.options,
-                        reference_grad=inputs.reference_grad,
-                        needs=needs,
-                    ),
-                    strict=True,
-                )
-            )
-            for which in GRADIENTS_OF
-        }
+        outputs = dict(zip(OUTPUTS, module.forward(tensors, options), strict=True))
+        gradients = {}
+        for which in GRADIENTS_OF:
+            found = module.backward(chosen_grads(inputs, which), tensors, options)
+            gradients[which] = dict(zip(GRADIENTS, found, strict=True))
     return Results(outputs, gradients)
 
 
 def operator_results(inputs: Inputs, backend: str | None = None) -> Results:
-    """What the public operator and autograd give, on allocations full of NaN."""
+    """Return the results of the public operator and autograd, on allocations full of NaN."""
     inputs = inputs.trainable()
     names = [name for name in GRADIENTS if getattr(inputs, name[5:]) is not None]
     leaves = [getattr(inputs, name[5:]) for name in names]
     with poisoned_empty():
-        outputs = fused_cross_attention(
-            inputs.query, inputs.key, inputs.value, **inputs.keywords(), backend=backend
-        )
+        outputs = call_operator(inputs, backend)
         gradients = {}
         for which in GRADIENTS_OF:
             pairs = zip(outputs, chosen_grads(inputs, which), strict=True)
@@ -198,7 +210,7 @@ def check_results(
     """
     truth, plains = reference64(inputs), [autograd_results(inputs)]
     # The eager path's error in a single number may be near zero by luck, on one processor only.
-    plains += [rounded_anew(inputs, seed) for seed in range(2)]
+    plains += [rounded_again(inputs, seed) for seed in range(2)]
     wide = torch.float64 if inputs.query.dtype == torch.float64 else torch.float32
     wrong: list[str] = []
     for name, true in truth.outputs.items():

@@ -60,8 +60,8 @@ on_meta = functools.partial(zeros, device="meta")
 # What is wrong: (argument, its value, what the error says).
 VALUE_ERRORS = {
     "flat query": ("query", zeros(2, 5, 16), "query has shape (2, 5, 16): give [B, H, N, D]"),
-    "wide head": ("query", zeros(2, 2, 5, 257), "head width D is 257: it may be 1 to 256"),
-    "no head width": ("query", zeros(2, 2, 5, 0), "head width D is 0"),
+    "wide head": ("query", zeros(2, 2, 5, 257), "head dimension D is 257: it may be 1 to 256"),
+    "no head width": ("query", zeros(2, 2, 5, 0), "head dimension D is 0"),
     "strided query": (
         "query",
         zeros(2, 2, 16, 5).transpose(2, 3),
@@ -87,7 +87,7 @@ VALUE_ERRORS = {
     "column past the end": (
         "probs_positions",
         torch.tensor([[0, 7]]),
-        "probs_positions names column 7, but there are 7 keys: give 0 to 6",
+        "probs_positions names key 7, but there are 7 keys: give 0 to 6",
     ),
     "probs_heads": ("probs_heads", "sum", "probs_heads is 'sum': give 'mean' or 'all'"),
     "scale": ("scale", float("nan"), "scale is nan: give a finite number"),

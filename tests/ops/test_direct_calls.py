@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from ops.inputs import make_inputs
+from ops.oracle import FAST_BACKENDS, make_inputs
 from torch import Tensor
 
 from sefi_fast.errors import BackendError
-from sefi_fast.ops import available_backends
 
 FORWARD = torch.ops.sefi_fast.fused_cross_attention.default
 BACKWARD = torch.ops.sefi_fast.fused_cross_attention_backward.default
@@ -27,7 +26,7 @@ INPUTS = ("query", "key", "value", "reference_key", "token_weights", "key_mask",
 GRADS = ("grad_output", "grad_subject_loss", "grad_attn_probs")
 OPTIONS = ("probs_all_heads", "scale", "reference_grad", "backend")
 # Triton's interpreter is slow, and its addresses have their own tests.
-BACKENDS = [name for name in ("cpu", "eager") if available_backends()[name] is None]
+BACKENDS = [name for name in FAST_BACKENDS if name != "triton"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Arguments = dict[str, Any]
@@ -168,7 +167,7 @@ def _try(seed: int) -> bool:
     try:
         found = _run(call, backward)
     except (TypeError, ValueError, BackendError) as error:
-        assert any(name in str(error) for name in (*names, "head width", "keys", "nested")), (
+        assert any(name in str(error) for name in (*names, "head dimension", "keys", "nested")), (
             where + str(error)
         )
         return False

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from ops.cases import Case, cases
 from ops.oracle import (
+    BACKENDS,
     GRADIENTS,
     GRADIENTS_OF,
     OUTPUTS,
@@ -25,13 +26,13 @@ from ops.oracle import (
     Results,
     backend_results,
     check_results,
+    device_of,
     make_inputs,
     reference64,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sefi_fast.ops import available_backends
 from sefi_fast.ops.dispatch import load
 
 try:
@@ -44,15 +45,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Largest errors of many calls spread further than one call's: twice the factor of the other tests.
 FACTOR = 4.0
 
-# The interpreter is a thousand times slower than the others.
-BACKENDS = [name for name, reason in available_backends().items() if reason is None]
 # The interpreter is a thousand times slower than compiled code.
 CALLS = {name: 6 if name == "triton" and DEVICE == "cpu" else 60 for name in BACKENDS}
 SETS = _C.instruction_sets() if _C is not None else [""]
-
-
-def _device(backend: str) -> str:
-    return "cpu" if backend == "cpu" else DEVICE
 
 
 @contextlib.contextmanager
@@ -150,7 +145,7 @@ def _cancelled(inputs: Inputs, which: str) -> dict[str, float]:
 
 def _hold_to_float64(backend: str, count: int, largest: int, device: str | None = None) -> None:
     def check(case: Case) -> None:
-        inputs = case.inputs(device or _device(backend))
+        inputs = case.inputs(device or device_of(backend))
         _check(backend_results(backend, inputs), inputs)
 
     _fuzz(backend, count, largest, check)
@@ -181,7 +176,7 @@ def test_thousands_of_random_calls_of_the_emulated_cuda_kernels(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_identical_streams_have_no_loss_and_no_gradient_of_it(backend: str) -> None:
     def check(case: Case) -> None:
-        inputs = case.inputs(_device(backend))
+        inputs = case.inputs(device_of(backend))
         assert inputs.reference_key is not None
         inputs = dataclasses.replace(inputs, key=inputs.reference_key)
         found = backend_results(backend, inputs)
@@ -195,7 +190,7 @@ def test_identical_streams_have_no_loss_and_no_gradient_of_it(backend: str) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_order_of_the_keys_does_not_matter(backend: str) -> None:
     def check(case: Case) -> None:
-        inputs = case.inputs(_device(backend))
+        inputs = case.inputs(device_of(backend))
         keys = inputs.key.shape[2]
         generator = torch.Generator().manual_seed(case.options["seed"])
         order = torch.randperm(keys, generator=generator).to(inputs.key.device)
@@ -288,7 +283,7 @@ def test_extra_memory_does_not_grow_with_the_map(backend: str, grown: str) -> No
     def extra(**larger: int) -> tuple[int, int]:
         inputs = make_inputs(
             **{**sizes, **larger}, head_dim=8, reference_grad=True, strided=False,
-            device=_device(backend),
+            device=device_of(backend),
         )  # fmt: skip
         with torch.no_grad(), _Allocated() as allocated:
             _call(backend, inputs)
@@ -306,9 +301,5 @@ def test_extra_memory_does_not_grow_with_the_map(backend: str, grown: str) -> No
 
 def _call(backend: str, inputs: Inputs) -> None:
     module = load(backend)
-    module.forward(*inputs.tensors, **inputs.options)
-    needs = (True, True, True, True)
-    module.backward(
-        *inputs.grads[:2], None, *inputs.tensors, **inputs.options,
-        reference_grad=inputs.reference_grad, needs=needs,
-    )  # fmt: skip
+    module.forward(inputs.tensors, inputs.options)
+    module.backward(inputs.grads._replace(attn_probs=None), inputs.tensors, inputs.options)

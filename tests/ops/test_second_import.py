@@ -44,8 +44,7 @@ for path in sys.argv[1:]:
 for each in found:
     assert all(torch.equal(one, other) for one, other in zip(each, wanted))
 del sys.modules["sefi_fast.ops.torch_library"]
-other = torch._C.parse_schema("sefi_fast::another() -> ()")
-torch._C.parse_schema = lambda text: other
+vars(torch.ops.sefi_fast)["schemas"] = ("another() -> ()",)
 try:
     import sefi_fast.ops.torch_library
 except ImportError as error:

@@ -1,4 +1,4 @@
-"""The operator inside torch.func's transforms: the eager backend's numbers, or words."""
+"""The operator inside torch.func's transforms: the eager backend's results, or an error."""
 
 from __future__ import annotations
 
