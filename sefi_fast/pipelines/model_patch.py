@@ -71,7 +71,9 @@ class ModelPatch:
         for user in list(self.users):
             user.check_may_be_copied()
         # A copy of the model alone has no users; copied pipelines register themselves.
-        return {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
+        state = {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
+        # PyTorch cannot copy the handle of a module that is gone, such as an unloaded adapter's.
+        return state | {"_hooks": [one for one in self._hooks if one.hooks_dict_ref() is not None]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]

@@ -140,3 +140,11 @@ def test_a_trace_next_to_an_ip_adapter_is_refused(pipe):
     load_ip_adapter(pipe)
     with pytest.raises(ModelError, match="belongs to an IP-Adapter"), trace(pipe, "cat"):
         run(pipe, "cat")
+
+
+def test_a_pipeline_is_copied_after_an_adapter_has_come_and_gone(pipe, make_subject):
+    attach(pipe, make_subject())
+    load_lora(pipe)
+    sample(pipe, "a <it>", num_inference_steps=1)
+    pipe.unload_lora_weights()
+    assert_close(sample(copy.deepcopy(pipe), "a <it>"), sample(pipe, "a <it>"))
