@@ -164,7 +164,7 @@ def _idle_calls(inputs: Inputs) -> dict[str, Callable[[], object]]:
     from sefi_fast.kernels import Device
 
     from sefi_fast.ops import triton as backend
-    from sefi_fast.ops.types import AttentionInputs, Options, OutputGrads
+    from sefi_fast.ops.inputs import AttentionInputs, Options, OutputGrads
 
     IdleDriver().install()
     backend._device = lambda _: Device(90, 132, False)  # type: ignore[assignment]

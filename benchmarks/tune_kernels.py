@@ -55,7 +55,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sefi_fast.ops.dispatch import cuda_device
-from sefi_fast.ops.types import AttentionInputs, OutputGrads
+from sefi_fast.ops.inputs import AttentionInputs, OutputGrads
 
 KERNELS = ("forward", "backward", "backward_query", "backward_key_value")
 DTYPES = ("bfloat16", "float16", "float32")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import (
+from .primitives import (
+    COUNTS,
     ROW_STATS,
+    add_dot_t,
     block_offset,
+    dot_t,
+    exp_scores,
     head_offset,
     load_operands,
     load_pair,
     load_weights,
+    normalized,
     valid_keys,
 )
-from .primitives import COUNTS, add_dot_t, dot_t, exp_scores, normalized
 from .reduce import accumulate_kv, store_kv, zeros_kv
 
 

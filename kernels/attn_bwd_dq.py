@@ -8,8 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import (
+from .primitives import (
+    COUNTS,
     ROW_STATS,
+    accumulate,
+    add_dot_t,
+    add_to_column,
     block_offset,
     head_offset,
     load_block,
@@ -17,20 +21,14 @@ from .memory import (
     load_pair,
     load_tiles,
     load_weights,
-    row_offsets,
-    store_rows,
-    valid_keys,
-)
-from .primitives import (
-    COUNTS,
-    accumulate,
-    add_dot_t,
-    add_to_column,
     ref_softmax_and_d_probs,
+    row_offsets,
     scale_rows,
     scores,
     softmax,
     softmax_bwd,
+    store_rows,
+    valid_keys,
     zero_rows,
 )
 from .reduce import accumulate_kv, store_kv, zeros_kv

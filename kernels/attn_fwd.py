@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import (
+from .primitives import (
+    COUNTS,
+    accumulate,
     block_offset,
     head_offset,
     load_block,
@@ -13,11 +15,14 @@ from .memory import (
     load_rows,
     load_tiles,
     load_weights,
+    pick_column,
     row_offsets,
+    scores,
+    softmax,
     store_rows,
     valid_keys,
+    zero_rows,
 )
-from .primitives import COUNTS, accumulate, pick_column, scores, softmax, zero_rows
 
 
 @triton.jit(do_not_specialize=COUNTS)

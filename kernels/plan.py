@@ -22,13 +22,13 @@ from .configs import (
     split_tile,
 )
 from .launch import ALIGNED_BYTES, CompiledLaunch, Device, Launch
-from .memory import ROW_STATS
+from .primitives import ROW_STATS
 from .reduce import _reduce_splits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sefi_fast.ops.types import AttentionInputs, InputGrads, OutputGrads
+    from sefi_fast.ops.inputs import AttentionInputs, InputGrads, OutputGrads
 
 MAX_ROW_STRIDE = 2**31 // 256 - 1
 """Largest step between rows, in elements: a tile has up to 256 rows and 32-bit offsets in it."""

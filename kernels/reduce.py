@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory import row_offsets, store_part
-from .primitives import COUNTS, accumulate, scale_rows, zero_rows
+from .primitives import COUNTS, accumulate, row_offsets, scale_rows, store_part, zero_rows
 
 
 @triton.jit

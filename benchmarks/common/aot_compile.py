@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sefi_fast.ops.types import AttentionInputs, OutputGrads
+from sefi_fast.ops.inputs import AttentionInputs, OutputGrads
 
 POINTERS = {
     torch.float32: "*fp32",

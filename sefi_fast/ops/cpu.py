@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from sefi_fast.ops import native_call
-from sefi_fast.ops.types import AttentionInputs, InputGrads, Options, OutputGrads, Outputs
+from sefi_fast.ops.inputs import (
+    AttentionInputs,
+    InputGrads,
+    Options,
+    OutputGrads,
+    Outputs,
+    dtype_not_supported_reason,
+)
 
 try:
     from sefi_fast import _C
@@ -28,7 +35,7 @@ def not_supported_reason(inputs: AttentionInputs) -> str | None:
         )
     if not inputs.query.is_cpu:
         return f"it works on CPU tensors, these are on {inputs.query.device}"
-    return native_call.not_supported_reason(inputs)
+    return dtype_not_supported_reason(inputs)
 
 
 def forward(inputs: AttentionInputs, options: Options) -> Outputs:

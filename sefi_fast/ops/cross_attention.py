@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from sefi_fast.ops.inputs import check_options, check_types
 from sefi_fast.ops.torch_library import forward_op
-from sefi_fast.ops.validation import check_options, check_types
 
 
 class CrossAttentionOutput(NamedTuple):

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from sefi_fast.ops import native_call
 from sefi_fast.ops.dispatch import cuda_device, cuda_not_supported_reason, on_device
-from sefi_fast.ops.types import AttentionInputs, InputGrads, Options, OutputGrads, Outputs
+from sefi_fast.ops.inputs import (
+    AttentionInputs,
+    InputGrads,
+    Options,
+    OutputGrads,
+    Outputs,
+    dtype_not_supported_reason,
+)
 
 try:
     from sefi_fast import _cuda
@@ -86,7 +93,7 @@ def not_supported_reason(inputs: AttentionInputs) -> str | None:
             "SEFI_CUDA=1 where a CUDA toolkit is to have it"
         )
     reason = _device_not_supported_reason(inputs.query)
-    return reason or native_call.not_supported_reason(inputs)
+    return reason or dtype_not_supported_reason(inputs)
 
 
 def forward(inputs: AttentionInputs, options: Options) -> Outputs:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sefi_fast.errors import BackendError
-from sefi_fast.ops.types import AttentionInputs, InputGrads, Options, OutputGrads, Outputs
+from sefi_fast.ops.inputs import AttentionInputs, InputGrads, Options, OutputGrads, Outputs
 
 logger = logging.getLogger(__name__)
 

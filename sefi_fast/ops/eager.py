@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sefi_fast.ops.types import (
+from sefi_fast.ops.inputs import (
     AttentionInputs,
     InputGrads,
     Options,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sefi_fast.ops.types import (
+from sefi_fast.ops.inputs import (
     KERNEL_DTYPES,
     AttentionInputs,
     InputGrads,
@@ -48,13 +48,6 @@ class BackwardCall(NamedTuple):
     results: InputGrads
     arguments: BackwardArguments | None
     keep_alive: Sequence[Tensor]
-
-
-def not_supported_reason(inputs: AttentionInputs) -> str | None:
-    """Say why no compiled backend takes the inputs' dtype; None where they do."""
-    if inputs.query.dtype not in KERNEL_DTYPES:
-        return f"the dtype is {inputs.query.dtype}, and it takes float32, float16 and bfloat16"
-    return None
 
 
 def forward_call(inputs: AttentionInputs, options: Options) -> ForwardCall:

@@ -19,15 +19,18 @@ from torch.nn import Parameter
 from sefi_fast.errors import BackendError
 from sefi_fast.ops import eager
 from sefi_fast.ops.dispatch import choose_backend, load
-from sefi_fast.ops.types import (
+from sefi_fast.ops.inputs import (
     AttentionInputs,
     Options,
     OutputGrads,
     Outputs,
+    check_gradients,
+    check_inputs,
+    check_positions,
     empty_result,
+    refuse_layouts,
     wide_dtype,
 )
-from sefi_fast.ops.validation import check_gradients, check_inputs, check_positions, refuse_layouts
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? reference_key, Tensor? token_weights, "

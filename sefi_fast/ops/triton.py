@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from sefi_fast.ops import native_call
 from sefi_fast.ops.dispatch import cuda_device, cuda_not_supported_reason, on_device
-from sefi_fast.ops.types import (
+from sefi_fast.ops.inputs import (
     AttentionInputs,
     InputGrads,
     Options,
     OutputGrads,
     Outputs,
+    dtype_not_supported_reason,
     empty_result,
 )
 
@@ -80,7 +80,7 @@ def not_supported_reason(inputs: AttentionInputs) -> str | None:
             )
     elif (reason := cuda_not_supported_reason(query)) is not None:
         return reason
-    if (reason := native_call.not_supported_reason(inputs)) is not None:
+    if (reason := dtype_not_supported_reason(inputs)) is not None:
         return reason
     if query.is_cuda:
         capability = cuda_device(query.get_device()).capability

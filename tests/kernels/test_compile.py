@@ -19,10 +19,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
 from common.occupancy import occupancy
 from sefi_fast.kernels import shared_bytes
 from sefi_fast.kernels.configs import TABLE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Spilled bytes (stores and loads together) reached with Triton 3.9. A change may lower them, not
 # raise them; what is not listed spills nothing.

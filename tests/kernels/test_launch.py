@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from sefi_fast.kernels import Device, plan_forward
 
-from sefi_fast.ops.types import AttentionInputs
+from sefi_fast.ops.inputs import AttentionInputs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ from common.idle_driver import IdleDriver
 driver = IdleDriver(80, keep=True)
 driver.install()
 from sefi_fast.kernels import Device, plan_backward_key_value, plan_forward
-from sefi_fast.ops.types import AttentionInputs, OutputGrads
+from sefi_fast.ops.inputs import AttentionInputs, OutputGrads
 device = Device(80, 8, False)
 
 def rows(length, offset=0, heads=2, width=16, batch=1):

@@ -32,8 +32,8 @@ from sefi_fast.kernels.plan import (
 from sefi_fast.kernels.reduce import _reduce_splits
 from torch import Tensor
 
+from sefi_fast.ops.inputs import AttentionInputs, OutputGrads
 from sefi_fast.ops.triton import interpreted
-from sefi_fast.ops.types import AttentionInputs, OutputGrads
 
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="runs in Triton's interpreter")
 DEVICE = Device(90, 2, True)

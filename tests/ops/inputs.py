@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sefi_fast.ops.types import AttentionInputs, Options, OutputGrads
+from sefi_fast.ops.inputs import AttentionInputs, Options, OutputGrads
 
 
 @dataclasses.dataclass(frozen=True)

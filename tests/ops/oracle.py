@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sefi_fast.ops import available_backends, eager, fused_cross_attention
 from sefi_fast.ops.dispatch import load
-from sefi_fast.ops.types import OutputGrads
+from sefi_fast.ops.inputs import OutputGrads
 
 __all__ = [
     "BACKENDS",

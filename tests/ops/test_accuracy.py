@@ -22,7 +22,7 @@ from ops.oracle import (
 
 from sefi_fast.ops import available_backends
 from sefi_fast.ops.dispatch import load
-from sefi_fast.ops.types import OutputGrads
+from sefi_fast.ops.inputs import OutputGrads
 
 FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
 ALL = {"weights": True, "mask": True, "tokens": 3, "reference_grad": True}

@@ -18,7 +18,7 @@ from ops.oracle import (
 from ops.test_accuracy import CASES
 
 from sefi_fast.ops import cross_attention, eager, fused_cross_attention
-from sefi_fast.ops.types import AttentionInputs, Options, OutputGrads
+from sefi_fast.ops.inputs import AttentionInputs, Options, OutputGrads
 
 
 def test_the_example_of_the_docstring_runs():
