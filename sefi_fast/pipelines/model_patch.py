@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -175,6 +176,7 @@ def watch(model: nn.Module, user: Any, watching: bool) -> None:
         patch.watch(user, watching)
 
 
+@dataclass(frozen=True, eq=False)
 class StreamHook:
     """Forward-pre-hook of a projection that picks one of two streams side by side, [B, M, 2·C].
 
@@ -186,9 +188,8 @@ class StreamHook:
             [B, 2, M, C].
     """
 
-    def __init__(self, width: int, stream: int | None) -> None:
-        self.width = width
-        self.stream = stream
+    width: int
+    stream: int | None
 
     def __call__(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         prompt = args[0]

@@ -58,21 +58,17 @@ def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
     # The bundled model's tokenizer knows few words.
     examples = ", ".join(word for word in _CLASS_WORDS if f"{word}</w>" in vocabulary)
     if not ids or tokenizer.unk_token_id in ids:
-        raise PromptError(
-            f"the tokenizer does not know the class word {class_word!r}. Choose a common word "
-            f"that is one token ({examples})."
-        )
-    if any(not piece.endswith("</w>") and piece not in added for piece in pieces):
-        raise PromptError(
-            f"the class word {class_word!r} falls into pieces ({len(pieces)} tokens). Choose words "
-            f"that are one token each, such as the general word for it ({examples})."
-        )
-    if len(ids) > _MOST_CLASS_TOKENS:
-        raise PromptError(
-            f"the class word {class_word!r} is {len(ids)} tokens; at most {_MOST_CLASS_TOKENS} are "
-            f"possible. Choose the general word for it ({examples})."
-        )
-    return ids
+        fault = "is a word that the tokenizer does not know"
+    elif any(not piece.endswith("</w>") and piece not in added for piece in pieces):
+        fault = f"falls into pieces ({len(pieces)} tokens)"
+    elif len(ids) > _MOST_CLASS_TOKENS:
+        fault = f"is {len(ids)} tokens; at most {_MOST_CLASS_TOKENS} are possible"
+    else:
+        return ids
+    raise PromptError(
+        f"the class word {class_word!r} {fault}. Choose words that are one token each, such as the "
+        f"general word for it ({examples})."
+    )
 
 
 def with_all_vectors(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
@@ -223,9 +219,7 @@ class PlainPlaceholder:
         letters = (i for i, piece in pieces if re.fullmatch("[A-Za-z0-9]+(</w>)?", piece))
         self._ids = set(letters) & set(in_quotes)
         written = _readable(tokenizer, alone).replace(" ", "")
-        before = r"(?<!\w)" if _is_word_character(written[:1]) else ""
-        after = r"(?!\w)" if _is_word_character(written[-1:]) else ""
-        self._pattern = re.compile(before + r"\s*".join(map(re.escape, written)) + after)
+        self._pattern = re.compile(_as_word(written, r"\s*"))
 
     def text_with_it(self, ids: Sequence[int]) -> str | None:
         """Return the text of a prompt's token ids if the placeholder is in it, else None."""
@@ -312,15 +306,15 @@ def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int,
         yield begin, end, placeholders.index(match.group())
 
 
-def _as_word(placeholder: str) -> str:
-    """Return a pattern for the placeholder.
+def _as_word(placeholder: str, between: str = "") -> str:
+    """Return a pattern for the placeholder, with the pattern `between` between its characters.
 
     A placeholder that begins or ends like a word ("sks") is a different word inside another
     ("sksy"), which is not an error. One in brackets ("<me>ow") is an error of the user.
     """
-    before = r"(?<!\w)" if _is_word_character(placeholder[0]) else ""
-    after = r"(?!\w)" if _is_word_character(placeholder[-1]) else ""
-    return before + re.escape(placeholder) + after
+    before = r"(?<!\w)" if _is_word_character(placeholder[:1]) else ""
+    after = r"(?!\w)" if _is_word_character(placeholder[-1:]) else ""
+    return before + between.join(map(re.escape, placeholder)) + after
 
 
 def _is_word_character(character: str) -> bool:

@@ -157,7 +157,7 @@ def test_attached_subjects_are_the_default(sd15_pipeline):
 @pytest.mark.parametrize(
     ("options", "prompt", "error", "message"),
     [
-        ([{}, {"word": "dog"}], "a", ValueError, "2 subjects share the placeholder '<me>'"),
+        ([{}, {"word": "dog"}], "a", ValueError, "2 of the subjects have the placeholder"),
         (
             [{"stages": 11}, {"placeholder": "<it>", "stages": 13}],
             "a",

@@ -235,9 +235,9 @@ def test_other_text_encoders_are_refused(text):
     [
         ((2, 77), None, "go together"),
         (None, (2, 2, 48), "go together"),
-        ((1, 77), (2, 2, 48), "shape of input_ids"),
-        ((2, 77), (1, 2, 48), r"rows must be \[2, subjects, 48\]"),
-        ((2, 77), (2, 2, 64), r"rows must be \[2, subjects, 48\]"),
+        ((1, 77), (2, 2, 48), r"slots must be \[2, 77\]"),
+        ((2, 77), (1, 2, 48), r"rows \[2, subjects, 48\]"),
+        ((2, 77), (2, 2, 64), r"rows \[2, subjects, 48\]"),
         ((2, 77), (2, 0, 48), "row 1 of 0"),
     ],
 )
