@@ -161,14 +161,7 @@ class SeFiAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attend from `hidden_states` [B, N, C] or [B, C, h, w] to itself or to a prompt.
-
-        Raises:
-            ValueError: the prompt cannot be split into two streams, or the fused operator was
-                given a mask that differs between queries or heads.
-            ModelError: there are regions, and image tokens are missing.
-            TypeError: the prompt is IP-Adapter's tuple of text and image.
-        """
+        """Attend from `hidden_states` [B, N, C] or [B, C, h, w] to itself or to a prompt."""
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -342,18 +335,14 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 def _key_mask(mask: Tensor) -> Tensor:
     """Return the boolean [B, keys] of a [B, heads, 1, keys] mask or bias."""
     first = mask[:, 0, 0]
-    if mask.shape[2] != 1 or not torch.equal(mask, mask[:, :1].expand_as(mask)):
+    soft = mask.dtype != torch.bool
+    keep = first > _MASKED_BELOW if soft else first
+    fits = mask.shape[2] == 1 and torch.equal(mask, mask[:, :1].expand_as(mask))
+    if not fits or (soft and not bool(torch.all(~keep | (first == 0)))):
         raise ValueError(
             f"the attention mask, {tuple(mask.shape)} as [B, heads, queries, keys], differs "
-            "between queries or heads. The fused operator takes one entry a key. Give "
-            "encoder_attention_mask as [B, tokens], or request no subject loss, maps or backend."
-        )
-    if mask.dtype == torch.bool:
-        return first
-    keep = first > _MASKED_BELOW
-    if not bool(torch.all(~keep | (first == 0))):
-        raise ValueError(
-            "the attention mask holds biases between masked and free. The fused operator takes "
-            "only key masks. Use 0 and -10000, or request no subject loss, maps or backend."
+            "between queries or heads, or holds biases between masked (-10000) and free (0). The "
+            "fused operator takes only key masks. Give encoder_attention_mask as [B, tokens], or "
+            "request no subject loss, maps or backend."
         )
     return keep

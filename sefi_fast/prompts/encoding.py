@@ -194,7 +194,7 @@ def _encode_by(
         """Return [stages, 1 or 2, …] of each prompt."""
         return [
             torch.unflatten(x, 0, own.shape[:2]).repeat_interleave(stages // len(own), 0)
-            for own, x in zip(rows, states.split(counts), strict=True)
+            for own, x in zip(rows, torch.split(states, counts), strict=True)
         ]
 
     streams = torch.stack([x.expand(-1, 2, -1, -1) for x in by_stage(encoded)])
@@ -222,11 +222,7 @@ def _rows(subjects: Sequence[Subject], slots: Tensor, encoder: int) -> Tensor:
 
 
 def common_stages(stages: Sequence[int]) -> int:
-    """Return the least common multiple of subjects' stages.
-
-    Raises:
-        ValueError: it is above the limit of one subject.
-    """
+    """Return the least common multiple of subjects' stages."""
     common = math.lcm(*stages)
     if common > MOST_STAGES:
         raise ValueError(

@@ -116,10 +116,6 @@ def match_stages(prompts: Sequence[Tensor], width: int, stages: int | None = Non
         prompts: [B, M, …] each, plain or packed.
         width: C, columns of a plain prompt.
         stages: pack plain prompts too, with a multiple of this number of stages.
-
-    Raises:
-        PromptError: a plain prompt meets a packed one of another number of tokens.
-        ValueError: a prompt is neither plain nor packed for this width.
     """
     found = [stages, *(packed_stages(prompt.shape[-1], width) for prompt in prompts)]
     common = math.lcm(*(count for count in found if count is not None))
@@ -144,11 +140,7 @@ def match_stages(prompts: Sequence[Tensor], width: int, stages: int | None = Non
 
 
 def match_pooled_stages(pooled: Sequence[Tensor], width: int) -> list[Tensor]:
-    """Repeat pooled embeddings [B, S·P], so that all have one number of stages.
-
-    Raises:
-        ValueError: one is not a multiple of `width`, P, wide.
-    """
+    """Repeat pooled embeddings [B, S·P], so that all have one number of stages."""
     by_stage = [_pooled_by_stage(one, width) for one in pooled]
     common = math.lcm(*(one.shape[1] for one in by_stage))
     return [one.repeat_interleave(common // one.shape[1], 1).flatten(1) for one in by_stage]
@@ -161,7 +153,7 @@ def _pooled_by_stage(pooled: Tensor, width: int) -> Tensor:
             f"model ({width}) nor one a stage (a multiple of that). Make them with "
             "sefi_fast.prompts.encode_with_pooled for this pipeline."
         )
-    return pooled.unflatten(-1, (-1, width))
+    return torch.unflatten(pooled, -1, (-1, width))
 
 
 class StageHook:
@@ -170,10 +162,6 @@ class StageHook:
     The stage is that of the call's timestep. A plain prompt [B, L, C] is left as it is.
     SDXL's pooled embeddings, added_cond_kwargs["text_embeds"] [B, S·P], give that stage's [B, P].
     It holds no state between calls, so that threads and pipelines may share the model.
-
-    Args:
-        model: the U-Net or ControlNet.
-        width, num_train_timesteps, before: as for `install_stage_hook`.
     """
 
     def __init__(

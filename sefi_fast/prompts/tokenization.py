@@ -114,11 +114,7 @@ def placeholder_ids(
 
 
 def padded(ids: Sequence[int], count: int, class_word: str) -> list[int]:
-    """Return the ids of a class word, the last one repeated up to `count`.
-
-    Raises:
-        PromptError: there are more than `count`.
-    """
+    """Return the ids of a class word, the last one repeated up to `count`."""
     if len(ids) > count:
         raise PromptError(
             f"the class word {class_word!r} is {len(ids)} tokens, more than the {count} of the "
@@ -188,10 +184,7 @@ def unknown_placeholders(
 ) -> list[str]:
     """Return the words in angle brackets that text encoders would read as meaningless pieces.
 
-    Args:
-        texts: prompts.
-        placeholders: those of the subjects that the prompts may hold.
-        tokenizers: they may know words of their own, such as embeddings that diffusers loaded.
+    Tokenizers may know words of their own, such as embeddings that diffusers loaded.
     """
     own = sorted(placeholders, key=len, reverse=True)
     known = {composed(word) for tokenizer in tokenizers for word in tokenizer.get_added_vocab()}
@@ -244,7 +237,6 @@ def _layout(
     require: bool,
     warn: bool = True,
 ) -> list[_Token]:
-    """Return all positions of one prompt: start of text, content, end of text, padding."""
     length = _length(tokenizer)
     content = _content(tokenizer, prompt, placeholders)
     if require and not any(token.slot for token in content):
@@ -268,9 +260,8 @@ def _layout(
             room,
             printable(removed, 300),
         )
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    row = [_Token(start, 0), *content[:room], _Token(end, 0)]
-    return row + [_Token(pad, 0)] * (length - len(row))
+    row = [_Token(tokenizer.bos_token_id, 0), *content[:room], _Token(tokenizer.eos_token_id, 0)]
+    return row + [_Token(tokenizer.pad_token_id, 0)] * (length - len(row))
 
 
 def _content(tokenizer: Any, text: str, placeholders: Sequence[Placeholder]) -> list[_Token]:
@@ -307,11 +298,8 @@ def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int,
 
 
 def _as_word(placeholder: str, between: str = "") -> str:
-    """Return a pattern for the placeholder, with the pattern `between` between its characters.
-
-    A placeholder that begins or ends like a word ("sks") is a different word inside another
-    ("sksy"), which is not an error. One in brackets ("<me>ow") is an error of the user.
-    """
+    """Return a pattern for the placeholder, with the pattern `between` between its characters."""
+    # "sks" is not in "sksy", which is not an error; "<me>ow" is an error of the user.
     before = r"(?<!\w)" if _is_word_character(placeholder[:1]) else ""
     after = r"(?!\w)" if _is_word_character(placeholder[-1:]) else ""
     return before + between.join(map(re.escape, placeholder)) + after
