@@ -9,11 +9,7 @@ from torch import nn
 
 
 def cross_attention_layers(model: nn.Module) -> dict[str, Attention]:
-    """Return name → cross-attention layer of a U-Net or ControlNet, in order of execution.
-
-    Args:
-        model: a UNet2DConditionModel or a ControlNetModel.
-    """
+    """Return name → cross-attention layer of a U-Net or ControlNet, in order of execution."""
     layers: dict[str, Attention] = {}
     # The U-Net registers its up blocks before the middle one, so module order is not call order.
     for part in ("down_blocks", "mid_block", "up_blocks"):

@@ -141,7 +141,17 @@ class SeFiAttnProcessor:
         self.record = record
         self.backend = backend
         self.self_attention = self_attention
-        self._efficient_attention = _import_xformers() if self_attention == "xformers" else None
+        self._efficient_attention: Any = None
+        if self_attention == "xformers":
+            try:
+                from xformers.ops import memory_efficient_attention
+            except (ImportError, OSError) as error:
+                raise BackendError(
+                    "self_attention='xformers' was requested, but xformers cannot be imported "
+                    f"({error}). Install a build that fits this torch, or use "
+                    "self_attention='sdpa'."
+                ) from error
+            self._efficient_attention = memory_efficient_attention
 
     def __call__(
         self,
@@ -151,14 +161,7 @@ class SeFiAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Attend from `hidden_states` [B, N, C] or [B, C, h, w] to itself or to a prompt.
-
-        Raises:
-            ValueError: the prompt cannot be split into two streams, or the fused operator was
-                given a mask that differs between queries or heads.
-            ModelError: there are regions, and image tokens are missing.
-            TypeError: the prompt is IP-Adapter's tuple of text and image.
-        """
+        """Attend from `hidden_states` [B, N, C] or [B, C, h, w] to itself or to a prompt."""
         residual = hidden_states
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -169,14 +172,10 @@ class SeFiAttnProcessor:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         query = attn.to_q(hidden_states)
-        if encoder_hidden_states is None:
-            key, value = attn.to_k(hidden_states), attn.to_v(hidden_states)
-        else:
-            key, value = self._project_prompt(attn, encoder_hidden_states)
         query = _split_heads(query, attn.heads)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
-        key, value = _heads_of(attn, key, value)
+        key, value = self._project(attn, hidden_states, encoder_hidden_states)
 
         mask = self._prepare_mask(attn, attention_mask, key)
         scale = None if attn.scale == query.shape[-1] ** -0.5 else attn.scale
@@ -203,26 +202,30 @@ class SeFiAttnProcessor:
         result: Tensor = hidden_states / attn.rescale_output_factor
         return result
 
-    def _project_prompt(self, attn: Attention, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(prompt, Tensor):
-            raise TypeError(
-                f"SeFiAttnProcessor got encoder_hidden_states of type {type(prompt).__name__}, as "
-                "IP-Adapter makes them. It takes one tensor. Call pipe.unload_ip_adapter() first."
-            )
-        if not self.split_streams:
-            normed = _norm_prompt(attn, prompt)
-            return attn.to_k(normed), attn.to_v(normed)
-        if prompt.shape[1] % 2:
-            raise ValueError(
-                f"a prompt of odd length {prompt.shape[1]} reached cross-attention that takes a "
-                "key and a value stream of equal length. The stage hook of this model is missing. "
-                "Call sefi_fast.attach(pipe, ...) again."
-            )
-        key_stream, value_stream = prompt.chunk(2, dim=1)
-        return (
-            attn.to_k(_norm_prompt(attn, key_stream)),
-            attn.to_v(_norm_prompt(attn, value_stream)),
-        )
+    def _project(
+        self, attn: Attention, hidden_states: Tensor, prompt: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, heads, L, head_dim] of the prompt, or of the image itself."""
+        streams: tuple[Tensor, ...] = (hidden_states,)
+        if prompt is not None:
+            if not isinstance(prompt, Tensor):
+                raise TypeError(
+                    f"SeFiAttnProcessor got encoder_hidden_states of type {type(prompt).__name__}, "
+                    "as IP-Adapter makes them. It takes one tensor. Call pipe.unload_ip_adapter() "
+                    "first."
+                )
+            if self.split_streams and prompt.shape[1] % 2:
+                raise ValueError(
+                    f"a prompt of odd length {prompt.shape[1]} reached cross-attention that takes "
+                    "a key and a value stream of equal length. The stage hook of this model is "
+                    "missing. Call sefi_fast.attach(pipe, ...) again."
+                )
+            streams = prompt.chunk(2, dim=1) if self.split_streams else (prompt,)
+            if attn.norm_cross is not None:
+                streams = tuple(attn.norm_encoder_hidden_states(stream) for stream in streams)
+        key = _split_heads(attn.to_k(streams[0]), attn.heads)
+        value = _split_heads(attn.to_v(streams[-1]), attn.heads)
+        return key if attn.norm_k is None else attn.norm_k(key), value
 
     def _prepare_mask(self, attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | None:
         """Return [B, heads, 1 or N, keys] from diffusers' [B, 1 or N, keys], or None."""
@@ -259,7 +262,7 @@ class SeFiAttnProcessor:
         output = output.clone()
         samples = regions.samples
         for prompt, places in regions.of(attn, query):
-            key, value = _heads_of(attn, *self._project_prompt(attn, prompt))
+            key, value = self._project(attn, query, prompt)
             output[-samples:, :, places] = F.scaled_dot_product_attention(
                 query[-samples:, :, places],
                 key.expand(samples, -1, -1, -1),
@@ -329,42 +332,17 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
     return torch.unflatten(x, -1, (heads, -1)).transpose(1, 2)
 
 
-def _heads_of(attn: Attention, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Split projected keys and values [B, L, heads · head_dim] into heads; normalise the keys."""
-    key, value = _split_heads(key, attn.heads), _split_heads(value, attn.heads)
-    return key if attn.norm_k is None else attn.norm_k(key), value
-
-
-def _norm_prompt(attn: Attention, prompt: Tensor) -> Tensor:
-    return prompt if attn.norm_cross is None else attn.norm_encoder_hidden_states(prompt)
-
-
 def _key_mask(mask: Tensor) -> Tensor:
     """Return the boolean [B, keys] of a [B, heads, 1, keys] mask or bias."""
     first = mask[:, 0, 0]
-    if mask.shape[2] != 1 or not torch.equal(mask, mask[:, :1].expand_as(mask)):
+    soft = mask.dtype != torch.bool
+    keep = first > _MASKED_BELOW if soft else first
+    fits = mask.shape[2] == 1 and torch.equal(mask, mask[:, :1].expand_as(mask))
+    if not fits or (soft and not bool(torch.all(~keep | (first == 0)))):
         raise ValueError(
             f"the attention mask, {tuple(mask.shape)} as [B, heads, queries, keys], differs "
-            "between queries or heads. The fused operator takes one entry a key. Give "
-            "encoder_attention_mask as [B, tokens], or request no subject loss, maps or backend."
-        )
-    if mask.dtype == torch.bool:
-        return first
-    keep = first > _MASKED_BELOW
-    if not bool(torch.all(~keep | (first == 0))):
-        raise ValueError(
-            "the attention mask holds biases between masked and free. The fused operator takes "
-            "only key masks. Use 0 and -10000, or request no subject loss, maps or backend."
+            "between queries or heads, or holds biases between masked (-10000) and free (0). The "
+            "fused operator takes only key masks. Give encoder_attention_mask as [B, tokens], or "
+            "request no subject loss, maps or backend."
         )
     return keep
-
-
-def _import_xformers() -> Any:
-    try:
-        from xformers.ops import memory_efficient_attention
-    except (ImportError, OSError) as error:
-        raise BackendError(
-            f"self_attention='xformers' was requested, but xformers cannot be imported ({error}). "
-            "Install a build that fits this torch, or use self_attention='sdpa'."
-        ) from error
-    return memory_efficient_attention

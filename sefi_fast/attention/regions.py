@@ -41,17 +41,10 @@ class RegionPrompts:
     reached: set[int] = field(default_factory=set)
 
     def of(self, attn: Attention, query: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the prompt of each region, and the int64 [n] indices of its image tokens.
+        """Yield the prompt of each region and the int64 [n] indices of its image tokens.
 
         An image token belongs to a box that holds its centre. A region too small to hold one is
-        left out.
-
-        Args:
-            attn: the cross-attention layer.
-            query: [B, heads, N, head_dim], of N image tokens.
-
-        Raises:
-            ModelError: the number of image tokens does not fit the layer's size.
+        left out. The query is [B, heads, N, head_dim], of N image tokens.
         """
         height, width = reduced_size(self.size, self.factors[id(attn)])
         if query.shape[2] != height * width:

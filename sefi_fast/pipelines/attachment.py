@@ -45,7 +45,12 @@ def attach(
         ValueError: no subject was given, or two have the same placeholder.
     """
     check_pipeline(pipe)
-    loaded = _load(subjects)
+    if isinstance(subjects, (Subject, str, Path)):
+        subjects = [subjects]
+    loaded = tuple(s if isinstance(s, Subject) else Subject.load(s) for s in subjects)
+    if not loaded:
+        raise ValueError("attach got no subject: give at least one, or call detach(pipe)")
+    check_distinct([subject.placeholder for subject in loaded])
     tokenizers, encoders = zip(*text_encoders(pipe), strict=True)
     for subject in loaded:
         subject.check_fits(tokenizers, encoders)
@@ -66,15 +71,3 @@ def detach(pipe: AnyPipeline) -> AnyPipeline:
             patch.subjects = ()
             patch.release()
     return pipe
-
-
-def _load(
-    subjects: Subject | str | Path | Iterable[Subject | str | Path],
-) -> tuple[Subject, ...]:
-    if isinstance(subjects, (Subject, str, Path)):
-        subjects = [subjects]
-    loaded = tuple(s if isinstance(s, Subject) else Subject.load(s) for s in subjects)
-    if not loaded:
-        raise ValueError("attach got no subject: give at least one, or call detach(pipe)")
-    check_distinct([subject.placeholder for subject in loaded])
-    return loaded

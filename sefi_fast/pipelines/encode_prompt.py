@@ -80,13 +80,7 @@ class PromptRequest:
         self.clip_skip: int | None = given.get("clip_skip")
 
     def negative_texts(self, batch: int) -> tuple[list[str], ...]:
-        """Return the negative texts for each text encoder, one a prompt; empty by default.
-
-        Raises:
-            TypeError: prompt and negative prompt are of different types, which Stable Diffusion
-                1.x and 2.x pipelines refuse.
-            ValueError: there are not as many as prompts.
-        """
+        """Return the negative texts for each text encoder, one a prompt; empty by default."""
         prompt, negative = self.prompts[0], self.negatives[0]
         mixed = None not in (prompt, negative) and type(prompt) is not type(negative)
         if len(self.prompts) == 1 and mixed:
@@ -100,8 +94,7 @@ class PromptRequest:
                 texts = [texts or ""] * batch
             if len(texts) != batch:
                 raise ValueError(
-                    f"there are {len(texts)} negative prompts for {batch} prompts; give one a "
-                    "prompt"
+                    f"there are {len(texts)} negative prompts for {batch} prompts; give as many"
                 )
             listed.append(texts)
         return tuple(listed)
@@ -135,7 +128,6 @@ class EncodePromptPatch:
         self._release_when_dropped()
 
     def _release_when_dropped(self) -> None:
-        """Restore shared models if the pipeline is dropped without `detach`."""
         weakref.finalize(self, _release_all, self._models).atexit = False
 
     @property
@@ -155,11 +147,7 @@ class EncodePromptPatch:
 
     @classmethod
     def acquire(cls, pipe: Pipeline) -> EncodePromptPatch:
-        """Return the patch of a pipeline, created if there is none.
-
-        Raises:
-            ModelError: a model of the pipeline cannot be patched; the pipeline is then unchanged.
-        """
+        """Return the patch of a pipeline, created if there is none."""
         with LOCK:
             patch = cls.of(pipe)
             if patch is None:
@@ -210,14 +198,6 @@ class EncodePromptPatch:
 
         Arguments and results are those of the pipeline's own. Both embeddings have one length;
         pooled ones are S·P wide with one embedding a stage.
-
-        Raises:
-            PromptError: a placeholder cannot be used in its position, or a prompt given as a
-                tensor cannot be packed to go with one that is.
-            ModelError: a text is to be encoded after the text encoders were taken off; or there is
-                a trace or regions, and the pipeline encodes prompts in several calls.
-            TypeError, ValueError: prompt and negative prompt differ in type or in number, or
-                pooled embeddings are missing.
         """
         pipe = self.pipe
         bound = self.__signature__.bind(*args, **kwargs)
@@ -264,7 +244,7 @@ class EncodePromptPatch:
         self._let_watch()
         # Without its second text encoder, SDXL takes the width of the pooled embeddings for that
         # of one, but packed prompts have one a stage.
-        if is_sdxl(pipe) and pipe.text_encoder_2 is None and _TIME_IDS not in vars(pipe):
+        if getattr(pipe, "text_encoder_2", pipe) is None and _TIME_IDS not in vars(pipe):
             setattr(pipe, _TIME_IDS, self._time_ids)
 
     def _let_watch(self) -> None:
@@ -285,12 +265,11 @@ class EncodePromptPatch:
         if pipe is None:
             return None, []
         classes = " ".join(subject.class_word for subject in self.subjects).lower()
-
-        def is_class(placeholder: str) -> bool:
-            word = rf"(?<!\w){re.escape(placeholder.lower())}(?!\w)"
-            return re.search(word, classes) is not None
-
-        names = [s.placeholder for s in self.subjects if not is_class(s.placeholder)]
+        names = [
+            name
+            for name in (subject.placeholder for subject in self.subjects)
+            if not re.search(rf"(?<!\w){re.escape(name.lower())}(?!\w)", classes)
+        ]
         for encoder in present_text_encoders(pipe):
             if unwrap(encoder.text_encoder) is text_encoder:
                 return encoder.tokenizer, names
@@ -350,7 +329,7 @@ class EncodePromptPatch:
                 [x for x in pooled if x is not None], self.text.pooled_width
             )
             found += [None] * (4 - len(found))
-        last = pipe.text_encoder_2 if is_sdxl(pipe) else pipe.text_encoder
+        last = getattr(pipe, "text_encoder_2", pipe.text_encoder)
         dtype = (pipe.unet if last is None else last).dtype
         return tuple(
             None if x is None else x.to(request.device, dtype).repeat_interleave(request.images, 0)
@@ -417,6 +396,11 @@ class EncodePromptPatch:
     @contextmanager
     def watched_by(self, watcher: Watcher[Any]) -> Iterator[None]:
         """Let `watcher` follow each call of the pipeline, and undo it on exit."""
+        if self.watcher:
+            raise ValueError(
+                "a trace or regions of this pipeline already run. Name all words in one trace, and "
+                "generate with regions outside of it."
+            )
         pipe = self.pipe
         replaced = vars(pipe).get("maybe_free_model_hooks")
         # Every pipeline calls this at its end.
@@ -452,7 +436,6 @@ def _release_all(models: weakref.WeakSet[nn.Module], user: EncodePromptPatch | N
 
 
 def _listed(prompts: Sequence[Texts | None]) -> list[str]:
-    """Return all sentences of the texts for the text encoders."""
     given = (texts for texts in prompts if texts is not None)
     return [text for texts in given for text in ([texts] if isinstance(texts, str) else texts)]
 

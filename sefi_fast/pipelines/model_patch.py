@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -121,13 +122,7 @@ class UNetPatch(ModelPatch):
         self._processors: list[tuple[Attention, Any, Any]] = []
 
     def apply(self, model: nn.Module, width: int, num_train_timesteps: int) -> None:
-        """Install the parts that are missing.
-
-        Args:
-            model: the U-Net or ControlNet.
-            width: C, columns of a plain prompt.
-            num_train_timesteps: T of the scheduler.
-        """
+        """Install the hooks that are missing, for plain prompts of `width` columns."""
         self._layers = self._layers or list(cross_attention_layers(model).values())
         self.hook_streams(model)
         if not has_stage_hook(model):
@@ -177,20 +172,16 @@ def watch(model: nn.Module, user: Any, watching: bool) -> None:
         patch.watch(user, watching)
 
 
+@dataclass(frozen=True, eq=False)
 class StreamHook:
     """Forward-pre-hook of a projection that picks one of two streams side by side, [B, M, 2·C].
 
-    A prompt of width C is passed on as it is.
-
-    Args:
-        width: C, columns of a plain prompt.
-        stream: 0 for keys, 1 for values, None for diffusers' fused projection, which gets both as
-            [B, 2, M, C].
+    `stream` is 0 for keys, 1 for values, None for diffusers' fused projection, which gets both as
+    [B, 2, M, C]. A prompt of width C is passed on as it is.
     """
 
-    def __init__(self, width: int, stream: int | None) -> None:
-        self.width = width
-        self.stream = stream
+    width: int
+    stream: int | None
 
     def __call__(self, projection: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         prompt = args[0]
@@ -250,16 +241,14 @@ def check_replaceable(model: nn.Module, name: str, processor: Any) -> None:
 class TextEncoderPatch(ModelPatch):
     """Forward-pre-hook that refuses placeholders as plain words, on a shared text encoder.
 
-    Only the pipeline with attached subjects puts them into its prompts. Another one over the same
-    models (by `from_pipe`, or with a ControlNet added), and any tool that calls the text encoder
-    itself, would read "<me>" as three plain words and generate someone else.
+    Other pipelines over the same models, and any tool that calls the text encoder itself, would
+    read "<me>" as three plain words and generate someone else.
     """
 
     def __init__(self) -> None:
         super().__init__()
         # Of each tokenizer, by placeholder.
-        self._placeholders: WeakKeyDictionary[Any, dict[str, PlainPlaceholder]]
-        self._placeholders = WeakKeyDictionary()
+        self._placeholders = WeakKeyDictionary[Any, dict[str, PlainPlaceholder]]()
 
     def apply(self, text_encoder: nn.Module) -> None:
         """Install the hook if it is missing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import (
@@ -45,13 +45,6 @@ class Pipeline(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class SDXLPipeline(Pipeline, Protocol):
-    """The further attributes of SDXL's pipelines."""
-
-    tokenizer_2: Any
-    text_encoder_2: Any
-
-
 class TextShape(NamedTuple):
     """The widths of a pipeline's prompts, also known after its text encoders were taken off.
 
@@ -64,11 +57,7 @@ class TextShape(NamedTuple):
 
     @classmethod
     def of(cls, pipe: Pipeline) -> TextShape:
-        """Return the widths by the text encoders.
-
-        Raises:
-            ModelError: a tokenizer or a text encoder is missing.
-        """
+        """Return the widths by the text encoders."""
         configs = [one.text_encoder.config for one in text_encoders(pipe)]
         return cls(sum(config.hidden_size for config in configs), configs[-1].projection_dim)
 
@@ -112,9 +101,8 @@ def check_pipeline(pipe: Pipeline) -> None:
     arguments = [arg.replace("videos", "images") for arg in inspect.signature(own).parameters][1:]
     missing = [arg for arg in wanted if arg not in (*arguments, "clip_skip")]
     further = [arg for arg in arguments if arg not in wanted]
-    if missing or further:
-        both = (("without", missing), ("with", further))
-        differs = [f"{word} {', '.join(some)}" for word, some in both if some]
+    both = (("without", missing), ("with", further))
+    if differs := [f"{word} {', '.join(some)}" for word, some in both if some]:
         raise ModelError(
             f"{name}.encode_prompt is another function than that of its family "
             f"({' and '.join(differs)}). {_CLASS_WORD_INSTEAD}; {WORKS_WITH}"
@@ -143,12 +131,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def check_not_compiled(models: Iterable[nn.Module], request: str) -> None:
-    """Raise ModelError if torch.compile hides the calls of a model's layers.
-
-    Args:
-        models: U-Net and ControlNets as the pipeline has them.
-        request: the use of the layers ("trace the pipeline").
-    """
+    """Raise ModelError if torch.compile hides the calls of a layer that `request` needs."""
     for model in models:
         inside = unwrap(model)
         parts = inside.modules()
@@ -159,7 +142,7 @@ def check_not_compiled(models: Iterable[nn.Module], request: str) -> None:
             )
 
 
-def is_sdxl(pipe: Pipeline) -> TypeGuard[SDXLPipeline]:
+def is_sdxl(pipe: Pipeline) -> bool:
     """Return whether a pipeline is conditioned by two text encoders and a pooled embedding."""
     # The attribute counts, not its value: packed prompts need no text encoder.
     return hasattr(pipe, "text_encoder_2")

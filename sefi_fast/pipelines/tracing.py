@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
 from sefi_fast.pipelines.support import Pipeline, check_not_compiled, check_pipeline, unwrap
 from sefi_fast.pipelines.watcher import PipelineCall, Watcher
-from sefi_fast.prompts.tokenization import word_positions
+from sefi_fast.prompts.tokenization import with_all_vectors, word_positions
 from sefi_fast.utils.text import composed
 
 _INK = (30, 30, 34)
@@ -44,37 +43,6 @@ def draw_overlay(image: Image.Image, attention: Tensor) -> Image.Image:
     opacity = (_STRENGTH * (0.4 + 0.6 * strength))[..., None]
     blended = np.asarray(image.convert("RGB")) / 255.0 * (1 - opacity) + colors * opacity
     return Image.fromarray(np.uint8(np.round(blended * 255)))
-
-
-def draw_grid(
-    rows: Sequence[tuple[Image.Image, Sequence[tuple[str, Tensor]]]],
-) -> Image.Image:
-    """Return one row an image: itself, then each (word, map [h, w]) over it, with captions.
-
-    Raises:
-        ValueError: there is no image.
-    """
-    if not rows:
-        raise ValueError("grid got no images: give the images of the traced call")
-    cells = []
-    for image, maps in rows:
-        # Whole multiples of its size, large enough to read a caption under it.
-        factor = -(-_LEAST_WIDTH // image.width)
-        size = (image.width * factor, image.height * factor)
-        enlarged = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
-        overlays = [_captioned(draw_overlay(enlarged, m), word) for word, m in maps]
-        cells.append([_captioned(enlarged, "image"), *overlays])
-    cell_width = max(cell.width for row in cells for cell in row)
-    heights = [max(cell.height for cell in row) for row in cells]
-    width = max(len(row) for row in cells) * (cell_width + _GAP) + _GAP
-    sheet = Image.new("RGB", (width, sum(heights) + _GAP * (len(rows) + 1)), _PAPER)
-    top = _GAP
-    for row, height in zip(cells, heights, strict=True):
-        for column, cell in enumerate(row):
-            left = _GAP + column * (cell_width + _GAP) + (cell_width - cell.width) // 2
-            sheet.paste(cell, (left, top))
-        top += height + _GAP
-    return sheet
 
 
 def _captioned(image: Image.Image, caption: str) -> Image.Image:
@@ -115,9 +83,8 @@ class _Call:
                 f"not), such as {_PLAIN}, and run no other meanwhile."
             )
         self.probs_positions = self.probs_positions.to(device)
-        if not self.guidance:
-            return self.probs_positions
-        return torch.cat([torch.full_like(self.probs_positions, -1), self.probs_positions])
+        negative = [torch.full_like(self.probs_positions, -1)] * self.guidance
+        return torch.cat([*negative, self.probs_positions])
 
     def add(self, maps: Tensor, size: tuple[int, int]) -> None:
         """Add one layer's [batch, words · positions, N]."""
@@ -132,10 +99,9 @@ class _Call:
         largest = max(self.sums, key=lambda size: size[0] * size[1])
         total = torch.zeros_like(self.sums[largest])
         for size, maps in self.sums.items():
-            if size == largest:
-                total += maps
-            else:
-                total += F.interpolate(maps, largest, mode="bilinear", align_corners=False)
+            if size != largest:
+                maps = F.interpolate(maps, largest, mode="bilinear", align_corners=False)
+            total += maps
         return total / self.layer_calls
 
 
@@ -186,11 +152,28 @@ class Trace:
             ValueError: there is no image.
         """
         chosen = self.words if words is None else tuple(words)
-        rows = [
-            (image, list(zip(chosen, self._pick(chosen, index), strict=True)))
-            for index, image in enumerate(images)
-        ]
-        return draw_grid(rows)
+        cells = []
+        for index, image in enumerate(images):
+            # Whole multiples of its size, large enough to read a caption under it.
+            factor = -(-_LEAST_WIDTH // image.width)
+            size = (image.width * factor, image.height * factor)
+            enlarged = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+            maps = zip(chosen, self._pick(chosen, index), strict=True)
+            overlays = [_captioned(draw_overlay(enlarged, one), word) for word, one in maps]
+            cells.append([_captioned(enlarged, "image"), *overlays])
+        if not cells:
+            raise ValueError("grid got no images: give the images of the traced call")
+        cell_width = max(cell.width for row in cells for cell in row)
+        heights = [max(cell.height for cell in row) for row in cells]
+        width = max(len(row) for row in cells) * (cell_width + _GAP) + _GAP
+        sheet = Image.new("RGB", (width, sum(heights) + _GAP * (len(cells) + 1)), _PAPER)
+        top = _GAP
+        for row, height in zip(cells, heights, strict=True):
+            for column, cell in enumerate(row):
+                left = _GAP + column * (cell_width + _GAP) + (cell_width - cell.width) // 2
+                sheet.paste(cell, (left, top))
+            top += height + _GAP
+        return sheet
 
     def _pick(self, words: Sequence[str], index: int) -> list[Tensor]:
         maps, words = self.maps, [composed(word) for word in words]
@@ -245,20 +228,17 @@ class _TraceWatcher(Watcher[_Call]):
     def _positions(self, prompt: str) -> list[list[int]]:
         """Return the token positions of each traced word."""
         tokenizer = self.pipe.tokenizer
-        if isinstance(self.pipe, TextualInversionLoaderMixin):
-            prompt = self.pipe.maybe_convert_prompt(prompt, tokenizer)
+        (prompt,) = with_all_vectors(self.pipe, [prompt], tokenizer)
         placeholders = [subject.in_prompts(tokenizer) for subject in self._patch.subjects]
         return [word_positions(tokenizer, prompt, word, placeholders) for word in self._found.words]
 
     def before(self, model: nn.Module, call: _Call, arguments: Mapping[str, Any]) -> PromptState:
-        height, width = arguments["sample"].shape[-2:]
-        call.size = (height, width)
+        call.size = tuple(arguments["sample"].shape[-2:])
         prompt = arguments["encoder_hidden_states"]
         positions = call.positions_for(len(prompt), prompt.device)
         layers = self.layers[model].values()
-        return PromptState(
-            records={id(attn): LayerRecord(probs_positions=positions) for attn in layers}
-        )
+        records = {id(attn): LayerRecord(probs_positions=positions) for attn in layers}
+        return PromptState(records=records)
 
     def after(self, model: nn.Module, call: _Call, state: PromptState) -> None:
         for name, attn in self.layers[model].items():
@@ -302,11 +282,6 @@ def trace(pipe: Pipeline, words: Sequence[str] | str) -> Iterator[Trace]:
     check_pipeline(pipe)
     check_not_compiled([pipe.unet], _REQUEST)
     patch = EncodePromptPatch.acquire(pipe)
-    if patch.watcher:
-        raise ValueError(
-            "a trace or regions of this pipeline already run. Name all words in one trace, and "
-            "generate with regions without one, whose words would differ from place to place."
-        )
     found = Trace(words)
     with patch.watched_by(_TraceWatcher(pipe, found, patch)):
         yield found

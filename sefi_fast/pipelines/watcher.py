@@ -41,9 +41,7 @@ class Watcher(ABC, Generic[Call]):
     A call of the pipeline lasts from its encode_prompt to its end, and has one `Call`. Calls are
     kept by thread, because one pipeline may serve several.
 
-    Args:
-        pipe: the pipeline.
-        request: the wish of the user, for messages ("trace the pipeline").
+    Messages call it by the wish of the user, `request` ("trace the pipeline").
 
     Attributes:
         layers: of each model that is followed, name → cross-attention layer.

@@ -43,18 +43,6 @@ class PromptEmbeds(NamedTuple):
     pooled_prompt_embeds: Tensor | None
 
 
-class _Sequences(NamedTuple):
-    """The distinct sequences of one prompt for a text encoder.
-
-    stages, streams: of the subjects in this prompt; 1, 1 without any.
-    rows: [stages · streams, K, C], the rows of all subjects in each sequence.
-    """
-
-    stages: int
-    streams: int
-    rows: Tensor
-
-
 def encode(
     pipe: Pipeline,
     prompt: str | list[str],
@@ -190,55 +178,51 @@ def _encode_by(
     """Return streams [B, stages, 2, M, C] and pooled [B, stages · P] of one text encoder."""
     placeholders = [subject.in_prompts(encoder.tokenizer) for subject in subjects]
     input_ids, slots = tokenize_prompts(encoder.tokenizer, texts, placeholders)
-    prompts = [_sequences(subjects, row, number) for row in slots]
-    counts = torch.tensor([len(prompt.rows) for prompt in prompts])
+    rows = [_rows(subjects, row, number) for row in slots]
+    counts = [one.shape[0] * one.shape[1] for one in rows]
+    repeats = torch.tensor(counts)
     arguments = (
         encoder.text_encoder,
-        input_ids.repeat_interleave(counts, 0).to(device),
-        slots.repeat_interleave(counts, 0) if subjects else None,
-        torch.cat([prompt.rows for prompt in prompts]) if subjects else None,
+        input_ids.repeat_interleave(repeats, 0).to(device),
+        slots.repeat_interleave(repeats, 0) if subjects else None,
+        torch.cat([one.flatten(0, 1) for one in rows]) if subjects else None,
         clip_skip,
     )
     encoded, pooled = encode_text_pooled(*arguments) if sdxl else (encode_text(*arguments), None)
-    streams, by_stage = [], []
-    start = 0
-    for prompt in prompts:
-        own = slice(start, start + len(prompt.rows))
-        start = own.stop
-        shape, repeats = (prompt.stages, prompt.streams), stages // prompt.stages
-        both = torch.unflatten(encoded[own], 0, shape).expand(-1, 2, -1, -1)
-        streams.append(both.repeat_interleave(repeats, 0))
-        if pooled is not None:
-            values = torch.unflatten(pooled[own], 0, shape)[:, -1]
-            by_stage.append(values.repeat_interleave(repeats, 0).flatten())
-    return torch.stack(streams), torch.stack(by_stage) if by_stage else None
+
+    def by_stage(states: Tensor) -> list[Tensor]:
+        """Return [stages, 1 or 2, …] of each prompt."""
+        return [
+            torch.unflatten(x, 0, own.shape[:2]).repeat_interleave(stages // len(own), 0)
+            for own, x in zip(rows, torch.split(states, counts), strict=True)
+        ]
+
+    streams = torch.stack([x.expand(-1, 2, -1, -1) for x in by_stage(encoded)])
+    if pooled is not None:
+        pooled = torch.stack([x[:, -1].flatten() for x in by_stage(pooled)])
+    return streams, pooled
 
 
-def _sequences(subjects: Sequence[Subject], slots: Tensor, encoder: int) -> _Sequences:
+def _rows(subjects: Sequence[Subject], slots: Tensor, encoder: int) -> Tensor:
+    """Return the rows of all subjects [stages, streams, K, C] in the sequences of one prompt."""
     named = set(slots.tolist())
     ends = itertools.accumulate(subject.num_vectors for subject in subjects)
     present = [end in named for end in ends]
-    in_prompt = [subject for subject, there in zip(subjects, present, strict=True) if there]
+    in_prompt = list(itertools.compress(subjects, present))
     stages = math.lcm(*(subject.stages for subject in in_prompt))
     streams = 2 if any(subject.split for subject in in_prompt) else 1
     rows = []
     for subject, there in zip(subjects, present, strict=True):
         tokens = subject.tokens[encoder]
-        if there:
-            by_stage = tokens.repeat_interleave(stages // subject.stages, 0)
-            rows.append(by_stage.expand(-1, streams, -1, -1).flatten(0, 1))
-        else:
+        if not there:
             # No slot names these rows: only their number matters.
-            rows.append(tokens.new_zeros(stages * streams, *tokens.shape[2:]))
-    return _Sequences(stages, streams, torch.cat(rows, 1) if rows else torch.empty(1, 0, 0))
+            tokens = tokens.new_zeros(1, 1, *tokens.shape[2:])
+        rows.append(tokens.repeat_interleave(stages // len(tokens), 0).expand(-1, streams, -1, -1))
+    return torch.cat(rows, 2) if rows else torch.empty(1, 1, 0, 0)
 
 
 def common_stages(stages: Sequence[int]) -> int:
-    """Return the least common multiple of subjects' stages.
-
-    Raises:
-        ValueError: it is above the limit of one subject.
-    """
+    """Return the least common multiple of subjects' stages."""
     common = math.lcm(*stages)
     if common > MOST_STAGES:
         raise ValueError(

@@ -23,10 +23,9 @@ def stage_of(timestep: Tensor | float, stages: int, num_train_timesteps: int = 1
         stages: S, at least 1.
         num_train_timesteps: T of the scheduler the model was trained with.
     """
-    if stages < 1:
-        raise ValueError(f"stages must be at least 1, got {stages}")
-    if num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+    for name, least in (("stages", stages), ("num_train_timesteps", num_train_timesteps)):
+        if least < 1:
+            raise ValueError(f"{name} must be at least 1, got {least}")
     if not isinstance(timestep, Tensor):
         timestep = torch.tensor(timestep)
     if timestep.is_floating_point():
@@ -117,10 +116,6 @@ def match_stages(prompts: Sequence[Tensor], width: int, stages: int | None = Non
         prompts: [B, M, …] each, plain or packed.
         width: C, columns of a plain prompt.
         stages: pack plain prompts too, with a multiple of this number of stages.
-
-    Raises:
-        PromptError: a plain prompt meets a packed one of another number of tokens.
-        ValueError: a prompt is neither plain nor packed for this width.
     """
     found = [stages, *(packed_stages(prompt.shape[-1], width) for prompt in prompts)]
     common = math.lcm(*(count for count in found if count is not None))
@@ -145,23 +140,20 @@ def match_stages(prompts: Sequence[Tensor], width: int, stages: int | None = Non
 
 
 def match_pooled_stages(pooled: Sequence[Tensor], width: int) -> list[Tensor]:
-    """Repeat pooled embeddings [B, S·P], so that all have one number of stages.
+    """Repeat pooled embeddings [B, S·P], so that all have one number of stages."""
+    by_stage = [_pooled_by_stage(one, width) for one in pooled]
+    common = math.lcm(*(one.shape[1] for one in by_stage))
+    return [one.repeat_interleave(common // one.shape[1], 1).flatten(1) for one in by_stage]
 
-    Raises:
-        ValueError: one is not a multiple of `width`, P, wide.
-    """
-    for one in pooled:
-        if one.shape[-1] % width:
-            raise ValueError(
-                f"pooled embeddings of {one.shape[-1]} numbers are neither one embedding of this "
-                f"pipeline ({width} numbers) nor one a stage (a multiple of that)"
-            )
-    stages = [one.shape[-1] // width for one in pooled]
-    common = math.lcm(*stages)
-    return [
-        torch.unflatten(one, -1, (count, width)).repeat_interleave(common // count, 1).flatten(1)
-        for one, count in zip(pooled, stages, strict=True)
-    ]
+
+def _pooled_by_stage(pooled: Tensor, width: int) -> Tensor:
+    if pooled.shape[-1] % width:
+        raise ValueError(
+            f"pooled embeddings of {pooled.shape[-1]} numbers are neither one embedding of this "
+            f"model ({width}) nor one a stage (a multiple of that). Make them with "
+            "sefi_fast.prompts.encode_with_pooled for this pipeline."
+        )
+    return torch.unflatten(pooled, -1, (-1, width))
 
 
 class StageHook:
@@ -170,10 +162,6 @@ class StageHook:
     The stage is that of the call's timestep. A plain prompt [B, L, C] is left as it is.
     SDXL's pooled embeddings, added_cond_kwargs["text_embeds"] [B, S·P], give that stage's [B, P].
     It holds no state between calls, so that threads and pipelines may share the model.
-
-    Args:
-        model: the U-Net or ControlNet.
-        width, num_train_timesteps, before: as for `install_stage_hook`.
     """
 
     def __init__(
@@ -205,40 +193,28 @@ class StageHook:
         if not isinstance(prompt, Tensor):
             return None
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        selected = self.select(prompt, timestep)
-        packed = selected is not prompt
-        if packed and self.before is not None and not torch.compiler.is_compiling():
-            self.before(module)
+        if prompt.dim() != 3 or prompt.shape[-1] != self.width:
+            prompt = select_stage(prompt, self.width, timestep, self.num_train_timesteps)
+            if self.before is not None and not torch.compiler.is_compiling():
+                self.before(module)
         if self._added_widths is not None:
             args = (*args[:3], *(self._with_stage(value, timestep) for value in args[3:]))
             kwargs = {name: self._with_stage(value, timestep) for name, value in kwargs.items()}
         if positional:
-            return (*args[:2], selected, *args[3:]), kwargs
-        return args, {**kwargs, "encoder_hidden_states": selected}
+            return (*args[:2], prompt, *args[3:]), kwargs
+        return args, {**kwargs, "encoder_hidden_states": prompt}
 
     def _with_stage(self, value: Any, timestep: Tensor | float) -> Any:
         """Return added_cond_kwargs with the pooled embedding of one stage, other values as is."""
         if not isinstance(value, dict) or "text_embeds" not in value or "time_ids" not in value:
             return value
-        assert self._added_widths is not None
         pooled, time_ids = value["text_embeds"], value["time_ids"]
+        assert self._added_widths is not None
         width = self._added_widths[0] - time_ids.shape[-1] * self._added_widths[1]
         if pooled.shape[-1] == width:
             return value
-        if pooled.shape[-1] % width:
-            raise ValueError(
-                f"pooled_prompt_embeds of {pooled.shape[-1]} numbers are neither one embedding of "
-                f"this model ({width}) nor one a stage (a multiple of that). Make them with "
-                "sefi_fast.prompts.encode_with_pooled for this pipeline."
-            )
-        by_stage = pooled.unflatten(-1, (-1, width))
+        by_stage = _pooled_by_stage(pooled, width)
         return {**value, "text_embeds": _at(by_stage, timestep, self.num_train_timesteps)}
-
-    def select(self, prompt: Tensor, timestep: Tensor | float) -> Tensor:
-        """Return the streams [B, M, 2·C] of this timestep; a plain prompt as it is."""
-        if prompt.dim() == 3 and prompt.shape[-1] == self.width:
-            return prompt
-        return select_stage(prompt, self.width, timestep, self.num_train_timesteps)
 
 
 def has_stage_hook(model: nn.Module) -> bool:

@@ -37,13 +37,12 @@ def text_encoders(pipe: Pipeline) -> list[TextEncoder]:
             f"{name} has the second text encoder of SDXL alone, as the refiner has. Subjects need "
             "both. Use them with the base model and give the refiner the class word instead."
         )
+    for missing in missing_text_components(pipe):
+        raise ModelError(
+            f"{name} has no {missing}, which is needed to encode prompts. Load the pipeline with "
+            f"its {missing}."
+        )
     for one, suffix in zip(found, ("", "_2"), strict=False):
-        for field, value in one._asdict().items():
-            if value is None:
-                raise ModelError(
-                    f"{name} has no {field}{suffix}, which is needed to encode prompts. Load the "
-                    f"pipeline with its {field}{suffix}."
-                )
         if not _is_of_clips_kind(one.tokenizer):
             raise ModelError(
                 f"{name} has a tokenizer{suffix} of type {type(one.tokenizer).__name__}, which "
@@ -118,7 +117,15 @@ def encode_text(
     if clip_skip is None:
         last: Tensor = output[0]
         return last
-    return _skipped(text_encoder, output.hidden_states, clip_skip)
+    modules = text_encoder.named_modules()
+    norms = [one for name, one in modules if name.rpartition(".")[2] == "final_layer_norm"]
+    if len(norms) != 1:
+        raise ValueError(
+            f"clip_skip needs a text encoder with one final_layer_norm. "
+            f"{type(text_encoder).__name__} has {len(norms)}. Leave clip_skip out."
+        )
+    skipped: Tensor = norms[0](_state(output.hidden_states, clip_skip, 0))
+    return skipped
 
 
 def encode_text_pooled(
@@ -142,15 +149,8 @@ def encode_text_pooled(
         ValueError: as for `encode_text`.
     """
     output = _run(text_encoder, input_ids, slots, rows, hidden=True)
-    layers = len(output.hidden_states) - 1
-    skipped = clip_skip or 0
-    if not 0 <= skipped < layers:
-        raise ValueError(
-            f"clip_skip must lie between 0 and {layers - 1} for a text encoder of {layers} layers, "
-            f"of which SDXL leaves out the last, got {clip_skip}"
-        )
     pooled = output[0] if output[0].ndim == 2 else None
-    return output.hidden_states[-(skipped + 2)], pooled
+    return _state(output.hidden_states, clip_skip or 0, 1), pooled
 
 
 def encode_texts(
@@ -206,7 +206,15 @@ def _run(
         return run(input_ids, **keywords)
     if slots is None or rows is None:
         raise ValueError("slots and rows go together; got only one of the two")
-    _check(text_encoder, input_ids, slots, rows)
+    width = getattr(token_table(text_encoder), "embedding_dim", rows.shape[-1])
+    wanted = (len(input_ids), *rows.shape[1:2], width)
+    if slots.shape != input_ids.shape or rows.shape != wanted:
+        raise ValueError(
+            f"slots must be {list(input_ids.shape)} and rows [{len(input_ids)}, subjects, {width}] "
+            f"for this text encoder, got {list(slots.shape)} and {list(rows.shape)}"
+        )
+    if not slots.is_cuda and int(slots.max()) > rows.shape[1]:
+        raise ValueError(f"slots name row {int(slots.max())} of {rows.shape[1]}")
     with _rows_in_place(text_encoder, slots, rows):
         return run(input_ids, **keywords)
 
@@ -248,22 +256,6 @@ def _rows_in_place(text_encoder: nn.Module, slots: Tensor, rows: Tensor) -> Iter
         )
 
 
-def _check(text_encoder: nn.Module, input_ids: Tensor, slots: Tensor, rows: Tensor) -> None:
-    width = getattr(token_table(text_encoder), "embedding_dim", rows.shape[-1])
-    if slots.shape != input_ids.shape:
-        raise ValueError(
-            f"slots must have the shape of input_ids, {tuple(input_ids.shape)}, got "
-            f"{tuple(slots.shape)}"
-        )
-    if rows.dim() != 3 or rows.shape[0] != input_ids.shape[0] or rows.shape[2] != width:
-        raise ValueError(
-            f"rows must be [{input_ids.shape[0]}, subjects, {width}] for this text encoder, got "
-            f"{tuple(rows.shape)}"
-        )
-    if not slots.is_cuda and int(slots.max()) > rows.shape[1]:
-        raise ValueError(f"slots name row {int(slots.max())} of {rows.shape[1]}")
-
-
 def _attention_mask(text_encoder: nn.Module, input_ids: Tensor) -> Tensor | None:
     """Return 1 up to the end-of-text token, 0 after it, if the encoder was trained with a mask."""
     config: Any = text_encoder.config
@@ -275,18 +267,12 @@ def _attention_mask(text_encoder: nn.Module, input_ids: Tensor) -> Tensor | None
     return (is_end.cumsum(1) - is_end.long() == 0).long()
 
 
-def _skipped(text_encoder: nn.Module, hidden_states: tuple[Tensor, ...], clip_skip: int) -> Tensor:
+def _state(hidden_states: tuple[Tensor, ...], clip_skip: int, left_out: int) -> Tensor:
+    """Return the state before the last `left_out` + `clip_skip` layers."""
     layers = len(hidden_states) - 1
-    if not 0 <= clip_skip <= layers:
+    if not 0 <= clip_skip <= layers - left_out:
         raise ValueError(
-            f"clip_skip must lie between 0 and the text encoder's {layers} layers, got {clip_skip}"
+            f"clip_skip must lie between 0 and {layers - left_out} for a text encoder of {layers} "
+            f"layers, got {clip_skip}"
         )
-    modules = text_encoder.named_modules()
-    norms = [one for name, one in modules if name.rpartition(".")[2] == "final_layer_norm"]
-    if len(norms) != 1:
-        raise ValueError(
-            f"clip_skip needs a text encoder with one final_layer_norm. "
-            f"{type(text_encoder).__name__} has {len(norms)}. Leave clip_skip out."
-        )
-    skipped: Tensor = norms[0](hidden_states[-(clip_skip + 1)])
-    return skipped
+    return hidden_states[-1 - left_out - clip_skip]

@@ -58,21 +58,17 @@ def class_token_ids(tokenizer: Any, class_word: str) -> list[int]:
     # The bundled model's tokenizer knows few words.
     examples = ", ".join(word for word in _CLASS_WORDS if f"{word}</w>" in vocabulary)
     if not ids or tokenizer.unk_token_id in ids:
-        raise PromptError(
-            f"the tokenizer does not know the class word {class_word!r}. Choose a common word "
-            f"that is one token ({examples})."
-        )
-    if any(not piece.endswith("</w>") and piece not in added for piece in pieces):
-        raise PromptError(
-            f"the class word {class_word!r} falls into pieces ({len(pieces)} tokens). Choose words "
-            f"that are one token each, such as the general word for it ({examples})."
-        )
-    if len(ids) > _MOST_CLASS_TOKENS:
-        raise PromptError(
-            f"the class word {class_word!r} is {len(ids)} tokens; at most {_MOST_CLASS_TOKENS} are "
-            f"possible. Choose the general word for it ({examples})."
-        )
-    return ids
+        fault = "is a word that the tokenizer does not know"
+    elif any(not piece.endswith("</w>") and piece not in added for piece in pieces):
+        fault = f"falls into pieces ({len(pieces)} tokens)"
+    elif len(ids) > _MOST_CLASS_TOKENS:
+        fault = f"is {len(ids)} tokens; at most {_MOST_CLASS_TOKENS} are possible"
+    else:
+        return ids
+    raise PromptError(
+        f"the class word {class_word!r} {fault}. Choose words that are one token each, such as the "
+        f"general word for it ({examples})."
+    )
 
 
 def with_all_vectors(pipe: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
@@ -118,11 +114,7 @@ def placeholder_ids(
 
 
 def padded(ids: Sequence[int], count: int, class_word: str) -> list[int]:
-    """Return the ids of a class word, the last one repeated up to `count`.
-
-    Raises:
-        PromptError: there are more than `count`.
-    """
+    """Return the ids of a class word, the last one repeated up to `count`."""
     if len(ids) > count:
         raise PromptError(
             f"the class word {class_word!r} is {len(ids)} tokens, more than the {count} of the "
@@ -192,10 +184,7 @@ def unknown_placeholders(
 ) -> list[str]:
     """Return the words in angle brackets that text encoders would read as meaningless pieces.
 
-    Args:
-        texts: prompts.
-        placeholders: those of the subjects that the prompts may hold.
-        tokenizers: they may know words of their own, such as embeddings that diffusers loaded.
+    Tokenizers may know words of their own, such as embeddings that diffusers loaded.
     """
     own = sorted(placeholders, key=len, reverse=True)
     known = {composed(word) for tokenizer in tokenizers for word in tokenizer.get_added_vocab()}
@@ -223,9 +212,7 @@ class PlainPlaceholder:
         letters = (i for i, piece in pieces if re.fullmatch("[A-Za-z0-9]+(</w>)?", piece))
         self._ids = set(letters) & set(in_quotes)
         written = _readable(tokenizer, alone).replace(" ", "")
-        before = r"(?<!\w)" if _is_word_character(written[:1]) else ""
-        after = r"(?!\w)" if _is_word_character(written[-1:]) else ""
-        self._pattern = re.compile(before + r"\s*".join(map(re.escape, written)) + after)
+        self._pattern = re.compile(_as_word(written, r"\s*"))
 
     def text_with_it(self, ids: Sequence[int]) -> str | None:
         """Return the text of a prompt's token ids if the placeholder is in it, else None."""
@@ -250,7 +237,6 @@ def _layout(
     require: bool,
     warn: bool = True,
 ) -> list[_Token]:
-    """Return all positions of one prompt: start of text, content, end of text, padding."""
     length = _length(tokenizer)
     content = _content(tokenizer, prompt, placeholders)
     if require and not any(token.slot for token in content):
@@ -274,9 +260,8 @@ def _layout(
             room,
             printable(removed, 300),
         )
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    row = [_Token(start, 0), *content[:room], _Token(end, 0)]
-    return row + [_Token(pad, 0)] * (length - len(row))
+    row = [_Token(tokenizer.bos_token_id, 0), *content[:room], _Token(tokenizer.eos_token_id, 0)]
+    return row + [_Token(tokenizer.pad_token_id, 0)] * (length - len(row))
 
 
 def _content(tokenizer: Any, text: str, placeholders: Sequence[Placeholder]) -> list[_Token]:
@@ -312,15 +297,12 @@ def _occurrences(text: str, placeholders: list[str]) -> Iterator[tuple[int, int,
         yield begin, end, placeholders.index(match.group())
 
 
-def _as_word(placeholder: str) -> str:
-    """Return a pattern for the placeholder.
-
-    A placeholder that begins or ends like a word ("sks") is a different word inside another
-    ("sksy"), which is not an error. One in brackets ("<me>ow") is an error of the user.
-    """
-    before = r"(?<!\w)" if _is_word_character(placeholder[0]) else ""
-    after = r"(?!\w)" if _is_word_character(placeholder[-1]) else ""
-    return before + re.escape(placeholder) + after
+def _as_word(placeholder: str, between: str = "") -> str:
+    """Return a pattern for the placeholder, with the pattern `between` between its characters."""
+    # "sks" is not in "sksy", which is not an error; "<me>ow" is an error of the user.
+    before = r"(?<!\w)" if _is_word_character(placeholder[:1]) else ""
+    after = r"(?!\w)" if _is_word_character(placeholder[-1:]) else ""
+    return before + between.join(map(re.escape, placeholder)) + after
 
 
 def _is_word_character(character: str) -> bool:

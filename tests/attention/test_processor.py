@@ -12,7 +12,6 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import nn
 
 from sefi_fast.attention.processor import (
-    AttentionRecord,
     LayerRecord,
     PromptState,
     SeFiAttnProcessor,
@@ -117,13 +116,11 @@ def test_equals_attn_processor_2_0(case, dtype, hidden_states, prompt):
 @pytest.mark.parametrize("spatial_norm", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_image_inputs_with_spatial_and_group_norm(spatial_norm, memory_format):
-    options = {"norm_num_groups": 4, "residual_connection": True, "bias": True}
-    temb = None
-    if spatial_norm:
-        options |= {"query_dim": 32, "spatial_norm_dim": 6}
-        temb = torch.randn(BATCH, 6, 5, 3)
-    attn = make_attention(**options)
-    image = torch.randn(BATCH, options.get("query_dim", INNER), 5, 3)
+    spatial = {"spatial_norm_dim": 6} if spatial_norm else {}
+    attn = make_attention(
+        query_dim=32, norm_num_groups=4, residual_connection=True, bias=True, **spatial
+    )
+    image, temb = torch.randn(BATCH, 32, 5, 3), torch.randn(BATCH, 6, 5, 3)
     expected = run(attn, AttnProcessor2_0(), image, temb=temb)
     actual = run(attn, SeFiAttnProcessor(), image.to(memory_format=memory_format), temb=temb)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -154,16 +151,16 @@ def test_a_key_mask_reaches_the_fused_operator_as_booleans(attn, hidden_states, 
 
 
 @pytest.mark.parametrize(
-    ("mask", "message"),
+    "mask",
     [
-        (bias_of(torch.rand(BATCH, 20, TOKENS) > 0.5), "differs between queries or heads"),
-        (bias_of(torch.rand(BATCH * HEADS, 1, TOKENS) > 0.5), "differs between queries or heads"),
-        (torch.full((BATCH, 1, TOKENS), -1.5), "only key masks"),
+        bias_of(torch.rand(BATCH, 20, TOKENS) > 0.5),
+        bias_of(torch.rand(BATCH * HEADS, 1, TOKENS) > 0.5),
+        torch.full((BATCH, 1, TOKENS), -1.5),
     ],
 )
-def test_the_fused_operator_refuses_other_masks(attn, hidden_states, prompt, mask, message):
+def test_the_fused_operator_refuses_other_masks(attn, hidden_states, prompt, mask):
     processor = SeFiAttnProcessor(record=LayerRecord(probs_positions=torch.tensor([[1]])))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="only key masks"):
         run(attn, processor, hidden_states, prompt, attention_mask=mask)
     run(attn, SeFiAttnProcessor(), hidden_states, prompt, attention_mask=mask)
 
@@ -184,18 +181,16 @@ def test_keys_come_from_the_first_stream_and_values_from_the_second(
     streams = torch.randn(2, BATCH, TOKENS, WIDTH)
     mask = key_mask() if masked else None
     expected, _ = exact_attention(attn, hidden_states, *streams, mask)
-    actual = run(
-        attn,
-        SeFiAttnProcessor(split_streams=True, backend=backend),
-        hidden_states,
-        torch.cat([*streams], dim=1),
-        attention_mask=None if mask is None else bias_of(mask[:, None]),
-    )
+    bias = None if mask is None else bias_of(mask[:, None])
+    processor = SeFiAttnProcessor(split_streams=True, backend=backend)
+    both = torch.cat([*streams], dim=1)
+    actual = run(attn, processor, hidden_states, both, attention_mask=bias)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_group_norm_of_the_prompt_sees_each_stream_alone(hidden_states, prompt):
+def test_each_stream_is_normed_alone_and_projected_by_a_call_of_the_module(hidden_states, prompt):
     attn = make_attention(**CROSS, **GROUP_NORM)
+    attn.to_v.register_forward_hook(lambda _, inputs, output: output + inputs[0].mean())
     expected = run(attn, AttnProcessor2_0(), hidden_states, prompt)
     twice = torch.cat([prompt, prompt], dim=1)
     actual = run(attn, SeFiAttnProcessor(split_streams=True), hidden_states, twice)
@@ -240,13 +235,6 @@ def test_a_second_run_of_a_layer_overwrites_its_results(attn, hidden_states, pro
         record.subject_loss = record.attn_probs = first
         run(attn, SeFiAttnProcessor(record=record, backend=backend), hidden_states, prompt)
         assert record.subject_loss is None and record.attn_probs is None
-
-
-def test_projections_are_called_as_modules(attn, hidden_states, prompt):
-    attn.to_v.register_forward_hook(lambda _, inputs, output: output + inputs[0].mean())
-    expected = run(attn, AttnProcessor2_0(), hidden_states, prompt)
-    actual = run(attn, SeFiAttnProcessor(), hidden_states, prompt)
-    torch.testing.assert_close(actual, expected, **TIGHT)
 
 
 def test_state_on_a_prompt_replaces_the_record_of_the_processor(attn, hidden_states, prompt):
@@ -331,14 +319,6 @@ def test_xformers_runs_self_attention_on_request(monkeypatch, hidden_states):
     expected = run(attn, AttnProcessor2_0(), hidden_states, attention_mask=bias)
     torch.testing.assert_close(actual, expected, **TIGHT)
     assert calls == [(BATCH, 20, HEADS, HEAD_DIM)]
-
-
-def test_an_attention_record_has_one_record_a_layer():
-    record = AttentionRecord()
-    layer = record.layer("mid")
-    assert record.layer("mid") is layer and record.layer("up") is not layer
-    assert list(record) == ["mid", "up"]
-    assert not layer.has_requests
 
 
 def test_compiles_without_graph_breaks(attn, hidden_states):

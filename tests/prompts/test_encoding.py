@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -113,22 +112,17 @@ def test_a_prompt_without_a_placeholder_is_the_plain_prompt(sd15_pipeline):
         assert torch.equal(streams, plain[:, None, None].expand(1, stages, 2, 77, 48))
 
 
-def test_clip_skip(sd15_pipeline):
+def test_clip_skip_dtype_and_no_graph(sd15_pipeline):
     pipe, subject = sd15_pipeline, make_subject(sd15_pipeline)
     ids = tokenize_prompts(pipe.tokenizer, ["a hat"], []).input_ids
+    pipe.text_encoder.to(torch.bfloat16)
     found = encode(pipe, "a hat", subjects=subject, clip_skip=1)
     with torch.no_grad():
         expected = encode_text(pipe.text_encoder, ids, clip_skip=1)
     assert torch.equal(unpack(found, 48)[0, 3, 1], expected[0])
     with_subject = encode(pipe, "a <me>", subjects=subject, clip_skip=1)
+    assert with_subject.dtype == torch.bfloat16 and not with_subject.requires_grad
     assert not torch.allclose(with_subject, encode(pipe, "a <me>", subjects=subject))
-
-
-def test_the_dtype_is_the_text_encoders_and_no_graph_is_kept(sd15_pipeline):
-    sd15_pipeline.text_encoder.to(torch.bfloat16)
-    found = encode(sd15_pipeline, "a <me>", subjects=make_subject(sd15_pipeline))
-    assert found.dtype == torch.bfloat16
-    assert not found.requires_grad
 
 
 def test_a_sequentially_offloaded_pipeline(sd15_pipeline):
@@ -145,19 +139,10 @@ def test_a_sequentially_offloaded_pipeline(sd15_pipeline):
         subject.check_fits([pipe.tokenizer], [pipe.text_encoder])
 
 
-def test_attached_subjects_are_the_default(sd15_pipeline):
-    pipe = sd15_pipeline
-    assert encode(pipe, "a <me>").shape == (1, 77, 97)
-    subject = make_subject(pipe, stages=3)
-    pipe.encode_prompt = SimpleNamespace(subjects=(subject,))
-    assert torch.equal(encode(pipe, "a <me>"), encode(pipe, "a <me>", subjects=[subject]))
-    assert encode(pipe, "a <me>", subjects=[]).shape == (1, 77, 97)
-
-
 @pytest.mark.parametrize(
     ("options", "prompt", "error", "message"),
     [
-        ([{}, {"word": "dog"}], "a", ValueError, "2 subjects share the placeholder '<me>'"),
+        ([{}, {"word": "dog"}], "a", ValueError, "2 of the subjects have the placeholder"),
         (
             [{"stages": 11}, {"placeholder": "<it>", "stages": 13}],
             "a",

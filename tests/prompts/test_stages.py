@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -11,11 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import make_controlnet, make_unet
 from torch import nn
 
-from sefi_fast.attention.layers import cross_attention_layers
-from sefi_fast.pipelines.model_patch import hook_streams
 from sefi_fast.prompts import (
     install_stage_hook,
     pack,
@@ -97,30 +93,19 @@ def test_prompts_of_other_models_do_not_pass_for_packed(width):
     assert packed_stages(0, width) is None
 
 
-def saved_and_loaded(packed):
-    file = io.BytesIO()
-    torch.save(packed, file)
-    file.seek(0)
-    return torch.load(file)
-
-
 TREATMENTS = {
     "cat": (lambda x: torch.cat([x * 0, x])[2:], lambda s: s),
-    "zeros_like": (torch.zeros_like, torch.zeros_like),
     "repeat and view": (
         lambda x: x.repeat(1, 3, 1).view(6, x.shape[1], -1),
         lambda s: s.repeat_interleave(3, 0),
     ),
     "expand": (lambda x: x[:1].expand(3, -1, -1), lambda s: s[:1].expand(3, -1, -1, -1, -1)),
-    "bfloat16": (torch.Tensor.bfloat16, torch.Tensor.bfloat16),
     "mixed": (lambda x: x[:1].lerp(x[1:], 0.25), lambda s: s[:1].lerp(s[1:], 0.25)),
-    "saved": (saved_and_loaded, lambda s: s),
     "weighted": (
         lambda x: torch.cat([x[:, :2], x[:, 2:3] * 1.6, x[:, 3:]], 1),
         lambda s: torch.cat([s[..., :2, :], s[..., 2:3, :] * 1.6, s[..., 3:, :]], -2),
     ),
     "long": (lambda x: torch.cat([x, x], 1), lambda s: torch.cat([s, s], -2)),
-    "noisy": (lambda x: x + 1, lambda s: s + 1),
 }
 
 
@@ -184,18 +169,6 @@ class Seer(nn.Module):
         return encoder_hidden_states
 
 
-class Mixer(nn.Module):
-    """A small model with a weight, to compile."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-
-    def forward(self, sample, timestep, encoder_hidden_states):
-        key, value = encoder_hidden_states.chunk(2, dim=-1)
-        return self.linear(key) + 2 * value + sample
-
-
 @pytest.fixture
 def seer():
     model = Seer()
@@ -210,7 +183,6 @@ def test_the_hook_takes_every_way_of_calling(seer, timestep):
     streams = make_streams()
     packed, expected = pack(streams), side_by_side(streams[:, 3])
     for args, kwargs in [
-        ((SAMPLE, timestep, packed), {}),
         ((SAMPLE, timestep, packed, None), {}),
         ((SAMPLE, timestep), {"encoder_hidden_states": packed}),
         ((), {"sample": SAMPLE, "timestep": timestep, "encoder_hidden_states": packed, "extra": 1}),
@@ -252,21 +224,16 @@ def test_the_hook_comes_first_once_and_goes(seer):
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("timestep", [torch.tensor([100.5, 900]), 300, 301.5])
-def test_a_hooked_model_compiles_into_one_graph(wrapped, grad, timestep):
+def test_a_hooked_model_compiles_into_one_graph(seer, wrapped, grad, timestep):
     torch._dynamo.reset()
     streams = make_streams()
-    model = Mixer()
-    reference, noise = copy.deepcopy(model), torch.randn(2, 4, 3)
-    install_stage_hook(model, 3)
-    if wrapped:
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    else:
-        model.compile(backend="aot_eager", fullgraph=True)
-        compiled = model
+    compiled = torch.compile(seer, backend="aot_eager", fullgraph=True) if wrapped else seer
+    if not wrapped:
+        seer.compile(backend="aot_eager", fullgraph=True)
     stages = (torch.as_tensor(timestep).expand(2) * 5 / 1000).long()
     with torch.set_grad_enabled(grad):
-        expected = reference(noise, timestep, side_by_side(streams[torch.arange(2), stages]))
-        torch.testing.assert_close(compiled(noise, timestep, pack(streams)), expected)
+        found = compiled(SAMPLE, timestep, pack(streams.requires_grad_(grad)))
+    assert torch.equal(found, side_by_side(streams[torch.arange(2), stages]))
 
 
 def test_a_schedule_is_compiled_once_and_a_hook_noticed():
@@ -290,31 +257,6 @@ def test_a_schedule_is_compiled_once_and_a_hook_noticed():
         assert len(graphs) == count
         handle.remove()
         assert compiled(SAMPLE, torch.tensor(3.0), packed).shape == packed.shape
-
-
-@pytest.mark.parametrize("kind", ["unet", "controlnet"])
-@torch.no_grad()
-def test_real_models_run_on_the_selected_stage(kind):
-    unet = make_unet(16)
-    model = unet if kind == "unet" else make_controlnet(unet)
-    # Tied streams, so that the bare model on one stream is the expected result.
-    streams = make_streams(2, 5, 7, 16)
-    streams[:, :, 1] = streams[:, :, 0]
-    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    keywords = {"controlnet_cond": torch.rand(2, 3, 128, 128)} if kind == "controlnet" else {}
-
-    def run(prompt):
-        call = {"encoder_hidden_states": prompt, "return_dict": False, **keywords}
-        return model(noise, torch.tensor([250, 850]), **call)[0 if kind == "unet" else 1]
-
-    expected = run(torch.stack([streams[0, 1, 0], streams[1, 4, 0]]))
-    other = run(torch.stack([streams[0, 0, 0], streams[1, 3, 0]]))
-    install_stage_hook(model, 16)
-    for attn in cross_attention_layers(model).values():
-        hook_streams(attn)
-    found = run(pack(streams))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (found - other).abs().max() > 1e-3
 
 
 class PooledSeer(nn.Module):
@@ -343,8 +285,7 @@ def test_pooled_embeddings_follow_the_stage():
     five, two = torch.randn(2, 5, 7), torch.randn(2, 2, 7)
     for timestep in (650.5, torch.tensor([650, 650])):
         for positional in (True, False):
-            found = run(five.flatten(1), timestep, positional=positional)
-            assert torch.equal(found, five[:, 3])
+            assert torch.equal(run(five.flatten(1), timestep, positional=positional), five[:, 3])
     found = run(two.flatten(1), torch.tensor([499, 500]))
     assert torch.equal(found, torch.stack([two[0, 0], two[1, 1]]))
     assert run(two[:, 0], 999).shape == (2, 7)

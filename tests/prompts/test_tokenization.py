@@ -96,8 +96,6 @@ def test_plain_prompts_are_tokenised_as_diffusers_does(tokenizer, names, prompt)
     ("placeholders", "prompt", "slots"),
     [
         (("<me>", "<it>"), "a person and <me> with <it> and a dog, <me>", {4: 1, 6: 2, 11: 1}),
-        (("<me>", "<it>"), "<it>", {1: 2}),
-        (("<me>", "<it>"), "a person with a dog", {}),
         (("<me>", "<<me>>"), "<me><me> <<me>>", {1: 1, 2: 1, 3: 2}),
         # The whole sentence would read the contraction 'd and "og" in place of the dog.
         (("<me>", "<it>"), "a '<it>' photo", {3: 2}),
@@ -140,15 +138,11 @@ def test_prompts_that_cannot_be_used(tokenizer, names, prompts, options, error, 
         tokenize_prompts(tokenizer, prompts, names, **options)
 
 
-def test_a_required_placeholder_and_empty_prompts(tokenizer, names):
+def test_a_required_placeholder_no_prompts_and_an_impossible_placeholder(tokenizer, names):
     assert slots_of(tokenize_prompts(tokenizer, ["a <it>"], names, require=True)) == {2: 2}
     assert tokenize_prompts(tokenizer, [], []).input_ids.shape == (0, 77)
-
-
-@pytest.mark.parametrize("placeholder", ["", "my self", " me"])
-def test_impossible_placeholders(tokenizer, placeholder):
     with pytest.raises(PromptError, match="one word"):
-        tokenize_prompts(tokenizer, ["a photo"], [(placeholder, [7])])
+        tokenize_prompts(tokenizer, ["a photo"], [("my self", [7])])
 
 
 def test_a_long_prompt_is_cut_with_a_warning(tokenizer, names, caplog):
@@ -173,18 +167,10 @@ def test_padding_and_length_are_the_tokenizers_own(tmp_path):
             tokenize_prompts(tokenizer, ["a <me>"], names)
 
 
-def test_class_word(tokenizer):
-    (dog,) = class_token_ids(tokenizer, "dog")
-    assert dog == tokenizer("dog").input_ids[1]
-    assert class_token_ids(tokenizer, " Dog ") == [dog]
-    assert class_token_ids(tokenizer, "red dog") == tokenizer("red dog").input_ids[1:-1]
-
-
 @pytest.mark.parametrize(
     ("class_word", "message"),
     [
-        ("wibble", r"'wibble' falls into pieces \(.*person, dog"),
-        ("red wibble", "'red wibble' falls into pieces"),
+        ("red wibble", r"'red wibble' falls into pieces \(.*person, dog"),
         ("dog " * 9, r"9 tokens.*at most 8.*the general word"),
         ("", "does not know"),
         ("<|endoftext|>", "does not know"),
@@ -211,7 +197,8 @@ def test_a_placeholder_of_several_tokens(tokenizer):
 
 
 def test_the_last_token_of_the_class_word_is_repeated(tokenizer):
-    red, dog = class_token_ids(tokenizer, "red dog")
+    red, dog = class_token_ids(tokenizer, " Red dog ")
+    assert [red, dog] == tokenizer("red dog").input_ids[1:-1]
     two = [tokenizer, tokenizer]
     assert placeholder_ids(two, "red dog") == [[red, dog]] * 2
     assert placeholder_ids([tokenizer], "red dog", 4) == [[red, dog, dog, dog]]
