@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from evals.tiny_world.images import drawn_images
@@ -77,6 +78,7 @@ def make_model(
                 path = folder / "text_encoder" / "config.json"
                 config = json.loads(path.read_text()) | {"dtype": "float32"}
                 path.write_text(json.dumps(config, indent=2) + "\n")
+                write_for_transformers_4(work / "tokenizer", folder)
                 replace_folder(folder, out)
 
             drawn, specs = drawn_images(images, settings.seed, work, processes)
@@ -92,6 +94,16 @@ def make_model(
         print(f"u-net: loss {loss:.4f}", flush=True)
     elif (work / "unet").exists():
         replace_folder(work / "unet", out)
+
+
+def write_for_transformers_4(tokenizer: Path, folder: Path) -> None:
+    """Add the tokenizer's files and the names of weights that transformers 4 reads, and 5 too."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer / name, folder / "tokenizer" / name)
+    path = folder / "text_encoder" / "model.safetensors"
+    prefix = "text_model."
+    weights = {prefix + name.removeprefix(prefix): w for name, w in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
@@ -24,7 +25,7 @@ from evals.tiny_world.two_creatures import train_two_creatures
 from evals.tiny_world.unet import make_scheduler
 from evals.tiny_world.vae import encode_images
 from sefi_fast.pipelines import load_pipeline
-from sefi_fast.tiny_world import SAMPLING, two_creatures_lora
+from sefi_fast.tiny_world import SAMPLING, bundled_model_path, two_creatures_lora
 from sefi_fast.tiny_world.captions import VOCABULARY
 from sefi_fast.tiny_world.drawing import Identity, ImageSpec, random_specs
 from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, Judgement
@@ -77,6 +78,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     replace_folder(tmp_path / "new", tmp_path / "old")
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["new.txt"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old"]
+
+
+@pytest.mark.parametrize("bundled", [False, True])
+def test_transformers_4_finds_its_files_and_names(made, bundled):
+    """It reads vocab.json and merges.txt, and names of weights that begin with text_model."""
+    folder = bundled_model_path() if bundled else made
+    vocabulary, merges = (str(folder / "tokenizer" / n) for n in ("vocab.json", "merges.txt"))
+    text = "a photo of a red creature with a Crown, in the snow"
+    slow = CLIPTokenizer(vocabulary, merges)
+    fast = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    assert slow(text).input_ids == fast(text).input_ids
+    with safe_open(folder / "text_encoder" / "model.safetensors", "pt") as weights:
+        names = weights.keys()
+    assert all(name.startswith("text_model.") for name in names)
 
 
 def test_the_table_of_caption_codes_agrees_with_the_tokenizer(made):
