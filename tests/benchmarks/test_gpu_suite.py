@@ -28,14 +28,6 @@ def test_a_junit_file_becomes_rows(tmp_path: Path) -> None:
     ]
 
 
-def test_without_a_gpu_nothing_runs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_suite.main([]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("junit", "minutes", "status", "benchmarks"),
     [

@@ -45,7 +45,7 @@ def test_the_exit_status_is_that_of_the_check(
 
 
 def test_a_compiler_s_log_and_a_listing_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "_ZN4sefi4cuda6tensor12key_value_kernelILi80ENS0_4HalfELb1ELb0EEEvNS0_17BackwardE"
+    name = "_ZN4sefi4cuda3mma20attn_bwd_dkdv_kernelILi80ENS0_4HalfELb1ELb0EEEvNS0_17BackwardE"
     log = (
         f"ptxas info    : Function properties for {name}\n"
         "    16 bytes stack frame, 24 bytes spill stores, 20 bytes spill loads\n"
