@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, PAGIdentitySe
 from pipelines.sampling import draw, subject_for
 
 import sefi_fast
-from sefi_fast import attach, detach, encode, export_embedding, regions, train, train_many
+from sefi_fast import attach, detach, encode, regions, train, train_many
 from sefi_fast.cli import main
 from sefi_fast.subject import Subject
 
@@ -61,12 +61,6 @@ class Work:
         """Run a command; one that fails raises what it prints."""
         if main([*map(str, arguments)]):
             raise RuntimeError(self.capture.readouterr().err.strip().splitlines()[-1])
-
-    def generate(self, prompt, *arguments):
-        if not (self.folder / "sd").exists():
-            self.pipe.save_pretrained(self.folder / "sd")
-        options = ("-m", self.folder / "sd", "--steps", 1, "-n", 1, "-o", self.folder / "out")
-        self.command("generate", prompt, *options, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -118,28 +112,6 @@ CALLS = {
         partial(w.train, resume=True),
         w.train,
         partial(w.train, output=w.output, resume="auto"),
-    ),
-    "a home folder that is not there": lambda w: (
-        r"or \./~me.safetensors for a file",
-        partial(w.train, output="~me.safetensors"),
-        partial(w.train, output="./~me.safetensors"),
-    ),
-    "an export that loses": lambda w: (
-        "pass lossy=True.*preset='textual-inversion'",
-        partial(export_embedding, subject_for(w.pipe, stages=2), w.output),
-        partial(export_embedding, subject_for(w.pipe, stages=2), w.output, lossy=True),
-        lambda: export_embedding(w.train(preset="textual-inversion"), w.output),
-    ),
-    "an export by command that loses": lambda w: (
-        "pass --mean-of-stages",
-        partial(w.command, "export", w.saved(), "-o", w.output),
-        partial(w.command, "export", w.saved(), "-o", w.output, "--mean-of-stages"),
-    ),
-    "a command with a subject of another name": lambda w: (
-        "Write it in place of the cat",
-        partial(w.generate, "a <me>", "-s", w.saved(placeholder="<rex:(a=b)>")),
-        partial(w.generate, "a <me>", "-s", f"<me>={w.folder / 'saved.safetensors'}"),
-        partial(w.generate, "a <rex:(a=b)>", "-s", w.folder / "saved.safetensors"),
     ),
 }  # fmt: skip
 
@@ -211,7 +183,7 @@ def a_placeholder_of_another_pipeline(w):
 def text_encoders_that_are_gone(w):
     embeds, empty = encode(w.pipe, "a <it>"), encode(w.pipe, "")
     w.pipe.text_encoder = None
-    yield "give it as prompt_embeds made by sefi_fast.encode"
+    yield "as prompt_embeds, which are made by sefi_fast.encode"
     yield partial(short, w.pipe, "a <it>")
     yield partial(short, w.pipe, None, prompt_embeds=embeds, negative_prompt_embeds=empty)
     yield partial(short, w.pipe, None, prompt_embeds=embeds, guidance_scale=1)
@@ -278,13 +250,6 @@ def a_command_with_a_preset_and_a_config(w):
     yield command
 
 
-def a_command_with_two_of_one_name(w):
-    first, second = w.saved("a=1.safetensors"), w.saved("b=2.safetensors")
-    yield r"as -s '<other>=.*b=2\.safetensors'"
-    yield partial(w.generate, "a <it> and <other>", "-s", first, "-s", second)
-    yield partial(w.generate, "a <it> and <other>", "-s", first, "-s", f"<other>={second}")
-
-
 def a_comma_in_a_manifest(w):
     path = w.folder / "all.csv"
     path.write_text("image,scene\nme.png,at home, on a sofa\n")
@@ -307,7 +272,6 @@ SEVERAL = [
     a_file_in_the_checkpoints_place,
     a_subject_of_other_settings,
     a_command_with_a_preset_and_a_config,
-    a_command_with_two_of_one_name,
     a_comma_in_a_manifest,
 ]
 
