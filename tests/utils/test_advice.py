@@ -8,12 +8,9 @@ from functools import partial
 
 import pytest
 from diffusers import (
-    DDIMScheduler,
-    EDMEulerScheduler,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
 from pipelines.sampling import draw, subject_for
 
 import sefi_fast
@@ -139,25 +136,6 @@ def one_placeholder_for_two(w):
     yield partial(attach, w.pipe, [w.subject, file])
 
 
-def a_foreign_processor(w):
-    detach(w.pipe)
-    layer = w.pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
-    layer.set_processor(PAGIdentitySelfAttnProcessor2_0())
-    yield r"unet\.set_attn_processor\(AttnProcessor2_0\(\)\)"
-    yield w.train
-    w.pipe.unet.set_attn_processor(AttnProcessor2_0())
-    yield w.train
-
-
-def a_scheduler_of_other_times(w):
-    detach(w.pipe)
-    w.pipe.scheduler = EDMEulerScheduler()
-    yield "set pipe.scheduler to one of DDIM"
-    yield partial(attach, w.pipe, w.subject)
-    w.pipe.scheduler = DDIMScheduler()
-    yield lambda: short(attach(w.pipe, w.subject), "a <it>")
-
-
 def a_trace_of_pag(w):
     detach(w.pipe)
     pag = StableDiffusionPAGPipeline.from_pipe(w.pipe)
@@ -224,14 +202,6 @@ def a_checkpoint_of_other_settings(w):
     yield partial(again, steps=3, resume=False, flip=False)
 
 
-def a_file_in_the_checkpoints_place(w):
-    w.output.with_name("me.safetensors.checkpoints").touch()
-    yield "choose another output, or set checkpoint_every=0"
-    yield partial(w.train, output=w.output)
-    yield partial(w.train, output=w.folder / "other.safetensors")
-    yield partial(w.train, output=w.output, checkpoint_every=0)
-
-
 def a_subject_of_other_settings(w):
     w.many([w.image])
     yield "choose another output, or use overwrite"
@@ -261,15 +231,12 @@ def a_comma_in_a_manifest(w):
 
 SEVERAL = [
     one_placeholder_for_two,
-    a_foreign_processor,
-    a_scheduler_of_other_times,
     a_trace_of_pag,
     a_placeholder_of_another_pipeline,
     text_encoders_that_are_gone,
     embeddings_for_a_trace_or_regions,
     an_unfinished_run,
     a_checkpoint_of_other_settings,
-    a_file_in_the_checkpoints_place,
     a_subject_of_other_settings,
     a_command_with_a_preset_and_a_config,
     a_comma_in_a_manifest,
