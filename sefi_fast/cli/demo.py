@@ -49,7 +49,6 @@ FILES = {
 
 
 def add(commands: Commands) -> None:
-    """Add the subcommand."""
     parser = commands.add_parser(
         "demo", help="personalise the bundled model on a bundled image; no download, no GPU"
     )
@@ -83,11 +82,6 @@ def run_demo(
     """Train the bundled model on one image, save FILES, and return the time in seconds.
 
     `overrides` are fields of `TrainConfig`, and the bundled image takes the place of a missing one.
-
-    Raises:
-        ImageError: the image cannot be read.
-        OSError: the folder cannot be written.
-        ValueError: one of the files would overwrite the image.
     """
     folder = check_folder(output, make=False)
     paths = {name: folder / file for name, file in FILES.items()}

@@ -116,7 +116,6 @@ def try_write_image(path: Path, what: str, make: Callable[[], Image.Image]) -> b
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --model-config and --vae."""
     parser.add_argument(
         "-m", "--model", type=expanded,
         help="diffusers folder, hub id or .safetensors file (default: the bundled tiny model)",
@@ -132,7 +131,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
-    """Add --preset."""
     from sefi_fast.training.config import PRESETS
 
     parser.add_argument("--preset", help=f"settings by name: {', '.join(PRESETS)}")
@@ -236,12 +234,9 @@ def attached_pipeline(
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """Return the pipeline with the subjects attached, and the sampling settings of its call.
 
-    Options that do not go together raise before slow imports.
-
-    Args:
-        options: options of `add_sampling`.
-        prompts: prompts to generate from; each subject must be in one of them.
+    Each subject must be in one of the prompts.
     """
+    # Before slow imports.
     _check_sampling(options)
     from sefi_fast.pipelines import attach, load_pipeline
     from sefi_fast.pipelines.loading import kept_model
@@ -309,11 +304,7 @@ def _check_sampling(options: argparse.Namespace) -> None:
 
 
 def _subjects(given: Sequence[str]) -> list[tuple[Path, Subject]]:
-    """Load subjects from FILE or NAME=FILE; a file whose own name has the sign is taken as it is.
-
-    Raises:
-        ValueError: two subjects have the same placeholder.
-    """
+    """Load subjects from FILE or NAME=FILE; a file whose name has the sign is taken as it is."""
     from sefi_fast.subject import Subject
 
     found: dict[str, tuple[Path, Subject]] = {}
