@@ -10,7 +10,6 @@ from sefi_fast.utils.files import user_path
 
 
 def add(commands: Commands) -> None:
-    """Add both subcommands."""
     parser = commands.add_parser(
         "export", help="write a subject as an embedding for diffusers, A1111 or ComfyUI"
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sefi_fast.cli.options import Commands, check_kept, report
 from sefi_fast.utils.files import atomic_write, check_folder, user_path
@@ -31,6 +32,13 @@ ACCESSORY_PROMPTS = {
     "scarf": "a photo of a {} with a scarf at night",
 }
 IMAGES_PER_PROMPT = 2
+# The files of the demo in the order in which they are printed.
+_SHOWN = {
+    "sheet": "the subject in new scenes and with accessories",
+    "maps": "attention of the placeholder and the accessories",
+    "curves": "the training curves",
+    "subject": "the subject, to attach to the bundled model",
+}
 FILES = {
     "subject": "subject.safetensors",
     "sheet": "sheet.png",
@@ -40,18 +48,7 @@ FILES = {
 }
 
 
-class DemoResult(NamedTuple):
-    """Files of the demo, and its time in seconds."""
-
-    subject: Path
-    sheet: Path
-    maps: Path
-    curves: Path
-    seconds: float
-
-
 def add(commands: Commands) -> None:
-    """Add the subcommand."""
     parser = commands.add_parser(
         "demo", help="personalise the bundled model on a bundled image; no download, no GPU"
     )
@@ -67,12 +64,10 @@ def add(commands: Commands) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     overrides = {} if options.steps is None else {"steps": options.steps}
-    result = run_demo(options.output, image=options.image, seed=options.seed, **overrides)
-    report(f"{result.sheet}: the subject in new scenes and with accessories")
-    report(f"{result.maps}: attention of the placeholder and the accessories")
-    report(f"{result.curves}: the training curves")
-    report(f"{result.subject}: the subject, to attach to the bundled model")
-    report(f"done in {result.seconds:.0f} s")
+    seconds = run_demo(options.output, image=options.image, seed=options.seed, **overrides)
+    for name, what in _SHOWN.items():
+        report(f"{options.output / FILES[name]}: {what}")
+    report(f"done in {seconds:.0f} s")
     return 0
 
 
@@ -83,20 +78,10 @@ def run_demo(
     seed: int = 0,
     progress: bool = True,
     **overrides: Any,
-) -> DemoResult:
-    """Personalise the bundled tiny model on one image, and save a subject and three PNG sheets.
+) -> float:
+    """Train the bundled model on one image, save FILES, and return the time in seconds.
 
-    Args:
-        output: folder for the subject file and the images; created if missing.
-        image: an image to train on; default: the bundled one, a creature no model has seen.
-        seed: seed of the training and of the generated images.
-        progress: show progress bars.
-        **overrides: fields of `TrainConfig`, for example ``steps=100``.
-
-    Raises:
-        ImageError: the image cannot be read.
-        OSError: the folder cannot be written.
-        ValueError: one of the files would overwrite the image.
+    `overrides` are fields of `TrainConfig`, and the bundled image takes the place of a missing one.
     """
     folder = check_folder(output, make=False)
     paths = {name: folder / file for name, file in FILES.items()}
@@ -115,14 +100,9 @@ def run_demo(
         # Naming the scene keeps it out of the subject.
         overrides = {"scene": SCENE_PHRASES[SUBJECT_SCENE], **overrides}
     # A run of a minute starts again instead of resuming.
-    overrides = {"checkpoint_every": 0, **overrides}
+    overrides = {"checkpoint_every": 0, "seed": seed, **overrides}
     subject = train(
-        image=source,
-        placeholder=PLACEHOLDER,
-        output=paths["subject"],
-        progress=progress,
-        seed=seed,
-        **overrides,
+        source, placeholder=PLACEHOLDER, output=paths["subject"], progress=progress, **overrides
     )
     if subject.history is not None:
         curves = training_curves(subject.history, title="one image, bundled model")
@@ -131,7 +111,7 @@ def run_demo(
     pipe = load_pipeline(None)
     pipe.set_progress_bar_config(disable=True)
 
-    def panels(templates: tuple[str, ...], word: str) -> list[Panel]:
+    def panels(templates: Iterable[str], word: str) -> list[Panel]:
         return [
             Panel(generated, prompt)
             for prompt in (template.format(word) for template in templates)
@@ -145,10 +125,7 @@ def run_demo(
             ("the one image given", [Panel(source)]),
             (f"the plain class word, '{CLASS_WORD}': another one in each image", plain),
             (f"the subject, '{PLACEHOLDER}', in new scenes", panels(SCENE_PROMPTS, PLACEHOLDER)),
-            (
-                "the subject with accessories",
-                panels(tuple(ACCESSORY_PROMPTS.values()), PLACEHOLDER),
-            ),
+            ("the subject with accessories", panels(ACCESSORY_PROMPTS.values(), PLACEHOLDER)),
         ]
         sheet = contact_sheet(rows, title="sefi_fast: one image in, the subject anywhere")
         atomic_write(paths["sheet"], png(sheet))
@@ -157,8 +134,8 @@ def run_demo(
         detach(pipe)
     seconds = time.perf_counter() - started
     record = {"seconds": round(seconds, 1), "seed": seed, "settings": subject.settings}
-    atomic_write(paths.pop("record"), json.dumps(record).encode())
-    return DemoResult(**paths, seconds=seconds)
+    atomic_write(paths["record"], json.dumps(record).encode())
+    return seconds
 
 
 def _attention_sheet(pipe: StableDiffusionPipeline, seed: int) -> bytes:

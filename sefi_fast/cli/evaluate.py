@@ -10,7 +10,6 @@ from sefi_fast.utils.malloc import keep_freed_memory_on_cpu
 
 
 def add(commands: Commands) -> None:
-    """Add the subcommand."""
     parser = commands.add_parser("evaluate", help="score trained subjects")
     parser.add_argument("subjects", type=user_path, nargs="+", help="subject files to score")
     add_model(parser)

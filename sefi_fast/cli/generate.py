@@ -23,7 +23,6 @@ _IMAGES = Path("images")
 
 
 def add(commands: Commands) -> None:
-    """Add the subcommands."""
     parser = commands.add_parser("generate", help="generate images from a prompt")
     parser.add_argument("prompt", help=_PROMPT)
     add_sampling(parser, number=4)

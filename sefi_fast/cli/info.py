@@ -14,7 +14,6 @@ _PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "xfor
 
 
 def add(commands: Commands) -> None:
-    """Add the subcommand."""
     parser = commands.add_parser("info", help="show versions, the machine and available backends")
     parser.set_defaults(run=_info)
 

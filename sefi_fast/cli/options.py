@@ -116,7 +116,6 @@ def try_write_image(path: Path, what: str, make: Callable[[], Image.Image]) -> b
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --model-config and --vae."""
     parser.add_argument(
         "-m", "--model", type=expanded,
         help="diffusers folder, hub id or .safetensors file (default: the bundled tiny model)",
@@ -132,7 +131,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
-    """Add --preset."""
     from sefi_fast.training.config import PRESETS
 
     parser.add_argument("--preset", help=f"settings by name: {', '.join(PRESETS)}")
@@ -236,12 +234,9 @@ def attached_pipeline(
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """Return the pipeline with the subjects attached, and the sampling settings of its call.
 
-    Options that do not go together raise before slow imports.
-
-    Args:
-        options: options of `add_sampling`.
-        prompts: prompts to generate from; each subject must be in one of them.
+    Each subject must be in one of the prompts.
     """
+    # Before slow imports.
     _check_sampling(options)
     from sefi_fast.pipelines import attach, load_pipeline
     from sefi_fast.pipelines.loading import kept_model
@@ -309,11 +304,7 @@ def _check_sampling(options: argparse.Namespace) -> None:
 
 
 def _subjects(given: Sequence[str]) -> list[tuple[Path, Subject]]:
-    """Load subjects from FILE or NAME=FILE; a file whose own name has the sign is taken as it is.
-
-    Raises:
-        ValueError: two subjects have the same placeholder.
-    """
+    """Load subjects from FILE or NAME=FILE; a file whose name has the sign is taken as it is."""
     from sefi_fast.subject import Subject
 
     found: dict[str, tuple[Path, Subject]] = {}
@@ -357,6 +348,8 @@ def _with_images(
     options: argparse.Namespace, pipe: DiffusionPipeline
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """Return the pipeline that takes the images of the options, and arguments of its call."""
+    from sefi_fast.pipelines.support import unwrap
+
     size: Size = (options.width, options.height)
     arguments: dict[str, Any] = {}
     if options.controlnet or options.image is not None:
@@ -370,14 +363,22 @@ def _with_images(
             mask=options.mask is not None,
         )
     elif size.count(None) == 1:
-        size = _whole_size(size, pipe)
+        # diffusers' pipelines take the model's own for both if one is missing.
+        own, scale = unwrap(pipe.unet).config.sample_size, pipe.vae_scale_factor
+        height, width = (own, own) if isinstance(own, int) else own
+        size = size[0] or width * scale, size[1] or height * scale
     if options.image is not None:
         image = _load(options.image, size, pipe.vae_scale_factor)
         size = image.size
         arguments["image"] = image
         arguments["strength"] = STRENGTH if options.strength is None else options.strength
         if options.mask is not None:
-            arguments["mask_image"] = _load_mask(options.mask, image.size)
+            from sefi_fast.training.latents import check_selection, open_mask
+
+            mask = open_mask(options.mask).resize(size).convert("L")
+            levels = [level for level, count in enumerate(mask.histogram()) if count]
+            check_selection(levels[0] / 255, levels[-1] / 255, "the image to change")
+            arguments["mask_image"] = mask
     if options.controlnet:
         hints = [_load(path, size, pipe.vae_scale_factor) for path in options.control_image]
         name = "control_image" if options.image is not None else "image"
@@ -387,18 +388,6 @@ def _with_images(
         if value is not None and name in takes:
             arguments[name] = value
     return pipe, arguments
-
-
-def _whole_size(size: Size, pipe: DiffusionPipeline) -> Size:
-    """Return width and height, with the model's own in place of the missing one.
-
-    diffusers' pipelines of Stable Diffusion take the model's own for both if one is missing.
-    """
-    from sefi_fast.pipelines.support import unwrap
-
-    own = unwrap(pipe.unet).config.sample_size
-    height, width = (own, own) if isinstance(own, int) else own
-    return size[0] or width * pipe.vae_scale_factor, size[1] or height * pipe.vae_scale_factor
 
 
 def _load(path: Path, size: Size, multiple: int) -> Image.Image:
@@ -411,12 +400,3 @@ def _load(path: Path, size: Size, multiple: int) -> Image.Image:
         for wanted, own in zip(size, image.size, strict=True)
     )
     return image if image.size == (width, height) else image.resize((width, height))
-
-
-def _load_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    from sefi_fast.training.latents import check_selection, open_mask
-
-    mask = open_mask(path).resize(size).convert("L")
-    levels = [level for level, count in enumerate(mask.histogram()) if count]
-    check_selection(levels[0] / 255, levels[-1] / 255, "the image to change")
-    return mask

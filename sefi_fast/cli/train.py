@@ -43,7 +43,6 @@ _VALIDATION = "images of the validation prompts during training"
 
 
 def add(commands: Commands) -> None:
-    """Add the subcommands."""
     parser = commands.add_parser("train", help="train a subject on one image")
     parser.add_argument(
         "image", type=user_path, nargs="?", help="the image, unless the config file names it"
@@ -249,7 +248,6 @@ def _train_many(options: argparse.Namespace) -> int:
 
 
 def _save_validation(folder: Path, result: ManyResult, prompts: Sequence[str]) -> None:
-    """Save a sheet of the validation images of one subject."""
     history = None if result.subject is None else result.subject.history
     if result.subject is None or history is None or not history.validation:
         return

@@ -6,7 +6,7 @@ import importlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,6 @@ from sefi_fast.errors import ModelError, first_line
 from sefi_fast.utils.files import expanded
 
 _BATCH = 16
-
-
-class ImageScorer(Protocol):
-    """A model that compares images with a reference image."""
-
-    def image(self, images: Sequence[Image.Image], reference: Image.Image) -> list[float]:
-        """Return the similarity of each image to the reference image, -1..1."""
 
 
 class _EmbeddingScorer(ABC):

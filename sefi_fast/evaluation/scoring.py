@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
 from sefi_fast.evaluation.prompts import Prompts, check_prompt, filled, prompts_for, read_prompts
-from sefi_fast.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer, ImageScorer
+from sefi_fast.evaluation.scorers import ClipScorer, DinoScorer, FaceScorer
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap
 from sefi_fast.evaluation.tables import csv_bytes, markdown_table, write_files
@@ -70,17 +70,8 @@ class Evaluation:
         return sum(values) / len(values) if values else None
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """One prompt with some subjects, or with their class words.
-
-    Attributes:
-        name: name of the subjects together, or CONTROL.
-        kind: class of the prompt.
-        prompt: the sentence, {} in place of each subject.
-        subjects: indices in the list of subjects.
-        control: whether the class words replace the subjects.
-    """
+class _Trial(NamedTuple):
+    """One prompt of a class with subjects by index, or with their class words (control)."""
 
     name: str
     kind: str
@@ -249,7 +240,7 @@ class _Scorers:
         self._references = [load_image(one) for one in references or ()]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._clip = ClipScorer(clip, device) if clip else None
-        self._by_image: dict[str, ImageScorer] = {}
+        self._by_image: dict[str, ClipScorer | DinoScorer | FaceScorer] = {}
         if self._clip is not None and references:
             self._by_image["clip image"] = self._clip
         if dino:

@@ -225,11 +225,7 @@ def _load_folder(
 
 
 def _check_folder(folder: Path, needs_vae: bool) -> _Family:
-    """Return the family of a diffusers folder.
-
-    Raises:
-        ModelError: the family does not fit, or the configuration of a part is missing.
-    """
+    """Return the family of a diffusers folder that has the configuration of every part."""
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise ModelError(

@@ -247,17 +247,16 @@ def embedding_rows(text_encoder: Any, token_ids: Sequence[int]) -> Tensor:
 
 def summarise(history: Any) -> dict[str, Any]:
     """Summarise a history: steps, seconds, mean loss and subject loss of its last tenth."""
-    loss = list(getattr(history, "loss", None) or [])
-    if not loss:
+    if history is None or not history.loss:
         return {}
-    tail = max(1, len(loss) // 10)
-    summary: dict[str, Any] = {"steps": len(loss)}
+    steps = len(history.loss)
+    summary: dict[str, Any] = {"steps": steps}
     for name in ("loss", "subject_loss"):
-        values = [float(value) for value in list(getattr(history, name, None) or [])[-tail:]]
+        values = getattr(history, name)[-max(1, steps // 10) :]
         if values and math.isfinite(mean := sum(values) / len(values)):
             summary[f"final_{name}"] = round(mean, 6)
-    if seconds := list(getattr(history, "seconds", None) or []):
-        summary["seconds"] = round(float(seconds[-1]), 3)
+    if history.seconds:
+        summary["seconds"] = round(history.seconds[-1], 3)
     return summary
 
 
@@ -289,10 +288,8 @@ def _content(subject: Subject) -> bytes:
             metadata[name] = json.dumps(value, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"the subject's {name} cannot be kept as JSON: {error}") from error
-    pairs = enumerate(zip(subject.tokens, subject.class_embeddings, strict=True))
-    tensors: dict[str, Tensor] = {}
-    for number, (tokens, rows) in pairs:
-        tensors |= {f"tokens.{number}": tokens, f"class_embedding.{number}": rows}
+    parts = {"tokens": subject.tokens, "class_embedding": subject.class_embeddings}
+    tensors = {f"{name}.{n}": x for name, each in parts.items() for n, x in enumerate(each)}
     content = pack_tensors(tensors, metadata)
     if len(content) <= SIZE_LIMIT:
         return content

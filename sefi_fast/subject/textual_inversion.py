@@ -189,10 +189,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} is a pickle, which can run code when it is opened: convert it to "
             ".safetensors where you trust it, and give that file"
         )
+    content = read_tensor_file(path, "an embedding")
     try:
-        return unpack_tensors(read_tensor_file(path, "an embedding"))[1]
-    except SubjectFileError:
-        raise
+        return unpack_tensors(content)[1]
     except ValueError as error:
         raise SubjectFileError(f"{path} is not a readable safetensors file ({error})") from error
 

@@ -261,11 +261,7 @@ def _check_mutable(path: Path) -> None:
 
 
 def _target(path: Path) -> Path:
-    """Return the target of a link, or the path itself.
-
-    Raises:
-        OSError: the link is dangling, or the path is a device, a pipe or a socket.
-    """
+    """Return the path or the target of a link; refuse a dangling link, a device and a pipe."""
     target = path
     if path.is_symlink():
         try:

@@ -40,21 +40,16 @@ def keep_freed_memory() -> bool:
         >>> sefi_fast.keep_freed_memory()  # doctest: +SKIP
         True
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    if "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    by_user = any(name.startswith("MALLOC_") for name in os.environ)
+    by_user |= "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if by_user or platform.libc_ver()[0] != "glibc":
         return False
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
     # First, because the other settings stop glibc from adapting this threshold.
-    for threshold in (_KEPT_BYTES, _MOST_OF_OLDER_GLIBC):
-        if set_option(_MMAP_THRESHOLD, threshold) == 1:
-            break
-    else:
+    if not any(set_option(_MMAP_THRESHOLD, x) == 1 for x in (_KEPT_BYTES, _MOST_OF_OLDER_GLIBC)):
         return False
     set_option(_TRIM_THRESHOLD, _KEPT_BYTES)
     set_option(_TOP_PAD, _PAD_BYTES)

@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from common import timing
 from common.options import exit_status
 from common.providers import EAGER, Workload
 from common.reference import errors, float64_results, make_inputs, problem_with
 from common.shapes import Problem
-from common.timing import Effort, interleaved, interleaved_cuda, memory
-
-from sefi_fast.ops import cpu
+from common.timing import Effort, interleaved, memory
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("custom", queries=37, head_dim=24, heads=3, batch=2, keys=19)
@@ -74,25 +71,6 @@ def test_calls_alternate_and_the_slower_call_is_slower() -> None:
     assert order[4:8] == ["slow", "fast", "fast", "slow"]
 
 
-def test_events_time_each_call_after_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = time.perf_counter()
-
-        def elapsed_time(self, end: Event) -> float:
-            return (end.at - self.at) * 1e3
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(timing, "FLUSH_BYTES", 1 << 10)
-    times = interleaved_cuda(SLEEPS, Effort(0.02, 0.0, 4), flush_device="cpu")
-    assert times["slow"].rounds == times["fast"].rounds >= 4
-    assert 0.001 <= times["fast"].fastest < times["slow"].fastest
-
-
 def test_memory_counts_what_lives_at_once_without_the_results() -> None:
     mebibyte = 1 << 18
 
@@ -105,22 +83,6 @@ def test_memory_counts_what_lives_at_once_without_the_results() -> None:
         return torch.ones(4 * mebibyte)
 
     assert memory(call, CPU) == (5 << 20, 1 << 20)
-
-
-def test_the_native_core_s_scratch_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Core:
-        def forward(self, size: int) -> int:
-            return size
-
-    monkeypatch.setattr(cpu, "_C", Core())
-
-    def call() -> torch.Tensor:
-        cpu._C.forward(1 << 20)
-        cpu._C.forward(3 << 20)
-        return torch.ones(1 << 18)
-
-    assert memory(call, CPU) == (4 << 20, 3 << 20)
-    assert isinstance(cpu._C, Core)
 
 
 @pytest.mark.parametrize(

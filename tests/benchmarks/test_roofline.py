@@ -11,7 +11,6 @@ from common.roofline import (
     Rates,
     bound,
     direction_bound,
-    kernel_work,
     products,
     work,
 )
@@ -46,32 +45,6 @@ def test_work_of_one_row(
     assert found.tile_flops == count * 2 * 80 * 48
     assert found.key_bytes == key_tensors * 77 * 40 * 2
     assert products(direction, with_loss) == count
-
-
-@pytest.mark.parametrize(
-    ("kernel", "row_bytes", "softmaxes", "count"),
-    [
-        ("forward", 160, 2, 3),
-        ("backward", 240, 2, 6),
-        # A sector of eight float32 numbers a row goes from one kernel to the other.
-        ("backward_query", 240 + 32, 2, 4),
-        ("backward_key_value", 160 + 32, 2, 5),
-        ("backward_key_value (grad_key)", 160 + 32, 2, 4),
-        ("backward_key_value (grad_value)", 160 + 32, 1, 2),
-    ],
-)
-def test_work_of_one_kernel(kernel: str, row_bytes: int, softmaxes: int, count: int) -> None:
-    found = kernel_work(ROW, 2, kernel)
-    assert (found.row_bytes, found.exponentials) == (row_bytes, softmaxes * 80)
-    assert found.tile_flops == count * 2 * 80 * 48
-
-
-def test_rows_multiply_and_the_reference_key_is_shared_by_the_batch() -> None:
-    problem = Problem("custom", queries=64, head_dim=160, heads=8, batch=4)
-    found = work(problem, 2, "forward")
-    assert problem.rows == 2048
-    assert found.row_bytes == 2048 * 640
-    assert found.key_bytes == (2 * 4 + 1) * 8 * 77 * 160 * 2
 
 
 @pytest.mark.parametrize(
@@ -127,8 +100,3 @@ def test_a_wrong_shape_is_named(shape: str, batch: int, keys: int, message: str)
 )
 def test_occupancy_by_hand(registers: int, shared: int, found: tuple[int, int, str]) -> None:
     assert occupancy(90, registers, 4, shared) == found
-
-
-def test_an_unknown_architecture_has_no_occupancy() -> None:
-    with pytest.raises(ValueError, match="75"):
-        occupancy(75, 32, 4, 0)

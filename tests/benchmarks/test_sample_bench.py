@@ -29,8 +29,3 @@ def test_ratios_compare_in_the_right_direction() -> None:
     for seconds, enough in (((1.0, 1.04), [True, True]), ((1.1, 1.2), [False, False])):
         found = sample_bench.targets_of(timings(*seconds))
         assert [measured >= target for _, _, measured, target in found] == enough
-
-
-def test_another_model_needs_a_class_word(capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample_bench.main(["--model", "somewhere"]) == 2
-    assert "--class-word" in capsys.readouterr().err

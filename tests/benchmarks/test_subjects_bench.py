@@ -14,9 +14,6 @@ from common.report import read_csv
 from PIL import Image
 
 import sefi_fast
-from sefi_fast.tiny_world.drawing import SCENES, held_out_identities
-from sefi_fast.tiny_world.judge import Judge, Judgement
-from sefi_fast.training.manifest import read_subjects
 
 TINY = ["--device", "cpu", "--resolution", "32", "--batch-size", "2", "--quick"]
 TINY += ["--seconds", "0.01"]
@@ -68,32 +65,6 @@ def test_flops_of_both_attentions_by_hand(reference: bool) -> None:
     with flop_counter() as counter:
         torch.nn.functional.scaled_dot_product_attention(query, *keys[:2]).sum().backward()
     assert counter.get_total_flops() == 7 * one
-
-
-def test_the_sheets_creatures_are_unseen_and_in_other_scenes(tmp_path: Path) -> None:
-    creatures = subjects_sheet.chosen_creatures(32, 0)
-    identities = [identity for identity, _ in creatures]
-    assert len(set(identities)) == 32 and set(identities) <= set(held_out_identities())
-    assert creatures == subjects_sheet.chosen_creatures(32, 0)
-    for _, scene in creatures:
-        others = subjects_sheet.scenes_for(scene, 2)
-        assert len(set(others)) == 2 and scene not in others and set(others) <= set(SCENES)
-    entries = read_subjects(subjects_sheet.write_manifest(creatures[:3], tmp_path))
-    assert [entry.name for entry in entries] == [f"creature-{n:02d}" for n in range(3)]
-    assert entries[0].seed == 0 and entries[2].placeholder == "<c2>"
-    judged = Judge.load()([Image.open(entry.image) for entry in entries])
-    for (identity, _), judgement in zip(creatures, judged, strict=False):
-        assert subjects_sheet.marks_shown(identity, [judgement]) >= 4
-
-
-def test_marks_by_hand() -> None:
-    identity = held_out_identities()[0]
-    values = {name: getattr(identity, name) or "none" for name in subjects_sheet.IDENTITY_MARKS}
-    right = Judgement({name: {value: 0.9, "?": 0.1} for name, value in values.items()})
-    half = Judgement(
-        {name: {value: 0.9 if name == "ears" else 0.1, "?": 0.5} for name, value in values.items()}
-    )
-    assert subjects_sheet.marks_shown(identity, [right, half]) == 3.0
 
 
 def test_a_sheet_of_two(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import tune_kernels
 from common.report import read_csv
 from common.shapes import Problem
 from common.timing import Effort, Timing
-from sefi_fast.kernels import Device, KernelConfig, Launch
+from sefi_fast.kernels import Device, KernelConfig
 from sefi_fast.kernels.configs import WIDTHS
 from sefi_fast.kernels.launch import CompiledLaunch
 from tune_kernels import KERNELS, Best, Candidate, Slot
@@ -64,34 +63,6 @@ def test_an_interrupted_run_keeps_its_results(
     assert len(read_csv(tmp_path / "tune_kernels.csv")) == len(seen[0]) > 1
 
 
-@pytest.mark.parametrize(
-    ("kernel", "capability", "dtype", "width"),
-    [
-        ("forward", 80, torch.bfloat16, 48),
-        ("forward", 90, torch.bfloat16, 64),
-        ("backward_key_value", 80, torch.bfloat16, 64),
-        ("backward_key_value", 90, torch.float32, 48),
-    ],
-)
-def test_the_kernel_of_the_keys_and_warp_groups_look_up_wider_tiles(
-    kernel: str, capability: int, dtype: torch.dtype, width: int
-) -> None:
-    assert tune_kernels.table_width(kernel, capability, dtype, 40) == width
-
-
-def test_the_layers_of_a_slot_are_those_that_use_its_configuration() -> None:
-    def found(kernel: str, width: int) -> list[Problem]:
-        return tune_kernels.problems_of(Slot(kernel, 90, "half", width), torch.bfloat16)
-
-    for kernel in ("backward_key_value", "backward"):
-        layers = found(kernel, 64)
-        assert {(one.queries, one.head_dim) for one in layers} >= {(4096, 40), (1024, 64)}
-        assert {problem.batch for problem in layers} == {1, 16}
-    assert {problem.queries for problem in found("forward", 160)} == {64, 256}
-    (stand_in, _) = found("forward", 256)
-    assert (stand_in.model, stand_in.head_dim) == ("custom", 256)
-
-
 @pytest.mark.parametrize("capability", [90, 121])
 def test_the_printed_lines_are_lines_of_the_table(capability: int) -> None:
     """A device without lines gets all widths."""
@@ -105,43 +76,12 @@ def test_the_printed_lines_are_lines_of_the_table(capability: int) -> None:
         assert lines[64] == tune_kernels.default_of(slot._replace(width=64))
 
 
-@pytest.mark.parametrize(
-    ("registers", "capability", "resident"), [(200, 90, 2), (168, 90, 3), (168, 77, None)]
-)
-def test_programs_per_multiprocessor_come_from_the_compiled_kernel(
-    registers: int, capability: int, resident: int | None
-) -> None:
-    compiled = SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(shared=30_000))
-    launch: Any = SimpleNamespace(
-        prepared=SimpleNamespace(compiled=compiled), config=KernelConfig(64, 4, 1)
-    )
-    assert tune_kernels.Planned([launch], {}).resident(capability) == resident
-
-
 @pytest.mark.skipif(not interpreted(), reason="runs in Triton's interpreter")
 class TestOnTheInterpreter:
     """The interpreter is the device; times are made up."""
 
     problems = [Problem("custom", 40, 16, 1, 1, 20)]
     configs = (KernelConfig(16, 4, 1), KernelConfig(32, 4, 1), KernelConfig(64, 4, 1))
-
-    def test_all_launches_of_all_configurations_are_compiled(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        compiled: list[tuple[str, KernelConfig]] = []
-
-        def compile_launch(launch: Launch) -> None:
-            compiled.append((launch.kernel.fn.__name__, launch.config))
-            if launch.config.block_m == 16:
-                raise RuntimeError("too little shared memory")
-
-        monkeypatch.setattr(Launch, "compile", compile_launch)
-        configs = [KernelConfig(16, 4, 1), KernelConfig(32, 4, 1, split_dk_dv=True)]
-        tune_kernels.compile_configs(
-            self.problems[0], torch.float32, Device(90, 2, True), "backward_key_value", configs
-        )
-        keys = [config for name, config in compiled if name.endswith("dkdv")]
-        assert keys == [configs[0], configs[1], configs[1]]
 
     def run(self, kernel: str, factors: list[float], spread: float = 0.01) -> Best | None:
         """Return the best by times in the order of the candidates; the second run repeats them."""
@@ -195,11 +135,3 @@ class TestOnTheInterpreter:
         assert self.tried[1].dropped is not None and "output is off" in self.tried[1].dropped
         assert self.tried[2].dropped == "does not run: ValueError: out of resources"
         assert "dropped: sm_90 forward" in capsys.readouterr().err
-
-
-def test_without_a_device_there_are_no_times(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune_kernels.main([]) == 2
-    assert "no CUDA device" in capsys.readouterr().err

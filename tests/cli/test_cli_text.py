@@ -138,10 +138,8 @@ def test_a_home_folder_is_expanded_in_every_option(place, capsys):
     "arguments",
     [
         ["train", "~/me.png", "-o"],
-        ["train", "~/me.png", "--vae"],
         ["train", "~/me.png", "--model-config"],
         ["generate", "a", "-m"],
-        ["generate", "a", "--vae"],
         ["generate", "a", "--control-image", "~/me.png", "--controlnet"],
         ["generate", "a", "-s"],
     ],

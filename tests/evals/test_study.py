@@ -15,11 +15,6 @@ from PIL import Image
 
 from evals.studies import run_study, tasks
 from evals.studies.__main__ import main
-from evals.studies.report import verdict
-from evals.studies.variants import Variant
-from sefi_fast.subject import Subject
-from sefi_fast.tiny_world.drawing import SUBJECT_IDENTITY, ImageSpec, draw
-from sefi_fast.tiny_world.judge import Judge
 from sefi_fast.training import TrainingInterrupted
 from sefi_fast.training.engine import Engine
 
@@ -90,15 +85,6 @@ def test_results_are_means_of_the_files(finished, held):
     assert json.loads(control.read_text(encoding="utf-8"))["training"] is None
 
 
-def test_the_subject_has_the_settings_of_its_variant(finished):
-    folder, found = finished
-    (variant,) = [v for v in found.studies[1].variants if v.name == "mask, λ = 0.1"]
-    (path,) = folder.glob(f"subjects/{variant.key}/*.safetensors")
-    settings = Subject.load(path).settings
-    assert (settings["attention_loss"], settings["steps"]) == ("mask", 2)
-    assert settings["scene"] == "on the beach"
-
-
 def test_the_same_call_makes_only_lost_scores_again(finished, held, monkeypatch):
     (folder, _), (variant, path, content) = finished, held
     (subject,) = folder.glob(f"subjects/{variant.key}/*.safetensors")
@@ -112,23 +98,6 @@ def test_the_same_call_makes_only_lost_scores_again(finished, held, monkeypatch)
     monkeypatch.setattr(tasks, "_generate", None)
     again = run_study(output=folder, **ZERO)
     assert again.results.numbers(again.studies[0].variants[0]) == [0]
-
-
-def test_an_interrupted_run_leaves_tables_of_the_finished_part(tmp_path, monkeypatch):
-    done = []
-    real = tasks.Worker.__call__
-
-    def interrupted(self, task):
-        if done:
-            raise KeyboardInterrupt
-        done.append(task)
-        return real(self, task)
-
-    monkeypatch.setattr(tasks.Worker, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_study(output=tmp_path, **ZERO)
-    text = (tmp_path / "lambda.md").read_text(encoding="utf-8")
-    assert "| class word | 1 |" in text and "spelled out" not in text
 
 
 def test_a_signal_in_training_leaves_tables_and_a_checkpoint(tmp_path, monkeypatch):
@@ -229,26 +198,3 @@ def test_the_command_runs_a_study_and_reports_errors(tmp_path, capsys):
     assert (tmp_path / "lambda.png").exists()
     assert main([*command, "--identities", "67"]) == 1
     assert "1 to 66" in capsys.readouterr().err
-
-
-def test_verdicts_name_all_that_the_judge_reads():
-    spec = ImageSpec(SUBJECT_IDENTITY, "snow", ("hat",), "left")
-    found = Judge.load()([draw(spec)[0], draw(ImageSpec(None, "city"))[0]])
-    assert [verdict(one) for one in found] == [
-        "purple/orange spotted, big ears, round, hat, snow, left", "no creature, city",
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_short_training_gains_identity_and_keeps_the_prompt(tmp_path):
-    settings = {"identities": 2, "batch_subjects": 2, "prompts": 6, "sampling_steps": 12}
-    settings |= {"steps": 100, "batch_size": 4, "variants": ["λ = 0.003"]}
-    found = run_study(output=tmp_path, **{**ZERO, **settings})
-    assert not found.failures
-
-    def mean(variant: Variant, score: str) -> float:
-        return sum(found.results.values(variant, score).values()) / 2
-
-    (trained,), control = found.studies[0].variants, Variant("class word", None)
-    assert mean(trained, "id") >= mean(control, "id") + 0.15
-    assert mean(trained, "prompt") >= mean(control, "prompt") - 0.25

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
 
 from evals.studies.prompts import KINDS, study_subjects
-from evals.studies.variants import STUDIES, Variant, make_studies
+from evals.studies.variants import Variant, make_studies
 from sefi_fast.evaluation.judge_scorer import asked_by
 from sefi_fast.tiny_world.captions import VOCABULARY
 from sefi_fast.tiny_world.drawing import ACCESSORIES, SCENES
@@ -18,10 +17,6 @@ from sefi_fast.training import TrainConfig
 def by_name(name: str, base: TrainConfig | None = None) -> dict[str, Variant]:
     (study,) = make_studies(name, base)
     return {variant.name: variant for variant in study.variants}
-
-
-def test_all_means_all():
-    assert tuple(study.name for study in make_studies("all")) == STUDIES
 
 
 def test_equal_settings_have_one_key():
@@ -63,19 +58,6 @@ def test_the_base_holds_for_every_variant():
             assert all(config.learning_rate == 0.1 for config in configs)
         for name, config in zip([v.name for v in study.variants], configs, strict=True):
             assert config.steps == 8 or study.name == "steps" or "the steps" in name
-
-
-def test_variants_change_what_their_names_say():
-    found = {name: variant.config for name, variant in by_name("vectors").items()}
-    assert found["1 vector"] == TrainConfig()
-    for name, config in found.items():
-        assert str(config.num_vectors or 1) == re.search(r"(\d) vector", name).group(1)
-    assert found["3 vectors, λ = 0.01"] == TrainConfig.preset("likeness")
-    assert [v.value for v in by_name("pairs").values()] == [1, 3, 5, 7, 9, 10, 1, 5, 10]
-    default = TrainConfig()
-    for name, variant in by_name("choices").items():
-        copies = variant.config.steps * variant.config.batch_size
-        assert copies == default.steps * default.batch_size, name
 
 
 @pytest.mark.parametrize("name", ["lamda", "", []])

@@ -8,13 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 
 import sefi_fast
 from sefi_fast.cli import main
 from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.evaluation import evaluate, scoring
-from sefi_fast.evaluation.judge_scorer import JudgeScorer
 from sefi_fast.evaluation.prompts import (
     PERSON_PROMPTS,
     THING_PROMPTS,
@@ -175,14 +173,10 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_class_word_asks_for_nothing(pipe, tmp_path):
-    cute = subject_of(pipe, "cute", "cute")
-    assert "prompt score" in evaluate(cute, prompts=SNOW, output=tmp_path, **FAST).scores
-
-
 def test_prompts_follow_the_class_word():
     assert prompts_for("Person") is PERSON_PROMPTS and prompts_for("cat") is THING_PROMPTS
     assert prompts_for(CLASS_WORD, bundled=True) is TINY_PROMPTS
+    assert filled("{a} {} {0} {} }{", ["x", "{}"]) == "{a} x {0} {} }{"
     for classes in (PERSON_PROMPTS, THING_PROMPTS):
         assert {"scenes", "actions", "attributes", "several"} == set(classes)
         for name, sentences in classes.items():
@@ -208,31 +202,6 @@ def test_a_file_of_prompts_has_classes(tmp_path, content, expected):
     else:
         with pytest.raises(PromptError, match=expected):
             read_prompts(path)
-
-
-def test_other_braces_of_a_prompt_stay(files, tmp_path, monkeypatch):
-    assert filled("{a} {} {0} {} }{", ["x", "{}"]) == "{a} x {0} {} }{"
-    generated, judged = [], []
-
-    def generating(pipe, text, **settings):
-        generated.append(text)
-        return [Image.new("RGB", (48, 48))]
-
-    honest = JudgeScorer.__call__
-
-    def judging(scorer, images, prompt, reference):
-        judged.append(prompt)
-        return honest(scorer, images, prompt, reference)
-
-    monkeypatch.setattr(scoring, "generate", generating)
-    monkeypatch.setattr(JudgeScorer, "__call__", judging)
-    prompts = ["a {} with a {hat} and {{ball}", "{{}} in the snow"]
-    evaluate(files[0], prompts=prompts, output=tmp_path / "out", **FAST)
-    assert generated == [
-        f"a {CLASS_WORD} with a {{hat}} and {{{{ball}}", "a <subject-1> with a {hat} and {{ball}",
-        f"{{{CLASS_WORD}}} in the snow", "{<subject-1>} in the snow",
-    ]  # fmt: skip
-    assert judged == [prompts[0], prompts[0], prompts[1], prompts[1]]
 
 
 def test_the_command_scores_files(files, tmp_path, capsys):

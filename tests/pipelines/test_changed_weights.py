@@ -8,7 +8,6 @@ from importlib.util import find_spec
 import accelerate
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from pipelines.features import load_lora
 from pipelines.sampling import sample, subject_for
 from torch import nn
@@ -36,30 +35,12 @@ def each_projection(change):
     return change_all
 
 
-def write_by_numpy(projection):
-    projection.weight.detach().numpy()[:] *= 1.5
-
-
 @torch.no_grad()
 def set_storage(projection):
     projection.weight.set_(projection.weight * 1.5)
 
 
-def swap_tensors(projection):
-    torch.utils.swap_tensors(projection.weight, nn.Parameter(projection.weight.detach() * 1.5))
-
-
-def take_optimizer_step(projection):
-    projection.weight.grad = projection.weight.detach().clone()
-    torch.optim.SGD([projection.weight], lr=0.4).step()
-
-
 scale_data = each_projection(lambda projection: projection.weight.data.mul_(1.5))
-
-
-def copy_averages(pipe):
-    averages = [nn.Parameter(p.detach() * 1.3) for p in pipe.unet.parameters()]
-    EMAModel(averages).copy_to(pipe.unet.parameters())
 
 
 def assign_state(pipe):
@@ -80,11 +61,7 @@ def fuse_lora(pipe):
 WAYS = {
     "scale data": scale_data,
     "set storage": each_projection(set_storage),
-    "write by numpy": each_projection(write_by_numpy),
-    "copy averages": copy_averages,
     "assign a state": assign_state,
-    "take a step": each_projection(take_optimizer_step),
-    "swap tensors": each_projection(swap_tensors),
     "parametrize": each_projection(
         lambda projection: parametrize.register_parametrization(projection, "weight", Scaled())
     ),

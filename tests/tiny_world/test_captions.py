@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
@@ -42,16 +41,6 @@ def test_a_caption_names_only_what_is_drawn(captioned):
             assert words & set(EARS) <= {identity.ears}
             assert words & set(SHAPES) <= {identity.shape}
             assert words & set(PATTERN_NOUNS.values()) <= {PATTERN_NOUNS.get(identity.pattern)}
-
-
-def test_captions_name_ears_positions_and_scenes_often_and_are_brief_at_times(captioned):
-    texts = [text for spec, text in captioned if spec.identity is not None]
-    sides = [s.position in text.split() for s, text in captioned if s.position != "middle"]
-    assert 0.5 < np.mean(["ears" in text for text in texts]) < 0.7
-    assert 0.6 < np.mean(sides) < 0.8
-    assert 0.8 < np.mean([spec.scene in text.split() for spec, text in captioned]) < 0.95
-    brief = [not set(text.split()) & {*COLOURS, *SHAPES, "ears"} for text in texts]
-    assert 0.15 < np.mean(brief) < 0.3
 
 
 def test_wording_and_articles_follow_the_seed():

@@ -8,16 +8,13 @@ from functools import partial
 
 import pytest
 from diffusers import (
-    DDIMScheduler,
-    EDMEulerScheduler,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0, PAGIdentitySelfAttnProcessor2_0
 from pipelines.sampling import sample, subject_for
 
 import sefi_fast
-from sefi_fast import attach, detach, encode, export_embedding, regions, train, train_many
+from sefi_fast import attach, detach, encode, regions, train, train_many
 from sefi_fast.cli import main
 from sefi_fast.subject import Subject
 
@@ -61,12 +58,6 @@ class Work:
         """Run a command; one that fails raises what it prints."""
         if main([*map(str, arguments)]):
             raise RuntimeError(self.capture.readouterr().err.strip().splitlines()[-1])
-
-    def generate(self, prompt, *arguments):
-        if not (self.folder / "sd").exists():
-            self.pipe.save_pretrained(self.folder / "sd")
-        options = ("-m", self.folder / "sd", "--steps", 1, "-n", 1, "-o", self.folder / "out")
-        self.command("generate", prompt, *options, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -119,28 +110,6 @@ CALLS = {
         w.train,
         partial(w.train, output=w.output, resume="auto"),
     ),
-    "a home folder that is not there": lambda w: (
-        r"or \./~me.safetensors for a file",
-        partial(w.train, output="~me.safetensors"),
-        partial(w.train, output="./~me.safetensors"),
-    ),
-    "an export that loses": lambda w: (
-        "pass lossy=True.*preset='textual-inversion'",
-        partial(export_embedding, subject_for(w.pipe, stages=2), w.output),
-        partial(export_embedding, subject_for(w.pipe, stages=2), w.output, lossy=True),
-        lambda: export_embedding(w.train(preset="textual-inversion"), w.output),
-    ),
-    "an export by command that loses": lambda w: (
-        "pass --mean-of-stages",
-        partial(w.command, "export", w.saved(), "-o", w.output),
-        partial(w.command, "export", w.saved(), "-o", w.output, "--mean-of-stages"),
-    ),
-    "a command with a subject of another name": lambda w: (
-        "Write it in place of the cat",
-        partial(w.generate, "a <me>", "-s", w.saved(placeholder="<rex:(a=b)>")),
-        partial(w.generate, "a <me>", "-s", f"<me>={w.folder / 'saved.safetensors'}"),
-        partial(w.generate, "a <rex:(a=b)>", "-s", w.folder / "saved.safetensors"),
-    ),
 }  # fmt: skip
 
 
@@ -165,25 +134,6 @@ def one_placeholder_for_two(w):
     s.placeholder = "<me>"
     s.save(file)
     yield partial(attach, w.pipe, [w.subject, file])
-
-
-def a_foreign_processor(w):
-    detach(w.pipe)
-    layer = w.pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
-    layer.set_processor(PAGIdentitySelfAttnProcessor2_0())
-    yield r"unet\.set_attn_processor\(AttnProcessor2_0\(\)\)"
-    yield w.train
-    w.pipe.unet.set_attn_processor(AttnProcessor2_0())
-    yield w.train
-
-
-def a_scheduler_of_other_times(w):
-    detach(w.pipe)
-    w.pipe.scheduler = EDMEulerScheduler()
-    yield "set pipe.scheduler to one of DDIM"
-    yield partial(attach, w.pipe, w.subject)
-    w.pipe.scheduler = DDIMScheduler()
-    yield lambda: short(attach(w.pipe, w.subject), "a <it>")
 
 
 def a_trace_of_pag(w):
@@ -211,7 +161,7 @@ def a_placeholder_of_another_pipeline(w):
 def text_encoders_that_are_gone(w):
     embeds, empty = encode(w.pipe, "a <it>"), encode(w.pipe, "")
     w.pipe.text_encoder = None
-    yield "give it as prompt_embeds made by sefi_fast.encode"
+    yield "as prompt_embeds, which are made by sefi_fast.encode"
     yield partial(short, w.pipe, "a <it>")
     yield partial(short, w.pipe, None, prompt_embeds=embeds, negative_prompt_embeds=empty)
     yield partial(short, w.pipe, None, prompt_embeds=embeds, guidance_scale=1)
@@ -252,14 +202,6 @@ def a_checkpoint_of_other_settings(w):
     yield partial(again, steps=3, resume=False, flip=False)
 
 
-def a_file_in_the_checkpoints_place(w):
-    w.output.with_name("me.safetensors.checkpoints").touch()
-    yield "choose another output, or set checkpoint_every=0"
-    yield partial(w.train, output=w.output)
-    yield partial(w.train, output=w.folder / "other.safetensors")
-    yield partial(w.train, output=w.output, checkpoint_every=0)
-
-
 def a_subject_of_other_settings(w):
     w.many([w.image])
     yield "choose another output, or use overwrite"
@@ -278,13 +220,6 @@ def a_command_with_a_preset_and_a_config(w):
     yield command
 
 
-def a_command_with_two_of_one_name(w):
-    first, second = w.saved("a=1.safetensors"), w.saved("b=2.safetensors")
-    yield r"as -s '<other>=.*b=2\.safetensors'"
-    yield partial(w.generate, "a <it> and <other>", "-s", first, "-s", second)
-    yield partial(w.generate, "a <it> and <other>", "-s", first, "-s", f"<other>={second}")
-
-
 def a_comma_in_a_manifest(w):
     path = w.folder / "all.csv"
     path.write_text("image,scene\nme.png,at home, on a sofa\n")
@@ -296,18 +231,14 @@ def a_comma_in_a_manifest(w):
 
 SEVERAL = [
     one_placeholder_for_two,
-    a_foreign_processor,
-    a_scheduler_of_other_times,
     a_trace_of_pag,
     a_placeholder_of_another_pipeline,
     text_encoders_that_are_gone,
     embeddings_for_a_trace_or_regions,
     an_unfinished_run,
     a_checkpoint_of_other_settings,
-    a_file_in_the_checkpoints_place,
     a_subject_of_other_settings,
     a_command_with_a_preset_and_a_config,
-    a_command_with_two_of_one_name,
     a_comma_in_a_manifest,
 ]
 
