@@ -142,17 +142,14 @@ CUDA = torch.device("cuda", 1)
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_is_taken_where_the_device_itself_has_it(monkeypatch, native):
     asked = []
-
-    def supported(including_emulation=True):
-        return native or including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation
+    )
     monkeypatch.setattr(
         torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext()
     )
     wanted = torch.bfloat16 if native else torch.float16
-    assert choose_dtype("auto", CUDA, torch.float32) == wanted
-    assert asked == [CUDA]
+    assert choose_dtype("auto", CUDA, torch.float32) == wanted and asked == [CUDA]
 
 
 def test_a_half_precision_model_keeps_its_own_and_a_cpu_takes_float32():
