@@ -129,13 +129,7 @@ def model_settings(
 def load_base_model(
     model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
 ) -> BaseModel:
-    """Load the model, or check the pipeline given, and choose device and dtype.
-
-    Raises:
-        ModelError: there is no such model, or the method does not fit its family.
-        ValueError: the device or the precision is not available, or `model_config` or `vae` were
-            given with a ready pipeline.
-    """
+    """Load the model, or check the pipeline given, and choose device and dtype."""
     if model is not None and not isinstance(model, (str, os.PathLike)):
         if model_config is not None or vae is not None:
             raise ValueError(
@@ -408,7 +402,7 @@ def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
             vars(part).update(own)
 
 
-def _recompute(module: torch.nn.Module, *inputs: Any) -> Any:
+def _recompute(module: nn.Module, *inputs: Any) -> Any:
     # A frozen model in eval mode takes no random numbers, and a capture cannot read the state of
     # CUDA's generator.
     return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)

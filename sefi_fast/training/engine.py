@@ -116,8 +116,7 @@ class Engine:
     batch. Tokens are those of all text encoders, concatenated to a width of C.
 
     Args:
-        unet: frozen, on its device.
-        text_encoders: frozen, on their device; two for SDXL.
+        unet, text_encoders: frozen, on their device.
         scheduler: of the pipeline, for its noise schedule and prediction type.
         subjects: alike in all shapes.
         config: the settings; each subject has its own seed.
@@ -215,12 +214,12 @@ class Engine:
 
         If the latest update made them NaN or infinite, the last ones that gave a finite loss.
         """
-        rows = self.rows()[self._row(subject_index)].cpu()
+        rows = self.rows()[self._rows.index(subject_index)].cpu()
         return rows if bool(torch.isfinite(rows).all()) else self.last_good(subject_index)
 
     def last_good(self, subject_index: int = 0) -> Tensor:
         """Return a subject's newest tokens that gave a finite loss, float32 on the CPU."""
-        return self._step.state.last_good[self._row(subject_index)].to("cpu", copy=True)
+        return self._step.state.last_good[self._rows.index(subject_index)].to("cpu", copy=True)
 
     def state_dict(self, subject_index: int = 0) -> dict[str, Tensor]:
         """Return all of a subject that changes in training, as tensors on the CPU.
@@ -228,7 +227,7 @@ class Engine:
         A subject that loads it goes on as this one would: bit for bit on a CPU in a batch of the
         same subjects, else up to rounding.
         """
-        row = self._row(subject_index)
+        row = self._rows.index(subject_index)
         return {
             **self._step.state.state_dict(row),
             "generator": self._sampler.states()[row].clone(),
@@ -237,13 +236,10 @@ class Engine:
 
     def load_state_dict(self, subject_index: int, state: Mapping[str, Tensor]) -> None:
         """Restore a subject's state of `state_dict`."""
-        row = self._row(subject_index)
+        row = self._rows.index(subject_index)
         self._step.state.load_state_dict(row, state)
         self._sampler.set_state(row, state["generator"])
         self._started[subject_index] = int(state["step"])
-
-    def _row(self, subject_index: int) -> int:
-        return self._rows.index(subject_index)
 
     def _begin(self, subjects: Sequence[SubjectInputs]) -> None:
         self._rows = list(range(len(subjects)))
@@ -263,9 +259,8 @@ class Engine:
             attention.prepare(prompts, reference, torch.stack(masks) if masks else None)
         tokens, scaling = [one.tokens for one in subjects], models.dtype == torch.float16
         state = BatchedAdamW(tokens, config.learning_rate, self._device, scaling)
-        buffers = empty_buffers(
-            config.gradient_accumulation, len(subjects), config.batch_size, shape, self._device
-        )
+        sizes = (config.gradient_accumulation, len(subjects), config.batch_size)
+        buffers = empty_buffers(sizes, shape, self._device)
         ids = [one.time_ids for one in subjects if one.time_ids is not None]
         gamma = config.snr_gamma
         self._step = TrainingStep(

@@ -135,14 +135,9 @@ class NoiseSampler:
 
 
 def empty_buffers(
-    batches: int,
-    subjects: int,
-    batch_size: int,
-    latent_shape: tuple[int, ...],
-    device: torch.device,
+    shape: tuple[int, int, int], latent_shape: tuple[int, ...], device: torch.device
 ) -> NoiseSample:
-    """Return buffers for `NoiseSampler` on the device that computes."""
-    shape = (batches, subjects, batch_size)
+    """Return buffers for `NoiseSampler`: batches, subjects and samples on the computing device."""
     whole = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3)]
     sizes = (*shape, *latent_shape)
     real = [torch.zeros(sizes, dtype=torch.float32, device=device) for _ in range(2)]

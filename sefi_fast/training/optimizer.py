@@ -107,7 +107,6 @@ class BatchedAdamW:
     Args:
         modules: one for each text encoder of each subject, alike in all subjects; copied.
         learning_rate: for the embedding rows.
-        device: where to compute.
         scaling: whether losses are scaled, for float16.
     """
 
@@ -134,14 +133,10 @@ class BatchedAdamW:
             [group["lr"] for module in subject for group in module.parameter_groups(learning_rate)]
             for subject in modules
         ]
+        buffers = [[dict(module.named_buffers()) for module in subject] for subject in modules]
         self._fixed = [
-            {
-                name: torch.stack([subject[number].get_buffer(name) for subject in modules]).to(
-                    device
-                )
-                for name, _ in module.named_buffers()
-            }
-            for number, module in enumerate(first)
+            {name: torch.stack([one[name] for one in column]).to(device) for name in column[0]}
+            for column in zip(*buffers, strict=True)
         ]
         count = len(modules)
         self.parameters = torch.stack(rows).to(device, torch.float32).requires_grad_(True)

@@ -222,13 +222,8 @@ class EarlyStopping:
 class SubjectState:
     """One subject in training. Make it with the VAE on the model's device in float32.
 
-    Args:
-        spec: the subject.
-        base: the model.
-        config: settings of the run; the seed and scene of the spec go before them.
-
     Attributes:
-        spec, config: of this subject.
+        spec, config: of this subject, whose seed and scene go before those of the run.
         done: steps so far, skipped ones included.
         saved: step of the newest checkpoint; 0 if there is none.
         history: numbers of the steps.
@@ -278,11 +273,9 @@ class SubjectState:
         return {**self._identity, "the model's weights or noise schedule": self._base.checksum}
 
     def record(self, result: StepResult, seconds: float) -> bool:
-        """Record one more step; return whether too many in a row had no finite loss.
+        """Record one more step, `seconds` after the start of this process's training.
 
-        Args:
-            result: of this subject.
-            seconds: since this process began to train.
+        Return whether too many in a row had no finite loss.
         """
         self.done += 1
         if not result.finite:
