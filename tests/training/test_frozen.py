@@ -40,12 +40,9 @@ class Unforeseen(BaseException):
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (base_model, "_weights"),
         (base_model, "checkpointed"),
         (subject_state, "encode_image"),
-        (subject_state, "TrainingPrompts"),
         (engine, "TrainingProcessors"),
-        (engine, "TrainingStep"),
         (engine.Engine, "step"),
         (base_model, "_is_channels_last"),
     ],
@@ -157,7 +154,7 @@ def test_a_half_precision_model_keeps_its_own_and_a_cpu_takes_float32():
     assert choose_dtype("auto", torch.device("cpu"), torch.float16) == torch.float32
 
 
-def test_devices_that_training_does_not_run_on_are_refused():
-    for device in ("meta", None):
-        with pytest.raises(ValueError, match="on the CPU and on CUDA, not on 'meta'"):
-            choose_device(device, torch.device("meta"))
+@pytest.mark.parametrize("device", ["meta", None])
+def test_devices_that_training_does_not_run_on_are_refused(device):
+    with pytest.raises(ValueError, match="not on 'meta'"):
+        choose_device(device, torch.device("meta"))

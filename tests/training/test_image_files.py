@@ -229,22 +229,18 @@ def test_deep_grays_have_the_range_of_their_format(content, upper, lower):
 
 def test_png_files_with_more_than_a_megabyte_of_text_or_profile(tmp_path):
     image, path = noise(), tmp_path / "a.png"
-    texts = [PngImagePlugin.PngInfo() for _ in range(3)]
-    texts[0].add_text("workflow", '{"a":1}' * 300000, zip=True)
-    texts[1].add_itxt("XML:com.adobe.xmp", "x" * 2000000, zip=True)
+    texts = [PngImagePlugin.PngInfo() for _ in range(2)]
+    texts[0].add_itxt("XML:com.adobe.xmp", "x" * 2000000, zip=True)
     for number in range(70):
-        texts[2].add_text(f"part {number}", "x" * 1000000, zip=True)
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    turned = np.asarray(image)[::-1, ::-1]
+        texts[1].add_text(f"part {number}", "x" * 1000000, zip=True)
     for text in texts:
-        image.save(path, pnginfo=text, exif=exif)
-        np.testing.assert_array_equal(np.asarray(load_image(path)), turned)
-    long_p3 = P3 + os.urandom(16) * 100000
-    for icc, text in ((bytes(3000000), None), (long_p3, None), (P3, texts[0])):
-        image.save(path, icc_profile=icc, pnginfo=text)
+        image.save(path, pnginfo=text, exif=turned())
+        wanted = image.transpose(Image.Transpose.ROTATE_270)
+        np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(wanted))
+    for icc, own in ((bytes(3000000), bytes(300)), (P3 + bytes(1600000), P3), (P3, P3)):
+        image.save(path, icc_profile=icc, pnginfo=texts[0] if icc == P3 else None)
         wanted = image.copy()
-        wanted.info["icc_profile"] = icc if icc[:1] == b"\0" and not any(icc) else P3
+        wanted.info["icc_profile"] = own
         np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(load_image(wanted)))
 
 
@@ -387,13 +383,10 @@ def test_a_damaged_validation_image_of_a_checkpoint_is_an_error():
             History.from_state_dict({**state, name: damaged})
 
 
-def test_an_image_above_a_gigabyte_is_refused_with_its_size(tmp_path):
-    rows = b"\0" * 1000
-    for side, depth, colors in ((13000, 16, 0), (13000, 8, 6)):
-        with pytest.raises(ImageError, match=str(side)):
-            decoded(png(side, side, depth, colors, rows))
-    with pytest.raises(ImageError, match="400000000 pixels"):
-        decoded(png(20000, 20000, 1, 0, rows))
+def test_an_image_above_a_gigabyte_is_refused_with_its_size():
+    for side, depth, words in ((13000, 16, "13000"), (20000, 1, "400000000 pixels")):
+        with pytest.raises(ImageError, match=words):
+            decoded(png(side, side, depth, 0, bytes(1000)))
     with pytest.raises(ImageError, match="12000×12000 .*1 GB"):
         load_image(np.broadcast_to(np.uint8(0), (12000, 12000)))
 
