@@ -71,12 +71,12 @@ class BaseModel:
     def checksum(self) -> str:
         """8 hexadecimal digits that change with any weight, the noise schedule and the scaling.
 
-        They do not depend on the place of the weights, in memory or on disk. The bytes of each
-        tensor are added up as integers, as fast as the memory is read.
+        They do not depend on the place of the weights, in memory or on disk.
         """
         schedule = NoiseSchedule(self.pipe.scheduler, torch.device("cpu"))
         scaling = {key: x for key, x in self.pipe.vae.config.items() if key in _VAE_SCALING}
         value = zlib.crc32(repr((schedule.settings, scaling)).encode())
+        # The bytes of each tensor are added up as integers, as fast as the memory is read.
         for tensor, dtype in zip(_weights(self.pipe), self._stored_dtypes, strict=True):
             content = tensor.detach().to(dtype).contiguous().flatten().view(torch.uint8)
             if content.storage_offset() % 8:
@@ -89,7 +89,6 @@ class BaseModel:
 
 
 def _weights(pipe: Any) -> Iterator[Tensor]:
-    """Yield the parameters and buffers of the U-Net, the VAE and the text encoders."""
     for module in (pipe.unet, pipe.vae, *(part.text_encoder for part in text_encoders(pipe))):
         if module is not None:
             yield from unwrap(module).parameters()

@@ -80,11 +80,9 @@ def discard(output: Path) -> None:
 
 
 class CheckpointInterval:
-    """The steps or the time between checkpoints.
+    """The steps between checkpoints; 0: never.
 
-    Args:
-        every: steps between them; 0: never; None: once a minute, or less often where writing one
-            takes more than a fiftieth of the time.
+    None: once a minute, or less often where writing one takes more than a fiftieth of the time.
     """
 
     def __init__(self, every: int | None) -> None:

@@ -36,9 +36,6 @@ class SubjectInputs:
 
     Attributes:
         tokens: the start values for each text encoder; the modules themselves are not changed.
-        latents: of the image.
-        prompts: the training sentences.
-        seed: of all random numbers of this subject.
         mask: float32 [side, side] in [0, 1], 1 where the image shows the subject, for
             `attention_loss="mask"`.
         time_ids: of the image, for models with two text encoders.

@@ -182,7 +182,6 @@ def time_ids(image: Image.Image, size: int, crop: str = "center") -> Tensor:
 
 
 def _square(image: Image.Image, crop: str) -> tuple[int, int, int]:
-    """Return left, top and side of the kept square, in pixels of the image."""
     side = min(image.size)
     across, down = _ANCHORS[crop]
     return round((image.width - side) * across), round((image.height - side) * down), side
