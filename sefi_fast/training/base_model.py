@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.attention.processor import AttentionRecord, SeFiAttnProcessor, TrainingProcessor
-from sefi_fast.errors import ModelError
+from sefi_fast.errors import ModelError, first_line
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.pipelines.model_patch import LOCK, check_replaceable
 from sefi_fast.pipelines.support import WORKS_WITH, check_pipeline, is_sdxl, unwrap
@@ -37,7 +37,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _VAE_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class BaseModel:
     """A base model and how to compute with it.
 
@@ -57,12 +57,10 @@ class BaseModel:
     owned: bool
     model_config: str | None = None
     vae: str | None = None
-    _stored_dtypes: list[torch.dtype] = field(init=False)
 
     def __post_init__(self) -> None:
         # Freezing widens narrow weights, and the checksum is of the stored ones.
-        stored = [tensor.dtype for tensor in _weights(self.pipe)]
-        object.__setattr__(self, "_stored_dtypes", stored)
+        self._stored_dtypes = [tensor.dtype for tensor in _weights(self.pipe)]
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -73,12 +71,12 @@ class BaseModel:
     def checksum(self) -> str:
         """8 hexadecimal digits that change with any weight, the noise schedule and the scaling.
 
-        They do not depend on the place of the weights, in memory or on disk. The bytes of each
-        tensor are added up as integers, as fast as the memory is read.
+        They do not depend on the place of the weights, in memory or on disk.
         """
         schedule = NoiseSchedule(self.pipe.scheduler, torch.device("cpu"))
         scaling = {key: x for key, x in self.pipe.vae.config.items() if key in _VAE_SCALING}
         value = zlib.crc32(repr((schedule.settings, scaling)).encode())
+        # The bytes of each tensor are added up as integers, as fast as the memory is read.
         for tensor, dtype in zip(_weights(self.pipe), self._stored_dtypes, strict=True):
             content = tensor.detach().to(dtype).contiguous().flatten().view(torch.uint8)
             if content.storage_offset() % 8:
@@ -91,7 +89,6 @@ class BaseModel:
 
 
 def _weights(pipe: Any) -> Iterator[Tensor]:
-    """Yield the parameters and buffers of the U-Net, the VAE and the text encoders."""
     for module in (pipe.unet, pipe.vae, *(part.text_encoder for part in text_encoders(pipe))):
         if module is not None:
             yield from unwrap(module).parameters()
@@ -102,13 +99,9 @@ def _weights(pipe: Any) -> Iterator[Tensor]:
 def training_session(
     model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
 ) -> Iterator[BaseModel]:
-    """Yield the model, frozen on its device, with gradients on.
+    """Yield the model as `load_base_model` returns it, frozen on its device, with gradients on.
 
     The caller's autocast and default device are off inside, so that a seed gives one result.
-
-    Raises:
-        ModelError: there is no such model, or the method does not fit its family.
-        ValueError: the device or the precision is not available.
     """
     # As a mode it costs each operation microseconds.
     default_device = torch.get_default_device()
@@ -135,13 +128,7 @@ def model_settings(
 def load_base_model(
     model: Any, config: TrainConfig, model_config: ModelPath = None, vae: ModelPath = None
 ) -> BaseModel:
-    """Load the model, or check the pipeline given, and choose device and dtype.
-
-    Raises:
-        ModelError: there is no such model, or the method does not fit its family.
-        ValueError: the device or the precision is not available, or `model_config` or `vae` were
-            given with a ready pipeline.
-    """
+    """Load the model, or check the pipeline given, and choose device and dtype."""
     if model is not None and not isinstance(model, (str, os.PathLike)):
         if model_config is not None or vae is not None:
             raise ValueError(
@@ -180,20 +167,15 @@ def load_base_model(
 
 
 def choose_device(wanted: str | None, current: torch.device | None = None) -> torch.device:
-    """Return the device of a run: `wanted`, or the pipeline's, or CUDA where there is one.
-
-    Raises:
-        ValueError: there is no such device here, or it is neither a CPU nor CUDA.
-    """
+    """Return the device of a run: `wanted`, or the pipeline's, or CUDA where there is one."""
     device = current or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted is not None:
         try:
             device = torch.device(wanted)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"device {wanted!r} cannot be used here ({reason}); give 'cpu' or None"
+                f"device {wanted!r} cannot be used here ({first_line(error)}); give 'cpu' or None"
             ) from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"training runs on the CPU and on CUDA, not on {str(device)!r}")
@@ -203,15 +185,8 @@ def choose_device(wanted: str | None, current: torch.device | None = None) -> to
 def choose_dtype(precision: str, device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the computation.
 
-    "auto" is float32 on a CPU. On CUDA it is the dtype of a half-precision model, else bfloat16, or
-    float16 on devices without bfloat16.
-
-    On a CPU with bfloat16 matrix units "bf16" gained nothing on the bundled model and on U-Nets of
-    up to 320 channels, and ran 1.6× faster at 640. It is worth asking for on large models. It is
-    not the default, because the numbers would differ between processors.
-
-    Raises:
-        ValueError: float16 on a CPU, which has no gradient scaler for it.
+    "auto" is float32 on a CPU, because the numbers of others would differ between processors. On
+    CUDA it is the dtype of a half-precision model, else bfloat16, or float16 on devices without it.
     """
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("precision 'fp16' works on CUDA only; on a CPU use 'fp32' or 'bf16'")
@@ -229,10 +204,10 @@ def choose_dtype(precision: str, device: torch.device, model_dtype: torch.dtype)
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Return an autocast to `dtype`; off for float32."""
-    enabled = dtype != torch.float32
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
     # Frozen weights are never cached by autocast, so its cache would only hold memory.
-    cast_to = dtype if enabled else torch.bfloat16
-    return torch.autocast(device.type, dtype=cast_to, enabled=enabled, cache_enabled=False)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 @contextmanager
@@ -242,26 +217,11 @@ def temporarily_frozen(
     """Freeze `module` on `device` in eval mode, and restore everything on exit.
 
     Only conversions that lose nothing are made: weights of fewer bytes than `dtype` become `dtype`,
-    so float8 weights become float16 and half-precision ones float32. Others keep their type.
-
-    Args:
-        module: U-Net, VAE or text encoder.
-        device: where to compute.
-        dtype: of the computation, to widen narrower weights; None to leave all types alone.
-        channels_last: lay convolution weights out channels-last.
-
-    Raises:
-        ModelError: the weights are offloaded, on the meta device, quantized, or made in inference
-            mode.
+    so float8 weights become float16 and half-precision ones float32. With None all keep their type.
     """
     _check_freezable(module)
     tensors = [*module.parameters(), *module.buffers()]
-    hooks = [getattr(part, "_diffusers_hook", None) for part in module.modules()]
-    casts = [
-        cast
-        for hook in hooks
-        if hook is not None and (cast := hook.get_hook("layerwise_casting")) is not None
-    ]
+    casts = _diffusers_hooks(module, "layerwise_casting")
     # A stack restores the rest when one of them fails or is interrupted.
     with ExitStack() as stack:
         for cast in casts if dtype is not None else ():
@@ -284,15 +244,16 @@ def temporarily_frozen(
         yield
 
 
+def _diffusers_hooks(module: nn.Module, name: str) -> list[Any]:
+    registries = [x for part in module.modules() if (x := getattr(part, "_diffusers_hook", None))]
+    return [hook for registry in registries if (hook := registry.get_hook(name)) is not None]
+
+
 def _check_freezable(module: nn.Module) -> None:
-    """Raise ModelError unless the weights stay in memory, in floating point, with gradients."""
     kind = type(module).__name__
     hook = getattr(module, "_hf_hook", None)
     moved = any(type(one).__name__ == "CpuOffload" for one in getattr(hook, "hooks", (hook,)))
-    for part in module.modules():
-        registry: Any = getattr(part, "_diffusers_hook", None)
-        moved |= registry is not None and registry.get_hook("group_offloading") is not None
-    if moved:
+    if moved or _diffusers_hooks(module, "group_offloading"):
         raise ModelError(
             f"the {kind}'s weights are moved to the device for each call alone (CPU offload): call "
             "pipe.remove_all_hooks() or load the pipeline without offloading, and train with "
@@ -344,7 +305,6 @@ def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype, channels_las
 
 
 def _check_no_training(attn: Attention) -> None:
-    """Raise ModelError if the processor of another training is on a layer."""
     if isinstance(attn.processor, TrainingProcessor):
         raise ModelError(
             "another thread trains on this U-Net. One training at a time can have it. Train one "
@@ -356,22 +316,15 @@ def _check_no_training(attn: Attention) -> None:
 class TrainingProcessors:
     """Split-stream processors with records for a U-Net's cross-attention layers.
 
-    Args:
-        unet: a UNet2DConditionModel.
-        record: requests to the layers, and their results.
-        backend: of the fused operator, by name.
-        self_attention: "sdpa" keeps the self-attention's processors, "xformers" replaces them.
-
-    Raises:
-        ModelError: a layer's processor does more than plain attention (IP-Adapter).
+    Self-attention keeps its processors with "sdpa", and gets others with "xformers".
     """
 
     def __init__(
         self,
         unet: nn.Module,
         record: AttentionRecord,
-        backend: str | None = None,
-        self_attention: SelfAttention = "sdpa",
+        backend: str | None,
+        self_attention: SelfAttention,
     ) -> None:
         self._ours: list[tuple[Attention, SeFiAttnProcessor]] = []
         crossing = cross_attention_layers(unwrap(unet))
@@ -391,11 +344,7 @@ class TrainingProcessors:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the processors on their layers, and restore the former ones on exit.
-
-        Raises:
-            ModelError: another training is at a step on this U-Net.
-        """
+        """Put the processors on their layers, and restore the former ones on exit."""
         before: list[tuple[Attention, Any, Any]] = []
         try:
             with LOCK:
@@ -434,10 +383,7 @@ def frozen(base: BaseModel, config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
-    """Turn gradient checkpointing on if `wanted`, in a form that a CUDA graph can capture.
-
-    If the U-Net has it on already, it stays on, in that form.
-    """
+    """Turn gradient checkpointing on if `wanted` or on, in a form that a CUDA graph can capture."""
     function = "_gradient_checkpointing_func"
     before = [
         (part, part.gradient_checkpointing, {k: v for k, v in vars(part).items() if k == function})
@@ -455,18 +401,14 @@ def checkpointed(unet: Any, wanted: bool) -> Iterator[None]:
             vars(part).update(own)
 
 
-def _recompute(module: torch.nn.Module, *inputs: Any) -> Any:
+def _recompute(module: nn.Module, *inputs: Any) -> Any:
     # A frozen model in eval mode takes no random numbers, and a capture cannot read the state of
     # CUDA's generator.
     return checkpoint(module.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_added_conditioning(pipe: Any) -> None:
-    """Raise ModelError unless the U-Net takes the added conditioning of its family.
-
-    For SDXL that is the second encoder's pooled embedding and six numbers of size and crop. It is
-    nothing for Stable Diffusion 1.x and 2.x.
-    """
+    """Raise ModelError unless the U-Net takes the added conditioning of its family."""
     unet = unwrap(pipe.unet).config
     name = type(pipe).__name__
     if getattr(unet, "time_cond_proj_dim", None) is not None:
@@ -482,19 +424,18 @@ def check_added_conditioning(pipe: Any) -> None:
                 "prompt gives. Train on a text-to-image model"
             )
     kind = getattr(unet, "encoder_hid_dim_type", None)
-    if kind not in (None, "ip_image_proj"):
-        raise ModelError(
-            f"the U-Net of this {name} changes the text embeddings first (encoder_hid_dim_type is "
-            f"{kind!r}), as models of other families do. {WORKS_WITH}"
-        )
-    if kind is not None:
+    if kind == "ip_image_proj":
         raise ModelError(
             f"the U-Net of this {name} takes an image next to the words (an "
             "IP-Adapter): call pipe.unload_ip_adapter() before training, and load it again after"
         )
-    kind, wanted = getattr(unet, "addition_embed_type", None), None
-    if is_sdxl(pipe):
-        wanted = "text_time"
+    if kind is not None:
+        raise ModelError(
+            f"the U-Net of this {name} changes the text embeddings first (encoder_hid_dim_type is "
+            f"{kind!r}), as models of other families do. {WORKS_WITH}"
+        )
+    kind = getattr(unet, "addition_embed_type", None)
+    wanted = "text_time" if is_sdxl(pipe) else None
     if kind != wanted:
         raise ModelError(
             f"the U-Net of this {name} takes added conditioning of type {kind!r}, "
@@ -532,11 +473,7 @@ def check_latent_channels(pipe: Any) -> None:
 
 
 def resolution_of(pipe: Any, wanted: int | None) -> int:
-    """Return the side length in pixels to train at: `wanted`, or the model's own.
-
-    Raises:
-        ValueError: `wanted` is larger than the model's or not a multiple of its grid.
-    """
+    """Return the side length in pixels to train at: `wanted`, or the model's own."""
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     sample_size = unwrap(pipe.unet).config.sample_size
     side = sample_size if isinstance(sample_size, int) else min(sample_size or (64,))

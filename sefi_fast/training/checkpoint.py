@@ -11,16 +11,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
 from sefi_fast import __version__
 from sefi_fast.errors import TrainingError
-from sefi_fast.training.config import TrainConfig
 from sefi_fast.utils.files import LONGEST_NAME, atomic_write, fitting_name, read_regular, user_path
 from sefi_fast.utils.strict_json import parse_json
 from sefi_fast.utils.tensor_file import pack_tensors, read_metadata, unpack_tensors
+
+if TYPE_CHECKING:
+    from sefi_fast.training.subject_state import SubjectState
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,6 @@ class Checkpoint:
     """The whole state of one subject after `step` steps.
 
     Attributes:
-        step: steps done.
         settings: all fields of TrainConfig.
         identity: image, words and model, as text and checksums.
         tensors: state of the engine ("engine.…"), history ("history.…") and moving average
@@ -79,11 +80,9 @@ def discard(output: Path) -> None:
 
 
 class CheckpointInterval:
-    """The steps or the time between checkpoints.
+    """The steps between checkpoints; 0: never.
 
-    Args:
-        every: steps between them; 0: never; None: once a minute, or less often where writing one
-            takes more than a fiftieth of the time.
+    None: once a minute, or less often where writing one takes more than a fiftieth of the time.
     """
 
     def __init__(self, every: int | None) -> None:
@@ -102,12 +101,7 @@ class CheckpointInterval:
 
 
 class CheckpointFolder:
-    """The checkpoints of one output file.
-
-    Args:
-        path: the folder; it is made with the first checkpoint.
-        keep: number of the newest that stay.
-    """
+    """The checkpoints of one output file, of which `prune` keeps the newest `keep`."""
 
     def __init__(self, path: Path, keep: int = 1) -> None:
         self.path = path
@@ -135,11 +129,7 @@ class CheckpointFolder:
         return self.path / f"step-{step:06d}.safetensors"
 
     def write(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, whole or not at all; the others stay until `prune`.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write a checkpoint, whole or not at all; the others stay until `prune`."""
         path = self.file(checkpoint.step)
         if path.is_symlink():
             path.unlink()
@@ -184,17 +174,15 @@ class CheckpointFolder:
             logger.warning("the old checkpoints in %s stay: %s", self.path, error.strerror or error)
 
     def clear_if_older(self, output: Path) -> None:
-        """Remove all checkpoints unless the newest was written after the finished `output`.
-
-        A newer one is of a run that was going to overwrite it.
-        """
+        """Remove all checkpoints unless the newest was written after the finished `output`."""
+        # A newer one is of a run that was going to overwrite it.
         newest = self.steps()[:1]
         finished = output.stat().st_mtime_ns
         if all(self.file(step).lstat().st_mtime_ns <= finished for step in newest):
             self.clear()
 
     def _is_there(self) -> bool:
-        """Return whether the folder is there. The target of a link belongs to someone else."""
+        # The target of a link belongs to someone else.
         return self.path.is_dir() and not self.path.is_symlink()
 
     def _remove_partials(self) -> None:
@@ -212,12 +200,7 @@ def _remove(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and check every byte of it.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged, larger than 2 GB, or not a
-            checkpoint of this library.
-    """
+    """Read a checkpoint and check every byte of it."""
     try:
         content = read_regular(path, _SIZE_LIMIT)
     except OSError as error:
@@ -234,12 +217,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 "a format newer than this version reads; update sefi_fast"
             )
         metadata, tensors = unpack_tensors(content, checksum=True)
-        return Checkpoint(
-            step=_whole_number(metadata, "step"),
-            settings=_mapping(metadata, "settings"),
-            identity=_mapping(metadata, "identity"),
-            tensors=tensors,
-        )
+        settings, identity = (_mapping(metadata, name) for name in ("settings", "identity"))
+        return Checkpoint(_whole_number(metadata, "step"), settings, identity, tensors)
     except CheckpointError:
         raise
     except (ValueError, KeyError) as error:
@@ -260,54 +239,29 @@ def _mapping(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     return value
 
 
-class Resumable(Protocol):
-    """A subject that may be resumed: `subject_state.SubjectState`."""
-
-    @property
-    def folder(self) -> CheckpointFolder | None:
-        """Folder of its checkpoints."""
-
-    @property
-    def config(self) -> TrainConfig:
-        """Its settings."""
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """Its image, words and model, as text and checksums."""
-
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Raise ValueError unless it can load the checkpoint."""
-
-
 def check_resume(resume: Resume) -> None:
     """Raise TypeError unless `resume` is one of the values that it may have."""
     if not (resume is None or isinstance(resume, (bool, str, os.PathLike))):
         raise TypeError(f"resume must be True, False, None, 'auto' or a path, got {resume!r}")
 
 
-def checkpoint_to_resume(subject: Resumable, resume: Resume) -> Checkpoint | None:
+def checkpoint_to_resume(subject: SubjectState, resume: Resume) -> Checkpoint | None:
     """Return the subject's newest whole checkpoint; None to begin at step 0.
 
     Raises:
-        CheckpointError: there is an unfinished run and `resume` is None; there is none and
-            `resume` wants one; none of the checkpoints is whole; or the newest is of another run
-            or of other settings, which are named.
+        CheckpointError: there is an unfinished run and `resume` is None, or none to go on from.
     """
     folder = subject.folder
     if _is_path(resume):
         path = user_path(resume)
-        if path.is_dir():
-            folder = CheckpointFolder(path.resolve())
-        elif path.exists():
+        if not path.exists():
+            raise CheckpointError(f"there is no checkpoint at {path}")
+        if not path.is_dir():
             checkpoint = read_checkpoint(path)
             _check_same(checkpoint, subject)
-            try:
-                subject.check(checkpoint)
-            except ValueError as error:
-                raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+            _check_loadable(checkpoint, path, subject)
             return checkpoint
-        else:
-            raise CheckpointError(f"there is no checkpoint at {path}")
+        folder = CheckpointFolder(path.resolve())
     steps = [] if folder is None else folder.steps()
     if not steps:
         if resume is True or _is_path(resume):
@@ -343,7 +297,7 @@ def _is_path(resume: Resume) -> TypeGuard[str | os.PathLike[str]]:
 
 
 def _newest_whole(
-    folder: CheckpointFolder, steps: list[int], subject: Resumable
+    folder: CheckpointFolder, steps: list[int], subject: SubjectState
 ) -> Checkpoint | None:
     """Return the newest checkpoint that the subject can load, and warn of those that it cannot."""
     for step in steps:
@@ -357,15 +311,22 @@ def _newest_whole(
             continue
         _check_same(checkpoint, subject)
         try:
-            subject.check(checkpoint)
-        except ValueError as error:
-            logger.warning("the checkpoint %s is damaged: %s; it is skipped", path, error)
+            _check_loadable(checkpoint, path, subject)
+        except CheckpointError as error:
+            logger.warning("%s; it is skipped", error)
             continue
         return checkpoint
     return None
 
 
-def _check_same(checkpoint: Checkpoint, subject: Resumable) -> None:
+def _check_loadable(checkpoint: Checkpoint, path: Path, subject: SubjectState) -> None:
+    try:
+        subject.check(checkpoint)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
+
+
+def _check_same(checkpoint: Checkpoint, subject: SubjectState) -> None:
     """Raise CheckpointError unless a checkpoint is of the same run; its steps may differ."""
     config, then = subject.config, checkpoint.settings
     now = {name: value for name, value in config.fixed().items() if name != "steps"}
@@ -384,7 +345,5 @@ def _check_same(checkpoint: Checkpoint, subject: Resumable) -> None:
     if config.steps != then.get("steps") and config.schedule != "constant":
         logger.warning(
             "the run was to have %s steps and has %d now: its learning rate follows the new length "
-            "from here on",
-            then.get("steps"),
-            config.steps,
-        )
+            "from here on", then.get("steps"), config.steps,
+        )  # fmt: skip

@@ -36,13 +36,9 @@ class SubjectInputs:
 
     Attributes:
         tokens: the start values for each text encoder; the modules themselves are not changed.
-        latents: of the image.
-        prompts: the training sentences.
-        seed: of all random numbers of this subject.
         mask: float32 [side, side] in [0, 1], 1 where the image shows the subject, for
             `attention_loss="mask"`.
-        time_ids: float32 [6], the image's size and crop (`image.time_ids`), for models with two
-            text encoders.
+        time_ids: of the image, for models with two text encoders.
     """
 
     tokens: tuple[SubjectTokens, ...]
@@ -61,11 +57,11 @@ class StepResult(NamedTuple):
     finite: bool
 
 
-def warmup(run: Callable[[], None], changed: Iterable[Tensor], times: int = _WARMUP_STEPS) -> None:
+def warmup(run: Callable[[], None], changed: Iterable[Tensor]) -> None:
     """Run a few times, and always restore the tensors that it changed."""
     before = [(tensor, tensor.clone()) for tensor in changed]
     try:
-        for _ in range(times):
+        for _ in range(_WARMUP_STEPS):
             run()
     finally:
         for tensor, copy in before:
@@ -88,11 +84,8 @@ class CUDAGraphStep:
 
     Args:
         run: reads and writes tensors at fixed addresses, and does not wait for the device.
-        changed: every tensor that outlives `run` and is changed by it.
+        changed: every tensor that outlives `run` and is changed by it; restored after a capture.
         device: a CUDA device.
-
-    Raises:
-        RuntimeError: something in `run` cannot be captured; `changed` is as it was.
     """
 
     def __init__(
@@ -120,17 +113,11 @@ class Engine:
     batch. Tokens are those of all text encoders, concatenated to a width of C.
 
     Args:
-        unet: frozen, on its device.
-        text_encoders: frozen, on their device; two for SDXL.
+        unet, text_encoders: frozen, on their device.
         scheduler: of the pipeline, for its noise schedule and prediction type.
         subjects: alike in all shapes.
         config: the settings; each subject has its own seed.
         dtype: of the frozen models' computation.
-
-    Raises:
-        ModelError: the scheduler's configuration cannot be trained on.
-        ValueError: `loss_resolutions` names a side that no layer has, or `capture` is "always"
-            without CUDA.
     """
 
     def __init__(
@@ -186,16 +173,15 @@ class Engine:
             # While the device computes, the host has time for the next step's numbers.
             self._sampler.prefetch()
         # One transfer, and so one wait for the device, in each step.
-        noise, subject_loss, good = self._step.results.tolist()
+        columns = zip(self._rows, *self._step.results.tolist(), strict=True)
         results: list[StepResult | None] = [None] * len(self._started)
-        for row, index in enumerate(self._rows):
-            results[index] = StepResult(noise[row], subject_loss[row], bool(good[row]))
+        for index, noise, subject_loss, good in columns:
+            results[index] = StepResult(noise, subject_loss, bool(good))
         return results
 
     def drop(self, subject_index: int) -> None:
         """Take a subject out of the batch. Its state is lost, the others go on."""
-        row = self._row(subject_index)
-        kept = [place for place in range(len(self._rows)) if place != row]
+        kept = [row for row, index in enumerate(self._rows) if index != subject_index]
         self._rows.remove(subject_index)
         self._sampler.keep(kept)
         index = torch.tensor(kept, dtype=torch.int64, device=self._device)
@@ -218,20 +204,19 @@ class Engine:
 
     def rows(self) -> Tensor:
         """Return a copy of the tokens in training, [active, S, 2 or 1, W, C], on the device."""
-        with torch.no_grad():
-            return self._step.state.rows().detach().clone()
+        return self._step.state.rows().detach().clone()
 
     def current(self, subject_index: int = 0) -> Tensor:
         """Return a subject's tokens, float32 [S, 2 or 1, W, C] on the CPU.
 
         If the latest update made them NaN or infinite, the last ones that gave a finite loss.
         """
-        rows = self.rows()[self._row(subject_index)].cpu()
+        rows = self.rows()[self._rows.index(subject_index)].cpu()
         return rows if bool(torch.isfinite(rows).all()) else self.last_good(subject_index)
 
     def last_good(self, subject_index: int = 0) -> Tensor:
         """Return a subject's newest tokens that gave a finite loss, float32 on the CPU."""
-        return self._step.state.last_good[self._row(subject_index)].to("cpu", copy=True)
+        return self._step.state.last_good[self._rows.index(subject_index)].to("cpu", copy=True)
 
     def state_dict(self, subject_index: int = 0) -> dict[str, Tensor]:
         """Return all of a subject that changes in training, as tensors on the CPU.
@@ -239,7 +224,7 @@ class Engine:
         A subject that loads it goes on as this one would: bit for bit on a CPU in a batch of the
         same subjects, else up to rounding.
         """
-        row = self._row(subject_index)
+        row = self._rows.index(subject_index)
         return {
             **self._step.state.state_dict(row),
             "generator": self._sampler.states()[row].clone(),
@@ -248,13 +233,10 @@ class Engine:
 
     def load_state_dict(self, subject_index: int, state: Mapping[str, Tensor]) -> None:
         """Restore a subject's state of `state_dict`."""
-        row = self._row(subject_index)
+        row = self._rows.index(subject_index)
         self._step.state.load_state_dict(row, state)
         self._sampler.set_state(row, state["generator"])
         self._started[subject_index] = int(state["step"])
-
-    def _row(self, subject_index: int) -> int:
-        return self._rows.index(subject_index)
 
     def _begin(self, subjects: Sequence[SubjectInputs]) -> None:
         self._rows = list(range(len(subjects)))
@@ -272,39 +254,27 @@ class Engine:
             wanted = attention.is_on and attention.needs_reference
             reference = prompts.reference(models.text_encoders) if wanted else None
             attention.prepare(prompts, reference, torch.stack(masks) if masks else None)
-        state = BatchedAdamW(
-            [one.tokens for one in subjects],
-            config.learning_rate,
-            self._device,
-            scaling=models.dtype == torch.float16,
-        )
-        buffers = empty_buffers(
-            config.gradient_accumulation, len(subjects), config.batch_size, shape, self._device
-        )
+        tokens, scaling = [one.tokens for one in subjects], models.dtype == torch.float16
+        state = BatchedAdamW(tokens, config.learning_rate, self._device, scaling)
+        sizes = (config.gradient_accumulation, len(subjects), config.batch_size)
+        buffers = empty_buffers(sizes, shape, self._device)
         ids = [one.time_ids for one in subjects if one.time_ids is not None]
+        gamma = config.snr_gamma
         self._step = TrainingStep(
-            models,
-            state,
-            latents,
-            prompts,
-            attention,
-            config.weight_lambda,
-            buffers,
+            models, state, latents, prompts, attention, config.weight_lambda, buffers,
             torch.stack(ids).to(self._device) if ids else None,
-            None if config.snr_gamma is None else models.schedule.min_snr_weights(config.snr_gamma),
+            None if gamma is None else models.schedule.min_snr_weights(gamma),
+        )  # fmt: skip
+        sample = partial(
+            sample_noise,
+            batch_size=config.batch_size,
+            num_train_timesteps=models.schedule.num_train_timesteps,
+            views=views,
+            templates=prompts.sentences,
+            latent_shape=tuple(shape),
         )
-        self._sampler = NoiseSampler(
-            [torch.Generator().manual_seed(one.seed) for one in subjects],
-            buffers,
-            partial(
-                sample_noise,
-                batch_size=config.batch_size,
-                num_train_timesteps=models.schedule.num_train_timesteps,
-                views=views,
-                templates=prompts.sentences,
-                latent_shape=tuple(shape),
-            ),
-        )
+        generators = [torch.Generator().manual_seed(one.seed) for one in subjects]
+        self._sampler = NoiseSampler(generators, buffers, sample)
 
     def _run_captured(self) -> None:
         if self._graph is None:

@@ -75,7 +75,9 @@ _FOREIGN = (
     ((b"\x93NUMPY",), "a NumPy file", "load it with numpy.load and give the array"),
     ((b"\x1aE\xdf\xa3",), "a video", _FRAME),
 )
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_BRANDS = dict.fromkeys(_HEIF, ["a HEIC (HEIF) image", _EXPORT])
+_BRANDS[b"crx "] = ["a camera's raw file", _EXPORT]
 
 
 def load_image(
@@ -116,11 +118,7 @@ def load_image(
 
 
 def decode(source: Image.Image | BinaryIO, name: str, background: str = "white") -> Image.Image:
-    """Return the image of a PIL image or of a file's content, as `load_image` does.
-
-    Raises:
-        ImageError: as for `load_image`; the message calls the source `name`.
-    """
+    """Return the image of a PIL image or of a file's content, as `load_image` does."""
     try:
         if isinstance(source, Image.Image):
             image = source
@@ -128,7 +126,13 @@ def decode(source: Image.Image | BinaryIO, name: str, background: str = "white")
             _load_pixels(image)
         else:
             image = _read(source, name)
-        orientation = _orientation(image)
+        try:
+            # Each entry of a hostile EXIF block may refer to all of it.
+            is_long = len(image.info.get("exif", b"")) > _LONGEST_EXIF
+            orientation = 1 if is_long else int(image.getexif().get(_ORIENTATION_TAG, 1))
+        except Exception:
+            # An image with broken EXIF data is shown as it is stored, as viewers do.
+            orientation = 1
         # Binding the same name frees the stored image before the upright one is made.
         image = _to_rgb(image, name, background)
         image.getexif()[_ORIENTATION_TAG] = orientation
@@ -152,14 +156,13 @@ def decode(source: Image.Image | BinaryIO, name: str, background: str = "white")
 def prepare(image: Image.Image, size: int, crop: str = "center") -> Tensor:
     """Return the image's square as float32 [3, size, size] in [-1, 1], resized with antialiasing.
 
-    The square begins at whole pixels, which `time_ids` needs and `PIL.ImageOps.fit` does not do.
-
     Args:
         image: an RGB image.
         size: side length in pixels.
         crop: which square of an image that is not square: "center", "top", "bottom", "left" or
             "right"; an anchor that is not on the longer axis means the center.
     """
+    # `PIL.ImageOps.fit` does not begin at whole pixels, which `time_ids` needs.
     left, top, side = _square(image, crop)
     box = (left, top, left + side, top + side)
     square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -171,11 +174,7 @@ def time_ids(image: Image.Image, size: int, crop: str = "center") -> Tensor:
     """Return SDXL's conditioning on a prepared image's size and crop, float32 [6].
 
     Height and width of the image before resizing; top and left of the kept square in pixels of the
-    resized image, as in SDXL's own training; height and width of the square. The mirrored image
-    has the same.
-
-    Args:
-        image, size, crop: as for `prepare`.
+    resized image, as in SDXL's own training; height and width of the square.
     """
     left, top, side = _square(image, crop)
     corner = (round(top * size / side), round(left * size / side))
@@ -183,7 +182,6 @@ def time_ids(image: Image.Image, size: int, crop: str = "center") -> Tensor:
 
 
 def _square(image: Image.Image, crop: str) -> tuple[int, int, int]:
-    """Return left, top and side of the kept square, in pixels of the image."""
     side = min(image.size)
     across, down = _ANCHORS[crop]
     return round((image.width - side) * across), round((image.height - side) * down), side
@@ -228,18 +226,13 @@ def _read(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def _check_kind(stream: BinaryIO, name: str) -> None:
-    """Raise ImageError with the name of a file type that cannot be read, by its first bytes."""
     start = stream.read(1024)
     if not start:
         raise ImageError(f"{name} is empty: {_WANTED}. Copy or download it again")
     brand, text = start[8:12], start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     kind = next((rest for prefixes, *rest in _FOREIGN if start.startswith(prefixes)), None)
     if start[4:8] == b"ftyp" and b"avif" not in start[:64] and b"avis" not in start[:64]:
-        kind = ["a video", _FRAME]
-        if brand in _HEIF_BRANDS:
-            kind = ["a HEIC (HEIF) image", _EXPORT]
-        elif brand == b"crx ":
-            kind = ["a camera's raw file", _EXPORT]
+        kind = _BRANDS.get(brand, ["a video", _FRAME])
     elif start[:4] == b"RIFF" and brand == b"AVI ":
         kind = ["a video", _FRAME]
     elif text.startswith(b"<"):
@@ -255,8 +248,7 @@ def _read_by_pillow(stream: BinaryIO, name: str) -> Image.Image:
     stream.seek(0)
     Image.init()
     # A Pillow before 11.3 has no AVIF.
-    formats = [one for one in _FORMATS if one in Image.OPEN]
-    image: Image.Image = Image.open(stream, formats=formats)
+    image: Image.Image = Image.open(stream, formats=[x for x in _FORMATS if x in Image.OPEN])
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         _seek_largest_page(image, stream, name)
     _check_size(image, name, file_size)
@@ -293,13 +285,12 @@ def _seek_largest_page(image: TiffImagePlugin.TiffImageFile, stream: BinaryIO, n
         parts = image.tag_v2.get(330, ())  # SubIFDs
         for offset in parts if isinstance(parts, tuple) else (parts,):
             # A small file may have many parts in the place of a large one.
-            if offset in seen or len(seen) == _MOST_PARTS:
-                continue
-            seen.add(offset)
-            part = TiffImagePlugin.ImageFileDirectory_v2(header)
-            stream.seek(offset)
-            part.load(stream)
-            largest_part = max(largest_part, part.get(256, 0) * part.get(257, 0))
+            if offset not in seen and len(seen) < _MOST_PARTS:
+                seen.add(offset)
+                part = TiffImagePlugin.ImageFileDirectory_v2(header)
+                stream.seek(offset)
+                part.load(stream)
+                largest_part = max(largest_part, part.get(256, 0) * part.get(257, 0))
     if len(areas) > _MOST_PAGES:
         raise ImageError(
             f"{name} has more than {_MOST_PAGES} pages. One image is needed. Save its page as PNG"
@@ -343,17 +334,6 @@ def _check_size(image: Image.Image, name: str, file_size: int = 0) -> None:
             f"{name} is {image.width}×{image.height} pixels, and reading it takes more than 1 GB "
             f"of memory. At most {most} million pixels can be read. Make it smaller"
         )
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        # Each entry of a hostile EXIF block may refer to all of it.
-        if len(image.info.get("exif", b"")) > _LONGEST_EXIF:
-            return 1
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:
-        # An image with broken EXIF data is shown as it is stored, as viewers do.
-        return 1
 
 
 def _to_rgb(image: Image.Image, name: str, background: str) -> Image.Image:
@@ -436,31 +416,25 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or array.size == 0:
-        hint = ""
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
-            hint = "; channels come last: transpose it with (1, 2, 0)"
-        raise ImageError(f"{name} is not an image: [h, w], [h, w, 3] or [h, w, 4] is wanted{hint}")
-    bytes_ = _array_to_bytes(array, name)
-    if bytes_.shape[-1] == 1:
-        return Image.fromarray(bytes_[..., 0])
-    return Image.fromarray(bytes_)
-
-
-def _array_to_bytes(array: np.ndarray, name: str) -> np.ndarray:
+        raise ImageError(
+            f"{name} is not an image: [h, w], [h, w, 3] or [h, w, 4] is wanted. If its channels "
+            "come first, transpose it with (1, 2, 0)"
+        )
+    if array.shape[-1] == 1:
+        array = array[..., 0]
     if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    is_float = np.issubdtype(array.dtype, np.floating)
-    is_wide = array.dtype.kind == "u" and array.dtype.itemsize == 2
-    if array.dtype != np.bool_ and not is_wide:
-        if not (is_float or np.issubdtype(array.dtype, np.integer)) or not np.isfinite(array).all():
-            raise ImageError(f"{name} holds values that are not finite numbers")
-        if array.min() < 0 or array.max() > (1 if is_float else 255):
-            raise ImageError(
-                f"{name} has values from {array.min():g} to {array.max():g}: floats in [0, 1] or "
-                "integers in [0, 255] are wanted"
-            )
-    highest = 65535 if is_wide else 1 if is_float or array.dtype == np.bool_ else 255
+        return Image.fromarray(np.ascontiguousarray(array))
+    kind = array.dtype.kind
+    if kind not in "biuf" or not np.isfinite(array).all():
+        raise ImageError(f"{name} holds values that are not finite numbers")
+    is_wide = kind == "u" and array.dtype.itemsize == 2
+    highest = 65535 if is_wide else 1 if kind in "bf" else 255
+    if array.min() < 0 or array.max() > highest:
+        raise ImageError(
+            f"{name} has values from {array.min():g} to {array.max():g}: floats in [0, 1] or "
+            "integers in [0, 255] are wanted"
+        )
     result = np.empty(array.shape, np.uint8)
     for row, values in zip(result, array, strict=True):
         row[...] = np.rint(values * (255 / highest))
-    return result
+    return Image.fromarray(result)

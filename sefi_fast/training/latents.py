@@ -26,19 +26,14 @@ def load_mask(
 ) -> Tensor:
     """Return the mask of a prepared image, float32 [size, size] in [0, 1], 1 on the subject.
 
-    A mask that is white in the whole square is taken with a warning: the subject may fill it.
-
     Args:
         source: an image file or PIL image, white on the subject, and black or transparent
             elsewhere, or an array [h, w] of bool, integers in [0, 255] or floats in [0, 1].
-        image: the image that the mask belongs to, upright, as `load_image` returns it.
-        size: side length in pixels of the square that is trained on.
-        crop: which square of the image that is.
+        image, size, crop: of the image that the mask belongs to, as for `prepare`.
 
     Raises:
         ImageError: the mask cannot be read, has another size than the image, or shows nothing
             of the subject in the square that is trained on.
-        TypeError: `source` is none of these.
     """
     mask = open_mask(source)
     if mask.size != image.size:
@@ -57,11 +52,7 @@ def load_mask(
 
 
 def open_mask(source: str | os.PathLike[str] | Image.Image | np.ndarray) -> Image.Image:
-    """Return a mask as an RGB image; transparent parts are black.
-
-    Raises:
-        ImageError, TypeError: as for `load_image`.
-    """
+    """Return a mask as an RGB image; transparent parts are black."""
     try:
         return load_image(source, background="black")
     except ImageError as error:
@@ -74,9 +65,6 @@ def check_selection(lowest: float, highest: float, where: str) -> None:
     Args:
         lowest, highest: of the mask's values in [0, 1].
         where: the part of the image that they are from, for the message.
-
-    Raises:
-        ImageError: the mask selects nothing.
     """
     if highest <= 0.5:
         raise ImageError(
@@ -94,9 +82,8 @@ class LatentDistribution:
     """Normal distribution of the scaled latent of an image and of its mirror image.
 
     Attributes:
-        mean: [V, C, h, w] float32, V = 2 with the mirror image and 1 without, in the units that
-            the U-Net sees (shift and scaling factor applied).
-        std: the same shape and units.
+        mean, std: [V, C, h, w] float32, V = 2 with the mirror image and 1 without, in the units
+            that the U-Net sees (shift and scaling factor applied).
     """
 
     mean: Tensor
@@ -114,12 +101,7 @@ class LatentDistribution:
 
 @torch.no_grad()
 def encode_image(vae: AutoencoderKL, pixels: Tensor, flip: bool) -> LatentDistribution:
-    """Encode an image [3, h, w] in [-1, 1], and its mirror image if `flip`, with a float32 VAE.
-
-    Raises:
-        ModelError: the VAE is not an AutoencoderKL.
-        TrainingError: the VAE gives NaN or infinity, as some do in half precision.
-    """
+    """Encode an image [3, h, w] in [-1, 1], and its mirror image if `flip`, with a float32 VAE."""
     views = torch.stack([pixels, pixels.flip(-1)] if flip else [pixels])
     weight = next(vae.parameters())
     encoded = vae.encode(views.to(weight.device, weight.dtype))

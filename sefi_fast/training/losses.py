@@ -46,23 +46,15 @@ def mask_loss(attn_probs: Tensor, present: Tensor, mask: Tensor) -> Tensor:
 class AttentionLoss:
     """Base of the attention losses of L subjects; by itself the loss that is none.
 
-    Args:
-        unet: frozen, on its device.
-        config: the settings.
-        latent_size: (height, width) of the latents.
-
     Attributes:
+        needs_reference: whether `prepare` takes the class words' sentences.
+        needs_mask: whether each subject has a mask.
         sizes: (height, width) of the image tokens of each layer that carries the loss.
         tensors: what `prepare` computed, by name, with one entry for each subject.
-
-    Raises:
-        ValueError: `loss_resolutions` names a side that no layer has.
     """
 
     needs_reference = False
-    """Whether `prepare` takes the class words' sentences."""
     needs_mask = False
-    """Whether each subject has a mask."""
 
     def __init__(self, unet: Any, config: TrainConfig, latent_size: tuple[int, int]) -> None:
         self.sizes: dict[str, tuple[int, int]] = {}
@@ -101,8 +93,6 @@ class AttentionLoss:
 
 
 class _LayerLoss(AttentionLoss):
-    """An attention loss that is the mean over layers of a term of each."""
-
     def __init__(self, unet: Any, config: TrainConfig, latent_size: tuple[int, int]) -> None:
         from sefi_fast.attention.layers import layer_resolutions, reduced_size
 
@@ -110,8 +100,17 @@ class _LayerLoss(AttentionLoss):
         self._unet = unet
         self._reference_grad = config.reference_grad
         factors = layer_resolutions(unet)
-        sizes = {name: reduced_size(latent_size, factor) for name, factor in factors.items()}
-        self.sizes = _chosen(sizes, config.loss_resolutions)
+        self.sizes = {name: reduced_size(latent_size, factor) for name, factor in factors.items()}
+        if (wanted := config.loss_resolutions) is None:
+            return
+        sides = {name: max(size) for name, size in self.sizes.items()}
+        if missing := sorted(set(wanted) - set(sides.values())):
+            present = ", ".join(str(side) for side in sorted(set(sides.values())))
+            raise ValueError(
+                f"loss_resolutions names {', '.join(map(str, missing))}, but at this resolution "
+                f"the attention maps have the sides {present}"
+            )
+        self.sizes = {name: self.sizes[name] for name, side in sides.items() if side in wanted}
 
 
 class SubjectLoss(_LayerLoss):
@@ -239,21 +238,6 @@ def _layer_mean(terms: Sequence[Tensor | None]) -> Tensor:
     import torch
 
     return torch.stack([term for term in terms if term is not None]).mean(0)
-
-
-def _chosen(
-    sizes: dict[str, tuple[int, int]], wanted: tuple[int, ...] | None
-) -> dict[str, tuple[int, int]]:
-    if wanted is None:
-        return sizes
-    sides = {name: max(size) for name, size in sizes.items()}
-    if missing := sorted(set(wanted) - set(sides.values())):
-        present = ", ".join(str(side) for side in sorted(set(sides.values())))
-        raise ValueError(
-            f"loss_resolutions names {', '.join(map(str, missing))}, but at this resolution the "
-            f"attention maps have the sides {present}"
-        )
-    return {name: size for name, size in sizes.items() if sides[name] in wanted}
 
 
 def _of_samples(kept: Tensor, index: Tensor) -> Tensor:

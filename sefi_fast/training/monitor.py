@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 _THUMBNAIL = 24
 _RECENT = 20
 _LONGEST_TITLE = 40
-_USUAL_GUIDANCE = 7.5
-_USUAL_GUIDANCE_SDXL = 5.0
 
 
 @dataclass(eq=False)
@@ -86,19 +84,14 @@ class History:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> History:
-        """Return the history of a `state_dict`.
-
-        Raises:
-            ValueError: `state` is not one of `state_dict`, or a validation image is damaged.
-        """
+        """Return the history of a `state_dict`, or raise ValueError for what is not one."""
         for name in ("loss", "subject_loss", "seconds", "skipped"):
             dtype = torch.int64 if name == "skipped" else torch.float64
             own = state.get(name)
             if own is None or own.dtype != dtype or own.dim() != 1:
                 raise ValueError(f"its history has no {name}, a row of {dtype}")
-        loss, subject_loss, seconds = (state[name] for name in ("loss", "subject_loss", "seconds"))
-        alike = len(loss) == len(subject_loss) == len(seconds)
-        if not alike or not bool(torch.stack([loss, subject_loss, seconds]).isfinite().all()):
+        rows = [state[name] for name in ("loss", "subject_loss", "seconds")]
+        if len(set(map(len, rows))) != 1 or not bool(torch.stack(rows).isfinite().all()):
             raise ValueError(
                 "its history does not hold one finite number of each kind for each step"
             )
@@ -110,24 +103,13 @@ class History:
             png = io.BytesIO(state[name].numpy().tobytes())
             image = decode(png, "a validation image of the checkpoint")
             validation.setdefault(int(step[1]), []).append(image)
-        return cls(
-            loss.tolist(),
-            subject_loss.tolist(),
-            seconds.tolist(),
-            validation=list(validation.items()),
-            skipped=state["skipped"].tolist(),
-        )
+        loss, subject_loss, seconds = (row.tolist() for row in rows)
+        images, skipped = list(validation.items()), state["skipped"].tolist()
+        return cls(loss, subject_loss, seconds, images, skipped)
 
 
 class Progress:
-    """Progress bar on the error stream, with recent means of the losses.
-
-    Args:
-        title: text before the bar.
-        steps: of the whole run.
-        done: steps done before this process.
-        shown: False for no output at all.
-    """
+    """Progress bar on the error stream, with recent means of the losses."""
 
     def __init__(self, title: str, steps: int, done: int, shown: bool) -> None:
         name = printable(title, _LONGEST_TITLE)
@@ -182,12 +164,7 @@ def thumbnails(images: Sequence[Image.Image], side: int = _THUMBNAIL) -> str:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Check before a run that its trackers are installed.
-
-    Raises:
-        ValueError: accelerate knows no tracker of that name.
-        TrainingError: the tracker's package is not installed.
-    """
+    """Check before a run that its trackers are installed."""
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -205,17 +182,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of one run. One that fails is removed with a warning, and training goes on.
-
-    Args:
-        names: of accelerate's trackers, as `check_trackers` takes them.
-        folder: for those that write files.
-        run_name: title of the run.
-        settings: the run's settings.
-
-    Raises:
-        TrainingError: a tracker cannot start.
-    """
+    """The trackers of one run. One that fails is removed with a warning, and training goes on."""
 
     def __init__(
         self, names: Sequence[str], folder: Path, run_name: str, settings: Mapping[str, Any]
@@ -294,10 +261,7 @@ def _started(name: str, folder: Path, run_name: str, settings: Mapping[str, Any]
 def validate(
     base: BaseModel, subject: Subject, config: TrainConfig, size: int
 ) -> list[Image.Image]:
-    """Generate one image for each validation prompt; the pipeline stays as it is.
-
-    The seed is the same for every image, so that the images of a run can be compared.
-    """
+    """Generate an image of one seed for each validation prompt; the pipeline stays as it is."""
     # A call changes its pipeline and scheduler, so a copy with the same models is called.
     pipe = copy.copy(base.pipe)
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
@@ -335,7 +299,7 @@ def guidance_for(base: BaseModel, config: TrainConfig) -> float:
 
     if base.owned if base.model is None else Path(base.model) == bundled_model_path():
         return float(SAMPLING["guidance"])
-    return _USUAL_GUIDANCE_SDXL if is_sdxl(base.pipe) else _USUAL_GUIDANCE
+    return 5.0 if is_sdxl(base.pipe) else 7.5
 
 
 def _without_autocast(vae: Any) -> Any:

@@ -135,18 +135,12 @@ class NoiseSampler:
 
 
 def empty_buffers(
-    batches: int,
-    subjects: int,
-    batch_size: int,
-    latent_shape: tuple[int, ...],
-    device: torch.device,
+    shape: tuple[int, int, int], latent_shape: tuple[int, ...], device: torch.device
 ) -> NoiseSample:
-    """Return buffers for `NoiseSampler` on the device that computes."""
-    shape = (batches, subjects, batch_size)
+    """Return buffers for `NoiseSampler`: batches, subjects and samples on the computing device."""
     whole = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(3)]
-    real = [
-        torch.zeros(*shape, *latent_shape, dtype=torch.float32, device=device) for _ in range(2)
-    ]
+    sizes = (*shape, *latent_shape)
+    real = [torch.zeros(sizes, dtype=torch.float32, device=device) for _ in range(2)]
     return NoiseSample(*whole, *real)
 
 
@@ -162,10 +156,6 @@ class NoiseSchedule:
 
     Attributes:
         settings: the part of the scheduler's configuration that training depends on.
-
-    Raises:
-        ModelError: the model does not predict noise or velocity, or its scheduler has no betas
-            (flow matching) or uses log-sigma timesteps.
     """
 
     def __init__(self, scheduler: Any, device: torch.device) -> None:
@@ -174,14 +164,12 @@ class NoiseSchedule:
         check_scheduler(scheduler)
         config = scheduler.config
         name = type(scheduler).__name__
-        if getattr(config, "num_train_timesteps", None) is None or not hasattr(
-            config, "beta_schedule"
-        ):
+        if config.get("num_train_timesteps") is None or "beta_schedule" not in config:
             raise ModelError(
                 f"the pipeline's {name} has no beta schedule, so the noise its model was trained "
                 "with is unknown: set pipe.scheduler to one of DDIM, DPM-Solver++, Euler …"
             )
-        self.prediction_type: str = getattr(config, "prediction_type", "epsilon")
+        self.prediction_type: str = config.get("prediction_type", "epsilon")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(
                 f"the model predicts {self.prediction_type!r} by its {name}; training works with "
@@ -189,13 +177,9 @@ class NoiseSchedule:
             )
         # The forward process alone: how the sampler spaces or thresholds its steps does not matter.
         keys = (
-            "num_train_timesteps",
-            "beta_start",
-            "beta_end",
-            "beta_schedule",
-            "trained_betas",
+            "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
             "rescale_betas_zero_snr",
-        )
+        )  # fmt: skip
         process = DDPMScheduler(**{key: config[key] for key in keys if key in config})
         self.settings = {key: process.config[key] for key in keys} | {
             "prediction_type": self.prediction_type

@@ -39,10 +39,6 @@ class MovingAverage:
     The decay of update t, counted from 0, is min(decay, (1 + t) / (10 + t)), so that the start
     values do not linger in short runs. diffusers' `EMAModel` begins with a decay of 0 and takes
     NaN into the average.
-
-    Args:
-        decay: share of the average that is kept in one step, below 1.
-        start: the tokens before the first step.
     """
 
     def __init__(self, decay: float, start: Tensor) -> None:
@@ -72,6 +68,8 @@ class MovingAverage:
         self._average = state["average"].to(self._average.device, copy=True)
 
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_OTHERS = ("updates", "scale", "growth", "last_good")
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 _FIRST_SCALE = 2.0**12
@@ -109,7 +107,6 @@ class BatchedAdamW:
     Args:
         modules: one for each text encoder of each subject, alike in all subjects; copied.
         learning_rate: for the embedding rows.
-        device: where to compute.
         scaling: whether losses are scaled, for float16.
     """
 
@@ -136,14 +133,10 @@ class BatchedAdamW:
             [group["lr"] for module in subject for group in module.parameter_groups(learning_rate)]
             for subject in modules
         ]
+        buffers = [[dict(module.named_buffers()) for module in subject] for subject in modules]
         self._fixed = [
-            {
-                name: torch.stack([subject[number].get_buffer(name) for subject in modules]).to(
-                    device
-                )
-                for name, _ in module.named_buffers()
-            }
-            for number, module in enumerate(first)
+            {name: torch.stack([one[name] for one in column]).to(device) for name in column[0]}
+            for column in zip(*buffers, strict=True)
         ]
         count = len(modules)
         self.parameters = torch.stack(rows).to(device, torch.float32).requires_grad_(True)
@@ -152,10 +145,8 @@ class BatchedAdamW:
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.updates = torch.zeros(count, dtype=torch.float64, device=device)
         self.rate = torch.ones(count, dtype=torch.float64, device=device)
-        self.scale = torch.full(
-            (count,), _FIRST_SCALE if scaling else 1.0, dtype=torch.float32, device=device
-        )
         self.growth = torch.zeros(count, dtype=torch.float32, device=device)
+        self.scale = torch.full_like(self.growth, _FIRST_SCALE if scaling else 1.0)
         self.last_good = self.rows().detach().clone()
 
     def __len__(self) -> int:
@@ -193,8 +184,7 @@ class BatchedAdamW:
         if self.scaling:
             gradient = gradient / self.scale[:, None]
         largest = torch.linalg.vector_norm(gradient, float("inf"), dim=1)
-        gradient_is_finite = torch.isfinite(largest)
-        good = loss_is_finite & gradient_is_finite
+        good = loss_is_finite & torch.isfinite(largest)
         self._adam(torch.where(good[:, None], gradient, 0.0), good)
         if not self.scaling:
             return good
@@ -234,15 +224,8 @@ class BatchedAdamW:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that an update changes, by name, with an entry for each subject: no copies."""
-        return {
-            "parameters": self.parameters.detach(),
-            "exp_avg": self.exp_avg,
-            "exp_avg_sq": self.exp_avg_sq,
-            "updates": self.updates,
-            "scale": self.scale,
-            "growth": self.growth,
-            "last_good": self.last_good,
-        }
+        others = {name: getattr(self, name) for name in _MOMENTS + _OTHERS}
+        return {"parameters": self.parameters.detach(), **others}
 
     def fixed_tensors(self) -> dict[str, Tensor]:
         """Return the subjects' tensors that no update changes, by name: no copies."""
@@ -256,7 +239,7 @@ class BatchedAdamW:
     def keep(self, index: Tensor) -> None:
         """Keep the subjects of `index` only, in its order."""
         self.parameters = self.parameters.detach()[index].requires_grad_(True)
-        for name in ("exp_avg", "exp_avg_sq", "updates", "scale", "growth", "last_good", "rate"):
+        for name in (*_MOMENTS, *_OTHERS, "rate"):
             setattr(self, name, getattr(self, name)[index])
         self._group_rates = self._group_rates[index]
         self._fixed = [{n: tensor[index] for n, tensor in mine.items()} for mine in self._fixed]
@@ -266,7 +249,7 @@ class BatchedAdamW:
         state = {}
         for kind, tensor in self.tensors().items():
             mine = tensor[row].detach().to("cpu", copy=True)
-            if kind in ("parameters", "exp_avg", "exp_avg_sq"):
+            if kind == "parameters" or kind in _MOMENTS:
                 parts = torch.split(mine, [p.shape.numel() for p in self._layout])
                 for parameter, part in zip(self._layout, parts, strict=True):
                     state[f"{kind}.{parameter.label}"] = part.reshape(parameter.shape).clone()
@@ -277,7 +260,7 @@ class BatchedAdamW:
     def load_state_dict(self, row: int, state: Mapping[str, Tensor]) -> None:
         """Restore one subject's state of `state_dict`."""
         for kind, tensor in self.tensors().items():
-            if kind in ("parameters", "exp_avg", "exp_avg_sq"):
+            if kind == "parameters" or kind in _MOMENTS:
                 mine = torch.cat([state[f"{kind}.{p.label}"].flatten() for p in self._layout])
             else:
                 mine = state[kind]
@@ -285,7 +268,6 @@ class BatchedAdamW:
 
 
 def _groups(encoder: int, module: SubjectTokens) -> list[list[_Parameter]]:
-    """Return the parameters of a module in the order of its groups."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [
         [_Parameter(encoder, names[id(p)], p.shape) for p in group["params"]]

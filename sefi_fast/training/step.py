@@ -46,8 +46,7 @@ class TrainingStep:
 
     It never waits for the device, and its operations do not depend on the random numbers, so that
     it can be captured as one CUDA graph: it reads `noise` and `state.rate`, changes `state`, and
-    writes `results`. The subjects' losses are added up. No subject's loss depends on the parameters
-    of another, so that each gradient is that of the subject alone.
+    writes `results`. The subjects' losses are added up, and none depends on another's parameters.
 
     Args:
         weight: λ of the attention loss.
@@ -71,13 +70,9 @@ class TrainingStep:
         time_ids: Tensor | None = None,
         timestep_weights: Tensor | None = None,
     ) -> None:
-        self._models = models
+        self._models, self._weight, self._timestep_weights = models, weight, timestep_weights
         self.state, self.latents, self.prompts = state, latents, prompts
-        self.attention = attention
-        self._weight = weight
-        self.noise = noise
-        self.time_ids = time_ids
-        self._timestep_weights = timestep_weights
+        self.attention, self.noise, self.time_ids = attention, noise, time_ids
         self.results = torch.zeros(3, len(state), dtype=torch.float32, device=latents.mean.device)
 
     def __call__(self) -> None:
@@ -116,9 +111,6 @@ class TrainingStep:
             words = self.prompts.condition(models.text_encoders, rows, stages, sample.template)
         self.attention.request(models.record, sample.template)
         own_dtype = models.unet.dtype
-        # Weights that are in half precision already need no autocast, which would only run the
-        # normalizations in float32.
-        casts = own_dtype != models.dtype
         streams: Any = words.streams.to(own_dtype)
         # The training's processors know its prompts from those of other threads by this.
         PromptState(training=True).put_on(streams)
@@ -130,6 +122,9 @@ class TrainingStep:
                 # Half precision rounds sizes in pixels.
                 "time_ids": self.time_ids.repeat_interleave(batch, 0),
             }
+        # Weights that are in half precision already need no autocast, which would only run the
+        # normalizations in float32.
+        casts = own_dtype != models.dtype
         with autocast(rows.device, models.dtype) if casts else nullcontext():
             prediction = models.forward(noised.to(own_dtype), timesteps, **inputs).sample
         rebuilt = noise_loss(prediction, models.schedule.target(latents, noise, timesteps))
@@ -145,8 +140,7 @@ class TrainingStep:
     def take_over(self, other: TrainingStep) -> bool:
         """Copy the subjects of another step into this one's tensors; False if they do not fit."""
         mine, theirs = self.tensors(), other.tensors()
-        shapes, wanted = ({n: t.shape for n, t in some.items()} for some in (mine, theirs))
-        if shapes != wanted:
+        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
             return False
         for name, tensor in mine.items():
             tensor.copy_(theirs[name])
@@ -164,9 +158,8 @@ class TrainingStep:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that belongs to the subjects, by name."""
-        time_ids = {} if self.time_ids is None else {"time_ids": self.time_ids}
         return {
-            **time_ids,
+            **({} if self.time_ids is None else {"time_ids": self.time_ids}),
             "latents.mean": self.latents.mean,
             "latents.std": self.latents.std,
             "input_ids": self.prompts.input_ids,

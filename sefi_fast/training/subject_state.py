@@ -165,11 +165,7 @@ class SubjectSpec:
 
 
 def file_checksums(spec: SubjectSpec) -> dict[str, str]:
-    """Return the checksums of the image and the mask that are files, to recognize them by.
-
-    Raises:
-        ImageError: a file cannot be read, or is too large for an image.
-    """
+    """Return the checksums of the image and the mask that are files, to recognize them by."""
     sums = {}
     for name, source in (("image", spec.image), ("mask", spec.mask)):
         if isinstance(source, (str, os.PathLike)):
@@ -183,11 +179,7 @@ def file_checksums(spec: SubjectSpec) -> dict[str, str]:
 
 
 def class_word_for(class_word: str | None, model: Any) -> str:
-    """Return the class word given, or that of the bundled model.
-
-    Raises:
-        ValueError: none was given and the model is another.
-    """
+    """Return the class word given, or that of the bundled model."""
     if class_word is not None:
         return class_word
     if model is None:
@@ -203,17 +195,13 @@ def class_word_for(class_word: str | None, model: Any) -> str:
 class EarlyStopping:
     """Ends a run whose loss, smoothed exponentially over about 50 steps, no longer falls.
 
-    Args:
-        patience: steps without a new lowest smoothed loss, lower by at least a hundredth of it;
-            None: never.
+    `patience` steps pass without a new lowest one, lower by at least a hundredth; None: never.
     """
 
     def __init__(self, patience: int | None) -> None:
         self._patience = patience
-        self._average = 0.0
-        self._count = 0
-        self._lowest = math.inf
-        self._since = 0
+        self._average, self._lowest = 0.0, math.inf
+        self._count = self._since = 0
 
     def reached(self, loss: float) -> bool:
         """Add one step's loss, and return whether the run should end."""
@@ -234,22 +222,14 @@ class EarlyStopping:
 class SubjectState:
     """One subject in training. Make it with the VAE on the model's device in float32.
 
-    Args:
-        spec: the subject.
-        base: the model.
-        config: settings of the run; the seed and scene of the spec go before them.
-
     Attributes:
-        spec, config: of this subject.
+        spec, config: of this subject, whose seed and scene go before those of the run.
         done: steps so far, skipped ones included.
         saved: step of the newest checkpoint; 0 if there is none.
         history: numbers of the steps.
         inputs: for the engine.
         average: of the tokens, with `ema_decay`.
         folder: of its checkpoints; None without an output.
-
-    Raises:
-        ImageError, PromptError, ValueError, TypeError, OSError: the subject cannot be trained.
     """
 
     def __init__(self, spec: SubjectSpec, base: BaseModel, config: TrainConfig) -> None:
@@ -293,14 +273,9 @@ class SubjectState:
         return {**self._identity, "the model's weights or noise schedule": self._base.checksum}
 
     def record(self, result: StepResult, seconds: float) -> bool:
-        """Record the result of one more step.
+        """Record one more step, `seconds` after the start of this process's training.
 
-        Args:
-            result: of this subject.
-            seconds: since this process began to train.
-
-        Returns:
-            Whether the subject has failed, by too many steps in a row without a finite loss.
+        Return whether too many in a row had no finite loss.
         """
         self.done += 1
         if not result.finite:
@@ -312,10 +287,7 @@ class SubjectState:
         return False
 
     def ends_early(self) -> bool:
-        """Return whether to end after the latest step, which gave a finite loss.
-
-        Call it once after each such step: it runs the callback and counts the step.
-        """
+        """Run the callback after a step with a finite loss; return whether to end there."""
         history, config = self.history, self.config
         callback = self.spec.callback
         called = callback.on_step if isinstance(callback, Callbacks) else callback
@@ -445,16 +417,9 @@ class SubjectState:
                 for rows, tokenizer in zip(start_rows, self._tokenizers, strict=True)
             ]
         generator = torch.Generator().manual_seed(config.seed)
+        options = {x: getattr(config, x) for x in ("stages", "split", "train_base", "module")}
         return tuple(
-            SubjectTokens(
-                rows,
-                stages=config.stages,
-                split=config.split,
-                train_base=config.train_base,
-                module=config.module,
-                generator=generator,
-            ).to(device)
-            for rows in start_rows
+            SubjectTokens(rows, generator=generator, **options).to(device) for rows in start_rows
         )
 
     def _tensors(self, engine_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -462,9 +427,8 @@ class SubjectState:
             "engine": engine_state,
             "history": self.history.state_dict(),
             "run": {"failures": torch.tensor(self._failures)},
+            "average": {} if self.average is None else self.average.state_dict(),
         }
-        if self.average is not None:
-            parts["average"] = self.average.state_dict()
         return {
             f"{part}.{name}": tensor
             for part, state in parts.items()
@@ -477,7 +441,6 @@ class SubjectState:
 
 
 def _check_saved(name: str, given: Any, own: Tensor) -> None:
-    """Raise ValueError unless a saved tensor is there, with the shape and dtype of our own."""
     if not isinstance(given, Tensor):
         raise ValueError(f"the saved state has no {name}: it is not one of a run like this")
     if given.shape != own.shape or given.dtype != own.dtype:

@@ -9,7 +9,6 @@ different steps, and whether each finished subject equals that of an uninterrupt
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -23,7 +22,13 @@ from pathlib import Path
 
 import torch
 
+import sefi_fast
+from sefi_fast.subject import Subject
+from sefi_fast.tiny_world import CLASS_WORD
+from sefi_fast.training.checkpoint import CheckpointFolder, folder_of
+
 SETTINGS = {
+    "class_word": CLASS_WORD,
     "steps": 12,
     "batch_size": 1,
     "stages": 2,
@@ -33,33 +38,20 @@ SETTINGS = {
 }
 
 
-def learn(pipe, output, **arguments):
-    from sefi_fast.tiny_world import CLASS_WORD, bundled_subject_image
-    from sefi_fast.training import train
-
-    return train(
-        bundled_subject_image(),
-        model=pipe,
-        class_word=CLASS_WORD,
-        output=output,
-        **{**SETTINGS, **arguments},
-    )
+def train(pipe, output, resume=None, killed_after_saving=False):
+    if killed_after_saving:
+        CheckpointFolder.clear = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
+    image = sefi_fast.bundled_subject_image()
+    sefi_fast.train(image, model=pipe, output=output, resume=resume, **SETTINGS)
 
 
-def learn_killed_after_saving(pipe, output):
-    from sefi_fast.training.checkpoint import CheckpointFolder
-
-    CheckpointFolder.clear = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
-    learn(pipe, output, resume="auto")
-
-
-def forked(act) -> int:
-    """Runs `act` in a child process; its exit status is 0 if it returned."""
+def forked(*arguments) -> int:
+    """Train in a child process; its exit status is 0 if that returned."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            act()
+            train(*arguments)
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -70,62 +62,49 @@ def forked(act) -> int:
 
 
 def steps_there(output: Path) -> list[int]:
-    from sefi_fast.training.checkpoint import CheckpointFolder, folder_of
-
     return CheckpointFolder(folder_of(output)).steps()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    root, wanted_kills = Path(sys.argv[1]), int(sys.argv[2])
     # Threads do not survive a fork.
     torch.set_num_threads(1)
     logging.getLogger("sefi_fast").setLevel(logging.ERROR)
-    from sefi_fast.pipelines import load_pipeline
-    from sefi_fast.subject import Subject
-
-    pipe = load_pipeline(None)
-    rng = random.Random(options.seed)
-    whole = options.folder / "whole" / "me.safetensors"
+    pipe = sefi_fast.load_pipeline(None)
+    rng = random.Random(wanted_kills)
+    whole = root / "whole" / "me.safetensors"
     started = time.perf_counter()
-    child = forked(lambda: learn(pipe, whole))
+    child = forked(pipe, whole)
     assert os.waitpid(child, 0)[1] == 0
     span = 0.7 * (time.perf_counter() - started)
     wanted = Subject.load(whole).tokens[0]
 
     kills, runs, resumed, stuck = 0, 0, set(), 0
-    while kills < options.kills:
-        folder = options.folder / f"run{runs}"
+    while kills < wanted_kills:
+        folder = root / f"run{runs}"
         output = folder / "me.safetensors"
         runs += 1
-        finished = False
-        while not finished:
+        while True:
             before = steps_there(output)
-            if kills < options.kills and kills % 3 == 2:
-                child = forked(lambda output=output: learn_killed_after_saving(pipe, output))
-            else:
-                child = forked(lambda output=output: learn(pipe, output, resume="auto"))
-            if kills < options.kills and kills % 3 != 2:
+            late = kills < wanted_kills and kills % 3 == 2
+            child = forked(pipe, output, "auto", late)
+            if kills < wanted_kills and not late:
                 time.sleep(rng.uniform(0, span))
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
-            if os.WIFSIGNALED(status):
-                kills += 1
-                there = steps_there(output)
-                # What was there before is never lost, unless the whole subject is.
-                assert output.exists() or not before or max(there) >= max(before), (before, there)
-                resumed.add(max(there, default=0))
-                stuck += not there
-                continue
-            assert status == 0, "a training failed instead of going on; its traceback is above"
-            finished = True
+            if not os.WIFSIGNALED(status):
+                break
+            kills += 1
+            there = steps_there(output)
+            # What was there before is never lost, unless the whole subject is.
+            assert output.exists() or not before or max(there) >= max(before), (before, there)
+            resumed.add(max(there, default=0))
+            stuck += not there
+        assert status == 0, "a training failed instead of going on; its traceback is above"
         assert torch.equal(Subject.load(output).tokens[0], wanted), f"run {runs} differs"
         assert os.listdir(folder) == ["me.safetensors"], os.listdir(folder)
         shutil.rmtree(folder)
-    print(json.dumps({"kills": kills, "runs": runs, "resumed": sorted(resumed), "stuck": stuck}))
+    print(json.dumps({"kills": kills, "resumed": sorted(resumed), "stuck": stuck}))
 
 
 if __name__ == "__main__":

@@ -41,12 +41,11 @@ def test_color_modes_give_the_same_colors(mode):
 @pytest.mark.parametrize("mode", ["L", "LA", "La", "1"])
 def test_gray_modes(mode):
     gray = quarters().convert("L")
-    given = gray.convert("LA" if mode == "La" else mode)
-    loaded = load_image(given.convert(mode) if mode != "1" else gray.point(lambda v: v > 128, "1"))
-    pixels = np.asarray(loaded)
-    assert loaded.mode == "RGB" and (pixels[..., 0] == pixels[..., 1]).all()
-    if mode != "1":
-        np.testing.assert_array_equal(pixels[..., 0], np.asarray(gray))
+    if mode == "1":
+        gray = gray.point(lambda value: 255 * (value > 128))
+    given = gray.convert("LA") if mode == "La" else gray
+    loaded = load_image(given.convert(mode))
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(gray.convert("RGB")))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
@@ -125,25 +124,22 @@ def test_first_frame_of_an_animation(tmp_path, suffix):
 
 
 PIXELS = np.asarray(quarters())
+GRAY = np.repeat(PIXELS[..., :1], 3, 2)
 ARRAYS = {
-    "uint8": PIXELS,
-    "int64": PIXELS.astype(np.int64),
-    "strided": PIXELS[::-1][::-1],
-    "float64": PIXELS.astype(np.float64) / 255,
-    "uint16": PIXELS.astype(np.uint16) * 257,
-    "rgba": np.asarray(quarters().convert("RGBA")),
+    "uint8": (PIXELS, PIXELS),
+    "int64": (PIXELS.astype(np.int64), PIXELS),
+    "strided": (PIXELS[::-1][::-1], PIXELS),
+    "float64": (PIXELS.astype(np.float64) / 255, PIXELS),
+    "uint16": (PIXELS.astype(np.uint16) * 257, PIXELS),
+    "rgba": (np.asarray(quarters().convert("RGBA")), PIXELS),
+    "bool": (PIXELS[..., 0] > 128, GRAY),
+    "one channel": (PIXELS[..., :1], GRAY),
 }
 
 
-@pytest.mark.parametrize("array", ARRAYS.values(), ids=list(ARRAYS))
-def test_arrays(array):
-    np.testing.assert_array_equal(np.asarray(load_image(array)), PIXELS)
-
-
-def test_gray_arrays():
-    mask = np.asarray(quarters().convert("L")) > 128
-    for array in (mask, mask[..., None], mask.astype(np.uint8) * 255):
-        assert load_image(array).getpixel((30, 30)) == WHITE
+@pytest.mark.parametrize(("array", "wanted"), ARRAYS.values(), ids=list(ARRAYS))
+def test_arrays(array, wanted):
+    np.testing.assert_array_equal(np.asarray(load_image(array)), wanted)
 
 
 @pytest.mark.parametrize(
@@ -151,18 +147,15 @@ def test_gray_arrays():
     [
         (np.zeros((3, 32, 32), np.uint8), ImageError, "transpose"),
         (np.zeros((32, 32, 2), np.uint8), ImageError, "is not an image"),
-        (np.zeros((4, 32, 32, 3), np.uint8), ImageError, "is not an image"),
         (np.zeros((0, 32, 3), np.uint8), ImageError, "is not an image"),
         (np.full((32, 32, 3), 300), ImageError, "values from 300 to 300"),
         (np.full((32, 32, 3), -1.0), ImageError, "values from -1"),
-        (np.full((32, 32, 3), 128.0), ImageError, "floats in"),
         (np.full((32, 32, 3), np.nan), ImageError, "finite"),
         (np.full((32, 32, 3), "x"), ImageError, "not finite numbers"),
         (np.zeros((15, 400, 3), np.uint8), ImageError, "at least 16×16"),
         ("missing.png", ImageError, "no image at"),
         (".", ImageError, "is a folder"),
         ("https://example.org/me.jpg", ImageError, "download"),
-        (3, TypeError, "path, a PIL image or a numpy array"),
         ([[0, 1]], TypeError, "got list"),
     ],
 )
@@ -185,15 +178,9 @@ def test_files_cut_off_at_any_place(tmp_path, suffix):
             load_image(image)
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 31), (301, 33), (33, 640), (1001, 999)])
-def test_prepare_gives_a_square_in_range(size):
-    pixels = prepare(load_image(random_image(1, *size)), 48)
-    assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.float32
-    assert pixels.is_contiguous() and pixels.min() >= -1 and pixels.max() <= 1
-
-
 def test_prepare_keeps_an_image_of_the_right_size_and_antialiases_others():
     pixels = prepare(quarters(48), 48)
+    assert pixels.dtype == torch.float32 and pixels.is_contiguous()
     back = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(back, np.asarray(quarters(48)))
     board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
@@ -238,24 +225,7 @@ def test_a_mask_is_cropped_as_its_image(shape, crop):
     image = Image.fromarray(shape.astype(np.uint8) * 255).convert("RGB")
     mask = load_mask(shape, image, 30, crop)
     pixels = (prepare(image, 30, crop).mean(0) + 1) / 2
-    assert mask.shape == (30, 30)
-    assert mask.dtype == torch.float32
-    assert 0 <= mask.min() < mask.max() <= 1
     torch.testing.assert_close(mask, pixels.clamp(0, 1))
-    first = {"center": 20, "top": 20, "right": 10}[crop]
-    assert mask[10:20, first : first + 10].min() > 0.4
-    assert mask[:9].max() < 0.1
-
-
-def test_files_arrays_and_images_are_one(shape, tmp_path):
-    image = Image.new("RGB", (100, 60))
-    path = tmp_path / "mask.png"
-    Image.fromarray(shape.astype(np.uint8) * 255).save(path)
-    masks = [
-        load_mask(source, image, 20)
-        for source in (path, str(path), Image.open(path), shape, shape.astype(np.float32))
-    ]
-    assert all(torch.equal(mask, masks[0]) for mask in masks)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +267,7 @@ QUARTERS = {
     "LA on white": ("LA", (255, 0), (255, 255), {}),
     "gray with a transparent black": ("L", 0, 255, {"transparency": 0}),
     "bits with a transparent black": ("1", 0, 1, {"transparency": 0}),
-    "16 bits with a transparent gray": ("I;16", 65535, 65534, {"transparency": b"\xff\xff"}),
+    "16 bits with a transparent gray": ("I;16", 65535, 65534, {"transparency": 65535}),
     "RGB with a transparent green": ("RGB", (0, 255, 0), (255,) * 3, {"transparency": (0, 255, 0)}),
     "palette with a transparent white": ("P", 7, 8, {"transparency": 7}),
     "opaque": ("RGB", 0, (255,) * 3, {}),
@@ -306,12 +276,7 @@ QUARTERS = {
 
 @pytest.mark.parametrize(("mode", "outside", "inside", "options"), QUARTERS.values(), ids=QUARTERS)
 def test_transparent_parts_are_not_the_subject(mode, outside, inside, options):
-    if mode == "I;16":
-        array = np.full((64, 64), 65535, np.uint16)
-        array[16:48, 16:48] = 65534
-        mask = Image.fromarray(array)
-        mask.info["transparency"] = 65535
-    elif mode == "P":
+    if mode == "P":
         mask = quarter("L", outside, inside)
         mask = mask.convert("P")
         mask.putpalette([255] * 768)

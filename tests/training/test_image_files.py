@@ -32,6 +32,10 @@ def decoded(content: bytes) -> Image.Image:
     return decode(io.BytesIO(content), "it")
 
 
+def loaded_both_ways(content: bytes) -> list[Image.Image]:
+    return [decoded(content), load_image(Image.open(io.BytesIO(content)))]
+
+
 def noise(side: int = 48) -> Image.Image:
     return random_image(0, side, side)
 
@@ -136,14 +140,6 @@ def test_color_profiles_are_converted_to_srgb(tmp_path, icc, mode, suffix, wante
         assert np.abs(np.asarray(found).astype(int)[16, 16] - wanted).max() <= tolerance
 
 
-def test_sixteen_bit_gray_with_a_profile(tmp_path):
-    Image.fromarray(np.full((32, 32), 128 * 257, np.uint16)).save(tmp_path / "a.png")
-    content = (tmp_path / "a.png").read_bytes()
-    packed = chunk(b"iCCP", b"gray\0\0" + zlib.compress(GRAY))
-    (tmp_path / "a.png").write_bytes(content[:33] + packed + content[33:])
-    assert np.abs(np.asarray(load_image(tmp_path / "a.png")).astype(int) - 188).max() <= 1
-
-
 def test_lab_images_have_their_colors(tmp_path):
     to_lab = ImageCms.buildTransform(
         ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
@@ -176,15 +172,20 @@ def png(width: int, height: int, depth: int, colors: int, rows: bytes, *chunks: 
     return PNG + b"".join(parts) + chunk(b"IEND", b"")
 
 
+def test_sixteen_bit_gray_with_a_profile():
+    packed = chunk(b"iCCP", b"gray\0\0" + zlib.compress(GRAY))
+    content = png(32, 32, 16, 0, (b"\0" + b"\x80" * 64) * 32, packed)
+    assert np.abs(np.asarray(decoded(content)).astype(int) - 188).max() <= 1
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
 def test_a_transparent_gray_of_any_depth(depth):
     """The upper half is black, the lower one white, and one of both is transparent."""
-    highest = 2**depth - 1
     size = 32 * depth // 8
     rows = (b"\0" + bytes(size)) * 16 + (b"\0" + b"\xff" * size) * 16
-    for key, wanted in ((0, (255, 255)), (highest, (0, 255))):
+    for key, wanted in ((0, (255, 255)), (2**depth - 1, (0, 255))):
         content = png(32, 32, depth, 0, rows, chunk(b"tRNS", struct.pack(">H", key)))
-        for loaded in (decoded(content), load_image(Image.open(io.BytesIO(content)))):
+        for loaded in loaded_both_ways(content):
             assert (loaded.getpixel((5, 5))[0], loaded.getpixel((5, 25))[0]) == wanted
 
 
@@ -193,8 +194,7 @@ def test_a_transparent_color_of_sixteen_bits(key):
     rows = (b"\0" + struct.pack(">3H", 65535, 32896, 0) * 20) * 20
     content = png(20, 20, 16, 2, rows, chunk(b"tRNS", struct.pack(">3H", *key)))
     wanted = (255, 255, 255) if key == (65535, 32896, 0) else (255, 128, 0)
-    for loaded in (decoded(content), load_image(Image.open(io.BytesIO(content)))):
-        assert loaded.getpixel((5, 5)) == wanted
+    assert {loaded.getpixel((5, 5)) for loaded in loaded_both_ways(content)} == {wanted}
 
 
 def tiff(image: Image.Image, **tags: int) -> bytes:
@@ -223,28 +223,24 @@ GRAYS = {
 
 @pytest.mark.parametrize(("content", "upper", "lower"), GRAYS.values(), ids=list(GRAYS))
 def test_deep_grays_have_the_range_of_their_format(content, upper, lower):
-    for loaded in (decoded(content), load_image(Image.open(io.BytesIO(content)))):
+    for loaded in loaded_both_ways(content):
         assert (loaded.getpixel((5, 5)), loaded.getpixel((5, 25))) == ((upper,) * 3, (lower,) * 3)
 
 
 def test_png_files_with_more_than_a_megabyte_of_text_or_profile(tmp_path):
     image, path = noise(), tmp_path / "a.png"
-    texts = [PngImagePlugin.PngInfo() for _ in range(3)]
-    texts[0].add_text("workflow", '{"a":1}' * 300000, zip=True)
-    texts[1].add_itxt("XML:com.adobe.xmp", "x" * 2000000, zip=True)
+    texts = [PngImagePlugin.PngInfo() for _ in range(2)]
+    texts[0].add_itxt("XML:com.adobe.xmp", "x" * 2000000, zip=True)
     for number in range(70):
-        texts[2].add_text(f"part {number}", "x" * 1000000, zip=True)
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    turned = np.asarray(image)[::-1, ::-1]
+        texts[1].add_text(f"part {number}", "x" * 1000000, zip=True)
     for text in texts:
-        image.save(path, pnginfo=text, exif=exif)
-        np.testing.assert_array_equal(np.asarray(load_image(path)), turned)
-    long_p3 = P3 + os.urandom(16) * 100000
-    for icc, text in ((bytes(3000000), None), (long_p3, None), (P3, texts[0])):
-        image.save(path, icc_profile=icc, pnginfo=text)
+        image.save(path, pnginfo=text, exif=turned())
+        wanted = image.transpose(Image.Transpose.ROTATE_270)
+        np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(wanted))
+    for icc, own in ((bytes(3000000), bytes(300)), (P3 + bytes(1600000), P3), (P3, P3)):
+        image.save(path, icc_profile=icc, pnginfo=texts[0] if icc == P3 else None)
         wanted = image.copy()
-        wanted.info["icc_profile"] = icc if icc[:1] == b"\0" and not any(icc) else P3
+        wanted.info["icc_profile"] = own
         np.testing.assert_array_equal(np.asarray(load_image(path)), np.asarray(load_image(wanted)))
 
 
@@ -255,15 +251,11 @@ KINDS = {
     "is empty": b"",
     "HEIC": HEIF % b"heic",
     "a video": HEIF % b"qt  ",
-    "XML": b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
     "SVG": b"<?xml version='1.0'?>\n<!-- made by a program -->\n<svg xmlns='http://www.w3.org/2000/svg'/>",
-    "PDF": b"%PDF-1.7\n",
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n",
-    "Photoshop": b"8BPS\0\1" + bytes(100),
     "pickle": b"\x80\x04\x95" + bytes(100),
-    "PyTorch": b"PK\3\4" + bytes(100),
-    "JPEG XL": b"\xff\x0a" + bytes(100),
-    "raw file": b"II*\0\x10\0\0\0CR\2\0" + bytes(100),
+    "raw file": HEIF % b"crx ",
+    "video": b"RIFF\0\0\0\0AVI " + bytes(100),
 }
 
 
@@ -366,12 +358,9 @@ def test_the_bytes_of_a_file_are_bounded(tmp_path):
     assert file_checksums(spec) == {}
 
 
-ERRORS = [NotImplementedError("none"), RuntimeError("odd"), MemoryError(), struct.error("short"),
-          zlib.error("bad"), OverflowError("large"), KeyError(3), AssertionError(),
-          SystemError("C"), Image.DecompressionBombError("large")]  # fmt: skip
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error", [MemoryError(), struct.error("short"), Image.DecompressionBombError("large")]
+)
 def test_any_error_of_a_decoder_is_one_error(tmp_path, monkeypatch, error):
     def fail(*_):
         raise error
@@ -385,10 +374,7 @@ def test_any_error_of_a_decoder_is_one_error(tmp_path, monkeypatch, error):
 
 
 def test_a_damaged_validation_image_of_a_checkpoint_is_an_error():
-    history = History(validation=[(3, [noise()])])
-    for number in (1, 2, 3):
-        history.record(0.1, 0.2, number)
-    state = history.state_dict()
+    state = History([0.1], [0.2], [1.0], [(3, [noise()])]).state_dict()
     (again,) = History.from_state_dict(state).validation[0][1]
     np.testing.assert_array_equal(np.asarray(again), np.asarray(noise()))
     (name,) = (name for name in state if name.startswith("validation"))
@@ -397,13 +383,10 @@ def test_a_damaged_validation_image_of_a_checkpoint_is_an_error():
             History.from_state_dict({**state, name: damaged})
 
 
-def test_an_image_above_a_gigabyte_is_refused_with_its_size(tmp_path):
-    rows = b"\0" * 1000
-    for side, depth, colors in ((13000, 16, 0), (13000, 8, 6)):
-        with pytest.raises(ImageError, match=str(side)):
-            decoded(png(side, side, depth, colors, rows))
-    with pytest.raises(ImageError, match="400000000 pixels"):
-        decoded(png(20000, 20000, 1, 0, rows))
+def test_an_image_above_a_gigabyte_is_refused_with_its_size():
+    for side, depth, words in ((13000, 16, "13000"), (20000, 1, "400000000 pixels")):
+        with pytest.raises(ImageError, match=words):
+            decoded(png(side, side, depth, 0, bytes(1000)))
     with pytest.raises(ImageError, match="12000×12000 .*1 GB"):
         load_image(np.broadcast_to(np.uint8(0), (12000, 12000)))
 
@@ -441,10 +424,14 @@ def peaks(*paths) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
-def saved(folder, side: int) -> list:
-    """Images of all the ways to convert, each turned by its EXIF data."""
+def turned() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6
+    return exif
+
+
+def saved(folder, side: int) -> list:
+    """Images of all the ways to convert, each turned by its EXIF data."""
     tiles = noise(side // 20).resize((side, side), Image.Resampling.NEAREST)
     gray = np.asarray(tiles)[..., 0]
     layered = tiles.convert("RGBA")
@@ -459,7 +446,7 @@ def saved(folder, side: int) -> list:
         "floats.tif": (Image.fromarray(gray.astype(np.float32) / 255), {}),
     }
     for name, (image, options) in images.items():
-        image.save(folder / name, exif=exif, **options)
+        image.save(folder / name, exif=turned(), **options)
     return [folder / name for name in images]
 
 
@@ -471,15 +458,11 @@ def test_memory_is_at_most_four_times_the_pixels(tmp_path):
 
 
 @pytest.mark.long
-def test_the_largest_images_take_at_most_a_gigabyte(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for name, side in (("a.png", 11000), ("a.jpg", 11000), ("a.webp", 7400)):
-        path = tmp_path / name
-        tiles = noise(side // 20).resize((side, side), Image.Resampling.NEAREST)
-        tiles.save(path, exif=exif)
-        (peak,) = peaks(path)
-        assert peak < 10**9, path.name
+@pytest.mark.parametrize(("suffix", "side"), [("png", 11000), ("jpg", 11000), ("webp", 7400)])
+def test_the_largest_images_take_at_most_a_gigabyte(tmp_path, suffix, side):
+    tiles = noise(side // 20).resize((side, side), Image.Resampling.NEAREST)
+    tiles.save(tmp_path / f"a.{suffix}", exif=turned())
+    assert peaks(tmp_path / f"a.{suffix}")[0] < 10**9
 
 
 SEEDS = ("png", "jpg", "webp", "tif", "gif", "bmp", "jp2", "ppm", *(["avif"] if AVIF else []))
@@ -504,7 +487,9 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def mutate(number: int) -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.long)])
+def test_mutated_images_load_or_are_refused(number):
     random = np.random.default_rng(0)
     formats = {"jpg": "JPEG", "tif": "TIFF", "jp2": "JPEG2000"}
     for suffix in SEEDS:
@@ -518,14 +503,3 @@ def mutate(number: int) -> None:
             except ImageError:
                 continue
             assert found.mode == "RGB" and min(found.size) >= 16
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_mutated_images_load_or_are_refused():
-    mutate(100)
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore")
-def test_a_thousand_mutated_images_load_or_are_refused():
-    mutate(1000)

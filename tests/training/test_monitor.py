@@ -15,13 +15,7 @@ from training.shared import BUNDLED_IMAGE, QUICK
 
 from sefi_fast.errors import TrainingError
 from sefi_fast.training import History, train
-from sefi_fast.training.monitor import (
-    Progress,
-    Trackers,
-    check_trackers,
-    shows_colors,
-    thumbnails,
-)
+from sefi_fast.training.monitor import Progress, Trackers, check_trackers, shows_colors, thumbnails
 
 FAST = {**QUICK, "steps": 3}
 
@@ -85,40 +79,33 @@ def test_a_tracker_gets_every_step_and_image(bundled, notes, tmp_path):
     assert tracker.ended
 
 
-def test_a_tracker_that_breaks_is_left_out_and_training_goes_on(
+def test_a_tracker_that_breaks_goes_and_one_that_cannot_start_is_an_error(
     bundled, notes, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setattr(notes, "breaks_at", 2)
-    subject = train(
-        BUNDLED_IMAGE, model=bundled, trackers=("notes",), log_dir=str(tmp_path), **FAST
-    )
-    assert len(subject.history.loss) == 3
-    assert [step for step, _ in notes.made[0].told] == [1]
-    assert "'notes' fails and is removed: the disk is full" in caplog.text
-
-
-def test_a_tracker_that_cannot_start_is_an_error_before_training(
-    bundled, notes, tmp_path, monkeypatch
 ):
     def start(tracker):
         raise RuntimeError("not logged in")
 
+    options = {"model": bundled, "trackers": ("notes",), "log_dir": str(tmp_path), **FAST}
+    monkeypatch.setattr(notes, "breaks_at", 2)
+    assert len(train(BUNDLED_IMAGE, **options).history.loss) == 3
+    assert [step for step, _ in notes.made[0].told] == [1]
+    assert "'notes' fails and is removed: the disk is full" in caplog.text
     monkeypatch.setattr(notes, "start", start)
     with pytest.raises(TrainingError, match="'notes' cannot start: not logged in"):
-        train(BUNDLED_IMAGE, model=bundled, trackers=("notes",), log_dir=str(tmp_path), **FAST)
+        train(BUNDLED_IMAGE, **options)
 
 
-def test_a_missing_package_is_an_error_before_the_model_is_loaded(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [("wandb", TrainingError, "pip install w"), ("tensorbord", ValueError, "has .*tensorboard")],
+)
+def test_a_missing_package_is_an_error_before_the_model_is_loaded(
+    monkeypatch, name, error, message
+):
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
-
-    class Untouchable:
-        def __getattr__(self, name):
-            raise AssertionError(f"the model's {name} was touched")
-
-    with pytest.raises(TrainingError, match="needs a package that is not installed: pip install w"):
-        train(BUNDLED_IMAGE, model=Untouchable(), class_word="cat", trackers=("wandb",))
-    with pytest.raises(ValueError, match="no tracker 'tensorbord'; accelerate has .*tensorboard"):
-        train(BUNDLED_IMAGE, model=Untouchable(), class_word="cat", trackers=("tensorbord",))
+    # Anything asked of this model is another error.
+    with pytest.raises(error, match=message):
+        train(BUNDLED_IMAGE, model=object(), class_word="cat", trackers=(name,))
 
 
 @pytest.mark.skipif(
@@ -175,10 +162,8 @@ def test_the_bar_shows_images_and_means(monkeypatch):
     bar.step(histories)
     bar.images([Image.new("RGB", (8, 8), (1, 2, 3))])
     bar.close()
-    text = stream.getvalue()
-    assert "two of three" in text and "2/4" in text
-    assert "loss=2" in text and "subject_loss=1" in text and "subjects=2" in text
-    assert "38;2;1;2;3" in text
+    wanted = ("two of three", "2/4", "loss=2", "subject_loss=1", "subjects=2", "38;2;1;2;3")
+    assert all(text in stream.getvalue() for text in wanted)
     silent = Terminal()
     monkeypatch.setattr("sys.stderr", silent)
     bar = Progress("none", 4, 0, False)

@@ -8,15 +8,18 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from PIL import Image
 from pipelines.sampling import sample, subject_for
+from training.shared import FAST, random_image
 
 import sefi_fast
 from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.errors import ModelError
 
-PICTURE = Image.linear_gradient("L").convert("RGB")
-FAST = {"class_word": "cat", "steps": 2, "batch_size": 2, "resolution": 64, "progress": False}
+FAST = {**FAST, "class_word": "cat", "steps": 2}
+
+
+def train(pipe):
+    return sefi_fast.train(random_image(0), model=pipe, **FAST)
 
 
 def meanwhile(pipe, action):
@@ -40,12 +43,10 @@ def test_plain_and_attached_pipelines_generate_while_another_trains(sd15_pipelin
     prompt = torch.randn(1, tokens, 48, generator=torch.Generator().manual_seed(0))
     given = {"prompt_embeds": prompt, "negative_prompt_embeds": prompt.flip(1)}
     expected = sample(plain, None, **given), sample(attached, "a <it>")
-    alone = sefi_fast.train(PICTURE, model=pipe, **FAST)
+    alone = train(pipe)
     drawn = []
-    meanwhile(
-        pipe, lambda: drawn.extend((sample(plain, None, **given), sample(attached, "a <it>")))
-    )
-    together = sefi_fast.train(PICTURE, model=pipe, **FAST)
+    meanwhile(pipe, lambda: drawn.extend((sample(plain, None, **given), sample(attached, "a <it>"))))
+    together = train(pipe)
     assert len(drawn) == 2
     for actual, wanted in zip(drawn, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
@@ -61,11 +62,9 @@ def test_a_trace_or_regions_overlap_a_step_of_training(sd15_pipeline, watch, fir
     wanted = "cat" if watch is sefi_fast.trace else {"a cat": (0, 0, 0.5, 1)}
     with watch(other, wanted):
         expected = sample(other, "a cat", num_inference_steps=1)
-    alone = sefi_fast.train(PICTURE, model=pipe, **FAST)
+    alone = train(pipe)
     drawn = []
     with ExitStack() as stack:
-        if first == "watching":
-            stack.enter_context(watch(other, wanted))
 
         def overlap():
             if first == "training":
@@ -74,8 +73,10 @@ def test_a_trace_or_regions_overlap_a_step_of_training(sd15_pipeline, watch, fir
             if first == "watching":
                 stack.close()
 
+        if first == "watching":
+            stack.enter_context(watch(other, wanted))
         meanwhile(pipe, overlap)
-        together = sefi_fast.train(PICTURE, model=pipe, **FAST)
+        together = train(pipe)
     torch.testing.assert_close(drawn[0], expected, rtol=0, atol=1e-5)
     assert torch.equal(together.tokens[0], alone.tokens[0])
     assert dict(pipe.unet.attn_processors) == before
@@ -87,11 +88,11 @@ def test_two_trainings_of_one_unet_at_a_time_are_refused(sd15_pipeline):
 
     def train_too():
         with pytest.raises(ModelError, match="another thread trains on this U-Net"):
-            sefi_fast.train(PICTURE, model=pipe, **FAST)
+            train(pipe)
 
-    alone = sefi_fast.train(PICTURE, model=pipe, **FAST)
+    alone = train(pipe)
     meanwhile(pipe, train_too)
-    assert torch.equal(sefi_fast.train(PICTURE, model=pipe, **FAST).tokens[0], alone.tokens[0])
+    assert torch.equal(train(pipe).tokens[0], alone.tokens[0])
     assert dict(pipe.unet.attn_processors) == before
 
 
@@ -101,6 +102,6 @@ def test_a_processor_that_training_refuses_is_replaced_as_the_message_says(sd15_
 
     sd15_pipeline.unet.set_attn_processor(Foreign())
     with pytest.raises(ModelError, match=r"unet\.set_attn_processor\(AttnProcessor2_0\(\)\)"):
-        sefi_fast.train(PICTURE, model=sd15_pipeline, **FAST)
+        train(sd15_pipeline)
     sd15_pipeline.unet.set_attn_processor(AttnProcessor2_0())
-    sefi_fast.train(PICTURE, model=sd15_pipeline, **FAST)
+    train(sd15_pipeline)
