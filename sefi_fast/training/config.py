@@ -10,6 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -193,12 +194,10 @@ class TrainConfig:
                 self._check_number(one, kind == "int")
             elif kind == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{one.name} must be True or False, got {_shown(value)}")
-            elif kind == "str":
-                if not isinstance(value, str):
-                    raise TypeError(f"{one.name} must be a string or None, got {_shown(value)}")
-                self._check_texts(one.name, (value,))
-            elif kind == "tuple[str, ...]":
-                self._check_texts(one.name, value)
+            elif kind == "str" and not isinstance(value, str):
+                raise TypeError(f"{one.name} must be a string or None, got {_shown(value)}")
+            elif kind in ("str", "tuple[str, ...]"):
+                self._check_texts(one.name, (value,) if kind == "str" else value)
             elif kind in _CHOICES and value not in _CHOICES[kind]:
                 allowed = ", ".join(map(repr, _CHOICES[kind]))
                 raise ValueError(f"{one.name} must be one of {allowed}, got {_shown(value)}")
@@ -452,10 +451,8 @@ def read_settings(path: str | os.PathLike[str]) -> RunFile:
     for name, value in values.items():
         if isinstance(value, str) and known[name].startswith("float"):
             # YAML 1.1 reads 1e-3, without a point, as a word.
-            try:
+            with suppress(ValueError):
                 values[name] = float(value)
-            except ValueError:
-                continue
     try:
         TrainConfig.from_overrides(None, values)
         if (preset := run.pop("preset", None)) is not None:

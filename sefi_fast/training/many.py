@@ -169,11 +169,7 @@ def _check_specs(
 
 
 def finished_subject(
-    spec: SubjectSpec,
-    config: TrainConfig,
-    model: Any,
-    model_config: ModelPath = None,
-    vae: ModelPath = None,
+    spec: SubjectSpec, config: TrainConfig, model: Any, model_config: ModelPath, vae: ModelPath
 ) -> Subject | None:
     """Return the subject in the output file of a spec; None if there is no file.
 

@@ -28,11 +28,7 @@ class TrainingPrompts:
     """P sentences with the placeholder, tokenized once for each of E text encoders.
 
     Args:
-        tokenizers: of the pipeline, one for each text encoder.
-        sentences: P sentences with {} in the subject's place.
-        placeholder: the subject's word.
         class_ids: for each tokenizer the W ids of the class word in the placeholder's place.
-        device: of the text encoders.
         expand: turns prompts into those that a tokenizer reads.
 
     Attributes:

@@ -158,15 +158,8 @@ def train(
 class Run:
     """Subjects that train together. Make and call it inside a `training_session`.
 
-    Args:
-        base: the model.
-        config: settings that all subjects share.
-        specs: the subjects. One that cannot be trained ends here, the others go on.
-        resume: whether to go on from checkpoints (`checkpoint.Resume`).
-        engine: of an earlier run on the same model, to use again.
-
-    Attributes:
-        engine: trains the subjects; None if there is none left to train.
+    A subject that cannot be trained ends at once, the others go on. An `engine` of an earlier run
+    on the same model is used again. The attribute is None if no subject is left to train.
     """
 
     def __init__(
@@ -210,15 +203,10 @@ class Run:
     def __call__(
         self, *, progress: bool = True, on_result: Callable[[int, Result], None] | None = None
     ) -> list[Result]:
-        """Train until every subject is trained or has failed.
+        """Train until every subject is trained or has failed, and return the result of each spec.
 
-        Args:
-            progress: show a progress bar.
-            on_result: called with the place of a spec and its result as soon as there is one; the
-                subject's file is on the disk by then.
-
-        Returns:
-            The result of each spec.
+        `on_result` gets the place of a spec and its result as soon as there is one; the subject's
+        file is on the disk by then.
 
         Raises:
             TrainingInterrupted: SIGTERM, SIGHUP or SIGINT came; every subject that was still in
@@ -286,11 +274,10 @@ class Run:
         bar.step([state.history for _, state in states])
         ended = []
         for number in good:
-            state = self._states[number]
             if trackers:
-                self._log(state, trackers)
+                self._log(self._states[number], trackers)
             self._validate(number, bar, trackers)
-            if state.ends_early():
+            if self._states[number].ends_early():
                 ended.append(number)
         self._fail(failed)
         self._finish(dict.fromkeys([*ended, *self._last()]))
