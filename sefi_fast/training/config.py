@@ -9,8 +9,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -34,21 +35,16 @@ RUN_KEYS = (
 )  # fmt: skip
 """Keys of a run's file that are not fields of TrainConfig."""
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "Precision": get_args(Precision),
-    "Module": get_args(Module),
-    "Schedule": get_args(Schedule),
-    "Crop": get_args(Crop),
-    "SelfAttention": get_args(SelfAttention),
-    "AttentionLossName": get_args(AttentionLossName),
-    "Capture": get_args(Capture),
-}
+    name: get_args(globals()[name])
+    for name in (
+        "Precision", "Module", "Schedule", "Crop", "SelfAttention", "AttentionLossName", "Capture"
+    )
+}  # fmt: skip
 """Values of the fields with these annotations."""
 _MANY = 10_000_000
 _MOST_TEXTS = 1000
 # Of a field's texts together, so that a config file of 2 MB holds all fields.
 _MOST_CHARACTERS = 20_000
-_MOST_NAMES = 10
-_LONGEST_NAME = 80
 _POSITIVE = math.nextafter(0.0, 1.0)
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 _HIGHEST = sys.float_info.max
@@ -63,13 +59,7 @@ def _setting(
     *,
     resumable: bool = False,
 ) -> Any:
-    """Declare a field of TrainConfig.
-
-    Args:
-        low, high: the range of a number.
-        wanted: the range of a float in words.
-        resumable: whether a run may be resumed with another value.
-    """
+    """Declare a field of TrainConfig; `wanted` is the range of a float in words."""
     metadata = {"help": text, "low": low, "high": high, "wanted": wanted, "resumable": resumable}
     return field(default=default, metadata=metadata)
 
@@ -196,22 +186,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            kind, value, ends = str(one.type), getattr(self, one.name), one.metadata
-            if value is None and kind.endswith(" | None"):
+            value = getattr(self, one.name)
+            kind = str(one.type).removesuffix(" | None")
+            if value is None and kind != one.type:
                 continue
-            kind = kind.removesuffix(" | None")
-            if kind == "int":
-                self._check_integer(one.name, ends["low"], ends["high"])
-            elif kind == "float":
-                self._check_number(one.name, ends["low"], ends["high"], ends["wanted"])
+            if kind in ("int", "float"):
+                self._check_number(one, kind == "int")
             elif kind == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{one.name} must be True or False, got {_shown(value)}")
-            elif kind == "str":
-                if not isinstance(value, str):
-                    raise TypeError(f"{one.name} must be a string or None, got {_shown(value)}")
-                self._check_texts(one.name, (value,))
-            elif kind == "tuple[str, ...]":
-                self._check_texts(one.name, value)
+            elif kind == "str" and not isinstance(value, str):
+                raise TypeError(f"{one.name} must be a string or None, got {_shown(value)}")
+            elif kind in ("str", "tuple[str, ...]"):
+                self._check_texts(one.name, (value,) if kind == "str" else value)
             elif kind in _CHOICES and value not in _CHOICES[kind]:
                 allowed = ", ".join(map(repr, _CHOICES[kind]))
                 raise ValueError(f"{one.name} must be one of {allowed}, got {_shown(value)}")
@@ -301,23 +287,19 @@ class TrainConfig:
             for name, value in asdict(self).items()
         }
 
-    def _check_integer(self, name: str, low: int, high: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {_shown(value)}")
+    def _check_number(self, one: Field[Any], whole: bool) -> None:
+        value, low, high = getattr(self, one.name), one.metadata["low"], one.metadata["high"]
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            kind = "an integer" if whole else "a number"
+            raise TypeError(f"{one.name} must be {kind}, got {_shown(value)}")
         if not low <= value <= high:
-            raise ValueError(
-                f"{name} must be at least {low} and at most {high}, got {_shown(value)}"
-            )
-
-    def _check_number(self, name: str, low: float, high: float, wanted: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {_shown(value)}")
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be finite and {wanted}, got {_shown(value)}")
-        # A whole number of 300 digits cannot be read again from every file.
-        object.__setattr__(self, name, float(value))
+            wanted = f"finite and {one.metadata['wanted']}"
+            if whole:
+                wanted = f"at least {low} and at most {high}"
+            raise ValueError(f"{one.name} must be {wanted}, got {_shown(value)}")
+        if not whole:
+            # A whole number of 300 digits cannot be read again from every file.
+            object.__setattr__(self, one.name, float(value))
 
     def _check_texts(self, name: str, texts: Any) -> None:
         if not isinstance(texts, (list, tuple)) or not all(isinstance(x, str) for x in texts):
@@ -469,10 +451,8 @@ def read_settings(path: str | os.PathLike[str]) -> RunFile:
     for name, value in values.items():
         if isinstance(value, str) and known[name].startswith("float"):
             # YAML 1.1 reads 1e-3, without a point, as a word.
-            try:
+            with suppress(ValueError):
                 values[name] = float(value)
-            except ValueError:
-                continue
     try:
         TrainConfig.from_overrides(None, values)
         if (preset := run.pop("preset", None)) is not None:
@@ -560,13 +540,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _named_with_nearest(unknown: list[str], known: Iterable[str]) -> str:
-    """Return unknown names, each with the most similar known one."""
-    choices = list(known)
+def _named_with_nearest(unknown: list[str], known: list[str]) -> str:
+    """Return ten unknown names, each with the most similar known one, and the number of others."""
     named = []
-    for name in unknown[:_MOST_NAMES]:
-        short = printable(name, _LONGEST_NAME)
-        near = difflib.get_close_matches(short, choices, n=1)
+    for name in unknown[:10]:
+        short = printable(name, 80)
+        near = difflib.get_close_matches(short, known, n=1)
         named.append(f"{short} (did you mean {near[0]}?)" if near else short)
     more = len(unknown) - len(named)
     return ", ".join(named) + (f" and {more} more" if more else "")

@@ -91,7 +91,15 @@ def read_subjects(
         )
     if not specs and not problems:
         raise ManifestError(f"{source} is empty: give at least one subject")
-    _check_names(specs, problems)
+    names: dict[str, SubjectSpec] = {}
+    for spec in specs:
+        # Two names that differ in case are one file on some systems.
+        first = names.setdefault(spec.name.casefold(), spec)
+        if first is not spec:
+            problems.append(
+                f"{spec.where}: the name {spec.name!r} is that of {first.where} already; give "
+                "each subject its own name"
+            )
     for key, given in (("model", model), ("model_config", model_config), ("vae", vae)):
         _check_same(specs, key, given, problems)
     if problems:
@@ -125,18 +133,20 @@ def _read_path(path: Path, problems: list[str]) -> list[SubjectSpec]:
             f"there is no manifest at {path}: give a folder of images, or a .csv or .jsonl file"
         )
     suffix = path.suffix.lower()
-    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
-    if suffix not in readers:
-        hint = ""
-        if suffix in IMAGE_SUFFIXES:
-            hint = ": it is an image; give the folder it is in, or a list"
+    if suffix not in (".csv", ".tsv", ".jsonl", ".ndjson"):
+        is_image = suffix in IMAGE_SUFFIXES
+        hint = ": it is an image; give the folder it is in, or a list" if is_image else ""
         raise ManifestError(f"{path} is not a manifest (.csv, .tsv, .jsonl or a folder){hint}")
     try:
         text = read_regular(path, _SIZE_LIMIT).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    if suffix in (".csv", ".tsv"):
+        rows = _csv_rows(text, "," if suffix == ".csv" else "\t", problems)
+    else:
+        rows = _json_rows(text, problems)
     specs = []
-    for where, row in readers[suffix](text, suffix, problems):
+    for where, row in rows:
         if len(problems) >= _ENOUGH_PROBLEMS:
             problems.append(f"{where} and the lines that follow are not read")
             break
@@ -209,10 +219,8 @@ _Rows = Iterator[tuple[str, "dict[str, Any] | None"]]
 """The place of a row, and the row; None if its problem is listed already."""
 
 
-def _csv_rows(text: str, suffix: str, problems: list[str]) -> _Rows:
-    lines = csv.reader(
-        io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",", strict=True
-    )
+def _csv_rows(text: str, delimiter: str, problems: list[str]) -> _Rows:
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     try:
         for cells in lines:
@@ -250,20 +258,18 @@ def _good_header(header: list[str], where: str, problems: list[str]) -> bool:
     return len(problems) == before
 
 
-def _json_rows(text: str, suffix: str, problems: list[str]) -> _Rows:
-    row: Any
+def _json_rows(text: str, problems: list[str]) -> _Rows:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        row: Any = None
         try:
             row = parse_json(line)
-        except ValueError as error:
-            problems.append(f"line {number} is not JSON: {error}")
-            row = None
-        else:
             if not isinstance(row, dict):
                 problems.append(f"line {number} must be a JSON object, as {_JSON_EXAMPLE}")
                 row = None
+        except ValueError as error:
+            problems.append(f"line {number} is not JSON: {error}")
         yield f"line {number}", row
 
 
@@ -279,14 +285,12 @@ def _spec_of(
     values = {name: value for name, value in row.items() if name in COLUMNS and value is not None}
     if not values.get("name") and isinstance(values.get("image"), (str, os.PathLike)):
         values["name"] = Path(values["image"]).stem
-    for name in _READERS:
-        if not values.get(name):
-            continue
-        if not isinstance(values[name], str):
-            found.append(f"{name} must be text, got {values[name]!r}")
-            continue
+    for name, reader in _READERS.items():
         try:
-            values[name] = _READERS[name](values[name])
+            if isinstance(values.get(name), str) and values[name]:
+                values[name] = reader(values[name])
+            elif values.get(name):
+                found.append(f"{name} must be text, got {values[name]!r}")
         except SefiError as error:
             found.append(f"{name}: {error}")
     if "seed" in values:
@@ -308,10 +312,19 @@ def _spec_of(
     if found:
         problems.extend(f"{where}: {problem}" for problem in found)
         return None
-    if problem := _bad_name(values["name"]):
-        problems.append(f"{where}: {problem}")
-        return None
-    return SubjectSpec(**values, where=where)
+    name = values["name"]
+    if _UNFIT.search(name) or name.startswith(".") or name != name.strip():
+        problems.append(
+            f'{where}: the name {name!r} is not a file name: leave out / \\ : * ? " < > |, a '
+            "leading point and spaces at the ends"
+        )
+    elif len(name.encode()) > _LONGEST_NAME:
+        problems.append(
+            f"{where}: the name {name!r} is longer than {_LONGEST_NAME} bytes: give a shorter one"
+        )
+    else:
+        return SubjectSpec(**values, where=where)
+    return None
 
 
 def _with_placeholders(specs: list[SubjectSpec]) -> list[SubjectSpec]:
@@ -338,39 +351,13 @@ def _seed(value: Any, found: list[str]) -> int | None:
     return value
 
 
-def _bad_name(name: str) -> str | None:
-    if _UNFIT.search(name) or name.startswith(".") or name != name.strip():
-        return (
-            f'the name {name!r} is not a file name: leave out / \\ : * ? " < > |, a leading point '
-            "and spaces at the ends"
-        )
-    if len(name.encode()) > _LONGEST_NAME:
-        return f"the name {name!r} is longer than {_LONGEST_NAME} bytes: give a shorter one"
-    return None
-
-
-def _check_names(specs: list[SubjectSpec], problems: list[str]) -> None:
-    names: dict[str, SubjectSpec] = {}
-    for spec in specs:
-        # Two names that differ in case are one file on some systems.
-        first = names.setdefault(spec.name.casefold(), spec)
-        if first is not spec:
-            problems.append(
-                f"{spec.where}: the name {spec.name!r} is that of {first.where} already; give "
-                "each subject its own name"
-            )
-
-
 def _check_same(specs: list[SubjectSpec], key: str, given: Any, problems: list[str]) -> None:
     """Find subjects that name another model, model_config or vae than the run or the first."""
     named = [(spec.where, value) for spec in specs if (value := getattr(spec, key)) is not None]
-    if not named:
-        return
-    where, first = named[0]
+    where, first = named[0] if named else ("", None)
     if given is not None:
         path = isinstance(given, (str, os.PathLike))
-        where = "the run"
-        first = os.fspath(given) if path else f"a ready {type(given).__name__}"
+        where, first = "the run", os.fspath(given) if path else f"a ready {type(given).__name__}"
     kind = "base model" if key == "model" else key
     problems.extend(
         f"{place} names the {kind} {name!r}, {where} {first!r}: one run trains on one model, "

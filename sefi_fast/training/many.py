@@ -8,14 +8,19 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from sefi_fast.errors import SubjectFileError, TrainingError, is_out_of_memory, printable
+from sefi_fast.errors import (
+    SubjectFileError,
+    TrainingError,
+    first_line,
+    is_out_of_memory,
+    printable,
+)
 from sefi_fast.prompts import placeholder_ids, text_encoders
 from sefi_fast.subject import Subject
 from sefi_fast.training.base_model import (
@@ -37,7 +42,7 @@ from sefi_fast.training.manifest import (
     read_subjects,
 )
 from sefi_fast.training.monitor import check_trackers
-from sefi_fast.training.signals import Stop, TrainingInterrupted, graceful
+from sefi_fast.training.signals import TrainingInterrupted, graceful
 from sefi_fast.training.subject_state import Result, SubjectSpec, class_word_for, file_checksums
 from sefi_fast.training.summary import FILE as SUMMARY_FILE
 from sefi_fast.training.summary import ManyResult, Summary, row_of
@@ -135,24 +140,15 @@ def train_many(
             f"device {settings.device!r} would put all {shard.count} processes on one device: "
             "leave it out, the launcher gives each process a device"
         )
-    numbered = [
-        (number, _complete(spec, folder, class_word, model)) for number, spec in enumerate(specs)
-    ]
-    groups = shard.share(
-        [
-            numbered[start : start + batch_subjects]
-            for start in range(0, len(numbered), batch_subjects)
-        ]
-    )
-    many = _Many(
-        [dict(group) for group in groups],
-        (model, model_config, vae),
-        settings,
-        resume,
-        Summary(folder, shard),
-        overwrite,
-        on_result,
-    )
+    for number, spec in enumerate(specs):
+        word = class_word_for(spec.class_word or class_word, model)
+        path = folder / f"{spec.name}.safetensors"
+        specs[number] = replace(spec, class_word=word, output=path)
+    numbered = list(enumerate(specs))
+    starts = shard.share(range(0, len(specs), batch_subjects))
+    groups = [dict(numbered[start : start + batch_subjects]) for start in starts]
+    models, summary = (model, model_config, vae), Summary(folder, shard)
+    many = _Many(groups, models, settings, resume, summary, overwrite, on_result)
     shard.wait()
     return many(progress and shard.index == 0)
 
@@ -172,20 +168,8 @@ def _check_specs(
         raise ManifestError(f"nothing was begun:{listed_problems(problems)}")
 
 
-def _complete(spec: SubjectSpec, folder: Path, class_word: str | None, model: Any) -> SubjectSpec:
-    return replace(
-        spec,
-        class_word=class_word_for(spec.class_word or class_word, model),
-        output=folder / f"{spec.name}.safetensors",
-    )
-
-
 def finished_subject(
-    spec: SubjectSpec,
-    config: TrainConfig,
-    model: Any,
-    model_config: ModelPath = None,
-    vae: ModelPath = None,
+    spec: SubjectSpec, config: TrainConfig, model: Any, model_config: ModelPath, vae: ModelPath
 ) -> Subject | None:
     """Return the subject in the output file of a spec; None if there is no file.
 
@@ -219,22 +203,21 @@ def finished_subject(
     return subject
 
 
+@dataclass
 class _Many:
     """The groups of one process, trained one after another by one engine."""
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        models: tuple[Any, ModelPath, ModelPath],
-        config: TrainConfig,
-        resume: bool,
-        summary: Summary,
-        overwrite: bool,
-        on_result: OnResult | None,
-    ) -> None:
+    _first_groups: Sequence[Group]
+    _models: tuple[Any, ModelPath, ModelPath]
+    _config: TrainConfig
+    _resume: bool
+    _summary: Summary
+    _overwrite: bool
+    _on_result: OnResult | None
+
+    def __post_init__(self) -> None:
+        groups = self._first_groups
         self._specs = {number: spec for group in groups for number, spec in group.items()}
-        self._models, self._config, self._resume = models, config, resume
-        self._summary, self._overwrite, self._on_result = summary, overwrite, on_result
         self._results: dict[int, ManyResult] = {}
         self._limit = max((len(group) for group in groups), default=1)
         self._groups = deque(groups)
@@ -269,7 +252,8 @@ class _Many:
                 group = self._next_group(tokenizers, bar)
                 if not group:
                     continue
-                self._check_stop(stop)
+                if stop.received is not None:
+                    raise TrainingInterrupted(self._interrupted(), stop.received, 0)
                 self._train_group(group, base, bar, progress)
                 if time.monotonic() - self._written > _SECONDS_BETWEEN_SUMMARIES:
                     self._write_summary()
@@ -313,7 +297,7 @@ class _Many:
             self._limit = (len(left) + 1) // 2
             logger.warning(
                 "%d subjects at once are too many for the memory (%s): from here on %d at once",
-                len(left), _first_line(fault), self._limit,
+                len(left), first_line(fault), self._limit,
             )  # fmt: skip
             self._groups.appendleft(left)
             return
@@ -330,7 +314,7 @@ class _Many:
                 continue
             if is_out_of_memory(own):
                 own = TrainingError(
-                    f"the memory is too small for even one subject ({_first_line(own)}): lower "
+                    f"the memory is too small for even one subject ({first_line(own)}): lower "
                     "batch_size or resolution, or use gradient_checkpointing=True or "
                     "low_memory=True"
                 )
@@ -342,10 +326,9 @@ class _Many:
 
         The error of one subject is its result. A fault is of the batch.
         """
-        numbers = list(group)
 
         def take(index: int, result: Result) -> None:
-            self._take(numbers[index], result)
+            self._take([*group][index], result)
             bar.update()
 
         run: Run | None = None
@@ -370,25 +353,22 @@ class _Many:
             torch.cuda.empty_cache()
         return fault
 
-    def _take(self, number: int, result: Result) -> None:
+    def _take(self, number: int, result: Result, before: bool = False) -> None:
         spec = self._specs[number]
         if isinstance(result, Exception):
             words = printable(str(result) or type(result).__name__)
             logger.warning("%s (%s) is skipped: %s", spec.name, spec.where, words)
             _clear_frames(result)
-            self._settle(number, ManyResult(spec.name, None, None, result))
+            taken = ManyResult(spec.name, None, None, result)
         else:
-            self._settle(number, ManyResult(spec.name, spec.output, result))
-
-    def _settle(self, number: int, result: ManyResult) -> None:
-        self._results[number] = result
-        if self._on_result is None:
-            return
-        try:
-            self._on_result(result)
-        except Exception as error:
-            self._callback_error = error
-            raise
+            taken = ManyResult(spec.name, spec.output, result, before=before)
+        self._results[number] = taken
+        if self._on_result is not None:
+            try:
+                self._on_result(taken)
+            except Exception as error:
+                self._callback_error = error
+                raise
 
     def _take_finished(self) -> None:
         """Settle subjects whose file is there; a file of other settings is an error, and stays."""
@@ -400,15 +380,11 @@ class _Many:
                 continue
             if subject is not None and spec.output is not None:
                 CheckpointFolder(folder_of(spec.output)).clear_if_older(spec.output)
-                self._settle(number, ManyResult(spec.name, spec.output, subject, before=True))
+                self._take(number, subject, before=True)
 
     def _open(self, group: Group) -> dict[int, SubjectSpec]:
         """Return the subjects without a result."""
         return {number: spec for number, spec in group.items() if number not in self._results}
-
-    def _check_stop(self, stop: Stop) -> None:
-        if stop.received is not None:
-            raise TrainingInterrupted(self._interrupted(), stop.received, 0)
 
     def _interrupted(self) -> str:
         done = sum(result.error is None for result in self._results.values())
@@ -431,7 +407,3 @@ def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -28,11 +28,7 @@ class TrainingPrompts:
     """P sentences with the placeholder, tokenized once for each of E text encoders.
 
     Args:
-        tokenizers: of the pipeline, one for each text encoder.
-        sentences: P sentences with {} in the subject's place.
-        placeholder: the subject's word.
         class_ids: for each tokenizer the W ids of the class word in the placeholder's place.
-        device: of the text encoders.
         expand: turns prompts into those that a tokenizer reads.
 
     Attributes:
@@ -61,8 +57,8 @@ class TrainingPrompts:
             for tokenizer, ids in zip(tokenizers, class_ids, strict=True)
         ]
         slots = tokens[0].slots
-        for sentence, *placed in zip(prompts, *(each.slots for each in tokens), strict=True):
-            if any(not torch.equal(other, placed[0]) for other in placed):
+        for sentence, first, *others in zip(prompts, *(each.slots for each in tokens), strict=True):
+            if any(not torch.equal(other, first) for other in others):
                 raise PromptError(
                     f"the tokenizers of this pipeline split {sentence!r} into words differently. "
                     "The outputs of its text encoders are joined token by token. Use simpler "
@@ -71,17 +67,9 @@ class TrainingPrompts:
         self.input_ids = torch.stack([each.input_ids for each in tokens]).to(device)
         self.slots = slots.to(device)
 
-    def __len__(self) -> int:
-        return self.slots.shape[0]
-
 
 class BatchedPrompts:
-    """The training sentences of L subjects, as many for each.
-
-    Attributes:
-        input_ids: int64 [L, E, P, M], as in `TrainingPrompts`.
-        slots: int64 [L, P, M], likewise.
-    """
+    """The training sentences of L subjects: `input_ids` [L, E, P, M] and `slots` [L, P, M]."""
 
     def __init__(self, prompts: Sequence[TrainingPrompts]) -> None:
         self.input_ids = torch.stack([one.input_ids for one in prompts])
@@ -136,7 +124,11 @@ class BatchedPrompts:
             tokens = batched_gather(tokens, stages)
             *ids, slots = (batched_gather(x, templates) for x in (*ids, slots))
         *ids, slots = (x.flatten(0, 1).repeat_interleave(rows, 0) for x in (*ids, slots))
-        own = _by_encoder(tokens.reshape(-1, vectors, width), text_encoders)
+        tables: list[Any] = [token_table(encoder) for encoder in text_encoders]
+        widths = [table.embedding_dim for table in tables]
+        rows_of_all = tokens.reshape(-1, vectors, width)
+        # A split into one part is a copy in the backward pass.
+        own = (rows_of_all,) if len(widths) == 1 else rows_of_all.split(widths, -1)
         encoded, pooled = encode_texts(text_encoders, ids, slots, own)
         encoded = encoded.view(*tokens.shape[:3], *encoded.shape[1:])
         if pooled is not None:
@@ -148,14 +140,6 @@ class BatchedPrompts:
             pooled = None if pooled is None else batched_gather(pooled, index)
         streams = encoded.expand(-1, -1, 2, -1, -1).flatten(2, 3).flatten(0, 1)
         return Conditioning(streams, None if pooled is None else pooled.flatten(0, 1))
-
-
-def _by_encoder(rows: Tensor, text_encoders: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """Split rows [n, W, C] of all encoders into those of each."""
-    if len(text_encoders) == 1:
-        return (rows,)
-    tables: list[Any] = [token_table(encoder) for encoder in text_encoders]
-    return torch.split(rows, [table.embedding_dim for table in tables], -1)
 
 
 def batched_gather(source: Tensor, index: Tensor) -> Tensor:

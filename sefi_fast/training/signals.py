@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 
@@ -23,11 +24,11 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.step = step
 
 
+@dataclass(eq=False)
 class Stop:
-    """Whether a signal asked the run to end, and which."""
+    """The number of the signal that asked the run to end, if one did."""
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    received: int | None = None
 
 
 _current: Stop | None = None
@@ -53,13 +54,10 @@ def graceful() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.received = stop.received or number
 
-    before = {}
     wanted = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     if hasattr(signal, "SIGHUP"):
         wanted[signal.SIGHUP] = signal.SIG_DFL
-    for number, usual in wanted.items():
-        if signal.getsignal(number) is usual:
-            before[number] = usual
+    before = {n: usual for n, usual in wanted.items() if signal.getsignal(n) is usual}
     _current = stop
     try:
         for number in before:

@@ -40,10 +40,6 @@ class Summary:
     """The file `summary.jsonl`, a line for each subject in the order of the manifest.
 
     Each of several processes writes its own lines to a file next to it; the last one joins them.
-
-    Args:
-        folder: of the subjects' files.
-        shard: this process.
     """
 
     def __init__(self, folder: Path, shard: Shard) -> None:
@@ -60,11 +56,7 @@ class Summary:
             remove_partials(path)
 
     def write(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write the lines of this process so far, whole or not at all.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write the lines of this process so far, whole or not at all."""
         atomic_write(self._folder / FILE if self._alone else self._own, _lines(rows))
 
     def join(self) -> None:

@@ -158,15 +158,8 @@ def train(
 class Run:
     """Subjects that train together. Make and call it inside a `training_session`.
 
-    Args:
-        base: the model.
-        config: settings that all subjects share.
-        specs: the subjects. One that cannot be trained ends here, the others go on.
-        resume: whether to go on from checkpoints (`checkpoint.Resume`).
-        engine: of an earlier run on the same model, to use again.
-
-    Attributes:
-        engine: trains the subjects; None if there is none left to train.
+    A subject that cannot be trained ends at once, the others go on. An `engine` of an earlier run
+    on the same model is used again. The attribute is None if no subject is left to train.
     """
 
     def __init__(
@@ -200,9 +193,9 @@ class Run:
         self._subject_index = {number: index for index, number in enumerate(self._states)}
         self.engine = engine
         if self._states:
-            self.engine = self._start_engine(engine)
+            self._start_engine()
             for number, checkpoint in begun.items():
-                self.engine.load_state_dict(self._subject_index[number], checkpoint.part("engine"))
+                self._engine.load_state_dict(self._subject_index[number], checkpoint.part("engine"))
         self._interval = CheckpointInterval(config.checkpoint_every)
         # False within a step, where the state is neither the old nor the new one.
         self._is_whole = True
@@ -210,15 +203,10 @@ class Run:
     def __call__(
         self, *, progress: bool = True, on_result: Callable[[int, Result], None] | None = None
     ) -> list[Result]:
-        """Train until every subject is trained or has failed.
+        """Train until every subject is trained or has failed, and return the result of each spec.
 
-        Args:
-            progress: show a progress bar.
-            on_result: called with the place of a spec and its result as soon as there is one; the
-                subject's file is on the disk by then.
-
-        Returns:
-            The result of each spec.
+        `on_result` gets the place of a spec and its result as soon as there is one; the subject's
+        file is on the disk by then.
 
         Raises:
             TrainingInterrupted: SIGTERM, SIGHUP or SIGINT came; every subject that was still in
@@ -256,7 +244,7 @@ class Run:
 
     def _loop(self, bar: Progress, trackers: Trackers, stop: Stop) -> None:
         started = time.perf_counter()
-        self._finish(n for n, state in self._states.items() if self._is_last(state))
+        self._finish(self._last())
         while self._states:
             self._step(bar, trackers, started)
             if self._states and stop.received is not None:
@@ -286,51 +274,47 @@ class Run:
         bar.step([state.history for _, state in states])
         ended = []
         for number in good:
-            state = self._states[number]
-            self._log(state, trackers)
+            if trackers:
+                self._log(self._states[number], trackers)
             self._validate(number, bar, trackers)
-            if state.ends_early():
+            if self._states[number].ends_early():
                 ended.append(number)
         self._fail(failed)
-        last = [n for n, state in self._states.items() if self._is_last(state)]
-        self._finish(dict.fromkeys([*ended, *last]))
+        self._finish(dict.fromkeys([*ended, *self._last()]))
 
-    def _is_last(self, state: SubjectState) -> bool:
-        return state.done >= self._config.steps
+    def _last(self) -> list[int]:
+        return [n for n, state in self._states.items() if state.done >= self._config.steps]
 
     def _steps_done(self) -> int:
         return max((state.done for state in self._states.values()), default=0)
 
-    def _start_engine(self, engine: Engine | None) -> Engine:
-        subjects = [state.inputs for state in self._states.values()]
-        if engine is not None:
-            engine.refill(subjects)
-            return engine
-        return Engine(
-            unet=self._base.pipe.unet,
-            text_encoders=self._base.text_encoders,
-            scheduler=self._base.pipe.scheduler,
+    def _start_engine(self) -> None:
+        base, subjects = self._base, [state.inputs for state in self._states.values()]
+        if self.engine is not None:
+            self.engine.refill(subjects)
+            return
+        self.engine = Engine(
+            unet=base.pipe.unet,
+            text_encoders=base.text_encoders,
+            scheduler=base.pipe.scheduler,
             subjects=subjects,
             config=self._config,
-            dtype=self._base.dtype,
+            dtype=base.dtype,
         )
 
     def _tokens(self, number: int) -> Tensor:
-        """Return the tokens of the subject as it is."""
         if (average := self._states[number].average) is not None:
             return average.current()
         return self._engine.current(self._subject_index[number])
 
     def _log(self, state: SubjectState, trackers: Trackers) -> None:
-        if trackers:
-            history, start = state.history, self._prefix(state)
-            rate = rate_factor(self._config, state.done - 1) * self._config.learning_rate
-            values = {
-                "loss": history.loss[-1],
-                "subject_loss": history.subject_loss[-1],
-                "learning_rate": rate,
-            }
-            trackers.log({start + name: value for name, value in values.items()}, state.done)
+        values = {
+            "loss": state.history.loss[-1],
+            "subject_loss": state.history.subject_loss[-1],
+            "learning_rate": rate_factor(self._config, state.done - 1) * self._config.learning_rate,
+        }
+        start = self._prefix(state)
+        trackers.log({start + name: value for name, value in values.items()}, state.done)
 
     def _validate(self, number: int, bar: Progress, trackers: Trackers) -> None:
         config, state = self._config, self._states[number]
@@ -352,7 +336,7 @@ class Run:
 
     def _finish(self, numbers: Iterable[int]) -> None:
         results: dict[int, Result] = {}
-        for number in list(numbers):
+        for number in numbers:
             state = self._states[number]
             subject = state.subject(self._tokens(number))
             try:
@@ -416,11 +400,9 @@ class Run:
             except Exception as error:
                 logger.warning(
                     "the checkpoint of step %d could not be written to %s (%s): %s",
-                    state.done,
-                    state.folder.path,
-                    getattr(error, "strerror", None) or error,
+                    state.done, state.folder.path, getattr(error, "strerror", None) or error,
                     f"the one of step {state.saved} stays" if state.saved else "there is none",
-                )
+                )  # fmt: skip
                 continue
             state.saved = state.done
             state.folder.prune(state.done)

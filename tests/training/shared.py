@@ -82,6 +82,15 @@ def stop_at(step: int, error: type[BaseException] = KeyboardInterrupt) -> Any:
     return callback
 
 
+def raising(error: Exception) -> Any:
+    """Return a function that raises, whatever its arguments."""
+
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        raise error
+
+    return fail
+
+
 def assert_same(one: Any, other: Any) -> None:
     """Two subjects are equal bit for bit, and so are the numbers of their runs."""
     assert all(map(torch.equal, one.tokens, other.tokens))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from itertools import pairwise
 
@@ -14,16 +12,6 @@ from hypothesis import strategies as st
 from sefi_fast.errors import ConfigError
 from sefi_fast.training import TrainConfig
 from sefi_fast.training.config import PRESETS, read_settings, write_settings
-
-
-def test_defaults_are_valid_and_frozen():
-    config = TrainConfig()
-    assert config.weight_lambda == 0.003
-    assert config.stages == 5
-    assert config.split
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.steps = 3
-
 
 OUT_OF_RANGE = {
     "steps": (0, -5), "batch_size": (0,), "stages": (0,), "num_vectors": (0, 33),
@@ -59,19 +47,28 @@ def test_values_out_of_range_and_wrong_types_are_named(name, value, error):
         TrainConfig(**{name: value})
 
 
-def test_overrides_replace_fields_of_a_config():
+def test_overrides_win_over_a_config_and_a_preset():
     config = TrainConfig(steps=7, seed=3)
     changed = TrainConfig.from_overrides(config, {"steps": 9, "templates": ["a {}"]})
     assert (changed.steps, changed.seed, changed.templates) == (9, 3, ("a {}",))
-    assert config.steps == 7
-    assert TrainConfig.from_overrides(None, {}) == TrainConfig()
+    assert TrainConfig.preset("sefi") == TrainConfig.from_overrides() == TrainConfig()
+    for name, preset in PRESETS.items():
+        changed = TrainConfig.preset(name, seed=4)
+        assert changed == TrainConfig(**{**preset, "seed": 4})
 
 
-def test_an_unknown_override_is_named_with_the_settings():
-    with pytest.raises(TypeError, match=r"stepps.*the settings are steps, batch_size"):
-        TrainConfig.from_overrides(None, {"stepps": 3})
-    with pytest.raises(TypeError, match="TrainConfig, got dict"):
-        TrainConfig.from_overrides({"steps": 3}, {})
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: TrainConfig.from_overrides(None, {"stepps": 3}), TypeError, r"stepps \(did you"),
+        (lambda: TrainConfig.from_overrides({"steps": 3}, {}), TypeError, "TrainConfig, got dict"),
+        (lambda: TrainConfig.preset("sifi"), ValueError, "'prospect', got 'sifi'"),
+        (lambda: TrainConfig.preset("sefi", stage=1), TypeError, "no setting stage"),
+    ],
+)
+def test_mistakes_in_overrides_and_presets_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_the_scene_follows_every_template():
@@ -80,69 +77,11 @@ def test_the_scene_follows_every_template():
     assert TrainConfig(templates=("a {}",)).sentences() == ("a {}",)
 
 
-def test_settings_survive_json():
-    config = TrainConfig(loss_resolutions=[8, 16], validation_prompts=("a {}",))
-    again = TrainConfig(**json.loads(json.dumps(config.as_dict())))
-    assert again == config
-
-
-def test_every_field_has_a_line_of_help():
-    for field in dataclasses.fields(TrainConfig):
-        assert len(field.metadata["help"]) > 5, field.name
-
-
-def test_sefi_is_the_default():
-    assert TrainConfig.preset("sefi") == TrainConfig()
-
-
-@pytest.mark.parametrize(("name", "stages"), [("textual-inversion", 1), ("prospect", 10)])
-def test_older_methods_are_tied_free_rows_without_attention_loss(name, stages):
-    config = TrainConfig.preset(name)
-    assert (config.stages, config.split, config.module) == (stages, False, "free")
-    assert config.weight_lambda == 0 and config.schedule == "constant"
-    assert config.snr_gamma is None and config.learning_rate == 2e-3
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_overrides_win(name):
-    assert TrainConfig.preset(name, stages=3, steps=5).stages == 3
-
-
-def test_likeness_is_the_method_with_three_vectors():
-    config = TrainConfig.preset("likeness")
-    assert config == TrainConfig(num_vectors=3, weight_lambda=0.01)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda: TrainConfig.preset("sifi"),
-            ValueError,
-            "'textual-inversion', 'prospect', got 'sifi'",
-        ),
-        (
-            lambda: TrainConfig.preset("sefi", stage=1),
-            TypeError,
-            r"no setting stage \(did you mean",
-        ),
-    ],
-)
-def test_mistakes_in_presets_are_named(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
-
-
+# Whole numbers stand in the place of others.
 UNUSUAL = TrainConfig(
-    steps=7,
-    learning_rate=1e-7,
-    loss_resolutions=(8, 16),
-    templates=("a {} é", "yes: {}"),
-    ema_decay=0.5,
-    trackers=("tensorboard",),
-    max_seconds=3,
-    flip=False,
-)
+    steps=7, learning_rate=10**40, snr_gamma=10**300, loss_resolutions=[8, 16], max_seconds=7,
+    templates=("a {} é", "yes: {}"), ema_decay=1e-7, trackers=("tensorboard",), flip=False,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.yml", "run.json", "run"])
@@ -176,17 +115,10 @@ def test_fields_win_over_the_files_preset(tmp_path):
         ("imagge: x\nzzz: 1", ValueError, r"imagge \(did you mean image\?\), zzz; the"),
         ("steps: many", TypeError, "steps must be an integer, got 'many'"),
         ("learning_rate: fast", TypeError, "learning_rate must be a number, got 'fast'"),
-        ("steps: -1", ValueError, "steps must be at least 1"),
         ("image: 3", ValueError, "image must be a string, got 3"),
-        (
-            "preset: best",
-            ValueError,
-            "preset must be one of 'sefi', 'likeness', 'textual-inversion'",
-        ),
+        ("preset: best", ValueError, "preset must be one of 'sefi', 'likeness'"),
         ("- steps", ValueError, "line by line, as 'steps: 600', got list"),
-        ("", ValueError, "line by line"),
         ("a: [1", ValueError, "is not YAML"),
-        ("!!python/object/apply:os.getcwd []", ValueError, "is not YAML"),
         # Aliases of 300 bytes that stand for 9^8 values.
         (
             "a: &a [x,x,x,x,x,x,x,x,x]\n"
@@ -195,9 +127,7 @@ def test_fields_win_over_the_files_preset(tmp_path):
             ConfigError,
             "anchors, aliases and tags",
         ),
-        ("steps: &a 3", ConfigError, "anchors, aliases and tags"),
         ("steps: " + "[" * 900 + "]" * 900, ConfigError, "nested more than 8 levels"),
-        ("".join(" " * n + "a:\n" for n in range(900)), ConfigError, "nested more than 8 levels"),
         ("[" * 500_000, ConfigError, "nested more than 8 levels"),
         ("templates: [" + "'{}'," * 11_000 + "]", ConfigError, "more than 10000 values"),
         ("templates: [" + "'{}'," * 1_001 + "]", ConfigError, "at most 1,000 texts"),
@@ -217,15 +147,9 @@ def test_fields_win_over_the_files_preset(tmp_path):
         ("learning_rate: 1" + "0" * 400, ConfigError, "learning_rate must be finite"),
         ("learning_rate: .inf", ConfigError, "learning_rate must be a number"),
         ("learning_rate: nan", ConfigError, "learning_rate must be finite"),
-        ("steps: true", ConfigError, "steps must be an integer, got True"),
-        ("steps: 3.0", ConfigError, "steps must be an integer, got 3.0"),
         ("stages: 101", ConfigError, "stages must be at least 1 and at most 100, got 101"),
-        ("batch_size: 999999999", ConfigError, "batch_size must be at least 1 and at most 4096"),
         ("loss_resolutions: [0]", ConfigError, "loss_resolutions must be at most 100 sides"),
         ("scene: !!binary aGVsbG8=", ConfigError, "anchors, aliases and tags"),
-        ("steps: !!int ''", ConfigError, "anchors, aliases and tags"),
-        ("flip: !!bool perhaps", ConfigError, "anchors, aliases and tags"),
-        ("steps: !!timestamp never", ConfigError, "anchors, aliases and tags"),
         ('scene: "\\ud800"', ConfigError, "scene holds half a character"),
         ("scene: " + "x" * 30_000, ConfigError, "scene must be at most"),
     ],
@@ -298,13 +222,6 @@ def test_all_valid_settings_can_be_saved_and_loaded(tmp_path_factory, scene, tex
     path = tmp_path_factory.getbasetemp() / name
     config.save(path)
     assert TrainConfig.load(path) == config
-
-
-@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
-def test_whole_numbers_in_the_place_of_others_can_be_loaded(tmp_path, name):
-    config = TrainConfig(learning_rate=10**40, snr_gamma=10**300, max_seconds=7)
-    config.save(tmp_path / name)
-    assert TrainConfig.load(tmp_path / name) == config
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path):

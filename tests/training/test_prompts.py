@@ -101,44 +101,34 @@ def test_a_placeholder_behind_the_cut_is_refused(sd15_pipeline):
         TrainingPrompts([sd15_pipeline.tokenizer], ["a " * 80 + "{}"], "<it>", [[5]], CPU)
 
 
-def test_latents_are_scaled_and_mirrored(sd15_pipeline):
+NUMBERS_OF_VAES = {
+    "scaled": {},
+    "each channel's mean and spread": {
+        "latents_mean": (0.5, -1.0, 0.0, 2.0), "latents_std": (2.0, 1.0, 4.0, 0.5)
+    },
+    "shift": {"shift_factor": 0.25},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("numbers", NUMBERS_OF_VAES.values(), ids=list(NUMBERS_OF_VAES))
+def test_latents_are_mirrored_and_decode_to_what_the_vae_gave(sd15_pipeline, numbers):
     vae = sd15_pipeline.vae.requires_grad_(False)
+    vae.register_to_config(**numbers)
+    means, spreads, shift = (
+        torch.tensor(numbers.get(name, usual)).view(-1, 1, 1)
+        for name, usual in (("latents_mean", 0.0), ("latents_std", 1.0), ("shift_factor", 0.0))
+    )
+    scale = vae.config.scaling_factor
     pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     both = encode_image(vae, pixels, flip=True)
-    alone = encode_image(vae, pixels, flip=False)
-    assert (both.views, alone.views) == (2, 1)
-    for view, turned in enumerate((pixels, pixels.flip(2))):
-        posterior = vae.encode(turned[None]).latent_dist
-        scale = vae.config.scaling_factor
-        torch.testing.assert_close(both.mean[view], posterior.mean[0] * scale)
-        torch.testing.assert_close(both.std[view], posterior.std[0] * scale)
+    assert (both.views, encode_image(vae, pixels, flip=False).views) == (2, 1)
+    for view, mirrored in enumerate((pixels, pixels.flip(2))):
+        posterior = vae.encode(mirrored[None]).latent_dist
+        # What SDXL's pipelines decode: latents · spread / scale + mean.
+        decoded = both.mean[view] * spreads / scale + means + shift
+        torch.testing.assert_close(decoded, posterior.mean[0])
+        torch.testing.assert_close(both.std[view] * spreads / scale, posterior.std[0])
     noise = torch.randn(3, *both.mean.shape[1:], generator=torch.Generator().manual_seed(2))
     sample = both.sample(torch.tensor([1, 0, 1]), noise)
     torch.testing.assert_close(sample[1], both.mean[0] + both.std[0] * noise[1])
     torch.testing.assert_close(sample[2], both.mean[1] + both.std[1] * noise[2])
-
-
-def test_the_vaes_own_mean_and_spread_of_each_channel_are_taken_off(sd15_pipeline):
-    vae = sd15_pipeline.vae.requires_grad_(False)
-    pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    plain = encode_image(vae, pixels, flip=True)
-    means, spreads = (0.5, -1.0, 0.0, 2.0), (2.0, 1.0, 4.0, 0.5)
-    vae.register_to_config(latents_mean=means, latents_std=spreads)
-    found = encode_image(vae, pixels, flip=True)
-    scale = vae.config.scaling_factor
-    for channel, (mean, spread) in enumerate(zip(means, spreads, strict=True)):
-        # What SDXL's pipelines decode: latents · spread / scale + mean.
-        decoded = found.mean[:, channel] * spread / scale + mean
-        torch.testing.assert_close(decoded, plain.mean[:, channel] / scale)
-        torch.testing.assert_close(found.std[:, channel] * spread, plain.std[:, channel])
-
-
-def test_the_vaes_shift_is_taken_off(sd15_pipeline):
-    vae = sd15_pipeline.vae.requires_grad_(False)
-    pixels = torch.zeros(3, 64, 64)
-    plain = encode_image(vae, pixels, flip=False)
-    vae.register_to_config(shift_factor=0.25)
-    shifted = encode_image(vae, pixels, flip=False)
-    scale = vae.config.scaling_factor
-    torch.testing.assert_close(shifted.mean, plain.mean - 0.25 * scale)
-    torch.testing.assert_close(shifted.std, plain.std)

@@ -18,6 +18,7 @@ from training.shared import (
     assert_same,
     checkpoints,
     newest_step,
+    raising,
     random_image,
     stop_at,
 )
@@ -29,7 +30,6 @@ from sefi_fast.training import (
     Callbacks,
     CheckpointError,
     TrainConfig,
-    TrainingInterrupted,
     UnsavedSubjectError,
     load_image,
     subject_state,
@@ -176,13 +176,8 @@ def test_no_checkpoint_is_an_error_unless_auto(quick, output):
     ("changed", "message"),
     [
         ({"learning_rate": 0.1}, r"learning_rate was 0\.005, is 0\.1\."),
-        (
-            {"batch_size": 2, "scene": "in snow"},
-            "batch_size was 1, is 2; scene was None, is 'in sn",
-        ),
-        ({"seed": 3}, "seed was 0, is 3"),
+        ({"batch_size": 2, "scene": "in snow"}, "batch_size was 1, is 2; scene was None, is 'in s"),
         ({"placeholder": "<me>"}, "placeholder was '<it>', is '<me>'"),
-        ({"stages": 3}, "stages was 2, is 3"),
         ({"steps": 2}, "has done 3 steps, more than the 2"),
         ({"image": random_image(1)}, "the image was"),
     ],
@@ -268,16 +263,6 @@ def test_more_steps_and_other_harmless_settings_go_on(quick, leave_at, caplog):
     leave_at(2, steps=3)
     quick(steps=4, resume=True)
     assert "was to have 3 steps and has 4 now" in caplog.text
-
-
-def test_a_truncated_newest_checkpoint_gives_way_to_the_one_before(quick, leave_at, output, caplog):
-    leave_at(3, steps=6, checkpoint_every=2)
-    newest = checkpoints(output).file(3)
-    newest.write_bytes(newest.read_bytes()[:-100])
-    resumed = quick(steps=6, resume=True, checkpoint_every=1)
-    assert "step-000003.safetensors is damaged" in caplog.text
-    assert "the newest whole checkpoint" in caplog.text and "is of step 2" in caplog.text
-    assert_same(resumed, quick(output=None, steps=6))
 
 
 @pytest.fixture(scope="module")
@@ -451,11 +436,9 @@ def test_a_full_disk_stops_no_run_and_costs_no_older_checkpoint(quick, output, c
 
 
 def test_a_disk_that_is_full_at_the_end_loses_nothing(quick, monkeypatch):
-    def save(subject, path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    full = raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with monkeypatch.context() as patched:
-        patched.setattr(Subject, "save", save)
+        patched.setattr(Subject, "save", full)
         with pytest.raises(UnsavedSubjectError, match=r"No space left.*step 4 stays") as caught:
             quick(steps=5, checkpoint_every=2)
     assert_same(caught.value.subject, quick(steps=5, resume=True))
@@ -468,10 +451,3 @@ def test_partial_files_of_a_killed_run_go(quick, output):
         path.write_bytes(b"half")
     quick(steps=1)
     assert sorted(os.listdir(output.parent)) == [other.name, output.name]
-
-
-def test_an_interrupted_run_says_how_to_go_on(quick):
-    message = r"after 2 of 5 steps.*goes on from step 2"
-    with pytest.raises(KeyboardInterrupt, match=message) as caught:
-        quick(steps=5, callback=stop_at(2))
-    assert not isinstance(caught.value, TrainingInterrupted)

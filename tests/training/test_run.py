@@ -6,14 +6,13 @@ import os
 
 import pytest
 import torch
-from training.shared import BUNDLED_IMAGE, assert_near, newest_step, stop_at
+from training.shared import BUNDLED_IMAGE, assert_near, newest_step
 
 from sefi_fast.errors import ImageError, PromptError
 from sefi_fast.subject import Subject
 from sefi_fast.tiny_world import CLASS_WORD
 from sefi_fast.training import NonFiniteLossError, TrainConfig, TrainingInterrupted, train
 from sefi_fast.training.base_model import training_session
-from sefi_fast.training.checkpoint import CheckpointError
 from sefi_fast.training.subject_state import SubjectSpec
 from sefi_fast.training.trainer import Run
 
@@ -100,14 +99,6 @@ def test_an_interrupted_run_goes_on_next_to_new_subjects(bundled, tmp_path):
     for number, result in enumerate(results):
         assert_near(result, alone(bundled, seed=number))
     assert sorted(os.listdir(tmp_path)) == [file.name for file in files]
-
-
-def test_a_subject_of_other_settings_fails_and_the_others_go_on(bundled, output):
-    with pytest.raises(KeyboardInterrupt):
-        run(bundled, [spec(seed=1, output=output, callback=stop_at(1))])
-    results = run(bundled, [spec(seed=5, output=output), spec(seed=2)], resume="auto")
-    assert isinstance(results[0], CheckpointError) and "seed was 1, is 5" in str(results[0])
-    assert_near(results[1], alone(bundled, seed=2))
 
 
 def test_each_subject_has_its_own_average(bundled):

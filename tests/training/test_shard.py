@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from training.shared import random_image
 
 from sefi_fast.subject import Subject
 
@@ -37,24 +36,19 @@ def launch(command: list[str], folder: Path, output: Path) -> subprocess.Complet
     )
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_two_processes_write_the_same_files_as_one(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     names = [f"s{number}" for number in range(5)]
     for number, name in enumerate(names):
-        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / f"{name}.png")
+        random_image(number, 32, 32).save(images / f"{name}.png")
     # With --cpu accelerate starts several processes through MPI only; this is its other launcher.
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launcher += ["--main_process_port", str(free_port())]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        launcher += ["--main_process_port", str(listener.getsockname()[1])]
     both = launch(launcher, images, tmp_path / "two")
     assert both.returncode == 0, both.stderr[-2000:]
     # Three batches of at most two: the first and the third are the first process's.

@@ -15,48 +15,38 @@ from sefi_fast.training import TrainingInterrupted, train
 from sefi_fast.training.signals import graceful
 
 SIX = {**QUICK, "steps": 6}
+USUAL = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+}
 
 
 @pytest.fixture(autouse=True)
 def usual_handlers():
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {number: signal.signal(number, usual) for number, usual in USUAL.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
+def kill_at(last, number):
+    """Return a callback that sends a signal after some steps."""
+    return lambda step, history: os.kill(os.getpid(), number) if step == last else None
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(bundled, output, number):
     straight = train(BUNDLED_IMAGE, model=bundled, **SIX)
-
-    def callback(step, history):
-        if step == 3:
-            os.kill(os.getpid(), number)
-
     with pytest.raises(TrainingInterrupted, match=r"after 3 of 6 .* goes on from step 3") as caught:
-        train(BUNDLED_IMAGE, model=bundled, output=output, callback=callback, **SIX)
+        train(BUNDLED_IMAGE, model=bundled, output=output, callback=kill_at(3, number), **SIX)
     assert (caught.value.signal, caught.value.step) == (number, 3)
     assert isinstance(caught.value, KeyboardInterrupt)
     assert newest_step(output) == 3
     assert Subject.load(output).summary["steps"] == 3
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert all(signal.getsignal(number) is usual for number, usual in USUAL.items())
     resumed = train(BUNDLED_IMAGE, model=bundled, output=output, resume=True, **SIX)
     assert torch.equal(resumed.tokens[0], straight.tokens[0])
-
-
-def test_a_signal_in_the_last_step_finishes_the_run(bundled, output):
-    def callback(step, history):
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    train(BUNDLED_IMAGE, model=bundled, output=output, callback=callback, **SIX)
-    assert os.listdir(output.parent) == [output.name]
 
 
 def test_a_second_interrupt_does_not_wait():
@@ -68,23 +58,6 @@ def test_a_second_interrupt_does_not_wait():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_programs_own_handlers_stay_in_charge():
-    seen = []
-    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    with graceful() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert seen == [signal.SIGTERM] and stop.received is None
-
-
-def test_a_signal_that_is_ignored_stays_ignored():
-    # nohup ignores SIGHUP.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with graceful() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    assert stop.received is None
-
-
 def test_an_outer_one_is_shared():
     with graceful() as outer:
         with graceful() as inner:
@@ -94,11 +67,24 @@ def test_an_outer_one_is_shared():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_training_works_in_another_thread(bundled):
-    results = []
-    thread = threading.Thread(
-        target=lambda: results.append(train(BUNDLED_IMAGE, model=bundled, **{**SIX, "steps": 1}))
-    )
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_handlers_that_the_program_set_stay_in_charge(number):
+    # nohup ignores SIGHUP.
+    seen = []
+    handler = signal.SIG_IGN if number == signal.SIGHUP else lambda *arguments: seen.append(number)
+    signal.signal(number, handler)
+    with graceful() as stop:
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is handler
+    assert stop.received is None and len(seen) == (handler is not signal.SIG_IGN)
+
+
+def test_a_run_of_another_thread_and_one_in_its_last_step_finish(bundled, output):
+    arguments = {"model": bundled, "output": output, **SIX}
+    train(BUNDLED_IMAGE, callback=kill_at(6, signal.SIGTERM), **arguments)
+    assert os.listdir(output.parent) == [output.name]
+    output.unlink()
+    thread = threading.Thread(target=lambda: train(BUNDLED_IMAGE, **{**arguments, "steps": 1}))
     thread.start()
     thread.join()
-    assert len(results[0].history.loss) == 1
+    assert Subject.load(output).summary["steps"] == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 
 import numpy as np
@@ -25,9 +24,8 @@ from sefi_fast.training import (
     trainer,
 )
 from sefi_fast.training.base_model import BaseModel, checkpointed, frozen, training_session
-from sefi_fast.training.image import load_image, prepare
+from sefi_fast.training.image import load_image
 from sefi_fast.training.monitor import guidance_for
-from sefi_fast.training.noise import sample_noise
 from sefi_fast.training.subject_state import SubjectSpec
 from sefi_fast.training.trainer import Run
 
@@ -108,14 +106,6 @@ def test_a_larger_weight_keeps_the_subject_loss_low():
     assert ends[1] < 0.5 * ends[0]
 
 
-@pytest.mark.parametrize(("name", "stages"), [("textual-inversion", 1), ("prospect", 10)])
-def test_train_takes_a_preset(name, stages):
-    subject = train(BUNDLED_IMAGE, preset=name, **{**FAST, "steps": 2, "resolution": None})
-    assert subject.tokens[0].shape[:2] == (stages, 1)
-    assert subject.history.subject_loss == [0.0, 0.0]
-    assert (subject.tokens[0] - subject.class_embeddings[0]).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("many_at_once", [False, True])
 def test_nothing_is_loaded_or_checked_twice(tmp_path, monkeypatch, many_at_once):
     calls: dict[str, int] = {}
@@ -154,63 +144,6 @@ def test_a_subject_of_train_has_the_checksum_of_its_image_as_one_of_train_many(t
     (other,) = train_many([BUNDLED_IMAGE], output=tmp_path, **settings)
     assert one.settings == other.subject.settings
     assert "image" not in train(load_image(BUNDLED_IMAGE), **settings).settings
-
-
-def test_history_and_callback(sd15_pipeline, photo):
-    seen = []
-
-    def callback(step, history):
-        seen.append((step, len(history.loss)))
-        return step == 2
-
-    history = train(photo, model=sd15_pipeline, class_word="cat", callback=callback, **FAST).history
-    assert seen == [(1, 1), (2, 2)]
-    assert len(history.loss) == len(history.subject_loss) == len(history.seconds) == 2
-    assert all(0 < loss < 10 for loss in history.loss)
-    assert history.seconds == sorted(history.seconds) and history.skipped == []
-
-
-def test_one_tied_stage_without_weight_is_textual_inversion(sd15_pipeline, photo):
-    pipe = copy.deepcopy(sd15_pipeline)
-    subject = train(
-        photo, model=pipe, class_word="cat", preset="textual-inversion", learning_rate=1e-2,
-        seed=4, **{**FAST, "resolution": None},
-    )  # fmt: skip
-
-    # Textual Inversion as it is usually written: one row of the token table in the optimizer.
-    pipe = sd15_pipeline
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False)
-    posterior = pipe.vae.encode(prepare(photo, 128)[None]).latent_dist
-    ids = pipe.tokenizer(["a photo of a cat"] * 2, padding="max_length", return_tensors="pt")
-    table = pipe.text_encoder.get_input_embeddings().weight
-    word = pipe.tokenizer("cat", add_special_tokens=False).input_ids[0]
-    row = table[word].clone().requires_grad_(True)
-    optimizer = torch.optim.AdamW([row], lr=1e-2, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(4)
-    losses = []
-    for _ in range(3):
-        sample = sample_noise(
-            generator, batch_size=2, num_train_timesteps=1000, views=1, templates=1,
-            latent_shape=(4, 16, 16),
-        )  # fmt: skip
-        latents = posterior.mean + posterior.std * sample.latent_noise
-        latents = latents * pipe.vae.config.scaling_factor
-        noised = pipe.scheduler.add_noise(latents, sample.noise, sample.timesteps)
-        is_word = (torch.arange(len(table)) == word)[:, None]
-        name = next(n for n, p in pipe.text_encoder.named_parameters() if p is table)
-        changed = {name: torch.where(is_word, row, table)}
-        prompt = torch.func.functional_call(pipe.text_encoder, changed, (ids.input_ids,))[0]
-        prediction = pipe.unet(noised, sample.timesteps, prompt).sample
-        loss = torch.nn.functional.mse_loss(prediction, sample.noise)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert subject.history.loss == pytest.approx(losses, rel=1e-4)
-    # Adam's first steps follow the gradient's sign, so where that is near zero they may differ.
-    torch.testing.assert_close(subject.tokens[0][0, 0, 0], row.detach(), rtol=0, atol=2e-3)
-    assert (row - table[word]).abs().max() > 0.02
 
 
 def test_textual_inversion_of_sdxl_gives_the_same_in_diffusers(sdxl_pipeline, photo, tmp_path):
