@@ -45,7 +45,9 @@ def test_plain_and_attached_pipelines_generate_while_another_trains(sd15_pipelin
     expected = sample(plain, None, **given), sample(attached, "a <it>")
     alone = train(pipe)
     drawn = []
-    meanwhile(pipe, lambda: drawn.extend((sample(plain, None, **given), sample(attached, "a <it>"))))
+    meanwhile(
+        pipe, lambda: drawn.extend((sample(plain, None, **given), sample(attached, "a <it>")))
+    )
     together = train(pipe)
     assert len(drawn) == 2
     for actual, wanted in zip(drawn, expected, strict=True):
