@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
 from sefi_fast.pipelines.model_patch import LOCK
-from sefi_fast.pipelines.support import Pipeline, check_pipeline
-from sefi_fast.prompts.text_encoder import text_encoders
+from sefi_fast.pipelines.support import check_pipeline
+from sefi_fast.prompts.text_encoder import Pipeline, text_encoders
 from sefi_fast.subject import Subject
 from sefi_fast.utils.text import check_distinct
 

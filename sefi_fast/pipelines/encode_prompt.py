@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.model_patch import LOCK, ModelPatch, TextEncoderPatch, UNetPatch, release
 from sefi_fast.pipelines.support import (
-    Pipeline,
     TextShape,
     check_scheduler,
     conditioned_models,
@@ -31,6 +30,7 @@ from sefi_fast.prompts import PromptEmbeds, encode_with_pooled, packed_stages
 from sefi_fast.prompts.encoding import common_stages
 from sefi_fast.prompts.stages import match_pooled_stages, match_stages
 from sefi_fast.prompts.text_encoder import (
+    Pipeline,
     missing_text_components,
     present_text_encoders,
     text_encoders,

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
-from sefi_fast.pipelines.support import Pipeline, TextShape, check_pipeline
+from sefi_fast.pipelines.support import TextShape, check_pipeline
 from sefi_fast.prompts import PromptEmbeds, encode_with_pooled, pack, unpack
+from sefi_fast.prompts.text_encoder import Pipeline
 
 _GIVEN_OTHERWISE = {
     "num_images_per_prompt": "give n",

@@ -16,7 +16,6 @@ from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
 from sefi_fast.pipelines.model_patch import processor_of
 from sefi_fast.pipelines.support import (
-    Pipeline,
     TextShape,
     check_not_compiled,
     check_pipeline,
@@ -26,6 +25,7 @@ from sefi_fast.pipelines.support import (
 )
 from sefi_fast.pipelines.watcher import PipelineCall, Watcher
 from sefi_fast.prompts.stages import select_stage
+from sefi_fast.prompts.text_encoder import Pipeline
 
 
 @contextmanager

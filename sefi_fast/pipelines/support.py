@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import torch
 from diffusers import (
     ControlNetModel,
     ControlNetUnionModel,
@@ -17,32 +16,12 @@ from diffusers import (
 from torch import nn
 
 from sefi_fast.errors import ModelError
-from sefi_fast.prompts.text_encoder import text_encoders
+from sefi_fast.prompts.text_encoder import Pipeline, text_encoders
 
 WORKS_WITH = (
     "sefi_fast works with pipelines of diffusers for Stable Diffusion 1.x, 2.x and SDXL: CLIP text "
     "encoders and a UNet2DConditionModel, whose cross-attention takes the subject"
 )
-
-
-class Pipeline(Protocol):
-    """The attributes that sefi_fast uses of every pipeline of diffusers.
-
-    The components are of diffusers' and transformers' classes, which have no types. Some pipelines
-    have `text_encoder_2`, `tokenizer_2` and `controlnet` too.
-    """
-
-    unet: Any
-    scheduler: Any
-    tokenizer: Any
-    text_encoder: Any
-    vae: Any
-    config: Any
-    encode_prompt: Any
-    maybe_free_model_hooks: Callable[[], Any]
-    _execution_device: torch.device
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class TextShape(NamedTuple):

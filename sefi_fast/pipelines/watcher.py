@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from sefi_fast.attention.layers import cross_attention_layers
 from sefi_fast.attention.processor import PromptState
 from sefi_fast.attention.regions import down_factors
-from sefi_fast.pipelines.support import Pipeline, check_not_compiled, given_models
+from sefi_fast.pipelines.support import check_not_compiled, given_models
+from sefi_fast.prompts.text_encoder import Pipeline
 
 Call = TypeVar("Call")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sefi_fast.errors import SubjectFileError
 from sefi_fast.prompts.stages import has_stage_hook, pack
 from sefi_fast.prompts.text_encoder import (
+    Pipeline,
     TextEncoder,
     encode_text,
     encode_text_pooled,
@@ -25,7 +26,6 @@ from sefi_fast.utils.files import MOST_STAGES
 from sefi_fast.utils.text import check_distinct, mentions
 
 if TYPE_CHECKING:
-    from sefi_fast.pipelines.support import Pipeline
     from sefi_fast.subject import Subject
 
 logger = logging.getLogger(__name__)

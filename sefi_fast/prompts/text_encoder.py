@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sefi_fast.errors import ModelError
 
-if TYPE_CHECKING:
-    from sefi_fast.pipelines.support import Pipeline
+
+class Pipeline(Protocol):
+    """The attributes that sefi_fast uses of every pipeline of diffusers.
+
+    The components are of diffusers' and transformers' classes, which have no types. Some pipelines
+    have `text_encoder_2`, `tokenizer_2` and `controlnet` too.
+    """
+
+    unet: Any
+    scheduler: Any
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    config: Any
+    encode_prompt: Any
+    maybe_free_model_hooks: Callable[[], Any]
+    _execution_device: torch.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class TextEncoder(NamedTuple):
