@@ -230,10 +230,15 @@ def _run(
             f"slots must be {list(input_ids.shape)} and rows [{len(input_ids)}, subjects, {width}] "
             f"for this text encoder, got {list(slots.shape)} and {list(rows.shape)}"
         )
-    if not slots.is_cuda and int(slots.max()) > rows.shape[1]:
-        raise ValueError(f"slots name row {int(slots.max())} of {rows.shape[1]}")
+    _check_slots(slots, rows)
     with _rows_in_place(text_encoder, slots, rows):
         return run(input_ids, **keywords)
+
+
+def _check_slots(slots: Tensor, rows: Tensor) -> None:
+    # On a CUDA device reading a value would wait for it.
+    if not slots.is_cuda and int(slots.max()) > rows.shape[1]:
+        raise ValueError(f"slots name row {int(slots.max())} of {rows.shape[1]}")
 
 
 def token_table(text_encoder: Any) -> Any:

@@ -465,7 +465,7 @@ def test_a_device_that_answers_with_an_error_is_lost(monkeypatch):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_nothing_in_a_step_is_read_back_to_the_host(family, loss, monkeypatch):
     # On CUDA this one reads no value; on a CPU it does.
-    monkeypatch.setattr("sefi_fast.prompts.text_encoder._check", lambda *arguments: None)
+    monkeypatch.setattr("sefi_fast.prompts.text_encoder._check_slots", lambda *arguments: None)
     config = TrainConfig(**{**BATCH, "attention_loss": loss})
     subjects = [make_subject(family, config, number) for number in range(2)]
     engine = make_engine(family, subjects, config)
