@@ -69,7 +69,7 @@ has all partial sums of its elements and shares none."""
 
 
 # Lines as benchmarks/tune_kernels.py prints them. On 9.0 those of "forward", and of "backward" up
-# to 64, were chosen on an H200 (docs/performance-gpu.md). All others are not measured: they were
+# to 64, were chosen on an H200 (docs/performance.md). All others are not measured: they were
 # chosen by spills, then by an estimate from the machine code of 77 keys with the loss.
 # benchmarks/kernel_report.py shows registers; tests/kernels/test_compile.py checks spills and
 # ctas_per_sm.

@@ -111,7 +111,7 @@ def _not_supported_reason(name: str, inputs: AttentionInputs) -> str | None:
 
 
 # Head dimensions at which the backend "cuda" was measured to be faster than "triton", by compute
-# capability, in half precision with the 77 keys of a text: docs/performance-gpu.md.
+# capability, in half precision with the 77 keys of a text: docs/performance.md.
 _FASTER_HEAD_DIMS = {90: (40, 80, 160)}
 _MOST_KEYS = 80
 

@@ -91,7 +91,7 @@ def swap(
     In every cross-attention layer the keys come from `key_prompt` and decide the place of the
     attention. The values come from `value_prompt` and decide the content. Token i of one meets
     token i of the other, so that prompts that differ in single words show the most. With equal
-    prompts the image is the pipeline's own (docs/method.md §3; the authors' page, "Motivation").
+    prompts the image is the pipeline's own (docs/method.md §1; the authors' page, "Motivation").
 
     Example:
         >>> sefi_fast.attach(pipe, ["me.safetensors", "you.safetensors"])

@@ -50,7 +50,7 @@ def encode(
     subjects: Subject | Iterable[Subject] | None = None,
     clip_skip: int | None = None,
 ) -> Tensor:
-    """Return the packed conditioning of prompts: all stages and streams (docs/method.md §1, §3).
+    """Return the packed conditioning of prompts: all stages and streams (docs/method.md §1).
 
     Pass it as ``prompt_embeds`` to a pipeline with attached subjects, and that of the negative
     prompt, encoded with the same subjects, as ``negative_prompt_embeds``. The text encoder runs

@@ -306,7 +306,7 @@ class TrainConfig:
             raise TypeError(f"{name} must be a tuple of strings, got {_shown(texts)}")
         for text in texts:
             if not is_unicode(text):
-                raise ValueError(f"{name} holds half a character: {_shown(text)}")
+                raise ValueError(f"{name} holds an unpaired surrogate: {_shown(text)}")
         if len(texts) > _MOST_TEXTS or sum(map(len, texts)) > _MOST_CHARACTERS:
             raise ValueError(
                 f"{name} must be at most {_MOST_TEXTS:,} texts of {_MOST_CHARACTERS:,} characters "

@@ -41,7 +41,7 @@ LARGEST_FILE = 2**29
 
 # No decoder of these starts another program.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "AVIF")
-_WANTED = "a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF image is needed"
+_WANTED = "a PNG, JPEG, WebP, TIFF, BMP, GIF, JPEG 2000, PPM or AVIF image is needed"
 _MOST_MEMORY = 10**9
 # Bytes of memory per pixel that decoding and conversion take at their peak, measured.
 _MEMORY = {"TIFF": 13, "progressive": 13, "WEBP": 18, "AVIF": 18, "JPEG2000": 26, "PPM": 26}

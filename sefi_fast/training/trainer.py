@@ -84,7 +84,7 @@ def train(
         >>> pipe("a photo of <it> in the snow").images[0]
 
     Args:
-        image: an image file, a PIL image or an array [h, w, 3]; its central square is used.
+        image: an image file, a PIL image or an array [h, w, 3]; `crop` names its square.
         model: a diffusers folder, a hub id, a .safetensors checkpoint of Stable Diffusion 1.x,
             2.x or SDXL, or a ready pipeline, which is restored at the end. Default: the bundled
             tiny model.
@@ -104,8 +104,8 @@ def train(
             False removes the checkpoints of an unfinished run and begins again, a path names a
             checkpoint. By default an unfinished run is an error.
         progress: show a progress bar.
-        callback: called after each step with the number of steps done and the history so far;
-            True ends the run there. Or `Callbacks`, with methods for checkpoints and the end too.
+        callback: called after each step with a finite loss, with the number of steps done and the
+            history; True ends the run there. Or `Callbacks`, with methods for checkpoints and the end too.
         **overrides: fields of TrainConfig, by name; they win over `config` and `preset`.
 
     Returns:

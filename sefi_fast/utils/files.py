@@ -39,7 +39,7 @@ def expanded(given: str | os.PathLike[str]) -> str:
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise PathError(f"The path {text} holds half a character. Write it again.") from None
+        raise PathError(f"The path {text} holds an unpaired surrogate. Write it again.") from None
     if "\0" in text:
         raise PathError(f"The path {text} holds a null character. Leave it out.")
     found = os.path.expanduser(text)

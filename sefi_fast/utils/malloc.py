@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns freed memory at the end of its heap, and every large block, to the
     kernel. Each step of training or sampling on a CPU then gets new pages for its tensors, which
-    the kernel must clear: about a tenth of a training step (docs/performance-steps.md). After this
+    the kernel must clear: about a tenth of a training step (docs/performance.md). After this
     call blocks below 1 GiB stay in the heap, and only more than 1 GiB of free memory is returned.
 
     The setting holds until the process ends, so `import sefi_fast` does not make it. The command

@@ -56,7 +56,7 @@ def unpack_tensors(
         return metadata, safetensors.torch.load(content)
     # safetensors and torch raise many types for unknown dtypes and impossible shapes.
     except Exception as error:
-        raise ValueError(f"it is not a sound safetensors file ({error})") from error
+        raise ValueError(f"it is not a valid safetensors file ({error})") from error
 
 
 def read_metadata(content: bytes) -> dict[str, str]:

@@ -9,7 +9,7 @@ from sefi_fast.errors import PromptError
 
 
 def is_unicode(text: str) -> bool:
-    """Return whether a text can be encoded: it has no lone surrogate (half a character)."""
+    """Return whether a text can be encoded: it has no unpaired surrogate."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -17,10 +17,10 @@ def composed(text: str) -> str:
     """Return a text in Unicode's composed form (NFC), as CLIP's tokenizers read it.
 
     Raises:
-        PromptError: the text holds half a character, which no tokenizer takes.
+        PromptError: the text holds an unpaired surrogate, which no tokenizer takes.
     """
     if not is_unicode(text):
-        raise PromptError(f"The text {text!r} holds half a character. Write it again.")
+        raise PromptError(f"The text {text!r} holds an unpaired surrogate. Write it again.")
     return unicodedata.normalize("NFC", text)
 
 

@@ -150,7 +150,7 @@ def test_fields_win_over_the_files_preset(tmp_path):
         ("stages: 101", ConfigError, "stages must be at least 1 and at most 100, got 101"),
         ("loss_resolutions: [0]", ConfigError, "loss_resolutions must be at most 100 sides"),
         ("scene: !!binary aGVsbG8=", ConfigError, "anchors, aliases and tags"),
-        ('scene: "\\ud800"', ConfigError, "scene holds half a character"),
+        ('scene: "\\ud800"', ConfigError, "scene holds an unpaired surrogate"),
         ("scene: " + "x" * 30_000, ConfigError, "scene must be at most"),
     ],
 )
@@ -169,7 +169,7 @@ def test_mistakes_are_named(tmp_path, text, error, message):
         ('{"steps": 1, "steps": 2}', "'steps' stands in it twice"),
         ('{"learning_rate": NaN}', "NaN in it is not a finite number"),
         ('{"steps": ' + "[" * 100_000, "is not JSON: it is nested too deeply"),
-        ('{"scene": "\\ud800"}', "scene holds half a character"),
+        ('{"scene": "\\ud800"}', "scene holds an unpaired surrogate"),
         ("steps: 3", "is not JSON"),
     ],
 )

@@ -215,9 +215,9 @@ def test_mixed_base_models(images: Path) -> None:
 
 
 HOSTILE = [
-    ("a.jsonl", '{"image": "rex.png", "class_word": "\\ud800"}', "half a character"),
-    ("a.jsonl", '{"image": "rex.png", "name": "a\\udc80"}', "half a character"),
-    ("a.jsonl", '{"image": "\\ud800"}', "line 1: image: The path \\ud800 holds half a"),
+    ("a.jsonl", '{"image": "rex.png", "class_word": "\\ud800"}', "unpaired surrogate"),
+    ("a.jsonl", '{"image": "rex.png", "name": "a\\udc80"}', "unpaired surrogate"),
+    ("a.jsonl", '{"image": "\\ud800"}', "line 1: image: The path \\ud800 holds an unpaired a"),
     ("a.jsonl", '{"image": "' + "x" * 5000 + '"}', "line 1: there is no image at"),
     ("a.jsonl", "[" * 100_000, "line 1 is not JSON: it is nested too deeply"),
     ("a.jsonl", '{"image": "rex.png", "image": "x"}', "'image' stands in it twice"),
@@ -259,7 +259,7 @@ def test_text_of_a_line_is_composed_and_whole(images: Path, column: str) -> None
     path = json_lines(images / "all.jsonl", row)
     assert getattr(read_subjects(path)[0], column) == "café"
     json_lines(path, {**row, column: "a\ud800"})
-    assert f"line 1: {column}: The text 'a\\ud800' holds half" in problems_of(path)
+    assert f"line 1: {column}: The text 'a\\ud800' holds an unpaired" in problems_of(path)
 
 
 def test_a_home_folder_in_a_line_is_expanded(tmp_path: Path, monkeypatch: object) -> None:
