@@ -105,7 +105,8 @@ def train(
             checkpoint. By default an unfinished run is an error.
         progress: show a progress bar.
         callback: called after each step with a finite loss, with the number of steps done and the
-            history; True ends the run there. Or `Callbacks`, with methods for checkpoints and the end too.
+            history; True ends the run there. Or `Callbacks`, with methods for checkpoints and the
+            end too.
         **overrides: fields of TrainConfig, by name; they win over `config` and `preset`.
 
     Returns:
