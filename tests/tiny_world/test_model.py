@@ -57,7 +57,8 @@ def test_prompts_choose_color_and_scene(pipe, prompted):
 
 def test_the_bundled_lora_shows_two_and_regions_keep_them_apart(pipe):
     pytest.importorskip("peft")
-    pipe.load_lora_weights(two_creatures_lora())
+    lora = two_creatures_lora()
+    pipe.load_lora_weights(lora.parent, weight_name=lora.name)
     pipe.fuse_lora(components=["unet"])
     pipe.unload_lora_weights()
     judge, held_out, right = Judge.load(), held_out_identities(), {False: [], True: []}

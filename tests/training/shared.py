@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import skimage
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +26,10 @@ QUICK: dict[str, Any] = {
     "class_word": CLASS_WORD, "batch_size": 1, "stages": 2, "progress": False
 }  # fmt: skip
 """Settings for the bundled pipeline."""
+
+
+# transformers 4 makes masks in torch's default dtype, where its lowest number may not fit.
+MASKS_OVERFLOW = transformers.__version__.startswith("4.")
 
 
 class Family:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from training.plain import PlainTraining
-from training.shared import FORBIDDEN, Watch, random_image
+from training.shared import FORBIDDEN, MASKS_OVERFLOW, Watch, random_image
 
 from sefi_fast.errors import PromptError
 from sefi_fast.subject import SubjectTokens
@@ -157,6 +157,7 @@ def joined(modules):
     return torch.cat([module().detach() for module in modules], -1)
 
 
+@pytest.mark.skipif(MASKS_OVERFLOW, reason="float64 is the default dtype here")
 @pytest.mark.parametrize(("family", "case"), FAMILY_CASES, indirect=["family"])
 def test_loss_and_gradient_are_those_of_the_plain_step(family, case):
     config = TrainConfig(**{**BASE, **(CASES | MORE_CASES)[case]})

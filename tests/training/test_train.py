@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from pipelines.checkpoint import save_checkpoint
-from training.shared import BUNDLED_IMAGE, FAST, PHOTO, QUICK, assert_same, random_image, state_of
+from training.shared import (
+    BUNDLED_IMAGE,
+    FAST,
+    MASKS_OVERFLOW,
+    PHOTO,
+    QUICK,
+    assert_same,
+    random_image,
+    state_of,
+)
 
 import sefi_fast
 from sefi_fast.subject import Subject, export_embedding
@@ -365,6 +374,8 @@ def assert_close(found, wanted):
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_a_seed_gives_one_run_and_global_settings_stay(bundled, usual, name):
+    if MASKS_OVERFLOW and name in ("float16", "bfloat16"):
+        pytest.skip("the masks of this transformers overflow")
     with SURROUNDINGS[name]():
         if name == "another seed":
             torch.manual_seed(1234)
