@@ -19,6 +19,7 @@ from evals.studies.prompts import StudySubject, identity_words
 from evals.studies.tasks import IMAGE_SIZE as PANEL_SIZE
 from evals.studies.tasks import Protocol, Task, train
 from evals.studies.variants import BASELINE, Variant
+from evals.tiny_world.pairs import HALVES, halves_of
 from sefi_fast.errors import ModelError, TrainingError
 from sefi_fast.evaluation.sheets import Panel, contact_sheet, png
 from sefi_fast.evaluation.statistics import bootstrap, paired_difference
@@ -29,7 +30,6 @@ from sefi_fast.tiny_world import CLASS_WORD, two_creatures_lora
 from sefi_fast.tiny_world.captions import SCENE_PHRASES
 from sefi_fast.tiny_world.drawing import IMAGE_SIZE, SCENES, Identity, draw
 from sefi_fast.tiny_world.judge import IDENTITY_ATTRIBUTES, Judge, Judgement
-from sefi_fast.tiny_world.pairs import HALVES, halves_of
 from sefi_fast.training import TrainConfig
 from sefi_fast.utils.files import check_folder
 

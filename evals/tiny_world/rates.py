@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 from evals.studies.prompts import identity_words
 from evals.studies.two_subjects import generate_pair, pair_pipeline
+from evals.tiny_world.pairs import halves_of
 from sefi_fast.evaluation import Panel, contact_sheet
 from sefi_fast.tiny_world import CLASS_WORD, SAMPLING, bundled_model_path
 from sefi_fast.tiny_world.captions import POSITION_PHRASES, SCENE_PHRASES
@@ -34,7 +35,6 @@ from sefi_fast.tiny_world.judge import (
     Judgement,
     right_answers,
 )
-from sefi_fast.tiny_world.pairs import halves_of
 
 _HEADINGS = {
     "held out": "identities that the model has never seen",

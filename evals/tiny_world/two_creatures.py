@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from evals.tiny_world.loop import Loop, Settings
+from evals.tiny_world.pairs import HALVES, draw_pair, random_pair
 from evals.tiny_world.tokenizer import CaptionCodes
 from evals.tiny_world.unet import CAPTION_DROPOUT, Noising
 from evals.tiny_world.vae import encode_images
@@ -20,7 +21,6 @@ from sefi_fast.attention.processor import PromptState, SeFiAttnProcessor
 from sefi_fast.attention.regions import RegionPrompts, down_factors
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.tiny_world.captions import caption, pair_caption
-from sefi_fast.tiny_world.pairs import HALVES, draw_pair, random_pair
 from sefi_fast.utils.files import atomic_write
 
 _NARROWEST = 64

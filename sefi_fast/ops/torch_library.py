@@ -47,8 +47,7 @@ _TENSORS = len(AttentionInputs._fields)
 _NOT_TENSORS = 4
 
 # A compiler may change the layout of an operator's arguments; the kernels need a dense last axis.
-# Older releases only know how to keep the order of the strides.
-_TAGS = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
+_TAGS = (torch.Tag.needs_exact_strides,)
 
 _functorch = torch._C._functorch
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evals.tiny_world.pairs import PairSpec, draw_pair, halves_of
 from sefi_fast.tiny_world import SUBJECT_SCENE, bundled_subject_image
 from sefi_fast.tiny_world.drawing import (
     ACCESSORIES,
@@ -27,7 +28,6 @@ from sefi_fast.tiny_world.drawing import (
     identities,
     random_specs,
 )
-from sefi_fast.tiny_world.pairs import PairSpec, draw_pair, halves_of
 
 PLAIN = replace(SUBJECT_IDENTITY, pattern="plain", second_colour=None)
 SNOW = ImageSpec(SUBJECT_IDENTITY, "snow")

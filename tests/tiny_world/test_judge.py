@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import ImageFilter
 
+from evals.tiny_world.pairs import draw_pair, halves_of, random_pair
 from sefi_fast.tiny_world import judge as judging
 from sefi_fast.tiny_world.drawing import (
     ImageSpec,
@@ -17,7 +18,6 @@ from sefi_fast.tiny_world.drawing import (
     random_spec,
 )
 from sefi_fast.tiny_world.judge import ATTRIBUTES, Judge, right_answers
-from sefi_fast.tiny_world.pairs import draw_pair, halves_of, random_pair
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from evals.tiny_world.pairs import HALVES, halves_of
 from sefi_fast import regions
 from sefi_fast.tiny_world import CLASS_WORD, bundled_model_path, two_creatures_lora
 from sefi_fast.tiny_world.captions import SCENE_PHRASES
 from sefi_fast.tiny_world.drawing import COLOURS, SCENES, held_out_identities
 from sefi_fast.tiny_world.judge import Judge
-from sefi_fast.tiny_world.pairs import HALVES, halves_of
 
 
 @pytest.fixture
