@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from sefi_fast.attention.layers import cross_attention_layers
-from sefi_fast.pipelines.support import is_sdxl
 from sefi_fast.prompts import encode_texts, placeholder_ids, stage_of, text_encoders
+from sefi_fast.prompts.text_encoder import is_sdxl
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training import TrainConfig, prepare
 from sefi_fast.training.base_model import BaseModel, autocast, frozen

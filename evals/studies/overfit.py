@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sefi_fast.attention.layers import cross_attention_layers, layer_resolutions, reduced_size
 from sefi_fast.attention.processor import LayerRecord, PromptState
 from sefi_fast.pipelines.model_patch import watch
-from sefi_fast.pipelines.support import unwrap
 from sefi_fast.prompts import encode
+from sefi_fast.prompts.text_encoder import unwrap
 from sefi_fast.prompts.tokenization import word_positions
 from sefi_fast.subject import Subject
 from sefi_fast.training.noise import NoiseSchedule

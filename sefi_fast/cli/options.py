@@ -348,7 +348,7 @@ def _with_images(
     options: argparse.Namespace, pipe: DiffusionPipeline
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """Return the pipeline that takes the images of the options, and arguments of its call."""
-    from sefi_fast.pipelines.support import unwrap
+    from sefi_fast.prompts.text_encoder import unwrap
 
     size: Size = (options.width, options.height)
     arguments: dict[str, Any] = {}

@@ -15,8 +15,8 @@ from diffusers import (
 
 from sefi_fast.errors import ModelError
 from sefi_fast.pipelines.loading import as_model_error, check_whole, load_part
-from sefi_fast.pipelines.support import unwrap
 from sefi_fast.pipelines.weight_files import check_config, read_header
+from sefi_fast.prompts.text_encoder import unwrap
 from sefi_fast.utils.files import expanded, user_path
 
 

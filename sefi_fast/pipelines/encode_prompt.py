@@ -22,8 +22,6 @@ from sefi_fast.pipelines.support import (
     check_scheduler,
     conditioned_models,
     encodes_apart,
-    is_sdxl,
-    unwrap,
 )
 from sefi_fast.pipelines.watcher import PipelineCall, Watcher
 from sefi_fast.prompts import PromptEmbeds, encode_with_pooled, packed_stages
@@ -31,9 +29,11 @@ from sefi_fast.prompts.encoding import common_stages
 from sefi_fast.prompts.stages import match_pooled_stages, match_stages
 from sefi_fast.prompts.text_encoder import (
     Pipeline,
+    is_sdxl,
     missing_text_components,
     present_text_encoders,
     text_encoders,
+    unwrap,
 )
 from sefi_fast.prompts.tokenization import unknown_placeholders
 from sefi_fast.utils.text import mentions

@@ -21,11 +21,10 @@ from sefi_fast.pipelines.support import (
     check_pipeline,
     conditioned_models,
     given_models,
-    unwrap,
 )
 from sefi_fast.pipelines.watcher import PipelineCall, Watcher
 from sefi_fast.prompts.stages import select_stage
-from sefi_fast.prompts.text_encoder import Pipeline
+from sefi_fast.prompts.text_encoder import Pipeline, unwrap
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from diffusers import (
 from torch import nn
 
 from sefi_fast.errors import ModelError
-from sefi_fast.prompts.text_encoder import Pipeline, text_encoders
+from sefi_fast.prompts.text_encoder import Pipeline, text_encoders, unwrap
 
 WORKS_WITH = (
     "sefi_fast works with pipelines of diffusers for Stable Diffusion 1.x, 2.x and SDXL: CLIP text "
@@ -121,12 +121,6 @@ def check_not_compiled(models: Iterable[nn.Module], request: str) -> None:
             )
 
 
-def is_sdxl(pipe: Pipeline) -> bool:
-    """Return whether a pipeline is conditioned by two text encoders and a pooled embedding."""
-    # The attribute counts, not its value: packed prompts need no text encoder.
-    return hasattr(pipe, "text_encoder_2")
-
-
 def encodes_apart(pipe: Pipeline) -> bool:
     """Return whether the pipeline joins prompts of several calls of encode_prompt."""
     # FreeNoise of AnimateDiff encodes the negative prompts of all frames by themselves.
@@ -206,11 +200,6 @@ def conditioned_models(pipe: Pipeline) -> Iterator[nn.Module]:
                 "ControlNetModel, a ControlNetUnionModel or several of them."
             )
         yield model
-
-
-def unwrap(model: Any) -> Any:
-    """Return the module that torch.compile wrapped, or the module itself."""
-    return getattr(model, "_orig_mod", model)
 
 
 def _component(index: Mapping[str, Any], part: str) -> str | None:

@@ -16,9 +16,9 @@ from sefi_fast.attention.layers import reduced_size
 from sefi_fast.attention.processor import LayerRecord, PromptState
 from sefi_fast.errors import ModelError, PromptError
 from sefi_fast.pipelines.encode_prompt import EncodePromptPatch
-from sefi_fast.pipelines.support import check_not_compiled, check_pipeline, unwrap
+from sefi_fast.pipelines.support import check_not_compiled, check_pipeline
 from sefi_fast.pipelines.watcher import PipelineCall, Watcher
-from sefi_fast.prompts.text_encoder import Pipeline
+from sefi_fast.prompts.text_encoder import Pipeline, unwrap
 from sefi_fast.prompts.tokenization import with_all_vectors, word_positions
 from sefi_fast.utils.text import composed
 

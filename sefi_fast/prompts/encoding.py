@@ -20,6 +20,7 @@ from sefi_fast.prompts.text_encoder import (
     encode_text_pooled,
     text_encoders,
     token_table,
+    unwrap,
 )
 from sefi_fast.prompts.tokenization import tokenize_prompts, with_all_vectors
 from sefi_fast.utils.files import MOST_STAGES
@@ -115,8 +116,7 @@ def encode_with_pooled(
     """
     encoders = text_encoders(pipe)
     # Without the stage hook a U-Net would attend to all stages and both streams at once.
-    unet = getattr(pipe, "unet", None)
-    unet = getattr(unet, "_orig_mod", unet)
+    unet = unwrap(getattr(pipe, "unet", None))
     if unet is not None and not has_stage_hook(unet):
         logger.warning(
             "this pipeline cannot generate from packed prompts: call sefi_fast.attach on the one "

@@ -40,6 +40,17 @@ class TextEncoder(NamedTuple):
     text_encoder: Any
 
 
+def is_sdxl(pipe: Pipeline) -> bool:
+    """Return whether a pipeline is conditioned by two text encoders and a pooled embedding."""
+    # The attribute counts, not its value: packed prompts need no text encoder.
+    return hasattr(pipe, "text_encoder_2")
+
+
+def unwrap(model: Any) -> Any:
+    """Return the module that torch.compile wrapped, or the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def text_encoders(pipe: Pipeline) -> list[TextEncoder]:
     """Return one text encoder for Stable Diffusion 1.x and 2.x, two for SDXL.
 
@@ -91,7 +102,7 @@ def missing_text_components(pipe: Pipeline) -> list[str]:
 
 
 def _components(pipe: Pipeline) -> list[TextEncoder]:
-    suffixes = ("", "_2") if hasattr(pipe, "text_encoder_2") else ("",)
+    suffixes = ("", "_2") if is_sdxl(pipe) else ("",)
     return [
         TextEncoder(*(getattr(pipe, f"{field}{suffix}", None) for field in TextEncoder._fields))
         for suffix in suffixes
@@ -209,8 +220,8 @@ def _run(
     hidden: bool,
 ) -> Any:
     # Compiled code would recompile for the hook of every call, or skip the hook.
-    text_encoder = getattr(text_encoder, "_orig_mod", text_encoder)
-    run = text_encoder
+    text_encoder = unwrap(text_encoder)
+    run: Any = text_encoder
     if getattr(text_encoder, "_compiled_call_impl", None) is not None:
         run = text_encoder._call_impl
     device = getattr(text_encoder, "device", input_ids.device)

@@ -21,8 +21,9 @@ from sefi_fast.attention.processor import AttentionRecord, SeFiAttnProcessor, Tr
 from sefi_fast.errors import ModelError, first_line
 from sefi_fast.pipelines import load_pipeline
 from sefi_fast.pipelines.model_patch import LOCK, check_replaceable
-from sefi_fast.pipelines.support import WORKS_WITH, check_pipeline, is_sdxl, unwrap
+from sefi_fast.pipelines.support import WORKS_WITH, check_pipeline
 from sefi_fast.prompts import text_encoders
+from sefi_fast.prompts.text_encoder import is_sdxl, unwrap
 from sefi_fast.training.config import SelfAttention, TrainConfig
 from sefi_fast.training.image import TIME_IDS
 from sefi_fast.training.noise import NoiseSchedule

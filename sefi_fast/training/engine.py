@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sefi_fast.attention.processor import AttentionRecord
 from sefi_fast.errors import is_out_of_memory
-from sefi_fast.pipelines.support import unwrap
+from sefi_fast.prompts.text_encoder import unwrap
 from sefi_fast.subject import SubjectTokens
 from sefi_fast.training.base_model import TrainingProcessors, autocast
 from sefi_fast.training.config import TrainConfig

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from sefi_fast.errors import TrainingError, printable
 from sefi_fast.pipelines import attach, detach, generate
-from sefi_fast.pipelines.support import is_sdxl
+from sefi_fast.prompts.text_encoder import is_sdxl
 from sefi_fast.subject import Subject
 from sefi_fast.training.base_model import BaseModel, autocast, temporarily_frozen
 from sefi_fast.training.config import TrainConfig

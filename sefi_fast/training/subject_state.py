@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from sefi_fast.errors import ImageError, TrainingError
-from sefi_fast.pipelines.support import is_sdxl
 from sefi_fast.prompts import class_token_ids, placeholder_ids, text_encoders, tokenize_prompts
-from sefi_fast.prompts.text_encoder import token_table
+from sefi_fast.prompts.text_encoder import is_sdxl, token_table
 from sefi_fast.prompts.tokenization import with_all_vectors
 from sefi_fast.subject import Subject, SubjectTokens
 from sefi_fast.training.base_model import MODEL_KEYS, BaseModel, model_settings, resolution_of
